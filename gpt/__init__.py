@@ -1,0 +1,1 @@
+"""Sharding-first training of GPT-like models with JAX and Flax Linen."""

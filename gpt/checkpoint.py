@@ -1,0 +1,218 @@
+"""What a workdir holds, and the only code that reads and writes it.
+
+    run.json         the resolved config, the fingerprint of the data and the versions of the libraries
+    tokenizer.json
+    checkpoints/     one folder a step: parameters and optimizer apart, with orbax's metadata
+    events.out.*     TensorBoard
+
+All are plain formats: opening a workdir runs no code of its author.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from gpt import config as config_lib
+from gpt import tokenizers
+from gpt.errors import UserError
+
+# A change of these leaves the course of a run the same, or is the very reason to start it again:
+# a run may go on longer, on another mesh, log more often, find its text in another place, or
+# compute the same function another way.
+HARMLESS = (
+    "train.steps",
+    "train.epochs",
+    "train.tokens",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.sample_prompt",
+    "train.sample_tokens",
+    "data.path",  # the text itself is compared by its fingerprint
+    "data.validation_path",
+    "data.cache_dir",
+    "data.prefetch",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.model",
+    "model.attention",
+    "model.query_chunk",
+    "model.key_chunk",
+    "model.remat",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A workdir's record of what is trained in it."""
+
+    config: config_lib.Config
+    tokenizer: tokenizers.Tokenizer
+    fingerprint: str  # of the data
+
+
+class Workdir:
+    """A folder with a run in it, or one to be."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path).expanduser().absolute()
+
+    @property
+    def has_run(self) -> bool:
+        return (self.path / "run.json").exists()
+
+    def create(self) -> None:
+        """Makes the folder. Raises UserError where that is not permitted, or it holds something else."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / ".write-test"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"Cannot write to --workdir={self.path}: {error.strerror}.") from None
+        if not self.has_run and (self.path / "checkpoints").exists():
+            raise UserError(f"--workdir={self.path} has checkpoints but no run.json; choose another folder.")
+
+    def record(self, run: Run) -> None:
+        """Writes what `read` reads."""
+        libraries = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+        record = {
+            "config": dataclasses.asdict(run.config),
+            "data_fingerprint": run.fingerprint,
+            "versions": {name: importlib.metadata.version(name) for name in libraries},
+        }
+        # The record last, in one move: a folder with a run.json is complete.
+        _replace(self.path / "tokenizer.json", run.tokenizer.to_json())
+        _replace(self.path / "run.json", json.dumps(record, indent=1))
+
+    def read(self) -> Run:
+        """The run that is recorded here. Raises UserError where there is none or it is damaged."""
+        if not self.path.is_dir():
+            raise UserError(f"--workdir={self.path}: there is no such folder.")
+        if not self.has_run:
+            raise UserError(f"--workdir={self.path} holds no run: there is no run.json in it.")
+        try:
+            record = json.loads((self.path / "run.json").read_text())
+            tokenizer = tokenizers.from_json((self.path / "tokenizer.json").read_text())
+            return Run(config_lib.from_tree(record["config"]), tokenizer, record["data_fingerprint"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"--workdir={self.path}: run.json or tokenizer.json is damaged ({error}).") from None
+
+    def checkpoints(self, keep: int = 1) -> "Checkpoints":
+        return Checkpoints(self.path / "checkpoints", keep)
+
+
+class Checkpoints:
+    """The saved states of a run: the `keep` newest ones and the one with the lowest validation loss."""
+
+    def __init__(self, path: Path, keep: int):
+        policies = [
+            checkpoint_managers.LatestN(keep),
+            checkpoint_managers.BestN(
+                get_metric_fn=lambda metrics: -metrics["validation_loss"], n=1, keep_checkpoints_without_metrics=False
+            ),
+        ]
+        self._path = path
+        self._manager = ocp.CheckpointManager(
+            path,
+            item_names=("params", "optimizer"),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def last(self) -> int | None:
+        """Newest step saved, or None."""
+        return self._manager.latest_step()
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and loss of the lowest validation loss among the checkpoints, or None."""
+        losses = []
+        for step in self._manager.all_steps():
+            metrics = self._manager.metrics(step)
+            if metrics and "validation_loss" in metrics:
+                losses.append((metrics["validation_loss"], step))
+        return (min(losses)[1], min(losses)[0]) if losses else None
+
+    def save(self, step: int, params: Any, optimizer: Any, validation_loss: float | None = None) -> None:
+        """Starts to save in the background; the arrays may be donated once this returns."""
+        metrics = {} if validation_loss is None else {"validation_loss": validation_loss}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardSave(params), optimizer=ocp.args.StandardSave(optimizer)
+            ),
+            metrics=metrics or None,
+            force=True,
+        )
+
+    def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
+        """The items named (`params`, `optimizer`) of a step.
+
+        Args:
+          abstract: for each item, its tree of jax.ShapeDtypeStruct with the shardings to restore to,
+            which need not be those it was saved with.
+        """
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(**args))
+        except (OSError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"Cannot restore {self._path / str(step)}: {reason}") from error
+        return {name: restored[name] for name in abstract}
+
+    def find(self, which: str) -> int:
+        """The step that `which` names: "best" (or last, if nothing was evaluated), "last", or a number.
+
+        Raises:
+          UserError: there is no such checkpoint.
+        """
+        steps = sorted(self._manager.all_steps())
+        if not steps:
+            raise UserError(f"There is no checkpoint in {self._path} yet.")
+        if which == "last":
+            return steps[-1]
+        if which == "best":
+            best = self.best()
+            return best[0] if best else steps[-1]
+        if which.isdecimal() and int(which) in steps:
+            return int(which)
+        raise UserError(f"--checkpoint={which}: choose best, last or one of {', '.join(map(str, steps))}.")
+
+    def close(self) -> None:
+        """Waits for what is being saved."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def refuse_changes(old: Run, new: Run, workdir: Path, allow: bool) -> dict[str, tuple[Any, Any]]:
+    """The differences between a workdir's run and the one wanted, if they may be.
+
+    Raises:
+      UserError: the data, or a key that is not `HARMLESS`, has changed and `allow` is false.
+    """
+    changes = config_lib.differences(old.config, new.config)
+    serious = [f"{key} {was!r} → {now!r}" for key, (was, now) in changes.items() if key not in HARMLESS]
+    if old.fingerprint != new.fingerprint:
+        serious.append(f"fingerprint of the data {old.fingerprint} → {new.fingerprint}")
+    if serious and not allow:
+        raise UserError(
+            f"--workdir={workdir} holds a run with another config: {'; '.join(serious)}. Choose another "
+            "--workdir, or go on with the changes by --allow_config_change."
+        )
+    return changes
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)

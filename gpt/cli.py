@@ -1,0 +1,74 @@
+"""What the commands share: flags in, one clear sentence out when something is wrong."""
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+
+from absl import app, flags, logging
+
+from gpt.config import default_config, flatten, unknown_key
+from gpt.errors import UserError
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Parses the flags, runs `main` and exits with its code, or with 1 after a UserError.
+
+    Mistakes in the flags exit with 2. Any other exception is a bug and keeps its traceback.
+    """
+
+    def checked(_) -> int | None:
+        try:
+            return main()
+        except UserError as error:
+            return _fail(error, 1)
+
+    # Libraries report their routine at level INFO; warnings are for the user too.
+    logging.set_verbosity(logging.WARNING)
+    app.run(checked, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    asked_for_help = any(argument.lstrip("-") in ("help", "helpshort", "helpfull") for argument in argv[1:])
+    try:
+        rest = flags.FLAGS(argv)
+    except SystemExit:
+        # absl prints help while it parses, and counts that as a failure.
+        sys.exit(0 if asked_for_help else 2)
+    except UserError as error:
+        sys.exit(_fail(error, 2))
+    except flags.UnrecognizedFlagError as error:
+        near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
+        hint = f"; did you mean --{near[0]}?" if near else "; see --help."
+        sys.exit(_fail(f"There is no flag --{error.flagname}{hint}", 2))
+    except flags.Error as error:
+        sys.exit(_fail(_one_line(error), 2))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        sys.exit(_fail(_config_error(argv, error), 2))
+    if len(rest) > 1:
+        sys.exit(_fail(f"Unexpected argument {rest[1]!r}; flags are written --name=value.", 2))
+    config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
+    if type(config).__name__ == "_ErrorConfig":  # ml_collections' word for a file that it cannot load
+        path = flags.FLAGS["config"].config_filename
+        sys.exit(_fail(f"--config={path}: there is no such config file.", 2))
+    return rest
+
+
+def _config_error(argv: list[str], error: Exception) -> str | UserError:
+    """What to say of an error that came while the config file or its overrides were read."""
+    known = flatten(default_config().to_dict())
+    for argument in argv:
+        override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
+        if override and override[1] not in known and override[1] not in default_config():
+            return unknown_key(override[1])
+    path = next((argument.split("=", 1)[-1] for argument in argv if re.match(r"--?config=", argument)), "")
+    return f"--config={path}: {_one_line(error)}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).replace("\\'", "'").split())
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return code

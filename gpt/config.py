@@ -1,0 +1,142 @@
+"""The whole configuration: dataclasses here, an ml_collections tree towards the user.
+
+Each part is declared next to the code that uses it. `configs/*.py` start from `default_config()`,
+which is typed and locked, so a misspelt key or a wrong type is refused.
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from typing import Any
+
+import ml_collections
+
+from gpt.data.text import DataConfig
+from gpt.errors import UserError, check_positive
+from gpt.models.gpt import GPTConfig
+from gpt.optimizer import OptimizerConfig
+from gpt.sharding import MeshConfig
+from gpt.tokenizers import TokenizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Length and rhythm of a run. Just one of `steps`, `epochs` and `tokens` is set."""
+
+    batch_size: int = 128  # rows of block_size tokens in one step, over all devices
+    micro_batches: int = 1  # the gradient is accumulated over this many parts of the batch
+    steps: int = 5000
+    epochs: float = 0.0
+    tokens: float = 0.0
+    log_every: int = 10  # steps between points on TensorBoard and lines in a log
+    eval_every: int = 500  # steps between evaluations of the whole validation split; 0: only at the end
+    checkpoint_every: int = 1000  # steps; the last step and the best evaluation are saved in any case
+    keep_checkpoints: int = 2  # newest ones, besides the best
+    sample_prompt: str = ""  # text that the sample at each evaluation continues; "": a line feed
+    sample_tokens: int = 256  # its length; 0: no samples
+
+    def __post_init__(self):
+        check_positive("train", self, "batch_size", "micro_batches", "log_every", "checkpoint_every")
+        check_positive("train", self, "keep_checkpoints")
+        for name in ("steps", "epochs", "tokens", "eval_every", "sample_tokens"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name}={getattr(self, name)} must not be negative.")
+        lengths = [f"train.{name}={getattr(self, name):g}" for name in ("steps", "epochs", "tokens") if getattr(self, name)]
+        if len(lengths) != 1:
+            found = " and ".join(lengths) or "none is"
+            raise UserError(
+                f"Set just one of train.steps, train.epochs and train.tokens, and the others to 0; {found} set."
+            )
+
+    def total_steps(self, block_size: int, rows_per_epoch: int) -> int:
+        """Length of the run in steps; a last partial step counts as one."""
+        if self.steps:
+            return self.steps
+        rows = self.epochs * rows_per_epoch if self.epochs else self.tokens / block_size
+        return math.ceil(rows / self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a run is made of; see the classes of its parts."""
+
+    seed: int = 0
+    model: GPTConfig = GPTConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must not be negative.")
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """A typed, locked tree of all options with their defaults, for a config file to change."""
+    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+
+
+def from_tree(tree: ml_collections.ConfigDict | dict) -> Config:
+    """The validated dataclasses of a tree.
+
+    Raises:
+      UserError: an unknown or missing key, a wrong type, or a value that its part refuses.
+    """
+    return _build(Config, dict(tree.items()), "")
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"model.num_layers": 8, …} of a nested dictionary."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """{key: (old value, new value)} where two configs differ."""
+    before, after = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
+    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
+
+
+def nearest_keys(key: str) -> list[str]:
+    """Known config keys that `key` may have meant, best first."""
+    known = flatten(default_config().to_dict())
+    by_leaf = {}
+    for name in known:
+        by_leaf.setdefault(name.split(".")[-1], []).append(name)
+    leaves = difflib.get_close_matches(key.split(".")[-1], by_leaf, n=2)
+    whole = difflib.get_close_matches(key, known, n=2, cutoff=0.75)
+    return list(dict.fromkeys(whole + [name for leaf in leaves for name in by_leaf[leaf]]))[:3]
+
+
+def unknown_key(key: str) -> UserError:
+    """The error for a config key that does not exist."""
+    near = nearest_keys(key)
+    return UserError(f"There is no config key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else "."))
+
+
+def _build(cls, values: dict, prefix: str):
+    types = typing.get_type_hints(cls)
+    for name in values.keys() - types.keys():
+        raise unknown_key(prefix + name)
+    arguments = {}
+    for name, expected in types.items():
+        key = prefix + name
+        if name not in values:
+            raise UserError(f"The config has no key {key!r}.")
+        value = values[name]
+        if dataclasses.is_dataclass(expected):
+            if not hasattr(value, "items"):
+                raise UserError(f"{key} is a group of keys and cannot be set to {value!r}.")
+            arguments[name] = _build(expected, dict(value.items()), f"{key}.")
+        else:
+            if expected is float and type(value) is int:
+                value = float(value)
+            if type(value) is not expected:
+                raise UserError(f"{key}={value!r} has to be of type {expected.__name__}.")
+            arguments[name] = value
+    return cls(**arguments)

@@ -1,0 +1,1 @@
+"""Where batches come from: sources of rows, and the pipeline that shuffles and batches them."""

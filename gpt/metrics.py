@@ -1,0 +1,210 @@
+"""What a person sees of a run: the progress line, TensorBoard, tokens/s and MFU."""
+
+import contextlib
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TextIO
+
+import jax
+import numpy as np
+from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+# Peak of dense bfloat16 products per JAX device, in FLOP/s, from the makers' data sheets.
+# The first entry that begins `device_kind` counts; on others no MFU is given.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak FLOP/s of a device in bfloat16, or None where it is not known."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
+
+
+class TensorBoard:
+    """Writes TensorBoard events, without TensorFlow.
+
+    Args:
+      path: the folder of the events file.
+      start_step: events of this step and later, from a run that went further than its last
+        checkpoint, are dropped from view.
+      enabled: False makes every call do nothing (on all processes but one).
+    """
+
+    def __init__(self, path: Path, start_step: int = 0, enabled: bool = True):
+        self._writer = EventFileWriter(str(path)) if enabled else None
+        if start_step:
+            session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._add(event_pb2.Event(step=start_step, session_log=session))
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self._summary(step, [summary_pb2.Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
+
+    def text(self, step: int, tag: str, markdown: str) -> None:
+        tensor = tensor_pb2.TensorProto(
+            dtype=types_pb2.DT_STRING,
+            string_val=[markdown.encode(errors="replace")],
+            tensor_shape=tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)]),
+        )
+        plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name="text")
+        metadata = summary_pb2.SummaryMetadata(plugin_data=plugin)
+        self._summary(step, [summary_pb2.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)])
+
+    def histogram(self, step: int, tag: str, counts: np.ndarray, edges: np.ndarray) -> None:
+        """Writes a histogram of `counts` between `edges`, of which there is one more."""
+        counts, edges = np.asarray(counts, np.float64), np.asarray(edges, np.float64)
+        middles = (edges[1:] + edges[:-1]) / 2
+        histogram = summary_pb2.HistogramProto(
+            min=edges[0],
+            max=edges[-1],
+            num=counts.sum(),
+            sum=(counts * middles).sum(),
+            sum_squares=(counts * middles**2).sum(),
+            bucket_limit=edges[1:],
+            bucket=counts,
+        )
+        self._summary(step, [summary_pb2.Summary.Value(tag=tag, histo=histogram)])
+
+    def flush(self) -> None:
+        if self._writer:
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer:
+            self._writer.close()
+
+    def _summary(self, step: int, values: list[summary_pb2.Summary.Value]) -> None:
+        self._add(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=values)))
+
+    def _add(self, event: event_pb2.Event) -> None:
+        if self._writer:
+            event.wall_time = time.time()
+            self._writer.add_event(event)
+
+
+class Speed:
+    """Rates over the steps since `restart`, time that was not training left out.
+
+    Args:
+      tokens_per_step: over all devices.
+      flops_per_step: model FLOPs over all devices.
+      peak: FLOP/s of all devices together, or None.
+    """
+
+    def __init__(self, tokens_per_step: int, flops_per_step: float, peak: float | None):
+        self._tokens_per_step, self._flops_per_step, self._peak = tokens_per_step, flops_per_step, peak
+        self.restart()
+
+    def restart(self) -> None:
+        self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """A context whose time does not count: compilation, evaluation, sampling, saving."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A context in which the host waits for its input."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def step(self) -> None:
+        """One more step is done."""
+        self._steps += 1
+
+    def rates(self) -> dict[str, float]:
+        """tokens_per_second, steps_per_second, input_wait (fraction of the time), and mfu where known."""
+        seconds, steps = max(time.perf_counter() - self._since, 1e-9), self._steps
+        rates = {
+            "tokens_per_second": steps * self._tokens_per_step / seconds,
+            "steps_per_second": steps / seconds,
+            "input_wait": self._waited / seconds,
+        }
+        if self._peak:
+            rates["mfu"] = steps * self._flops_per_step / seconds / self._peak
+        return rates
+
+
+class Progress:
+    """The progress of a run: one line that renews itself on a terminal, plain lines elsewhere.
+
+    Args:
+      total_steps: length of the run.
+      enabled: False prints nothing (on all processes but one).
+    """
+
+    def __init__(self, total_steps: int, enabled: bool = True, out: TextIO | None = None):
+        self._total, self._enabled, self._out = total_steps, enabled, out or sys.stdout
+        self._terminal = self._out.isatty()
+        self._drawn, self._drawn_at, self._validation_loss = False, 0.0, None
+
+    def update(self, step: int, loss: float, rates: dict[str, float], milestone: bool) -> None:
+        """Shows the state after a step: of every one on a terminal, of milestones elsewhere."""
+        now = time.perf_counter()
+        if not milestone and (not self._terminal or now - self._drawn_at < 0.1):
+            return
+        self._drawn_at = now
+        parts = [f"step {step:,}/{self._total:,}", f"loss {loss:.4f}"]
+        if self._validation_loss is not None:
+            parts.append(f"val {self._validation_loss:.4f}")
+        parts.append(f"{_short(rates['tokens_per_second'])} tok/s")
+        if "mfu" in rates:
+            parts.append(f"mfu {rates['mfu']:.1%}")
+        if rates["input_wait"] > 0.01:
+            parts.append(f"waiting for input {rates['input_wait']:.0%}")
+        parts.append(f"eta {duration((self._total - step) / max(rates['steps_per_second'], 1e-9))}")
+        self._line("  ".join(parts), keep=not self._terminal)
+
+    def evaluated(self, step: int, loss: float, best: bool) -> None:
+        """Shows the result of an evaluation."""
+        self._validation_loss = loss
+        self._line(f"step {step:,}/{self._total:,}  validation loss {loss:.4f}{'  (best)' if best else ''}")
+
+    def say(self, text: str) -> None:
+        """Prints a line of its own."""
+        self._line(text)
+
+    def _line(self, text: str, keep: bool = True) -> None:
+        if not self._enabled:
+            return
+        erase = "\r\033[K" if self._drawn else ""
+        if not keep:  # cut, for a line that wraps cannot be erased
+            text = text[: shutil.get_terminal_size().columns - 1]
+        self._drawn = not keep
+        print(erase + text, end="\n" if keep else "", flush=True, file=self._out)
+
+
+def duration(seconds: float) -> str:
+    """"3m07s", "2h05m", "4d03h"."""
+    seconds = round(seconds)
+    for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // small:02d}{small_unit}"
+    return f"{seconds}s"
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.1f}{unit}"
+    return f"{number:.0f}"

@@ -1,0 +1,189 @@
+"""Causal self-attention over [batch, length, heads, kv] tensors, three ways, chosen by name.
+
+All three compute the same function, dropout bits included, so that one can be exchanged for
+another in the middle of a run:
+
+- `dense`: written from scratch; the whole [length, length] score matrix in memory.
+- `flax`: Flax's own `nn.dot_product_attention`, as an independent reference.
+- `chunked`: queries and keys in blocks with a running softmax; memory linear in the length.
+
+Shape suffixes: B batch, T query length, S key length, H heads, K size of a head.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.extend.random
+import jax.numpy as jnp
+
+# Finite, so that a fully masked row gives numbers and not NaN; far below any real score.
+MASKED = -1e30
+
+
+def causal_mask(q_positions_T: jax.Array, k_positions_S: jax.Array) -> jax.Array:
+    """[T, S] float32: 0 where a query may look at a key (its own position or before), else MASKED."""
+    return jnp.where(q_positions_T[:, None] >= k_positions_S[None, :], 0.0, MASKED)
+
+
+def dense(
+    q_BxTxHxK: jax.Array,
+    k_BxTxHxK: jax.Array,
+    v_BxTxHxK: jax.Array,
+    *,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q·kᵀ/√K + causal mask)·v, with the softmax in float32 (arXiv 1706.03762).
+
+    Args:
+      dropout_rate: probability of dropping an attention weight.
+      dropout_key: key of the dropout mask; None means no dropout.
+
+    Returns:
+      [B, T, H, K] in the dtype of `v`.
+    """
+    length, kv = q_BxTxHxK.shape[1], q_BxTxHxK.shape[-1]
+    positions = jnp.arange(length)
+    scores_BxHxTxS = jnp.einsum(
+        "bthk,bshk->bhts", q_BxTxHxK / math.sqrt(kv), k_BxTxHxK, preferred_element_type=jnp.float32
+    )
+    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS + causal_mask(positions, positions), axis=-1)
+    if dropout_key is not None and dropout_rate > 0:
+        keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights_BxHxTxS.shape)
+        weights_BxHxTxS = weights_BxHxTxS * keep / (1 - dropout_rate)
+    return jnp.einsum("bhts,bshk->bthk", weights_BxHxTxS.astype(v_BxTxHxK.dtype), v_BxTxHxK)
+
+
+def flax(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, *, dropout_rate: float = 0.0, dropout_key=None) -> jax.Array:
+    """`dense` by `flax.linen.dot_product_attention`; same arguments and result."""
+    length = q_BxTxHxK.shape[1]
+    return nn.dot_product_attention(
+        q_BxTxHxK,
+        k_BxTxHxK,
+        v_BxTxHxK,
+        mask=jnp.tril(jnp.ones((1, 1, length, length), bool)),
+        broadcast_dropout=False,
+        dropout_rng=dropout_key,
+        dropout_rate=dropout_rate,
+        deterministic=dropout_key is None,
+        force_fp32_for_softmax=True,
+    )
+
+
+def chunked(
+    q_BxTxHxK: jax.Array,
+    k_BxTxHxK: jax.Array,
+    v_BxTxHxK: jax.Array,
+    *,
+    query_chunk: int,
+    key_chunk: int,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """`dense` in memory linear in the length, after Rabe & Staats (arXiv 2112.05682).
+
+    An outer loop over blocks of queries and an inner one over blocks of keys, which keeps the
+    running maximum, denominator and numerator of the softmax. Both bodies are rematerialised in the
+    backward pass, so that it stays linear too. Blocks of keys that lie wholly in the future are skipped.
+
+    Args:
+      query_chunk, key_chunk: block sizes; they need not divide the length.
+      dropout_rate, dropout_key: as in `dense`, and the same weights are dropped.
+
+    Returns:
+      [B, T, H, K] in the dtype of `v`.
+    """
+    batch, length, heads, kv = q_BxTxHxK.shape
+    query_chunk, key_chunk = min(query_chunk, length), min(key_chunk, length)
+
+    def blocks(x_BxTxHxK, size):  # -> [blocks, B, H, size, K], zeros after the end
+        count = -(-length // size)
+        x = jnp.pad(x_BxTxHxK, ((0, 0), (0, count * size - length), (0, 0), (0, 0)))
+        return x.reshape(batch, count, size, heads, kv).transpose(1, 0, 3, 2, 4)
+
+    def add_keys(q, q_start, carry, k, v, k_start):
+        numerator, denominator, maximum = carry
+        # Keys past the end need no mask of their own: they lie in the future of every real query.
+        mask = causal_mask(q_start + jnp.arange(query_chunk), k_start + jnp.arange(key_chunk))
+        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) + mask
+        new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
+        rescale = jnp.exp(maximum - new_maximum)
+        weights = jnp.exp(scores - new_maximum)
+        denominator = denominator * rescale + weights.sum(axis=-1, keepdims=True)
+        if dropout_key is not None and dropout_rate > 0:
+            keep = _keep_block(
+                dropout_key, 1 - dropout_rate, (batch, heads, length, length), scores.shape, q_start, k_start
+            )
+            weights = weights * keep / (1 - dropout_rate)
+        update = jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return numerator * rescale + update, denominator, new_maximum
+
+    k_blocks, v_blocks = blocks(k_BxTxHxK, key_chunk), blocks(v_BxTxHxK, key_chunk)
+    k_starts = jnp.arange(len(k_blocks)) * key_chunk
+
+    @jax.checkpoint
+    def one_query_block(q, q_start):
+        @jax.checkpoint
+        def one_key_block(carry, block):
+            k, v, k_start = block
+            in_the_future = k_start > q_start + query_chunk - 1
+            carry = jax.lax.cond(
+                in_the_future, lambda c: c, lambda c: add_keys(q, q_start, c, k, v, k_start), carry
+            )
+            return carry, None
+
+        shape = (batch, heads, query_chunk)
+        zero = (jnp.zeros((*shape, kv)), jnp.zeros((*shape, 1)), jnp.full((*shape, 1), MASKED))
+        (numerator, denominator, _), _ = jax.lax.scan(one_key_block, zero, (k_blocks, v_blocks, k_starts))
+        return (numerator / denominator).astype(v_BxTxHxK.dtype)
+
+    q_blocks = blocks(q_BxTxHxK / math.sqrt(kv), query_chunk)
+    q_starts = jnp.arange(len(q_blocks)) * query_chunk
+    out = jax.lax.map(lambda block: one_query_block(*block), (q_blocks, q_starts))
+    out_BxTxHxK = out.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, kv)
+    return out_BxTxHxK[:, :length]
+
+
+def _keep_block(key, keep_probability, full_shape, block_shape, q_start, k_start) -> jax.Array:
+    """The [q_start:, k_start:] block of `jax.random.bernoulli(key, p, full_shape)`, without the rest.
+
+    Partitionable threefry is a counter-based generator: the bits of an element depend only on
+    the key and the element's flat index, so a block can be drawn where it is needed.
+    """
+    index_hi, index_lo = jnp.zeros(block_shape, jnp.uint32), jnp.zeros(block_shape, jnp.uint32)
+    starts = (0, 0, q_start, k_start)
+    for axis, (size, start) in enumerate(zip(full_shape, starts, strict=True)):
+        # index = index * size + coordinate in 64 bits, made of two 32-bit words.
+        coordinate = jax.lax.broadcasted_iota(jnp.uint32, block_shape, axis) + jnp.uint32(start)
+        carry, product = _multiply_32(index_lo, size)
+        index_lo = product + coordinate
+        index_hi = index_hi * jnp.uint32(size) + carry + (index_lo < product)
+    key_hi, key_lo = jax.random.key_data(key)
+    words = jax.extend.random.threefry2x32_p.bind(key_hi, key_lo, index_hi, index_lo)
+    bits = words[0] ^ words[1]
+    # As jax.random.uniform: the 23 high bits become the mantissa of a number in [1, 2).
+    uniform = jax.lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32) - 1.0
+    return uniform < keep_probability
+
+
+def _multiply_32(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """High and low words of the 64-bit product of uint32 `x` and a size below 2³²."""
+    mask = jnp.uint32(0xFFFF)
+    x_hi, x_lo = x >> 16, x & mask
+    s_hi, s_lo = jnp.uint32(size >> 16), jnp.uint32(size & 0xFFFF)
+    middle = x_hi * s_lo + ((x_lo * s_lo) >> 16)
+    middle_2 = x_lo * s_hi + (middle & mask)
+    return x_hi * s_hi + (middle >> 16) + (middle_2 >> 16), x * jnp.uint32(size)
+
+
+ATTENTION: dict[str, Callable[..., jax.Array]] = {"dense": dense, "flax": flax, "chunked": chunked}
+
+
+def by_name(name: str, *, query_chunk: int, key_chunk: int) -> Callable[..., jax.Array]:
+    """The attention function of that name; the chunk sizes go to the one that has chunks."""
+    if name == "chunked":
+        return functools.partial(chunked, query_chunk=query_chunk, key_chunk=key_chunk)
+    return ATTENTION[name]

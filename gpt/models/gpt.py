@@ -1,0 +1,276 @@
+"""A decoder-only transformer, from the token embedding to the logits.
+
+Shape suffixes: B batch, T length, D width, H heads, K size of a head, V vocabulary.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gpt.errors import UserError, check_choice, check_fraction, check_positive
+from gpt.models import attention
+from gpt.models.layers import ACTIVATIONS, Embedding, Linear, Norm, rotary
+
+# Name: (layers, heads, width). The GPT-2 family is from Radford et al. 2019, gopher-44m from
+# arXiv 2112.11446, and the three smallest are minGPT's.
+SIZES: dict[str, tuple[int, int, int]] = {
+    "openai-gpt": (12, 12, 768),
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+    "gopher-44m": (8, 16, 512),
+    "gpt-mini": (6, 6, 192),
+    "gpt-micro": (4, 4, 128),
+    "gpt-nano": (3, 3, 48),
+}
+
+REMAT_POLICIES: dict[str, Any] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig:
+    """Shape and options of the model. The defaults are a GPT-2 for characters."""
+
+    vocab_size: int = 0  # 0: the tokenizer's
+    vocab_multiple: int = 1  # pad the table of embeddings to a multiple, so that a mesh axis divides it
+    block_size: int = 128  # longest context, in tokens
+    num_layers: int = 8
+    num_heads: int = 8
+    embed_dim: int = 512
+    mlp_factor: float = 4.0  # hidden width of the MLP, as a multiple of embed_dim
+    tie_embeddings: bool = True  # output head = transposed token embedding, as in GPT-2
+    bias: bool = True  # biases in linear layers and LayerNorm
+    norm: str = "layernorm"  # or rmsnorm
+    activation: str = "gelu_tanh"  # or gelu (exact), relu, relu_squared, silu
+    positions: str = "learned"  # or rotary
+    embed_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    attention: str = "dense"  # or flax, chunked
+    query_chunk: int = 128  # block sizes of chunked attention, in tokens
+    key_chunk: int = 128
+    dtype: str = "auto"  # of the computation: float32, bfloat16; auto is float32 on CPU, bfloat16 elsewhere
+    scan_layers: bool = False  # one compiled block in a loop: compiles faster, on for deep models
+    remat: str = "none"  # what the backward pass recomputes: none, dots (keep products), full
+
+    def __post_init__(self):
+        check_positive(
+            "model", self, "vocab_multiple", "block_size", "num_layers", "num_heads", "embed_dim", "mlp_factor"
+        )
+        check_positive("model", self, "query_chunk", "key_chunk")
+        check_fraction("model", self, "embed_dropout", "residual_dropout", "attention_dropout")
+        check_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
+        check_choice("model.activation", self.activation, ACTIVATIONS)
+        check_choice("model.positions", self.positions, ("learned", "rotary"))
+        check_choice("model.attention", self.attention, attention.ATTENTION)
+        check_choice("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        check_choice("model.remat", self.remat, REMAT_POLICIES)
+        if self.vocab_size < 0:
+            raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the tokenizer's) or more.")
+        if self.embed_dim % self.num_heads:
+            raise UserError(f"model.num_heads={self.num_heads} does not divide model.embed_dim={self.embed_dim}.")
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise UserError(
+                f"model.positions=rotary needs an even head size, but model.embed_dim/model.num_heads={self.head_dim}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.mlp_factor * self.embed_dim)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    def resolve(self, vocab_size: int, platform: str) -> "GPTConfig":
+        """This config with what `0` and `auto` stand for filled in, on a JAX platform like "cpu"."""
+        if self.vocab_size not in (0, vocab_size):
+            raise UserError(f"model.vocab_size={self.vocab_size}, but the tokenizer has {vocab_size} tokens; set 0.")
+        dtype = self.dtype if self.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+        return dataclasses.replace(self, vocab_size=vocab_size, dtype=dtype)
+
+    def num_parameters(self) -> int:
+        """Number of parameters, embeddings included, from the shapes alone."""
+        d, bias = self.embed_dim, int(self.bias)
+        norm = d * (1 + (bias if self.norm == "layernorm" else 0))
+        attention_ = 4 * d * d + bias * 4 * d
+        mlp = 2 * d * self.mlp_dim + bias * (self.mlp_dim + d)
+        tables = self.padded_vocab_size * d * (1 if self.tie_embeddings else 2)
+        positions = self.block_size * d if self.positions == "learned" else 0
+        return tables + positions + self.num_layers * (attention_ + mlp + 2 * norm) + norm
+
+    def flops_per_token(self) -> float:
+        """Model FLOPs of forward and backward pass for one trained token, at full block size.
+
+        6 for each parameter that multiplies an activation, plus 12·layers·width·length for the
+        attention scores and values (PaLM's convention, arXiv 2204.02311 appendix B).
+        """
+        block = 4 * self.embed_dim**2 + 2 * self.embed_dim * self.mlp_dim
+        weights = self.num_layers * block + self.vocab_size * self.embed_dim
+        return 6 * weights + 12 * self.num_layers * self.embed_dim * self.block_size
+
+
+class SelfAttention(nn.Module):
+    """Causal self-attention with one packed projection for queries, keys and values."""
+
+    config: GPTConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        qkv_BxTxHx3K = Linear(
+            (c.embed_dim,),
+            (c.num_heads, 3 * c.head_dim),
+            ("embed", "heads", "kv"),
+            nn.initializers.normal(0.02),
+            c.bias,
+            dtype,
+            name="qkv",
+        )(x_BxTxD)
+        qkv_BxTxHx3K = nn.with_logical_constraint(qkv_BxTxHx3K, ("batch", "length", "heads", "kv"))
+        q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = jnp.split(qkv_BxTxHx3K, 3, axis=-1)
+        if c.positions == "rotary":
+            q_BxTxHxK, k_BxTxHxK = rotary(q_BxTxHxK), rotary(k_BxTxHxK)
+        use_dropout = c.attention_dropout > 0 and not self.deterministic
+        attend = attention.by_name(c.attention, query_chunk=c.query_chunk, key_chunk=c.key_chunk)
+        out_BxTxHxK = attend(
+            q_BxTxHxK,
+            k_BxTxHxK,
+            v_BxTxHxK,
+            dropout_rate=c.attention_dropout,
+            dropout_key=self.make_rng("dropout") if use_dropout else None,
+        )
+        out_BxTxHxK = nn.with_logical_constraint(out_BxTxHxK, ("batch", "length", "heads", "kv"))
+        return Linear(
+            (c.num_heads, c.head_dim),
+            (c.embed_dim,),
+            ("heads", "kv", "embed"),
+            residual_init(c),
+            c.bias,
+            dtype,
+            name="out",
+        )(out_BxTxHxK)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        up_init = nn.initializers.normal(0.02)
+        h_BxTxF = Linear((c.embed_dim,), (c.mlp_dim,), ("embed", "mlp"), up_init, c.bias, dtype, name="up")(x_BxTxD)
+        h_BxTxF = nn.with_logical_constraint(ACTIVATIONS[c.activation](h_BxTxF), ("batch", "length", "mlp"))
+        down = Linear((c.mlp_dim,), (c.embed_dim,), ("mlp", "embed"), residual_init(c), c.bias, dtype, name="down")
+        return down(h_BxTxF)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)): the pre-norm block of GPT-2."""
+
+    config: GPTConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        c = self.config
+
+        def norm(name):
+            return Norm(c.norm, c.bias, jnp.dtype(c.dtype), name=name)
+
+        def residual(x, y):
+            y = nn.Dropout(c.residual_dropout, deterministic=self.deterministic)(y)
+            return nn.with_logical_constraint(x + y, ("batch", "length", "embed"))
+
+        x_BxTxD = residual(x_BxTxD, SelfAttention(c, self.deterministic, name="attention")(norm("norm_1")(x_BxTxD)))
+        return residual(x_BxTxD, MLP(c, name="mlp")(norm("norm_2")(x_BxTxD)))
+
+
+class GPT(nn.Module):
+    """Token logits from tokens. `config` has to be resolved: see `GPTConfig.resolve`."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, tokens_BxT: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Logits of the next token at each position.
+
+        Args:
+          tokens_BxT: int32 token ids, T at most `block_size`.
+          deterministic: False switches dropout on; it draws from the "dropout" rng.
+
+        Returns:
+          logits_BxTxV, float32, with V = `padded_vocab_size` and the padding at -1e30.
+        """
+        c = self.config
+        dtype = jnp.dtype(c.dtype)
+        length = tokens_BxT.shape[1]
+        init = nn.initializers.normal(0.02)
+        token_embedding = Embedding(c.padded_vocab_size, c.embed_dim, "vocab", init, dtype, name="token_embedding")
+        x_BxTxD = token_embedding(tokens_BxT)
+        if c.positions == "learned":
+            position_embedding = Embedding(c.block_size, c.embed_dim, "length", init, dtype, name="position_embedding")
+            x_BxTxD = x_BxTxD + position_embedding(jnp.arange(length))
+        x_BxTxD = nn.Dropout(c.embed_dropout, deterministic=deterministic)(x_BxTxD)
+        x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed"))
+
+        block = Block
+        if c.remat != "none":
+            # Inside a scan, XLA cannot undo the recomputation, so nothing has to prevent it.
+            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
+        if c.scan_layers:
+            scan = nn.scan(
+                lambda module, x, _: (module(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                length=c.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            x_BxTxD, _ = scan(block(c, deterministic, name="blocks"), x_BxTxD, None)
+        else:
+            for i in range(c.num_layers):
+                x_BxTxD = block(c, deterministic, name=f"block_{i}")(x_BxTxD)
+
+        x_BxTxD = Norm(c.norm, c.bias, dtype, name="final_norm")(x_BxTxD)
+        if c.tie_embeddings:
+            logits_BxTxV = token_embedding.attend(x_BxTxD)
+        else:
+            head_shape = (c.embed_dim,), (c.padded_vocab_size,)
+            logits_BxTxV = Linear(*head_shape, ("embed", "vocab"), init, False, dtype, name="head")(x_BxTxD)
+        logits_BxTxV = nn.with_logical_constraint(logits_BxTxV, ("batch", "length", "vocab")).astype(jnp.float32)
+        if c.padded_vocab_size > c.vocab_size:
+            is_padding = jnp.arange(c.padded_vocab_size) >= c.vocab_size
+            logits_BxTxV = jnp.where(is_padding, attention.MASKED, logits_BxTxV)
+        return logits_BxTxV
+
+
+def residual_init(config: GPTConfig):
+    """GPT-2's initializer of projections onto the residual stream: smaller the more layers add to it."""
+    return nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
+
+
+def named_size(name: str) -> dict[str, int]:
+    """`num_layers`, `num_heads` and `embed_dim` of a known size; see `SIZES`.
+
+    Raises:
+      UserError: there is no such size.
+    """
+    check_choice("size", name, SIZES)
+    return dict(zip(("num_layers", "num_heads", "embed_dim"), SIZES[name], strict=True))

@@ -1,0 +1,131 @@
+"""Layers that the model families share. Every parameter carries the logical names of its axes.
+
+The names (`embed`, `heads`, `kv`, `mlp`, `vocab`, `layers`, …) are mapped to mesh axes by the
+one table in `gpt/sharding.py`; nothing here knows about a mesh.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Initializer = Callable[..., jax.Array]
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """The tanh approximation of GELU (arXiv 1606.08415), as GPT-2 uses it.
+
+    Written as x·sigmoid(2u), which equals x·(1 + tanh u)/2 and is much faster than tanh on a CPU.
+    """
+    return x * jax.nn.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": gelu_tanh,
+    "relu": jax.nn.relu,
+    "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),  # Primer, arXiv 2109.08668
+    "silu": jax.nn.silu,
+}
+
+
+class Linear(nn.Module):
+    """y = x·kernel + bias over the last `len(in_shape)` axes of x.
+
+    Attributes:
+      in_shape, out_shape: sizes of the axes contracted and produced.
+      axes: logical names of the kernel's axes, those of `in_shape` and then those of `out_shape`.
+      kernel_init: initializer of the kernel, called with the kernel's own shape.
+      use_bias: whether to add a bias of shape `out_shape`, initially zero.
+      dtype: dtype of the computation; parameters are float32.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    kernel_init: Initializer
+    use_bias: bool
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        kernel = self.param("kernel", kernel_init, (*self.in_shape, *self.out_shape))
+        # One two-dimensional product: XLA's CPU backend computes the gradient of a product with several
+        # contracted axes at half the speed. The reshapes keep each sharded axis the major one.
+        rows = x.shape[: x.ndim - len(self.in_shape)]
+        width = math.prod(self.in_shape)
+        y = x.astype(self.dtype).reshape(-1, width) @ kernel.astype(self.dtype).reshape(width, -1)
+        y = y.reshape(*rows, *self.out_shape)
+        if self.use_bias:
+            bias_axes = self.axes[len(self.in_shape) :]
+            bias_init = nn.with_logical_partitioning(nn.initializers.zeros, bias_axes)
+            y = y + self.param("bias", bias_init, self.out_shape).astype(self.dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467) over the last axis, in float32.
+
+    Attributes:
+      kind: "layernorm" or "rmsnorm".
+      use_bias: whether LayerNorm has a bias; RMSNorm has none.
+      dtype: dtype of the result.
+    """
+
+    kind: str
+    use_bias: bool
+    dtype: jnp.dtype
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        width = x.shape[-1]
+        if self.kind == "layernorm":
+            x = x - x.mean(axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
+        x = x * self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (width,))
+        if self.use_bias and self.kind == "layernorm":
+            x = x + self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (width,))
+        return x.astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """A table of `size` rows of `width` numbers, looked up by index.
+
+    Attributes:
+      axis: logical name of the table's first axis.
+    """
+
+    size: int
+    width: int
+    axis: str
+    table_init: Initializer
+    dtype: jnp.dtype
+
+    def setup(self):
+        init = nn.with_logical_partitioning(self.table_init, (self.axis, "embed"))
+        self.embedding = self.param("embedding", init, (self.size, self.width))
+
+    def __call__(self, indices: jax.Array) -> jax.Array:
+        """Rows of the table: [..., width] for integer `indices` of shape [...]."""
+        return jnp.take(self.embedding, indices, axis=0).astype(self.dtype)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """Products with every row, for an output head tied to the embedding: [..., size]."""
+        y = x.astype(self.dtype).reshape(-1, self.width) @ self.embedding.astype(self.dtype).T
+        return y.reshape(*x.shape[:-1], self.size)
+
+
+def rotary(x_BxTxHxK: jax.Array, base: float = 10_000.0) -> jax.Array:
+    """Rotates pairs (i, i + K/2) of each head by an angle that grows with position (arXiv 2104.09864)."""
+    length, half = x_BxTxHxK.shape[1], x_BxTxHxK.shape[-1] // 2
+    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequencies  # [T, 1, K/2]
+    sin, cos = jnp.sin(angles), jnp.cos(angles)
+    first, second = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BxTxHxK.dtype)

@@ -1,0 +1,431 @@
+"""The training loop: build the program, restore, step, log, evaluate, save."""
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gpt import generate, metrics, optimizer, sharding
+from gpt.checkpoint import Run, Workdir, refuse_changes
+from gpt.config import Config
+from gpt.data import pipeline, text
+from gpt.errors import UserError
+from gpt.models.gpt import GPT, GPTConfig
+
+HISTOGRAM_POSITIONS, HISTOGRAM_BINS = 64, 64
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step changes. `step` counts the steps done."""
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The functions of a run, to be compiled for a mesh, and the shardings they are compiled with.
+
+    Attributes:
+      model: the module that maps tokens to logits.
+      abstract_state: TrainState of jax.ShapeDtypeStruct, with shardings.
+      init: () -> TrainState, each array made on the devices that hold it.
+      train_step: (state, batch) -> (state, metrics); the state given is used up.
+      eval_step: (params, batch) -> sums over the batch.
+    """
+
+    mesh: jax.sharding.Mesh
+    model: GPT
+    abstract_state: TrainState
+    init: Callable[[], TrainState]
+    train_step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+    eval_step: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
+
+    def num_parameters(self) -> int:
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_state.params))
+
+
+def build(config: Config, model_config: GPTConfig, mesh: jax.sharding.Mesh, total_steps: int) -> Program:
+    """The program of a run on a mesh; nothing is compiled or allocated yet.
+
+    Args:
+      model_config: `config.model`, resolved.
+
+    Raises:
+      UserError: the mesh does not divide the batch or a parameter.
+    """
+    pipeline.check_batch(config.train.batch_size, mesh, config.train.micro_batches)
+    model = GPT(model_config)
+    tokens_per_step = config.train.batch_size * model_config.block_size
+    learning_rate = optimizer.schedule(config.optimizer, tokens_per_step, total_steps)
+    tx = optimizer.make_optimizer(config.optimizer, learning_rate)
+
+    def init_boxed() -> TrainState:
+        # Parameters do not depend on the batch, so the smallest will do.
+        tokens = jnp.zeros((1, model_config.block_size), jnp.int32)
+        params = model.init(jax.random.key(config.seed), tokens)["params"]
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array]):
+        # A key for each (seed, step), so that a run resumed draws what it would have drawn.
+        dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+        weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != text.IGNORED), 1)
+
+        def loss_of(params, batch, key):
+            logits = model.apply(
+                {"params": params}, batch["inputs"], deterministic=False, rngs={"dropout": key}
+            )
+            return weight * token_losses(logits, batch["targets"]).sum()
+
+        loss, grads = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches)(
+            state.params, batch, dropout_key
+        )
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        measured = {
+            "loss": loss,
+            "gradient_norm": optax.global_norm(grads),
+            "parameter_norm": optax.global_norm(params),
+            "learning_rate": learning_rate(state.step),
+        }
+        return TrainState(state.step + 1, params, opt_state), measured
+
+    def eval_step(params, batch):
+        logits = model.apply({"params": params}, batch["inputs"])
+        counts, edges = jnp.histogram(logits[0, :HISTOGRAM_POSITIONS, : model_config.vocab_size], HISTOGRAM_BINS)
+        return {
+            "loss": token_losses(logits, batch["targets"]).sum(),
+            "tokens": jnp.sum(batch["targets"] != text.IGNORED),
+            "logits_counts": counts,
+            "logits_edges": edges,
+        }
+
+    abstract_boxed = jax.eval_shape(init_boxed)
+    shardings = sharding.state_shardings(abstract_boxed, mesh)
+    abstract_state = jax.tree.map(
+        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), nn.unbox(abstract_boxed), shardings
+    )
+    batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    return Program(
+        mesh=mesh,
+        model=model,
+        abstract_state=abstract_state,
+        init=jax.jit(lambda: nn.unbox(init_boxed()), out_shardings=shardings),
+        train_step=jax.jit(
+            train_step,
+            in_shardings=(shardings, batch),
+            out_shardings=(shardings, everywhere),
+            donate_argnums=0,
+        ),
+        eval_step=jax.jit(eval_step, in_shardings=(shardings.params, batch), out_shardings=everywhere),
+    )
+
+
+def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+    """[B, T] cross-entropies in nats; 0 where the target is `text.IGNORED`."""
+    # A comparison and a sum instead of an index: no gather across a sharded vocabulary.
+    is_target_BxTxV = targets_BxT[..., None] == jnp.arange(logits_BxTxV.shape[-1])
+    target_logits_BxT = jnp.sum(jnp.where(is_target_BxTxV, logits_BxTxV, 0), axis=-1)
+    losses_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - target_logits_BxT
+    return jnp.where(targets_BxT != text.IGNORED, losses_BxT, 0)
+
+
+def accumulate(value_and_grad: Callable, parts: int) -> Callable:
+    """`value_and_grad(params, batch, key)` as a sum over `parts` of the batch, one after the other."""
+    if parts == 1:
+        return value_and_grad
+
+    def accumulated(params, batch, key):
+        def split(x):
+            # Each part takes rows from every device's share, so that no row has to move.
+            x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+            return nn.with_logical_constraint(x, (None, "batch") + (None,) * (x.ndim - 2))
+
+        def add(total, part):
+            batch, i = part
+            return jax.tree.map(jnp.add, total, value_and_grad(params, batch, jax.random.fold_in(key, i))), None
+
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        total, _ = jax.lax.scan(add, zeros, (jax.tree.map(split, batch), jnp.arange(parts)))
+        return total
+
+    return accumulated
+
+
+def evaluate(program: Program, params: Any, source: pipeline.Source, batch_size: int) -> dict[str, Any]:
+    """Means over every token of a source.
+
+    Returns:
+      {"loss": nats per token, "tokens": how many, "logits_counts", "logits_edges": a histogram of
+      the logits of the first tokens}.
+    """
+    rows = sharding.local_rows(program.mesh, batch_size)
+    padding = {"inputs": 0, "targets": text.IGNORED}
+    with sharding.use(program.mesh):
+        batches = pipeline.evaluation_batches(source, batch_size, rows, padding)
+        sums = [program.eval_step(params, batch) for batch in pipeline.to_devices(batches, program.mesh)]
+        sums = jax.device_get(sums)
+    tokens = sum(int(part["tokens"]) for part in sums)
+    loss = sum(float(part["loss"]) for part in sums) / tokens
+    return sums[0] | {"loss": loss, "tokens": tokens}
+
+
+class Interrupted:
+    """Turns the first SIGTERM or Ctrl-C into a flag; the second Ctrl-C is immediate."""
+
+    def __init__(self):
+        self.signal: signal.Signals | None = None
+
+    def __enter__(self) -> "Interrupted":
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _) -> None:
+        self.signal = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False, profile: bool = False) -> int:
+    """Trains, from the newest checkpoint of the workdir if it has one.
+
+    Args:
+      allow_config_change: go on with a run although its config has changed.
+      profile: write a trace of a few steps for TensorBoard's profiler.
+
+    Returns:
+      The exit code: 0 when the run is complete, 128 + the number of the signal that ended it.
+
+    Raises:
+      UserError: the config, the data or the workdir do not allow it, or the loss is not finite.
+    """
+    is_first_process = jax.process_index() == 0
+    mesh = sharding.make_mesh(config.mesh)
+    pipeline.check_batch(config.train.batch_size, mesh, config.train.micro_batches)
+    workdir.create()
+    before = workdir.read() if workdir.has_run else None
+    corpus = text.load(config.data, before.tokenizer if before else config.tokenizer, config.model.block_size)
+    run = Run(config, corpus.tokenizer, corpus.fingerprint)
+    changes = refuse_changes(before, run, workdir.path, allow_config_change) if before else {}
+
+    platform = mesh.devices.flat[0].platform
+    model_config = config.model.resolve(corpus.tokenizer.vocab_size, platform)
+    training = text.TrainingWindows(corpus.train, model_config.block_size, config.seed)
+    validation = text.EvaluationWindows(corpus.validation, model_config.block_size)
+    batch_size = config.train.batch_size
+    tokens_per_step = batch_size * model_config.block_size
+    total_steps = config.train.total_steps(model_config.block_size, len(training))
+    program = build(config, model_config, mesh, total_steps)
+    sample = Sampler(program, run)
+    if is_first_process:
+        workdir.record(run)
+
+    progress = metrics.Progress(total_steps, enabled=is_first_process)
+    for line in describe(program, config, corpus, total_steps, len(training)):
+        progress.say(line)
+    for key, (was, now) in changes.items():
+        progress.say(f"changed: {key} {was!r} → {now!r}")
+
+    checkpoints = workdir.checkpoints(config.train.keep_checkpoints)
+    start, best = checkpoints.last() or 0, checkpoints.best()
+    best_loss = best[1] if best else math.inf
+    if start >= total_steps:
+        checkpoints.close()
+        progress.say(f"Nothing to do: {start:,} of {total_steps:,} steps are done in {workdir.path}.")
+        return 0
+    if start:
+        progress.say(f"resuming after step {start:,}")
+        state = restore(checkpoints, start, program)
+    else:
+        with sharding.use(mesh):
+            state = program.init()
+
+    tensorboard = metrics.TensorBoard(workdir.path, start, enabled=is_first_process)
+    tensorboard.text(start, "config", f"```json\n{json.dumps(dataclasses.asdict(config), indent=1)}\n```")
+    peak = metrics.peak_flops(mesh.devices.flat[0])
+    speed = metrics.Speed(
+        tokens_per_step, tokens_per_step * model_config.flops_per_token(), peak and peak * mesh.size
+    )
+    rows = sharding.local_rows(mesh, batch_size)
+    prefetch = config.data.prefetch
+    batches = pipeline.to_devices(
+        pipeline.training_batches(training, batch_size, config.seed, rows, start, prefetch), mesh
+    )
+
+    def report(step: int, measured: dict[str, jax.Array]) -> None:
+        """Waits for the step, checks and shows its metrics."""
+        values = {name: float(value) for name, value in jax.device_get(measured).items()}
+        speed.step()
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
+            saved = checkpoints.last()
+            kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
+            raise UserError(
+                f"Step {step} gave loss {values['loss']} and gradient norm {values['gradient_norm']}; {kept} in "
+                f"{workdir.path}. Try a lower optimizer.learning_rate or a longer optimizer.warmup_tokens."
+            )
+        progress.update(step, values["loss"], speed.rates(), milestone=step % config.train.log_every == 0)
+        if step % config.train.log_every == 0:
+            tensorboard.scalars(step, {f"train/{name}": value for name, value in values.items()})
+            tensorboard.scalars(step, {"progress/tokens": step * tokens_per_step})
+            tensorboard.scalars(step, {f"progress/{name}": value for name, value in speed.rates().items()})
+            speed.restart()
+
+    def evaluate_and_sample(step: int) -> float:
+        result = evaluate(program, state.params, validation, batch_size)
+        progress.evaluated(step, result["loss"], best=result["loss"] < best_loss)
+        tensorboard.scalars(step, {"validation/loss": result["loss"]})
+        tensorboard.histogram(step, "validation/logits", result["logits_counts"], result["logits_edges"])
+        if config.train.sample_tokens:
+            written = sample(state.params, step)
+            progress.say("\n".join("  │ " + line for line in written.splitlines()))
+            tensorboard.text(step, "sample", "    " + written.replace("\n", "\n    "))
+        tensorboard.flush()
+        return result["loss"]
+
+    tracer = Tracer(workdir.path, start) if profile else None
+    pending, done, began = None, start, time.perf_counter()
+    try:
+        with Interrupted() as interrupted:
+            while done < total_steps and not interrupted.signal:
+                with speed.waiting():
+                    batch = next(batches)
+                if tracer:
+                    tracer.before_step(done)
+                if done == start:
+                    progress.say("compiling the training step …")
+                    with speed.pause(), sharding.use(mesh):
+                        state, measured = program.train_step(state, batch)
+                else:
+                    with sharding.use(mesh):
+                        state, measured = program.train_step(state, batch)
+                done += 1
+                # The step before, so that the device always has the next one to go on with.
+                if pending:
+                    report(*pending)
+                pending = done, measured
+
+                is_last = done == total_steps
+                evaluate_now = is_last or (config.train.eval_every and done % config.train.eval_every == 0)
+                save_now = is_last or done % config.train.checkpoint_every == 0 or interrupted.signal
+                if evaluate_now or save_now:
+                    report(*pending)
+                    pending = None
+                    with speed.pause():
+                        loss = evaluate_and_sample(done) if evaluate_now else None
+                        if save_now or loss < best_loss:
+                            checkpoints.save(done, state.params, state.opt_state, loss)
+                        best_loss = min(best_loss, loss if evaluate_now else math.inf)
+            if interrupted.signal and checkpoints.last() != done:
+                # The signal came after the last look at it.
+                report(*pending)
+                checkpoints.save(done, state.params, state.opt_state)
+    finally:
+        if tracer:
+            tracer.stop()
+        checkpoints.close()
+        tensorboard.close()
+    seconds = metrics.duration(time.perf_counter() - began)
+    if done < total_steps:
+        progress.say(
+            f"Stopped by {interrupted.signal.name} and saved after step {done:,} of {total_steps:,}; "
+            "the same command goes on from there."
+        )
+        return 128 + interrupted.signal
+    progress.say(f"Done: {total_steps:,} steps in {seconds}, best validation loss {best_loss:.4f}, in {workdir.path}")
+    return 0
+
+
+def restore(checkpoints, step: int, program: Program) -> TrainState:
+    """The state after a step, sharded as the program wants it."""
+    abstract = program.abstract_state
+    restored = checkpoints.restore(step, params=abstract.params, optimizer=abstract.opt_state)
+    counter = jax.device_put(np.int32(step), abstract.step.sharding)
+    return TrainState(counter, restored["params"], restored["optimizer"])
+
+
+def describe(
+    program: Program, config: Config, corpus: text.Corpus, total_steps: int, rows_per_epoch: int
+) -> Iterator[str]:
+    """What is about to be trained, on what and where, a line each."""
+    c, mesh, batch_size = program.model.config, program.mesh, config.train.batch_size
+    shape = f"{c.num_layers} layers, {c.num_heads} heads, {c.embed_dim} wide, block {c.block_size}"
+    yield f"model  {program.num_parameters():,} parameters: {shape}, {c.dtype}"
+    yield (
+        f"data   {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, "
+        f"vocabulary {corpus.tokenizer.vocab_size}"
+    )
+    for note in corpus.notes:
+        yield f"       {note}"
+    abstract = program.abstract_state
+    megabytes = sharding.bytes_per_device(abstract, jax.tree.map(lambda leaf: leaf.sharding, abstract)) / 1e6
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    device = mesh.devices.flat[0].device_kind
+    yield f"mesh   {sizes} over {mesh.size} × {device}; parameters and optimizer {megabytes:,.1f} MB a device"
+    tokens = batch_size * c.block_size
+    epochs = total_steps * batch_size / rows_per_epoch
+    yield f"run    {total_steps:,} steps × {tokens:,} tokens = {total_steps * tokens:,} tokens, {epochs:.1f} epochs"
+
+
+class Sampler:
+    """Samples of text during training."""
+
+    def __init__(self, program: Program, run: Run):
+        self._tokenizer, self._train = run.tokenizer, run.config.train
+        self._prompt = encode_prompt(run.tokenizer, run.config.train.sample_prompt, "train.sample_prompt")
+        self._generate = generate.Generator(program.model, program.mesh, generate.Sampling(temperature=0.8))
+
+    def __call__(self, params: Any, seed: int) -> str:
+        """The prompt and what the model makes of it."""
+        segments = self._generate(params, self._prompt, num_samples=1, seed=seed)
+        texts = generate.continuations(segments, self._tokenizer.decode, 1, self._train.sample_tokens)
+        return self._tokenizer.decode(self._prompt) + list(texts)[-1][0]
+
+
+def encode_prompt(tokenizer, prompt: str, name: str) -> np.ndarray:
+    """Tokens of a prompt; for an empty one a line feed, or the first token where that is unknown.
+
+    Raises:
+      UserError: unknown characters, with `name` as the flag or key that they came by.
+    """
+    try:
+        return tokenizer.encode(prompt or "\n")
+    except UserError as error:
+        if not prompt:
+            return np.zeros(1, np.int32)
+        raise UserError(f"{name}: {error}") from None
+
+
+class Tracer:
+    """A profiler trace of a few steps, once the first ones are over."""
+
+    def __init__(self, path: Path, start: int, skip: int = 3, steps: int = 3):
+        self._path, self._first, self._after = path, start + skip, start + skip + steps
+        self._running = False
+
+    def before_step(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(str(self._path))
+            self._running = True
+        elif step == self._after:
+            self.stop()
+
+    def stop(self) -> None:
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
