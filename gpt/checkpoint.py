@@ -15,7 +15,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -148,9 +147,7 @@ class Checkpoints:
         metrics = {} if validation_loss is None else {"validation_loss": validation_loss}
         self._manager.save(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(params), optimizer=ocp.args.StandardSave(optimizer)
-            ),
+            args=ocp.args.Composite(params=ocp.args.StandardSave(params), optimizer=ocp.args.StandardSave(optimizer)),
             metrics=metrics or None,
             force=True,
         )

@@ -42,7 +42,9 @@ class TrainConfig:
         for name in ("steps", "epochs", "tokens", "eval_every", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name}={getattr(self, name)} must not be negative.")
-        lengths = [f"train.{name}={getattr(self, name):g}" for name in ("steps", "epochs", "tokens") if getattr(self, name)]
+        lengths = [
+            f"train.{name}={getattr(self, name):g}" for name in ("steps", "epochs", "tokens") if getattr(self, name)
+        ]
         if len(lengths) != 1:
             found = " and ".join(lengths) or "none is"
             raise UserError(

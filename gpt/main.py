@@ -22,7 +22,9 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
 )
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps for TensorBoard's profiler.")
 
-__doc__ += "\n" + "\n".join(f"    {key}={value!r}" for key, value in config.flatten(config.default_config().to_dict()).items())
+__doc__ += "\n" + "\n".join(
+    f"    {key}={value!r}" for key, value in config.flatten(config.default_config().to_dict()).items()
+)
 
 
 def main() -> int:
@@ -33,9 +35,7 @@ def main() -> int:
     settings = config.from_tree(_CONFIG.value)
     file_name = flags.FLAGS["config"].config_filename.replace(":", "-")
     workdir = Workdir(_WORKDIR.value or Path("runs") / Path(file_name).name.replace(".py", ""))
-    return train.train(
-        settings, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value, profile=_PROFILE.value
-    )
+    return train.train(settings, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value, profile=_PROFILE.value)
 
 
 if __name__ == "__main__":

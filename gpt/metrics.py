@@ -4,7 +4,7 @@ import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -122,11 +122,12 @@ class Speed:
             self._since += time.perf_counter() - began
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A context in which the host waits for its input."""
+    def waiting(self, device_is_idle: Callable[[], bool]) -> Iterator[None]:
+        """A context in which input is fetched: its time counts as waiting if the device ran dry meanwhile."""
         began = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - began
+        if device_is_idle():
+            self._waited += time.perf_counter() - began
 
     def step(self) -> None:
         """One more step is done."""
@@ -195,7 +196,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """"3m07s", "2h05m", "4d03h"."""
+    """ "3m07s", "2h05m", "4d03h"."""
     seconds = round(seconds)
     for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if seconds >= size:

@@ -85,9 +85,7 @@ def build(config: Config, model_config: GPTConfig, mesh: jax.sharding.Mesh, tota
         weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != text.IGNORED), 1)
 
         def loss_of(params, batch, key):
-            logits = model.apply(
-                {"params": params}, batch["inputs"], deterministic=False, rngs={"dropout": key}
-            )
+            logits = model.apply({"params": params}, batch["inputs"], deterministic=False, rngs={"dropout": key})
             return weight * token_losses(logits, batch["targets"]).sum()
 
         loss, grads = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches)(
@@ -176,11 +174,16 @@ def evaluate(program: Program, params: Any, source: pipeline.Source, batch_size:
     padding = {"inputs": 0, "targets": text.IGNORED}
     with sharding.use(program.mesh):
         batches = pipeline.evaluation_batches(source, batch_size, rows, padding)
-        sums = [program.eval_step(params, batch) for batch in pipeline.to_devices(batches, program.mesh)]
-        sums = jax.device_get(sums)
-    tokens = sum(int(part["tokens"]) for part in sums)
-    loss = sum(float(part["loss"]) for part in sums) / tokens
-    return sums[0] | {"loss": loss, "tokens": tokens}
+        done, pending = [], None
+        for batch in pipeline.to_devices(batches, program.mesh):
+            # One batch ahead and no more: a long queue would hold memory (and can deadlock CPU collectives).
+            dispatched = program.eval_step(params, batch)
+            if pending:
+                done.append(jax.device_get(pending))
+            pending = dispatched
+        done.append(jax.device_get(pending))
+    tokens = sum(int(sums["tokens"]) for sums in done)
+    return done[0] | {"loss": sum(float(sums["loss"]) for sums in done) / tokens, "tokens": tokens}
 
 
 class Interrupted:
@@ -259,9 +262,7 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     tensorboard = metrics.TensorBoard(workdir.path, start, enabled=is_first_process)
     tensorboard.text(start, "config", f"```json\n{json.dumps(dataclasses.asdict(config), indent=1)}\n```")
     peak = metrics.peak_flops(mesh.devices.flat[0])
-    speed = metrics.Speed(
-        tokens_per_step, tokens_per_step * model_config.flops_per_token(), peak and peak * mesh.size
-    )
+    speed = metrics.Speed(tokens_per_step, tokens_per_step * model_config.flops_per_token(), peak and peak * mesh.size)
     rows = sharding.local_rows(mesh, batch_size)
     prefetch = config.data.prefetch
     batches = pipeline.to_devices(
@@ -299,12 +300,10 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
         return result["loss"]
 
     tracer = Tracer(workdir.path, start) if profile else None
-    pending, done, began = None, start, time.perf_counter()
+    batch, pending, done, began = next(batches), None, start, time.perf_counter()
     try:
         with Interrupted() as interrupted:
             while done < total_steps and not interrupted.signal:
-                with speed.waiting():
-                    batch = next(batches)
                 if tracer:
                     tracer.before_step(done)
                 if done == start:
@@ -315,7 +314,9 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
                     with sharding.use(mesh):
                         state, measured = program.train_step(state, batch)
                 done += 1
-                # The step before, so that the device always has the next one to go on with.
+                # While the device works on this step, the host fetches the next batch and reads the last metrics.
+                with speed.waiting(device_is_idle=measured["loss"].is_ready):
+                    batch = next(batches)
                 if pending:
                     report(*pending)
                 pending = done, measured

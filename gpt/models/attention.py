@@ -130,9 +130,7 @@ def chunked(
         def one_key_block(carry, block):
             k, v, k_start = block
             in_the_future = k_start > q_start + query_chunk - 1
-            carry = jax.lax.cond(
-                in_the_future, lambda c: c, lambda c: add_keys(q, q_start, c, k, v, k_start), carry
-            )
+            carry = jax.lax.cond(in_the_future, lambda c: c, lambda c: add_keys(q, q_start, c, k, v, k_start), carry)
             return carry, None
 
         shape = (batch, heads, query_chunk)

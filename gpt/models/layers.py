@@ -112,7 +112,9 @@ class Embedding(nn.Module):
 
     def __call__(self, indices: jax.Array) -> jax.Array:
         """Rows of the table: [..., width] for integer `indices` of shape [...]."""
-        return jnp.take(self.embedding, indices, axis=0).astype(self.dtype)
+        # Rows whole on every device before the look-up: the partitioner cannot do one across a sharded width.
+        table = nn.with_logical_constraint(self.embedding.astype(self.dtype), (self.axis, None))
+        return jnp.take(table, indices, axis=0)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Products with every row, for an output head tied to the embedding: [..., size]."""
