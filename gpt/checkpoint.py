@@ -11,6 +11,7 @@ All are plain formats: opening a workdir runs no code of its author.
 import dataclasses
 import importlib.metadata
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -105,27 +106,31 @@ class Workdir:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--workdir={self.path}: run.json or tokenizer.json is damaged ({error}).") from None
 
-    def checkpoints(self, keep: int = 1) -> "Checkpoints":
-        return Checkpoints(self.path / "checkpoints", keep)
+    def checkpoints(self, keep: int = 1, read_only: bool = False) -> "Checkpoints":
+        return Checkpoints(self.path / "checkpoints", keep, read_only)
 
 
 class Checkpoints:
-    """The saved states of a run: the `keep` newest ones and the one with the lowest validation loss."""
+    """The saved states of a run: the `keep` newest ones and the one with the lowest validation loss.
 
-    def __init__(self, path: Path, keep: int):
+    With `read_only`, nothing is created or cleaned up: the run may be going on meanwhile.
+    """
+
+    def __init__(self, path: Path, keep: int, read_only: bool):
         policies = [
             checkpoint_managers.LatestN(keep),
-            checkpoint_managers.BestN(
-                get_metric_fn=lambda metrics: -metrics["validation_loss"], n=1, keep_checkpoints_without_metrics=False
-            ),
+            checkpoint_managers.BestN(get_metric_fn=lambda metrics: -metrics["validation_loss"], n=1),
         ]
         self._path = path
         self._manager = ocp.CheckpointManager(
             path,
             item_names=("params", "optimizer"),
             options=ocp.CheckpointManagerOptions(
+                best_fn=lambda metrics: metrics["validation_loss"],  # without it, metrics are not saved
+                best_mode="min",
                 preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                cleanup_tmp_directories=True,
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
             ),
         )
 
@@ -135,20 +140,16 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """Step and loss of the lowest validation loss among the checkpoints, or None."""
-        losses = []
-        for step in self._manager.all_steps():
-            metrics = self._manager.metrics(step)
-            if metrics and "validation_loss" in metrics:
-                losses.append((metrics["validation_loss"], step))
-        return (min(losses)[1], min(losses)[0]) if losses else None
+        losses = [(self._manager.metrics(step)["validation_loss"], step) for step in self._manager.all_steps()]
+        loss, step = min(losses, default=(math.inf, None))
+        return (step, loss) if math.isfinite(loss) else None
 
     def save(self, step: int, params: Any, optimizer: Any, validation_loss: float | None = None) -> None:
         """Starts to save in the background; the arrays may be donated once this returns."""
-        metrics = {} if validation_loss is None else {"validation_loss": validation_loss}
         self._manager.save(
             step,
             args=ocp.args.Composite(params=ocp.args.StandardSave(params), optimizer=ocp.args.StandardSave(optimizer)),
-            metrics=metrics or None,
+            metrics={"validation_loss": math.inf if validation_loss is None else validation_loss},
             force=True,
         )
 

@@ -16,6 +16,7 @@ import numpy as np
 from gpt import sharding
 from gpt.errors import UserError
 from gpt.models.attention import MASKED
+from gpt.tokenizers import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,3 +145,17 @@ def _end(text: str, stop_text: str, stop_newlines: int) -> tuple[str, bool]:
     if stop_newlines and text.count("\n") >= stop_newlines:
         ends.append(len("\n".join(text.split("\n")[:stop_newlines])) + 1)
     return (text[: min(ends)], True) if ends else (text, False)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str) -> np.ndarray:
+    """Tokens of a prompt; for an empty one a line feed, or the first token where that is unknown.
+
+    Raises:
+      UserError: unknown characters, with `name` as the flag or key that they came by.
+    """
+    try:
+        return tokenizer.encode(prompt or "\n")
+    except UserError as error:
+        if not prompt:
+            return np.zeros(1, np.int32)
+        raise UserError(f"{name}: {error}") from None

@@ -21,7 +21,7 @@ from gpt.checkpoint import Run, Workdir, refuse_changes
 from gpt.config import Config
 from gpt.data import pipeline, text
 from gpt.errors import UserError
-from gpt.models.gpt import GPT, GPTConfig
+from gpt.models.gpt import GPT
 
 HISTOGRAM_POSITIONS, HISTOGRAM_BINS = 64, 64
 
@@ -58,16 +58,14 @@ class Program:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_state.params))
 
 
-def build(config: Config, model_config: GPTConfig, mesh: jax.sharding.Mesh, total_steps: int) -> Program:
+def build(config: Config, vocab_size: int, mesh: jax.sharding.Mesh, total_steps: int) -> Program:
     """The program of a run on a mesh; nothing is compiled or allocated yet.
-
-    Args:
-      model_config: `config.model`, resolved.
 
     Raises:
       UserError: the mesh does not divide the batch or a parameter.
     """
     pipeline.check_batch(config.train.batch_size, mesh, config.train.micro_batches)
+    model_config = config.model.resolve(vocab_size, mesh.devices.flat[0].platform)
     model = GPT(model_config)
     tokens_per_step = config.train.batch_size * model_config.block_size
     learning_rate = optimizer.schedule(config.optimizer, tokens_per_step, total_steps)
@@ -227,14 +225,12 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     run = Run(config, corpus.tokenizer, corpus.fingerprint)
     changes = refuse_changes(before, run, workdir.path, allow_config_change) if before else {}
 
-    platform = mesh.devices.flat[0].platform
-    model_config = config.model.resolve(corpus.tokenizer.vocab_size, platform)
-    training = text.TrainingWindows(corpus.train, model_config.block_size, config.seed)
-    validation = text.EvaluationWindows(corpus.validation, model_config.block_size)
-    batch_size = config.train.batch_size
-    tokens_per_step = batch_size * model_config.block_size
-    total_steps = config.train.total_steps(model_config.block_size, len(training))
-    program = build(config, model_config, mesh, total_steps)
+    block_size, batch_size = config.model.block_size, config.train.batch_size
+    training = text.TrainingWindows(corpus.train, block_size, config.seed)
+    validation = text.EvaluationWindows(corpus.validation, block_size)
+    tokens_per_step = batch_size * block_size
+    total_steps = config.train.total_steps(block_size, len(training))
+    program = build(config, corpus.tokenizer.vocab_size, mesh, total_steps)
     sample = Sampler(program, run)
     if is_first_process:
         workdir.record(run)
@@ -262,7 +258,8 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     tensorboard = metrics.TensorBoard(workdir.path, start, enabled=is_first_process)
     tensorboard.text(start, "config", f"```json\n{json.dumps(dataclasses.asdict(config), indent=1)}\n```")
     peak = metrics.peak_flops(mesh.devices.flat[0])
-    speed = metrics.Speed(tokens_per_step, tokens_per_step * model_config.flops_per_token(), peak and peak * mesh.size)
+    flops_per_step = tokens_per_step * program.model.config.flops_per_token()
+    speed = metrics.Speed(tokens_per_step, flops_per_step, peak and peak * mesh.size)
     rows = sharding.local_rows(mesh, batch_size)
     prefetch = config.data.prefetch
     batches = pipeline.to_devices(
@@ -388,7 +385,7 @@ class Sampler:
 
     def __init__(self, program: Program, run: Run):
         self._tokenizer, self._train = run.tokenizer, run.config.train
-        self._prompt = encode_prompt(run.tokenizer, run.config.train.sample_prompt, "train.sample_prompt")
+        self._prompt = generate.encode_prompt(run.tokenizer, run.config.train.sample_prompt, "train.sample_prompt")
         self._generate = generate.Generator(program.model, program.mesh, generate.Sampling(temperature=0.8))
 
     def __call__(self, params: Any, seed: int) -> str:
@@ -396,20 +393,6 @@ class Sampler:
         segments = self._generate(params, self._prompt, num_samples=1, seed=seed)
         texts = generate.continuations(segments, self._tokenizer.decode, 1, self._train.sample_tokens)
         return self._tokenizer.decode(self._prompt) + list(texts)[-1][0]
-
-
-def encode_prompt(tokenizer, prompt: str, name: str) -> np.ndarray:
-    """Tokens of a prompt; for an empty one a line feed, or the first token where that is unknown.
-
-    Raises:
-      UserError: unknown characters, with `name` as the flag or key that they came by.
-    """
-    try:
-        return tokenizer.encode(prompt or "\n")
-    except UserError as error:
-        if not prompt:
-            return np.zeros(1, np.int32)
-        raise UserError(f"{name}: {error}") from None
 
 
 class Tracer:

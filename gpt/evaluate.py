@@ -1,0 +1,51 @@
+"""Prints the loss, perplexity and bits per byte of a checkpoint, over a whole split of its corpus.
+
+python -m gpt.evaluate --workdir=runs/char
+"""
+
+import json
+import math
+
+from absl import flags
+
+from gpt import cli
+from gpt.checkpoint import Workdir
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_SPLIT = flags.DEFINE_enum("split", "val", ["val", "train"], "Part of the corpus.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (lowest validation loss), last, or a step.")
+_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows at a time. Default: that of the training.", lower_bound=1)
+_JSON = flags.DEFINE_bool("json", False, "Print one line of JSON instead.")
+
+
+def main() -> int:
+    from gpt import loaded, train  # after the flags: mistakes in them need not wait for JAX
+    from gpt.data import text
+
+    run = loaded.load(Workdir(_WORKDIR.value), _CHECKPOINT.value, _BATCH_SIZE.value)
+    corpus = run.corpus()
+    tokens = corpus.validation if _SPLIT.value == "val" else corpus.train
+    windows = text.EvaluationWindows(tokens, run.model_config.block_size)
+    result = train.evaluate(run.program, run.params, windows, run.batch_size)
+    loss, nats = result["loss"], result["loss"] * result["tokens"]
+    size = sum(run.tokenizer.byte_lengths[tokens[i : i + 2**20]].sum() for i in range(1, len(tokens), 2**20))
+    report = {
+        "workdir": str(run.workdir.path),
+        "split": _SPLIT.value,
+        "step": run.step,
+        "tokens": result["tokens"],
+        "loss": loss,
+        "perplexity": math.exp(loss),
+        "bits_per_byte": nats / math.log(2) / int(size),
+    }
+    if _JSON.value:
+        print(json.dumps(report))
+    else:
+        print(f"{run.workdir.path}, step {run.step:,}, {_SPLIT.value} split, {result['tokens']:,} tokens")
+        for name in ("loss", "perplexity", "bits_per_byte"):
+            print(f"{name.replace('_', ' '):14}{report[name]:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
