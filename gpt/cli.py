@@ -12,7 +12,7 @@ from gpt.errors import UserError
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Parses the flags, runs `main` and exits with its code, or with 1 after a UserError.
+    """Parses the flags, runs `main` and exits with its code or that of a UserError.
 
     Mistakes in the flags exit with 2. Any other exception is a bug and keeps its traceback.
     """
@@ -21,7 +21,9 @@ def run(main: Callable[[], int | None]) -> None:
         try:
             return main()
         except UserError as error:
-            return _fail(error, 1)
+            return _fail(error, error.exit_code)
+        except KeyboardInterrupt:
+            return _fail("interrupted.", 130)
 
     # Libraries report their routine at level INFO; warnings are for the user too.
     logging.set_verbosity(logging.WARNING)

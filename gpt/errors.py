@@ -1,12 +1,20 @@
-"""The one exception whose message is meant for the person at the keyboard."""
+"""Exceptions whose message is meant for the person at the keyboard."""
 
 
 class UserError(Exception):
     """Something the user can mend: one sentence that names the flag, file or value.
 
-    The commands print it without a traceback and exit with code 1; any other exception
+    The commands print it without a traceback and exit with its code; any other exception
     is a bug and keeps its traceback.
     """
+
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A UserError about the flags themselves."""
+
+    exit_code = 2
 
 
 def check_choice(key: str, value: str, choices) -> None:

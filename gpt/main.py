@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from gpt import cli, config
 from gpt.checkpoint import Workdir
-from gpt.errors import UserError
+from gpt.errors import UsageError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, like configs/char.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run. Default: runs/NAME-OF-THE-CONFIG-FILE.")
@@ -29,7 +29,7 @@ __doc__ += "\n" + "\n".join(
 
 def main() -> int:
     if _CONFIG.value is None:
-        raise UserError("Name a config file: --config=configs/char.py.")
+        raise UsageError("Name a config file: --config=configs/char.py.")
     from gpt import train  # after the flags: --help and mistakes in them need not wait for JAX
 
     settings = config.from_tree(_CONFIG.value)

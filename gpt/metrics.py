@@ -4,12 +4,13 @@ import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
 import jax
 import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
@@ -40,8 +41,8 @@ class TensorBoard:
 
     Args:
       path: the folder of the events file.
-      start_step: events of this step and later, from a run that went further than its last
-        checkpoint, are dropped from view.
+      start_step: steps done so far; events of later steps, from a run that went further than its
+        last checkpoint, are dropped from view.
       enabled: False makes every call do nothing (on all processes but one).
     """
 
@@ -49,7 +50,7 @@ class TensorBoard:
         self._writer = EventFileWriter(str(path)) if enabled else None
         if start_step:
             session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-            self._add(event_pb2.Event(step=start_step, session_log=session))
+            self._add(event_pb2.Event(step=start_step + 1, session_log=session))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._summary(step, [summary_pb2.Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])
@@ -94,6 +95,13 @@ class TensorBoard:
         if self._writer:
             event.wall_time = time.time()
             self._writer.add_event(event)
+
+
+def read_scalars(path: Path, tags: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:
+    """{tag: (steps, values)} of the events in a folder; empty lists for what was not written."""
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    written = {tag: events.Scalars(tag) if tag in events.Tags()["scalars"] else [] for tag in tags}
+    return {tag: ([event.step for event in found], [event.value for event in found]) for tag, found in written.items()}
 
 
 class Speed:

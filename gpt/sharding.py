@@ -117,20 +117,20 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     Raises:
       UserError: a mesh axis does not divide the axis of a parameter that is sharded over it.
     """
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_state), mesh, RULES)
+    logical = nn.get_partition_spec(abstract_state)
+    shardings = nn.logical_to_mesh_sharding(logical, mesh, RULES)
 
-    def check(path, leaf, sharding):
-        for dimension, axes in enumerate(sharding.spec):
+    def check(path, leaf, sharding, names):
+        for size, axes, name in zip(leaf.shape, sharding.spec, names, strict=False):
             for axis in (axes,) if isinstance(axes, str) else axes or ():
-                if leaf.shape[dimension] % mesh.shape[axis]:
-                    name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
-                    hint = "; set model.vocab_multiple" if "token_embedding" in name or "head/" in name else ""
+                if size % mesh.shape[axis]:
+                    parameter = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+                    hint = "; set model.vocab_multiple" if name == "vocab" else ""
                     raise UserError(
-                        f"mesh.{axis}={mesh.shape[axis]} does not divide axis {dimension} of {name}, "
-                        f"which has shape {leaf.shape}{hint}."
+                        f"mesh.{axis}={mesh.shape[axis]} does not divide the {size} {name} of {parameter}{hint}."
                     )
 
-    jax.tree_util.tree_map_with_path(check, nn.unbox(abstract_state), shardings)
+    jax.tree_util.tree_map_with_path(check, nn.unbox(abstract_state), shardings, logical)
     return shardings
 
 

@@ -93,8 +93,8 @@ def build(config: Config, vocab_size: int, mesh: jax.sharding.Mesh, total_steps:
         params = optax.apply_updates(state.params, updates)
         measured = {
             "loss": loss,
-            "gradient_norm": optax.global_norm(grads),
-            "parameter_norm": optax.global_norm(params),
+            "gradient_norm": optax.tree.norm(grads),
+            "parameter_norm": optax.tree.norm(params),
             "learning_rate": learning_rate(state.step),
         }
         return TrainState(state.step + 1, params, opt_state), measured
@@ -329,9 +329,10 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
                         if save_now or loss < best_loss:
                             checkpoints.save(done, state.params, state.opt_state, loss)
                         best_loss = min(best_loss, loss if evaluate_now else math.inf)
-            if interrupted.signal and checkpoints.last() != done:
-                # The signal came after the last look at it.
-                report(*pending)
+            if start < done < total_steps and checkpoints.last() != done:
+                # The signal came after the loop's last look at it.
+                if pending:
+                    report(*pending)
                 checkpoints.save(done, state.params, state.opt_state)
     finally:
         if tracer:
@@ -340,10 +341,8 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
         tensorboard.close()
     seconds = metrics.duration(time.perf_counter() - began)
     if done < total_steps:
-        progress.say(
-            f"Stopped by {interrupted.signal.name} and saved after step {done:,} of {total_steps:,}; "
-            "the same command goes on from there."
-        )
+        what = f"saved after step {done:,} of {total_steps:,}" if done > start else "no step was done"
+        progress.say(f"Stopped by {interrupted.signal.name}, {what}; the same command goes on from there.")
         return 128 + interrupted.signal
     progress.say(f"Done: {total_steps:,} steps in {seconds}, best validation loss {best_loss:.4f}, in {workdir.path}")
     return 0

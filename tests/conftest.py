@@ -11,3 +11,46 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
+
+import dataclasses  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+
+import pytest  # noqa: E402
+
+from gpt.config import Config, TrainConfig  # noqa: E402
+from gpt.data import text  # noqa: E402
+from gpt.models.gpt import GPTConfig  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def play(tmp_path_factory) -> Path:
+    """A text file of 30,000 characters."""
+    path = tmp_path_factory.mktemp("text") / "play.txt"
+    path.write_text(text._shakespeare(text._cache_dir("")).read_text()[:30_000])
+    return path
+
+
+@pytest.fixture
+def tiny(play) -> Config:
+    """A run of 20 steps that takes seconds, with dropout on, and an evaluation and a checkpoint on the way."""
+    return Config(
+        model=GPTConfig(num_layers=2, num_heads=8, embed_dim=32, block_size=16, vocab_multiple=8),
+        data=dataclasses.replace(Config().data, path=str(play)),
+        train=TrainConfig(
+            batch_size=16, steps=20, log_every=1, eval_every=10, checkpoint_every=5, sample_tokens=8, keep_checkpoints=9
+        ),
+    )
+
+
+@pytest.fixture(scope="session")
+def command():
+    """Runs `python -m gpt.NAME FLAGS…` in a process of its own, as a user would."""
+
+    def run(name: str, *flags: str, **options) -> subprocess.CompletedProcess:
+        options = {"capture_output": True, "text": True, "timeout": 300, "cwd": ROOT} | options
+        return subprocess.run([sys.executable, "-m", f"gpt.{name}", *flags], **options)
+
+    return run

@@ -1,0 +1,22 @@
+"""The predecessor's character model: 8 layers, 8 heads, 512 wide, on text of any kind. For an accelerator.
+
+Takes a size by name as an argument: --config=configs/char.py:gpt-mini (see SIZES in gpt/models/gpt.py).
+"""
+
+from gpt.config import default_config
+from gpt.models.gpt import named_size
+
+
+def get_config(size: str = ""):
+    config = default_config()
+    config.model.num_layers = 8
+    config.model.num_heads = 8
+    config.model.embed_dim = 512
+    config.model.block_size = 128
+    if size:
+        config.model.update(named_size(size))
+    config.train.batch_size = 128
+    config.train.steps = 5000  # about 18 epochs of the plays
+    config.optimizer.learning_rate = 6e-4
+    config.optimizer.warmup_tokens = 100 * 128 * 128  # 100 steps
+    return config

@@ -1,0 +1,301 @@
+"""The commands as a user types them, in processes of their own: the main path, and every kind of mistake."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gpt import loaded, train
+from gpt.checkpoint import Workdir
+from gpt.config import default_config, flatten
+
+SMALL = (
+    "--config=configs/char_tiny.py",
+    "--config.model.num_layers=2",
+    "--config.model.embed_dim=32",
+    "--config.model.block_size=16",
+    "--config.train.sample_tokens=20",
+    "--config.train.log_every=1",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, command, play):
+    """A workdir in which `gpt.main` trained for six steps."""
+    workdir = tmp_path_factory.mktemp("trained") / "a run"  # a space in the path
+    result = command("main", *SMALL, f"--config.data.path={play}", "--config.train.steps=6", f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    return workdir, result
+
+
+def test_training_prints_what_it_does_and_nothing_else(trained):
+    workdir, result = trained
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == ["model", "data", "mesh", "run"]
+    assert any(re.match(r"step 6/6  loss \d\.\d{4}  [\d.]+k? tok/s  .*eta 0s", line) for line in lines)
+    assert re.match(rf"Done: 6 steps in \d+s, best validation loss \d\.\d{{4}}, in {workdir}$", lines[-1])
+    assert result.stderr == ""
+    assert {path.name.split(".")[0] for path in workdir.iterdir()} == {"run", "tokenizer", "checkpoints", "events"}
+    assert json.loads((workdir / "run.json").read_text())["config"]["train"]["steps"] == 6
+
+
+def test_evaluate_needs_the_workdir_alone(trained, command):
+    workdir, result = trained
+    validation_loss = float(re.search(r"best validation loss ([\d.]+)", result.stdout)[1])
+    shown = command("evaluate", f"--workdir={workdir}")
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stderr == ""
+    assert float(re.search(r"^loss +([\d.]+)$", shown.stdout, re.M)[1]) == validation_loss
+    # On one device instead of eight, with another batch, from the training split, as JSON.
+    flags = (f"--workdir={workdir}", "--split=train", "--json", "--batch_size=100", "--checkpoint=6")
+    one_device = {"env": os.environ | {"XLA_FLAGS": ""}}
+    report = json.loads(command("evaluate", *flags, **one_device).stdout)
+    assert report["tokens"] == 26_999
+    assert report["step"] == 6
+    assert report["perplexity"] == pytest.approx(2.718281828 ** report["loss"])
+    # One byte a character here, so that only the unit differs.
+    assert report["bits_per_byte"] == pytest.approx(report["loss"] / 0.6931471806, rel=1e-2)
+
+
+def test_sample_by_flags(trained, command):
+    workdir, _ = trained
+    flags = (f"--workdir={workdir}", "--prompt=KING:", "--num_tokens=30", "--temperature=1")
+
+    def sample(*more):
+        result = command("sample", *flags, *more)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        return result.stdout
+
+    first = sample("--seed=1")
+    assert first.startswith("KING:")
+    assert len(first) == len("KING:") + 30 + len("\n")
+    assert sample("--seed=1") == first != sample("--seed=2")
+    assert sample("--temperature=0", "--top_k=3") == sample("--temperature=0", "--seed=9")
+    several = sample("--num_samples=3", "--top_k=20", "--top_p=0.95")
+    assert re.findall(r"^--- sample (\d) of 3$", several, re.M) == ["1", "2", "3"]
+    stop = first[len("KING:") + 9]
+    assert sample("--seed=1", f"--stop={stop}") == "KING:" + first[5:].split(stop)[0] + "\n"
+    assert sample("--stop_newlines=1", "--num_tokens=3000").count("\n") <= 2
+
+
+def test_sample_prompt_longer_than_the_block(trained, command):
+    workdir, _ = trained
+    result = command("sample", f"--workdir={workdir}", "--prompt=" + "long " * 10, "--num_tokens=5")
+    assert result.returncode == 0
+    assert result.stdout.startswith("long " * 10)
+    assert result.stderr == "note: the prompt has 50 tokens; the model sees the last 16.\n"
+
+
+def test_sample_without_prompt_or_terminal(trained, command):
+    result = command("sample", f"--workdir={trained[0]}", "--num_tokens=5", stdin=subprocess.DEVNULL)
+    assert result.returncode == 0
+    assert len(result.stdout) == 5 + len("\n")
+
+
+class Terminal:
+    """A command on a pseudo-terminal."""
+
+    def __init__(self, *arguments):
+        self._master, slave = pty.openpty()
+        self.process = subprocess.Popen([sys.executable, "-m", *arguments], stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        self.screen = ""
+
+    def wait_for(self, pattern, seconds=120):
+        """Reads until the pattern has been shown since the last call; returns what was shown up to its end."""
+        deadline = time.monotonic() + seconds
+        while not (found := re.search(pattern, self.screen, re.S)):
+            assert time.monotonic() < deadline, f"{pattern!r} did not appear in {self.screen!r}"
+            if select.select([self._master], [], [], 1)[0]:
+                self.screen += os.read(self._master, 4096).decode(errors="replace")
+        shown, self.screen = self.screen[: found.end()], self.screen[found.end() :]
+        return shown
+
+    def type(self, text):
+        os.write(self._master, text.encode())
+
+
+def test_prompt_loop_on_a_terminal(trained):
+    terminal = Terminal("gpt.sample", f"--workdir={trained[0]}", "--num_tokens=12")
+    terminal.wait_for("ends.*prompt> ")
+    terminal.type("KING\n")
+    terminal.wait_for("KING\r\nKING.*prompt> ")
+    terminal.type("жизнь\n")
+    terminal.wait_for(r"error: --prompt: unknown characters 'ж' \(U\+0436\).*prompt> ")
+    terminal.type("\x1b[A\x1b[A\n")  # twice arrow up: the history
+    terminal.wait_for("KING.*KING.*prompt> ")
+    terminal.type("\x04")
+    assert terminal.process.wait(30) == 0
+
+
+def test_progress_on_a_terminal_is_one_line(tmp_path, play):
+    flags = (*SMALL, f"--config.data.path={play}", "--config.train.steps=300", "--config.train.log_every=100")
+    terminal = Terminal("gpt.main", *flags, f"--workdir={tmp_path}")
+    shown = terminal.wait_for("Done: 300 steps")
+    assert shown.count("\r\x1b[K") > 3
+    assert len(re.findall(r"^step [\d,]+/300  loss", shown, re.M)) == 1  # the rest overwrote this line
+    assert terminal.process.wait(30) == 0
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path, play, command):
+    flags = (*SMALL, f"--config.data.path={play}", "--config.train.steps=100000", f"--workdir={tmp_path}")
+    terminal = Terminal("gpt.main", *flags, "--config.train.eval_every=0")
+    terminal.wait_for("step 20/")
+    terminal.process.send_signal(signal.SIGINT)
+    last = terminal.wait_for(r"Stopped by SIGINT, saved after step [\d,]+ of 100,000; the same command goes on")
+    assert terminal.process.wait(30) == 128 + signal.SIGINT
+    step = int(re.search(r"saved after step ([\d,]+)", last)[1].replace(",", ""))
+    result = command("main", *flags[:-2], f"--config.train.steps={step + 2}", flags[-1])
+    assert f"resuming after step {step:,}" in result.stdout
+    assert f"Done: {step + 2:,} steps" in result.stdout
+
+
+def test_sigterm_leaves_a_code_that_is_not_success(tmp_path, play):
+    flags = (*SMALL, f"--config.data.path={play}", "--config.train.steps=100000", f"--workdir={tmp_path}")
+    terminal = Terminal("gpt.main", *flags)
+    terminal.wait_for("step 5/")
+    terminal.process.terminate()
+    assert terminal.process.wait(60) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("name", ["main", "evaluate", "sample", "plot"])
+def test_help_is_short_and_complete(command, name):
+    result = command(name, "--help")
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) < 120
+    flags = re.findall(r"^  --(?:\[no\])?(\w+):", result.stdout, re.M)
+    assert "workdir" in flags
+    if name == "main":
+        for key in flatten(default_config().to_dict()):
+            assert f"    {key}=" in result.stdout
+
+
+# Flags of gpt.main, the exit code, and what the one sentence has to say. {tmp} is an empty folder, {play} a text.
+MAIN_MISTAKES = {
+    "no config": ((), 2, "--config=configs/char.py"),
+    "missing config file": (("--config=configs/cahr.py",), 2, "--config=configs/cahr.py: there is no such config file"),
+    "config file with a mistake": (("--config={tmp}/bad.py",), 2, r"bad\.py: .*num_layer"),
+    "config file with a wrong type": (("--config={tmp}/type.py",), 2, r"type\.py: .*twelve"),
+    "unknown key": (
+        ("--config.model.num_layer=3",),
+        2,
+        "config key 'model.num_layer'; did you mean model.num_layers",
+    ),
+    "key without its group": (("--config.num_heads=3",), 2, "config key 'num_heads'; did you mean model.num_heads"),
+    "key of nothing": (("--config.zzz=3",), 2, "no config key 'zzz'"),
+    "wrong type": (("--config.model.num_layers=many",), 2, r"--config\.model\.num_layers=many"),
+    "group as a value": (("--config.optimizer=3",), 2, r"--config\.optimizer=3"),
+    "unknown flag": (("--wrkdir=x",), 2, "no flag --wrkdir; did you mean --workdir"),
+    "stray argument": (("runs/x",), 2, "Unexpected argument 'runs/x'"),
+    "missing file": (("--config.data.path={tmp}/none.txt",), 1, r"data\.path: there is no file or folder .*none\.txt"),
+    "empty file": (("--config.data.path={tmp}/empty.txt",), 1, r"empty\.txt is empty"),
+    "binary file": (("--config.data.path={tmp}/binary",), 1, "binary is not"),
+    "latin-1 file": (("--config.data.path={tmp}/latin1.txt",), 1, r"latin1\.txt is not UTF-8 text: byte 0xe9"),
+    "empty folder": (("--config.data.path={tmp}/folder",), 1, "folder holds no files"),
+    "short text": (("--config.data.path={tmp}/short.txt",), 1, r"text has \d+ tokens, but model.block_size=16"),
+    "heads": (("--config.model.num_heads=3",), 1, r"model\.num_heads=3 does not divide model\.embed_dim=32"),
+    "attention": (
+        ("--config.model.attention=flash",),
+        1,
+        r"model\.attention='flash' is not known; choose .* dense",
+    ),
+    "dropout": (("--config.model.embed_dropout=1",), 1, r"model\.embed_dropout=1\.0"),
+    "batch": (("--config.train.batch_size=12",), 1, r"train\.batch_size=12 is not a multiple of 8"),
+    "micro-batches": (("--config.train.micro_batches=3",), 1, r"train\.micro_batches=3"),
+    "mesh": (("--config.mesh.data=16",), 1, r"mesh\.data=16 .* there are 8"),
+    "mesh and heads": (("--config.mesh.model=8",), 1, r"mesh\.model=8 does not divide the 4 heads of"),
+    "two lengths": (("--config.train.epochs=2",), 1, "Set just one of train.steps"),
+    "no length": (("--config.train.steps=0",), 1, "Set just one of train.steps"),
+    "learning rate": (("--config.optimizer.learning_rate=-1",), 1, r"optimizer\.learning_rate=-1\.0"),
+    "unwritable workdir": (("--workdir={tmp}/short.txt/run",), 1, r"Cannot write to --workdir=.*short\.txt/run"),
+    "unwritable cache": (("--config.data.cache_dir={tmp}/short.txt/c",), 1, r"Cannot write .*set data\.cache_dir"),
+    "workdir of something else": (("--workdir={tmp}/other",), 1, "has checkpoints but no run.json"),
+}
+
+# Flags of gpt.sample after --workdir of a trained model.
+SAMPLE_MISTAKES = {
+    "unknown characters": (("--prompt=naïve ж",), 1, r"--prompt: unknown characters 'ï' \(U\+00EF\), 'ж' \(U\+0436\)"),
+    "top_k zero": (("--top_k=0",), 1, "--top_k=0 has to lie between 1 and"),
+    "top_k too large": (("--top_k=1000",), 1, "--top_k=1000 has to lie between 1 and"),
+    "top_p": (("--top_p=1.5",), 1, r"--top_p=1\.5"),
+    "temperature": (("--temperature=-1",), 1, r"--temperature=-1\.0"),
+    "num_tokens": (("--num_tokens=0",), 2, "num_tokens=0"),
+    "checkpoint": (("--checkpoint=7",), 1, "--checkpoint=7: choose best, last or one of 6"),
+    "no workdir": (("--workdir={tmp}/nowhere",), 1, "--workdir=.*nowhere: there is no such folder"),
+    "no run": (("--workdir={tmp}/folder",), 1, "folder holds no run"),
+    "no checkpoint": (("--workdir={tmp}/unsaved",), 1, "There is no checkpoint in .*unsaved/checkpoints"),
+    "damaged record": (("--workdir={tmp}/damaged",), 1, r"run\.json or tokenizer\.json is damaged"),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory, trained, play):
+    """A folder with files and workdirs to stumble over."""
+    tmp = tmp_path_factory.mktemp("mistakes")
+    header = "from gpt.config import default_config\ndef get_config():\n    config = default_config()\n"
+    (tmp / "bad.py").write_text(header + "    config.model.num_layer = 3\n    return config\n")
+    (tmp / "type.py").write_text(header + "    config.model.num_layers = 'twelve'\n    return config\n")
+    (tmp / "empty.txt").touch()
+    (tmp / "binary").write_bytes(bytes(range(256)) * 10)
+    (tmp / "latin1.txt").write_bytes("café ".encode("latin-1") * 1000)
+    (tmp / "short.txt").write_text("short")
+    (tmp / "folder").mkdir()
+    (tmp / "other" / "checkpoints").mkdir(parents=True)
+    for name in ("unsaved", "damaged"):
+        (tmp / name).mkdir()
+        for file in ("run.json", "tokenizer.json"):
+            (tmp / name / file).write_bytes((trained[0] / file).read_bytes())
+    (tmp / "damaged" / "run.json").write_text("{")
+    return tmp
+
+
+def check_mistake(result, code, sentence):
+    assert result.returncode == code, result.stdout + result.stderr
+    assert result.stderr.startswith("error: ")
+    assert re.search(sentence, result.stderr), result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "Traceback" not in result.stdout
+
+
+@pytest.mark.parametrize("name", MAIN_MISTAKES)
+def test_mistakes_in_training(command, mistaken, play, name):
+    flags, code, sentence = MAIN_MISTAKES[name]
+    flags = [flag.format(tmp=mistaken) for flag in flags]
+    usual = () if name == "no config" or "config file" in name else SMALL
+    data = () if any("data.path" in flag for flag in flags) or not usual else (f"--config.data.path={play}",)
+    workdir = () if any("workdir" in flag for flag in flags) else (f"--workdir={mistaken}/unused",)
+    check_mistake(command("main", *usual, *data, *workdir, *flags), code, sentence)
+
+
+@pytest.mark.parametrize("name", SAMPLE_MISTAKES)
+def test_mistakes_in_sampling(command, mistaken, trained, name):
+    flags, code, sentence = SAMPLE_MISTAKES[name]
+    check_mistake(
+        command("sample", f"--workdir={trained[0]}", *(flag.format(tmp=mistaken) for flag in flags)), code, sentence
+    )
+
+
+def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
+    """Only what is meant for the user is reduced to a sentence."""
+    monkeypatch.setattr(train, "build", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train.train(tiny, Workdir(tmp_path))
+
+
+def test_changed_corpus_is_noticed_after_training(tiny, tmp_path, play):
+    text = tmp_path / "text.txt"
+    text.write_text(play.read_text())
+    data = type(tiny.data)(path=str(text))
+    config = type(tiny)(model=tiny.model, data=data, train=type(tiny.train)(batch_size=16, steps=1, sample_tokens=0))
+    train.train(config, Workdir(tmp_path / "run"))
+    text.write_text(play.read_text()[::-1])
+    with pytest.raises(Exception, match="has changed since the training began"):
+        loaded.load(Workdir(tmp_path / "run"), "best").corpus()

@@ -1,0 +1,266 @@
+"""The loop: resuming to the bit, accumulation, evaluation, checkpoints, stopping."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gpt import loaded, metrics, sharding, train
+from gpt.checkpoint import Workdir
+from gpt.data import pipeline, text
+from gpt.errors import UserError
+from gpt.sharding import MeshConfig
+
+
+def change(config, section, **values):
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def checkpoint_arrays(workdir, step):
+    """Every array of a checkpoint on one device, by name."""
+    run = loaded.load(workdir, str(step))
+    checkpoints = workdir.checkpoints(read_only=True)
+    state = train.restore(checkpoints, step, run.program)
+    checkpoints.close()
+    return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def scalars(workdir, tag):
+    events = EventAccumulator(str(workdir.path)).Reload()
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The workdir of a run that nothing disturbed; made once for a config by `whole(config)`."""
+    made = {}
+
+    def run(config):
+        if config not in made:
+            workdir = Workdir(tmp_path_factory.mktemp("whole"))
+            assert train.train(config, workdir) == 0
+            made[config] = workdir
+        return made[config]
+
+    return run
+
+
+class StopAfter:
+    """Sends this process a signal once a number of steps has been reported."""
+
+    def __init__(self, monkeypatch, step, number):
+        original = metrics.Progress.update
+
+        def update(progress, done, *args, **kwargs):
+            original(progress, done, *args, **kwargs)
+            if done == step:
+                os.kill(os.getpid(), number)
+
+        monkeypatch.setattr(metrics.Progress, "update", update)
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "number"), [(7, signal.SIGTERM), (9, signal.SIGTERM), (13, signal.SIGTERM), (7, signal.SIGINT)]
+)
+def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
+    tiny, whole, tmp_path, monkeypatch, capsys, stop_at, number
+):
+    """With dropout on: parameters, optimizer state and every loss."""
+    workdir = Workdir(tmp_path)
+    with monkeypatch.context() as patch:
+        StopAfter(patch, stop_at, number)
+        assert train.train(tiny, workdir) == 128 + number
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line.startswith(f"Stopped by {number.name}, saved after step ")
+    assert train.train(tiny, workdir) == 0
+    assert "resuming after step" in capsys.readouterr().out
+    expected, found = checkpoint_arrays(whole(tiny), 20), checkpoint_arrays(workdir, 20)
+    assert expected.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    for tag in ("train/loss", "train/gradient_norm", "train/learning_rate", "validation/loss"):
+        assert scalars(workdir, tag) == scalars(whole(tiny), tag)
+
+
+def test_resuming_on_another_mesh_goes_on_the_same(tiny, whole, tmp_path, monkeypatch):
+    """Restored parameters are equal to the bit, losses to float tolerance."""
+    workdir = Workdir(tmp_path)
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 9, signal.SIGTERM)
+        train.train(tiny, workdir)
+    step = workdir.checkpoints(read_only=True).last()
+    before = checkpoint_arrays(workdir, step)
+    other = change(tiny, "mesh", data=2, fsdp=2, model=2)
+    program = train.build(other, workdir.read().tokenizer.vocab_size, sharding.make_mesh(other.mesh), 20)
+    checkpoints = workdir.checkpoints(read_only=True)
+    after = train.restore(checkpoints, step, program)
+    for (path, x), (name, y) in zip(jax.tree_util.tree_leaves_with_path(after), before.items(), strict=True):
+        assert jax.tree_util.keystr(path) == name
+        np.testing.assert_array_equal(np.asarray(x), y)
+    assert train.train(other, workdir) == 0
+    expected, found = scalars(whole(tiny), "train/loss"), scalars(workdir, "train/loss")
+    np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
+
+
+def test_finished_run_has_nothing_to_do_and_more_steps_go_on(tiny, tmp_path, capsys):
+    workdir = Workdir(tmp_path)
+    train.train(change(tiny, "train", steps=5), workdir)
+    assert train.train(change(tiny, "train", steps=5), workdir) == 0
+    assert "Nothing to do: 5 of 5 steps are done" in capsys.readouterr().out
+    assert train.train(change(tiny, "train", steps=8, log_every=2), workdir) == 0
+    out = capsys.readouterr().out
+    assert "changed: train.steps 5 → 8" in out
+    assert "resuming after step 5" in out
+    assert workdir.checkpoints(read_only=True).last() == 8
+
+
+def test_another_config_is_refused_with_the_differences(tiny, tmp_path, play):
+    workdir = Workdir(tmp_path / "run")
+    train.train(change(tiny, "train", steps=2), workdir)
+    record = (workdir.path / "run.json").read_text()
+    other = change(change(tiny, "train", steps=4), "optimizer", learning_rate=1e-4)
+    with pytest.raises(UserError, match=r"optimizer\.learning_rate 0\.0006 → 0\.0001.*--allow_config_change") as error:
+        train.train(other, workdir)
+    assert "train.steps" not in str(error.value)  # harmless
+    assert (workdir.path / "run.json").read_text() == record
+    assert train.train(other, workdir, allow_config_change=True) == 0
+
+    longer_play = tmp_path / "longer.txt"
+    longer_play.write_text(play.read_text() + "ROMEO")
+    with pytest.raises(UserError, match="fingerprint of the data"):
+        train.train(change(other, "data", path=str(longer_play)), workdir)
+
+
+def test_best_and_newest_checkpoints_are_kept(tiny, tmp_path, monkeypatch):
+    """The validation loss is best at step 4 here, and nothing but the newest and that one stays."""
+    losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
+    real = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda *args: real(*args) | {"loss": next(losses)})
+    workdir = Workdir(tmp_path)
+    train.train(change(tiny, "train", steps=10, eval_every=2, checkpoint_every=3, keep_checkpoints=1), workdir)
+    checkpoints = workdir.checkpoints(read_only=True)
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 10]
+    assert checkpoints.best() == (4, 2.0)
+    assert checkpoints.find("best") == 4
+    assert checkpoints.find("last") == 10
+    assert checkpoints.find("10") == 10
+    with pytest.raises(UserError, match="best, last or one of 4, 10"):
+        checkpoints.find("5")
+
+
+def test_nan_loss_stops_and_names_the_step(tiny, tmp_path):
+    """An absurd learning rate; the checkpoint from before stays what it was."""
+    workdir = Workdir(tmp_path)
+    train.train(change(tiny, "train", steps=5), workdir)
+    before = checkpoint_arrays(workdir, 5)
+    broken = change(change(tiny, "optimizer", learning_rate=1e30, clip_norm=0.0), "train", checkpoint_every=1)
+    with pytest.raises(UserError, match=r"^Step (6|7|8) gave loss .*checkpoint of step \d+ is kept"):
+        train.train(broken, workdir, allow_config_change=True)
+    last = workdir.checkpoints(read_only=True).last()
+    assert all(np.isfinite(array).all() for array in checkpoint_arrays(workdir, last).values())
+    after = checkpoint_arrays(workdir, 5)
+    assert all((before[name] == after[name]).all() for name in before)
+
+
+def gradients(config, mesh):
+    """Parameters after one step of plain gradient descent, which show the gradient."""
+    corpus = text.load(config.data, config.tokenizer, config.model.block_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.optimizer, "make_optimizer", lambda *_: optax.sgd(1.0))
+        program = train.build(config, corpus.tokenizer.vocab_size, mesh, 1)
+        source = text.TrainingWindows(corpus.train, config.model.block_size, 0)
+        batch = next(pipeline.to_devices(pipeline.training_batches(source, 16, 0, range(16)), mesh))
+        # Targets that do not count, unevenly: a mean of means would be wrong.
+        targets = np.array(batch["targets"])
+        targets[:5, 3:] = text.IGNORED
+        batch["targets"] = jax.device_put(targets, batch["targets"].sharding)
+        with sharding.use(mesh):
+            state, measured = program.train_step(program.init(), batch)
+    return measured, state.params
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
+def test_accumulated_gradient_equals_that_of_the_big_batch(tiny, parts):
+    config = change(tiny, "model", embed_dropout=0.0, residual_dropout=0.0, attention_dropout=0.0)
+    mesh = sharding.make_mesh(MeshConfig(2, 1, 1), jax.devices()[:2])
+    expected, expected_params = gradients(config, mesh)
+    measured, params = gradients(change(config, "train", micro_batches=parts), mesh)
+    for name in expected:
+        assert float(measured[name]) == pytest.approx(float(expected[name]), rel=1e-5), name
+    for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_evaluation_is_the_exact_mean_over_tokens(tiny):
+    """Against a loop over single windows, for batches that the split does not fill."""
+    corpus = text.load(tiny.data, tiny.tokenizer, 16)
+    validation = corpus.validation[:1003]
+    program = train.build(tiny, corpus.tokenizer.vocab_size, sharding.make_mesh(MeshConfig()), 1)
+    with sharding.use(program.mesh):
+        params = program.init().params
+    params = jax.tree.map(lambda x: x * 8, params)  # far from uniform
+    total = 0.0
+    local = jax.tree.map(np.asarray, params)
+    for start in range(0, 1002, 16):
+        window = np.asarray(validation[start : start + 17], np.int32)
+        logits = np.asarray(program.model.apply({"params": local}, jnp.asarray(window[None, :-1])), np.float64)[0]
+        log_sum = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+        total += (log_sum - logits[np.arange(len(window) - 1), window[1:]]).sum()
+    source = text.EvaluationWindows(validation, 16)
+    for batch_size in (8, 24, 40, 80):
+        result = train.evaluate(program, params, source, batch_size)
+        assert result["tokens"] == 1002
+        assert result["loss"] == pytest.approx(total / 1002, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("length", "steps"), [({"steps": 7}, 7), ({"epochs": 1.5}, 6), ({"tokens": 2048.0}, 8), ({"tokens": 2049.0}, 9)]
+)
+def test_length_in_steps_epochs_or_tokens(tiny, length, steps):
+    config = change(tiny, "train", **({"steps": 0} | length))
+    assert config.train.total_steps(block_size=16, rows_per_epoch=64) == steps
+
+
+def test_what_tensorboard_shows(tiny, whole):
+    workdir = whole(tiny)
+    events = EventAccumulator(str(workdir.path)).Reload()
+    for tag in ("loss", "gradient_norm", "parameter_norm", "learning_rate"):
+        assert list(scalars(workdir, f"train/{tag}")) == list(range(1, 21))
+    tokens = scalars(workdir, "progress/tokens")
+    assert tokens[20] == 20 * 16 * 16
+    assert all(value > 0 for value in scalars(workdir, "progress/tokens_per_second").values())
+    assert set(events.Tags()["tensors"]) == {"config", "sample"}
+    shown = events.Tensors("config")[0].tensor_proto.string_val[0].decode()
+    assert json.loads(shown.removeprefix("```json\n").removesuffix("\n```")) == dataclasses.asdict(tiny)
+    histogram = events.Histograms("validation/logits")[0].histogram_value
+    assert histogram.num == 16 * workdir.read().tokenizer.vocab_size
+    assert math.isfinite(histogram.min)
+
+
+def test_profile_leaves_a_trace(tiny, tmp_path):
+    train.train(change(tiny, "train", steps=8), Workdir(tmp_path), profile=True)
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+
+
+def test_loss_falls_and_the_model_learns_a_pattern(tiny, tmp_path):
+    """A text whose next character follows from the last: the loss has to approach 0."""
+    pattern = tmp_path / "pattern.txt"
+    pattern.write_text("abcdefgh" * 1000)
+    config = change(change(tiny, "data", path=str(pattern)), "train", steps=150, log_every=50, eval_every=0)
+    config = change(config, "optimizer", learning_rate=5e-3)
+    workdir = Workdir(tmp_path / "run")
+    train.train(config, workdir)
+    assert scalars(workdir, "validation/loss")[150] < 0.05
+
+
+def test_unknown_sample_prompt_is_refused_before_training(tiny, tmp_path):
+    with pytest.raises(UserError, match=r"train\.sample_prompt: unknown characters 'ж'"):
+        train.train(change(tiny, "train", sample_prompt="ж"), Workdir(tmp_path))
