@@ -19,7 +19,7 @@ _JSON = flags.DEFINE_bool("json", False, "Print one line of JSON instead.")
 
 
 def main() -> int:
-    from gpt import loaded, train  # after the flags: mistakes in them need not wait for JAX
+    from gpt import loaded, train  # after the flags: mistakes in them need not wait for it
     from gpt.data import text
 
     run = loaded.load(Workdir(_WORKDIR.value), _CHECKPOINT.value, _BATCH_SIZE.value)

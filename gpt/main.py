@@ -30,7 +30,7 @@ __doc__ += "\n" + "\n".join(
 def main() -> int:
     if _CONFIG.value is None:
         raise UsageError("Name a config file: --config=configs/char.py.")
-    from gpt import train  # after the flags: --help and mistakes in them need not wait for JAX
+    from gpt import train  # after the flags: help and mistakes in them need not wait for it
 
     settings = config.from_tree(_CONFIG.value)
     file_name = flags.FLAGS["config"].config_filename.replace(":", "-")

@@ -26,7 +26,7 @@ _STOP_NEWLINES = flags.DEFINE_integer("stop_newlines", 0, "End a sample with its
 
 
 def main() -> int:
-    from gpt import generate, loaded  # after the flags: mistakes in them need not wait for JAX
+    from gpt import generate, loaded  # after the flags: mistakes in them need not wait for it
 
     sampling = generate.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     run = loaded.load(Workdir(_WORKDIR.value), _CHECKPOINT.value)
