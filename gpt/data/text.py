@@ -203,8 +203,8 @@ def _shakespeare(cache: Path) -> Path:
             text = play.read_text(encoding="utf-8")
             text = re.sub(r"^#+ *", "", text, flags=re.M)  # titles, acts and scenes
             text = re.sub(r"^\*\*(.+?)\*\* *$", r"\1:", text, flags=re.M)  # speakers
-            text = re.sub(r" +$", "", text, flags=re.M).replace("\\", "")  # Markdown's line breaks and escapes
-            plain.append(re.sub(r"_(.+?)_", r"\1", text, flags=re.S).strip() + "\n\n")  # stage directions
+            text = re.sub(r"[\\*_]| +$", "", text, flags=re.M)  # other marks, and the blanks that break a line
+            plain.append(text.strip() + "\n\n")
         _write_atomically(text_file, lambda out: out.write("".join(plain).encode()))
     return text_file
 

@@ -1,0 +1,631 @@
+"""The model against published sizes, an independent NumPy forward pass, and what each option promises."""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from gpt.errors import UserError
+from gpt.models import layers
+from gpt.models.gpt import GPT, SIZES, GPTConfig, named_size
+
+# Without LLVM's optimizations: a third of the compilation time, and the arithmetic is the same but for rounding.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+VOCAB, LENGTH = 11, 10
+NO_DROPOUT = {"embed_dropout": 0.0, "residual_dropout": 0.0, "attention_dropout": 0.0}
+TINY = GPTConfig(num_layers=2, num_heads=2, embed_dim=16, block_size=12, query_chunk=4, key_chunk=3)
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH), dtype=np.int32)
+
+
+def make(vocab_size=VOCAB, **options) -> GPTConfig:
+    return dataclasses.replace(TINY, **options).resolve(vocab_size, "cpu")
+
+
+def abstract_variables(config):
+    """Shapes of the parameters, in Flax's boxes with axis names; nothing is allocated."""
+    return jax.eval_shape(GPT(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
+def by_path(tree) -> dict:
+    """{"block_0/mlp/up/kernel": leaf, …}"""
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, P))[0]
+    return {"/".join(key.key for key in path if key.key != "params"): leaf for path, leaf in leaves}
+
+
+def random_variables(config, seed=1):
+    """Parameters far from their initial values, so that every scale and bias and every weight matters."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, x):
+        mean, std = {"scale": (1, 0.2), "bias": (0, 0.3), "kernel": (0, 0.3), "embedding": (0, 0.6)}[path[-1].key]
+        return rng.normal(mean, std, x.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_variables(config)))
+
+
+def stacked(variables, num_layers):
+    """Parameters of the unrolled model, as the model with scan_layers wants them."""
+    params = dict(variables["params"])
+    blocks = [params.pop(f"block_{i}") for i in range(num_layers)]
+    return {"params": params | {"blocks": jax.tree.map(lambda *x: np.stack(x), *blocks)}}
+
+
+def logits_of(config, variables, tokens=TOKENS, **options):
+    return np.asarray(quick_jit(functools.partial(GPT(config).apply, **options))(variables, tokens))
+
+
+def assert_close(actual, expected, tolerance=2e-6):
+    """Errors are compared with the largest number in the array, in units of float32 rounding (6e-8)."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
+
+
+# Sizes.
+
+# With GPT-2's vocabulary and context, a tied head and biases everywhere. GPT-2's are the published counts;
+# the smaller ones add up tables, 12·D² + 13·D a layer and 2·D for the final norm.
+PARAMETERS = {
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "gopher-44m": 51_475_968,
+    "gpt-mini": 12_515_520,
+    "gpt-micro": 7_357_312,
+    "gpt-nano": 2_546_400,
+}
+
+
+def count(config):
+    return sum(x.size for x in jax.tree.leaves(abstract_variables(config)))
+
+
+@pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
+def test_published_numbers_of_parameters(name, parameters):
+    config = GPTConfig(block_size=1024, **named_size(name)).resolve(50257, "cpu")
+    assert config.num_parameters() == parameters
+    assert count(config) == parameters
+
+
+def test_openai_gpt_has_its_published_parameters_and_a_final_norm():
+    config = GPTConfig(block_size=512, **named_size("openai-gpt")).resolve(40478, "cpu")
+    assert config.num_parameters() == count(config) == 116_534_784 + 2 * 768
+
+
+def test_sizes_are_those_of_mingpt():
+    """(layers, heads, width); the number of heads is the one thing that no count of parameters shows."""
+    assert SIZES == {
+        "openai-gpt": (12, 12, 768),
+        "gpt2": (12, 12, 768),
+        "gpt2-medium": (24, 16, 1024),
+        "gpt2-large": (36, 20, 1280),
+        "gpt2-xl": (48, 25, 1600),
+        "gopher-44m": (8, 16, 512),
+        "gpt-mini": (6, 6, 192),
+        "gpt-micro": (4, 4, 128),
+        "gpt-nano": (3, 3, 48),
+    }
+    assert named_size("gpt2-xl") == {"num_layers": 48, "num_heads": 25, "embed_dim": 1600}
+
+
+def test_unknown_size_is_refused_with_the_known_ones():
+    with pytest.raises(UserError, match=r"'gpt3'.*gpt2-xl"):
+        named_size("gpt3")
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tie_embeddings": False},
+        {"bias": False},
+        {"norm": "rmsnorm"},
+        {"norm": "rmsnorm", "bias": False, "positions": "rotary", "tie_embeddings": False},
+        {"positions": "rotary"},
+        {"vocab_multiple": 128},
+        {"vocab_multiple": 128, "tie_embeddings": False},
+        {"mlp_factor": 2.7},
+    ],
+    ids=str,
+)
+def test_counted_parameters_are_those_made(options, scan_layers):
+    config = GPTConfig(block_size=1024, scan_layers=scan_layers, **named_size("gpt2"), **options)
+    config = config.resolve(50257, "cpu")
+    assert config.num_parameters() == count(config)
+    assert config.num_parameters() != PARAMETERS["gpt2"]
+
+
+def test_flops_of_gpt2():
+    """6 for each weight of the 12 blocks and of the head, and 12·layers·width·length for the attention."""
+    config = GPTConfig(block_size=1024, **named_size("gpt2")).resolve(50257, "cpu")
+    assert config.flops_per_token() == 6 * (12 * 12 * 768**2 + 50257 * 768) + 12 * 12 * 768 * 1024
+
+
+# Values.
+
+
+def numpy_activation(name, x):
+    if name == "gelu_tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if name == "gelu":
+        return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+    if name == "relu":
+        return np.where(x > 0, x, 0)
+    if name == "relu_squared":
+        return np.where(x > 0, x, 0) ** 2
+    return x / (1 + np.exp(-x))  # silu
+
+
+def numpy_logits(config, variables, tokens):
+    """The forward pass in float64 and from the parameters alone, as the GPT-2 paper describes it."""
+    params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
+
+    def linear(p, x, axes):
+        return np.tensordot(x, p["kernel"], axes) + p.get("bias", 0)
+
+    def norm(p, x):
+        if config.norm == "layernorm":
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        else:
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+        return x * p["scale"] + p.get("bias", 0)
+
+    def rotated(x):
+        """Pairs (i, i + K/2) as complex numbers, turned by position·10000^(-2i/K)."""
+        half = x.shape[-1] // 2
+        angles = np.arange(x.shape[1])[:, None] * 10000.0 ** (-2 * np.arange(half) / x.shape[-1])
+        z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None, :]
+        return np.concatenate([z.real, z.imag], axis=-1)
+
+    def attend(p, x):
+        q, k, v = np.split(linear(p["qkv"], x, 1), 3, axis=-1)  # [B, T, H, K] each
+        if config.positions == "rotary":
+            q, k = rotated(q), rotated(k)
+        scores = np.einsum("bthk,bshk->bhts", q, k) / math.sqrt(q.shape[-1])
+        scores = np.where(np.tri(x.shape[1], dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return linear(p["out"], np.einsum("bhts,bshk->bthk", weights, v), 2)
+
+    x = params["token_embedding"]["embedding"][tokens]
+    if config.positions == "learned":
+        x = x + params["position_embedding"]["embedding"][: tokens.shape[1]]
+    for i in range(config.num_layers):
+        p = params[f"block_{i}"]
+        x = x + attend(p["attention"], norm(p["norm_1"], x))
+        hidden = numpy_activation(config.activation, linear(p["mlp"]["up"], norm(p["norm_2"], x), 1))
+        x = x + linear(p["mlp"]["down"], hidden, 1)
+    x = norm(params["final_norm"], x)
+    if config.tie_embeddings:
+        return x @ params["token_embedding"]["embedding"].T
+    return x @ params["head"]["kernel"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm": "rmsnorm"},
+        {"bias": False},
+        {"tie_embeddings": False},
+        {"activation": "gelu"},
+        {"activation": "relu"},
+        {"activation": "relu_squared"},
+        {"activation": "silu"},
+        {"positions": "rotary"},
+        {"mlp_factor": 1.5, "num_heads": 4, "num_layers": 3},
+        {"norm": "rmsnorm", "bias": False, "tie_embeddings": False, "activation": "silu", "positions": "rotary"},
+    ],
+    ids=str,
+)
+def test_logits_equal_an_independent_forward_pass(options):
+    config = make(**options)
+    variables = random_variables(config)
+    logits = logits_of(config, variables)
+    assert logits.shape == (*TOKENS.shape, VOCAB)
+    assert_close(logits, numpy_logits(config, variables, TOKENS))
+
+
+@pytest.mark.parametrize("name", layers.ACTIVATIONS)
+def test_activations_and_their_gradients_far_from_zero(name):
+    """gelu_tanh is written with a sigmoid: at ±50 its cube must not give a NaN there or in the gradient."""
+    x = np.concatenate([np.linspace(-50, 50, 101), np.linspace(-1, 1, 21)]).astype(np.float32)
+    values, slopes = jax.vmap(jax.value_and_grad(layers.ACTIVATIONS[name]))(x)
+    expected = numpy_activation(name, x.astype(np.float64))
+    np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
+    step = 1e-5
+    sides = (numpy_activation(name, x.astype(np.float64) + d) for d in (step, -step))
+    differences = (next(sides) - next(sides)) / (2 * step)
+    smooth = np.abs(x) > 1e-3 if "relu" in name else np.full(x.shape, True)
+    np.testing.assert_allclose(slopes[smooth], differences[smooth], rtol=1e-4, atol=1e-4)
+
+
+def test_rotary_scores_depend_on_the_distance_alone():
+    q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
+    q, k = (np.asarray(layers.rotary(np.broadcast_to(x, (1, 64, 1, 8))))[0, :, 0] for x in (q, k))
+    scores = q @ k.T
+    for distance in (-40, -3, 0, 1, 17):
+        diagonal = np.diagonal(scores, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], atol=2e-5)
+    assert np.ptp(scores[0]) > 1
+
+
+# Causality.
+
+
+@pytest.mark.parametrize(
+    ("attention", "positions", "scan_layers"),
+    [*itertools.product(["dense", "flax", "chunked"], ["learned", "rotary"], [False]), ("chunked", "rotary", True)],
+)
+def test_future_tokens_change_no_logits(attention, positions, scan_layers):
+    """Bit for bit; and the changed token does change the logits from its own position on."""
+    config = make(attention=attention, positions=positions, scan_layers=scan_layers)
+    variables = random_variables(config)
+    apply = quick_jit(GPT(config).apply)
+    logits = np.asarray(apply(variables, TOKENS))
+    for start in (1, 5, LENGTH - 1):
+        changed = TOKENS.copy()
+        changed[:, start:] = (changed[:, start:] + 1) % VOCAB
+        other = np.asarray(apply(variables, changed))
+        np.testing.assert_array_equal(other[:, :start], logits[:, :start])
+        assert (np.abs(other - logits)[:, start:].max(axis=-1) > 1e-3).all()
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_a_prefix_has_the_logits_it_has_within_the_whole(positions):
+    """What makes it possible to train at block_size and to generate from a shorter prompt."""
+    config = make(positions=positions)
+    variables = random_variables(config)
+    whole = logits_of(config, variables)
+    for length in (1, 7):
+        assert_close(logits_of(config, variables, TOKENS[:, :length]), whole[:, :length])
+
+
+# Scan and rematerialisation.
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_scanned_layers_give_the_logits_of_unrolled_ones(remat):
+    config = make(num_layers=3)
+    variables = random_variables(config)
+    scanned = dataclasses.replace(config, scan_layers=True, remat=remat)
+    parameters = stacked(variables, 3)
+    assert jax.tree.map(np.shape, parameters) == jax.tree.map(np.shape, nn.unbox(abstract_variables(scanned)))
+    assert_close(logits_of(scanned, parameters), logits_of(config, variables))
+
+
+def loss(config, variables, dropout_key=None):
+    """Mean cross-entropy, with dropout if there is a key."""
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    logits = GPT(config).apply(variables, TOKENS[:, :-1], deterministic=dropout_key is None, rngs=rngs)
+    return -jnp.take_along_axis(nn.log_softmax(logits), TOKENS[:, 1:, None], axis=-1).mean()
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_remat_gives_the_same_gradients(scan_layers):
+    """With dropout on: what is recomputed has to drop the same things again."""
+    config = make(scan_layers=scan_layers)
+    variables = random_variables(config)
+    gradients = {}
+    for remat in ("none", "dots", "full"):
+        of_loss = jax.grad(functools.partial(loss, dataclasses.replace(config, remat=remat)))
+        gradients[remat] = by_path(quick_jit(of_loss)(variables, jax.random.key(4)))
+    for remat, (name, expected) in itertools.product(("dots", "full"), gradients["none"].items()):
+        # Within rounding of the largest: a layer's own gradients may be sums that cancel.
+        np.testing.assert_allclose(gradients[remat][name], expected, rtol=1e-4, atol=1e-6, err_msg=f"{remat} {name}")
+
+
+def test_scanned_layers_give_the_gradients_of_unrolled_ones():
+    config = make(**NO_DROPOUT)
+    scanned = dataclasses.replace(config, scan_layers=True)
+    variables = random_variables(config)
+    expected = stacked(quick_jit(jax.grad(functools.partial(loss, config)))(variables), 2)
+    gradients = quick_jit(jax.grad(functools.partial(loss, scanned)))(stacked(variables, 2))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), gradients, expected)
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_remat_keeps_less_for_the_backward_pass(scan_layers):
+    """The residuals are the leaves of the pulled-back function; `full` keeps little but the input of each block."""
+
+    def kept_bytes(remat):
+        config = make(num_layers=4, scan_layers=scan_layers, remat=remat)
+        of_variables = functools.partial(loss, config, dropout_key=jax.random.key(0))
+        residuals = jax.eval_shape(lambda variables: jax.vjp(of_variables, variables)[1], random_variables(config))
+        parameters = 4 * config.num_parameters()  # kept in any case
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals)) - parameters
+
+    none, dots, full = (kept_bytes(remat) for remat in ("none", "dots", "full"))
+    assert dots < 0.6 * none
+    assert full < 0.4 * dots
+
+
+# Padded vocabulary.
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
+def test_padding_of_the_vocabulary_has_no_probability(tie_embeddings):
+    """The rows that are added hold rubbish here; the logits of real tokens stay what they were."""
+    config = make(tie_embeddings=tie_embeddings)
+    padded = dataclasses.replace(config, vocab_multiple=8)
+    assert padded.padded_vocab_size == 16
+    variables = random_variables(config)
+    larger = random_variables(padded, seed=2)
+    larger["params"] |= {name: value for name, value in variables["params"].items() if name.startswith("block")}
+    larger["params"] |= {name: variables["params"][name] for name in ("position_embedding", "final_norm")}
+    larger["params"]["token_embedding"]["embedding"][:VOCAB] = variables["params"]["token_embedding"]["embedding"]
+    if not tie_embeddings:
+        larger["params"]["head"]["kernel"][:, :VOCAB] = variables["params"]["head"]["kernel"]
+    logits = logits_of(padded, larger)
+    assert logits.shape == (*TOKENS.shape, 16)
+    assert_close(logits[..., :VOCAB], logits_of(config, variables))
+    assert (logits[..., VOCAB:] <= -1e29).all()
+    assert (nn.softmax(logits)[..., VOCAB:] == 0).all()
+
+
+def test_padded_size_is_the_next_multiple():
+    config = GPTConfig(vocab_size=50257)
+    padded = {n: dataclasses.replace(config, vocab_multiple=n).padded_vocab_size for n in (1, 2, 128, 50257, 60000)}
+    assert padded == {1: 50257, 2: 50258, 128: 50304, 50257: 50257, 60000: 60000}
+
+
+# Dropout.
+
+
+@pytest.mark.parametrize("name", NO_DROPOUT)
+def test_each_dropout_follows_its_key(name):
+    config = make(**NO_DROPOUT | {name: 0.4})
+    variables = random_variables(config)
+
+    @quick_jit
+    def with_dropout(key):
+        return GPT(config).apply(variables, TOKENS, deterministic=False, rngs={"dropout": key})
+
+    plain = logits_of(config, variables)
+    first = with_dropout(jax.random.key(0))
+    np.testing.assert_array_equal(first, with_dropout(jax.random.key(0)))
+    assert np.abs(first - with_dropout(jax.random.key(1))).max() > 0.1
+    assert np.abs(first - plain).max() > 0.1
+    # Deterministic: the rate and the key count for nothing.
+    np.testing.assert_array_equal(logits_of(config, variables, rngs={"dropout": jax.random.key(0)}), plain)
+    np.testing.assert_array_equal(logits_of(make(**NO_DROPOUT), variables), plain)
+
+
+def test_no_dropout_needs_no_key():
+    config = make(**NO_DROPOUT)
+    variables = random_variables(config)
+    np.testing.assert_array_equal(
+        logits_of(config, variables, deterministic=False), logits_of(config, variables, deterministic=True)
+    )
+
+
+@pytest.mark.parametrize("attention", ["flax", "chunked"])
+def test_attention_may_be_exchanged_in_the_middle_of_a_run(attention):
+    """All three dropouts on: same parameters, same key, same logits whatever computes the attention."""
+    config = make()
+    variables = random_variables(config)
+    options = {"deterministic": False, "rngs": {"dropout": jax.random.key(6)}}
+    other = dataclasses.replace(config, attention=attention)
+    assert_close(logits_of(other, variables, **options), logits_of(config, variables, **options))
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_residual_dropouts_are_independent_and_scaled(scan_layers):
+    """A model that shows its masks: each of its four branches adds 1 to every channel but the first.
+
+    A channel that survives k of the four dropouts of rate 1/4 is 1 + 4/3·k, and k is binomial. If the layers
+    of a scan shared their mask, k would always be even.
+    """
+    width = 32
+    options = NO_DROPOUT | {"residual_dropout": 0.25, "norm": "rmsnorm", "positions": "rotary"}
+    config = make(width, embed_dim=width, scan_layers=scan_layers, tie_embeddings=False, **options)
+    values = {"embedding": np.ones, "scale": np.ones, "kernel": np.zeros, "bias": np.zeros}
+    variables = jax.tree_util.tree_map_with_path(
+        lambda path, x: values[path[-1].key](x.shape, np.float32), nn.unbox(abstract_variables(config))
+    )
+    for name, parameter in by_path(variables).items():
+        if name.endswith(("attention/out/bias", "mlp/down/bias")):
+            parameter[..., 1:] = 1
+    variables["params"]["head"]["kernel"] += np.eye(width, dtype=np.float32)
+    tokens = np.zeros((32, 12), np.int32)
+    logits = logits_of(config, variables, tokens, deterministic=False, rngs={"dropout": jax.random.key(0)})
+    # The final norm divides all channels by the same number; the first shows which.
+    survived = (logits[..., 1:] / logits[..., :1] - 1) * 3 / 4
+    assert np.abs(survived - survived.round()).max() < 1e-4
+    frequencies = np.bincount(survived.round().astype(int).ravel(), minlength=5) / survived.size
+    binomial = [math.comb(4, k) * 0.75**k * 0.25 ** (4 - k) for k in range(5)]
+    np.testing.assert_allclose(frequencies, binomial, atol=0.02)
+
+
+# Parameters: their axes and their initial values.
+
+BLOCK_AXES = {
+    "norm_1/scale": ("embed",),
+    "norm_1/bias": ("embed",),
+    "attention/qkv/kernel": ("embed", "heads", "kv"),
+    "attention/qkv/bias": ("heads", "kv"),
+    "attention/out/kernel": ("heads", "kv", "embed"),
+    "attention/out/bias": ("embed",),
+    "norm_2/scale": ("embed",),
+    "norm_2/bias": ("embed",),
+    "mlp/up/kernel": ("embed", "mlp"),
+    "mlp/up/bias": ("mlp",),
+    "mlp/down/kernel": ("mlp", "embed"),
+    "mlp/down/bias": ("embed",),
+}
+OTHER_AXES = {
+    "token_embedding/embedding": ("vocab", "embed"),
+    "position_embedding/embedding": ("length", "embed"),
+    "final_norm/scale": ("embed",),
+    "final_norm/bias": ("embed",),
+    "head/kernel": ("embed", "vocab"),
+}
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_logical_axes_of_every_parameter(scan_layers, remat):
+    """The whole table, so that no parameter is without its axes; a scan puts `layers` first."""
+    config = make(tie_embeddings=False, scan_layers=scan_layers, remat=remat)
+    if scan_layers:
+        blocks = {f"blocks/{name}": ("layers", *axes) for name, axes in BLOCK_AXES.items()}
+    else:
+        blocks = {f"block_{i}/{name}": axes for i in range(2) for name, axes in BLOCK_AXES.items()}
+    expected = {name: P(*axes) for name, axes in (OTHER_AXES | blocks).items()}
+    variables = abstract_variables(config)
+    assert by_path(nn.get_partition_spec(variables)) == expected
+    # The axes fit the shapes.
+    sizes = {"embed": 16, "heads": 2, "mlp": 64, "vocab": VOCAB, "length": 12, "layers": 2}
+    for name, x in by_path(nn.unbox(variables)).items():
+        kv = 24 if "qkv" in name else 8
+        assert x.shape == tuple((sizes | {"kv": kv})[axis] for axis in expected[name]), name
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scanned"])
+def fresh(request):
+    """Config and freshly initialised parameters of a model wide enough for statistics."""
+    config = make(100, num_layers=3, embed_dim=64, block_size=64, scan_layers=request.param, tie_embeddings=False)
+    variables = quick_jit(GPT(config).init)(jax.random.key(0), np.zeros((1, 1), np.int32))
+    return config, nn.unbox(variables)
+
+
+def test_initial_parameters(fresh):
+    """GPT-2's: 0.02 everywhere, but 0.02/√(2·layers) for what writes to the residual stream."""
+    for name, x in by_path(fresh[1]).items():
+        assert x.dtype == jnp.float32, name
+        if name.endswith(("bias", "scale")):
+            np.testing.assert_array_equal(x, float(name.endswith("scale")), err_msg=name)
+            continue
+        expected = 0.02 / math.sqrt(6) if name.endswith(("out/kernel", "down/kernel")) else 0.02
+        # At least 4096 draws: the sample's deviation is within 1.1 % at one sigma.
+        assert x.size >= 4096
+        assert x.std() == pytest.approx(expected, rel=0.05), name
+        assert abs(x.mean()) < 0.1 * expected, name
+
+
+def test_layers_start_different(fresh):
+    kernels = {name: x for name, x in by_path(fresh[1]).items() if name.endswith("mlp/up/kernel")}
+    layers_ = [*next(iter(kernels.values()))] if len(kernels) == 1 else [*kernels.values()]
+    assert len(layers_) == 3
+    for a, b in itertools.combinations(layers_, 2):
+        assert abs(np.corrcoef(np.ravel(a), np.ravel(b))[0, 1]) < 0.05
+
+
+def test_a_fresh_model_knows_nothing(fresh):
+    """Its loss is that of the uniform distribution, log(vocabulary)."""
+    config, variables = fresh
+    tokens = np.random.default_rng(0).integers(0, 100, (4, 65), dtype=np.int32)
+    log_probabilities = nn.log_softmax(logits_of(config, variables, tokens[:, :-1]))
+    mean = -np.take_along_axis(np.asarray(log_probabilities), tokens[:, 1:, None], axis=-1).mean()
+    assert mean == pytest.approx(math.log(100), abs=0.05)
+
+
+def test_a_fresh_model_with_a_tied_head_knows_nothing():
+    config = make(100, embed_dim=64)
+    variables = quick_jit(GPT(config).init)(jax.random.key(0), np.zeros((1, 1), np.int32))
+    tokens = np.random.default_rng(0).integers(0, 100, (16, 13), dtype=np.int32)
+    log_probabilities = nn.log_softmax(logits_of(config, nn.unbox(variables), tokens[:, :-1]))
+    mean = -np.take_along_axis(np.asarray(log_probabilities), tokens[:, 1:, None], axis=-1).mean()
+    assert mean == pytest.approx(math.log(100), abs=0.05)
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("attention", ["dense", "flax", "chunked"])
+def test_bfloat16_computes_in_bfloat16_between_float32_ends(attention):
+    config = make(attention=attention, dtype="bfloat16", vocab_multiple=8)
+    assert {x.dtype for x in jax.tree.leaves(abstract_variables(config))} == {jnp.dtype("float32")}
+    variables = random_variables(config)
+
+    @quick_jit
+    def run(variables):
+        return GPT(config).apply(variables, TOKENS, capture_intermediates=True, mutable=["intermediates"])
+
+    logits, captured = run(variables)
+    assert logits.dtype == jnp.float32
+    outputs = {name: x for name, x in by_path_of_calls(captured["intermediates"]).items() if name}
+    parts = {"norm_1", "attention/qkv", "attention/out", "norm_2", "mlp/up", "mlp/down"}
+    assert {f"block_{i}/{part}" for i in range(2) for part in parts} <= outputs.keys()
+    assert {"token_embedding", "position_embedding", "block_0", "block_1", "final_norm"} <= outputs.keys()
+    assert {name: x.dtype for name, x in outputs.items() if x.dtype != jnp.bfloat16} == {}
+    expected = logits_of(dataclasses.replace(config, dtype="float32"), variables)
+    # 2⁻⁸ for each of the roundings on the way, of which there are some tens.
+    assert_close(logits[..., :VOCAB], expected[..., :VOCAB], 0.05)
+    assert (logits[..., VOCAB:] <= -1e29).all()
+
+
+def by_path_of_calls(intermediates) -> dict:
+    """{"block_0/mlp": its output, …, "": the logits}"""
+    return {
+        "/".join(key.key for key in path[:-2]): x
+        for path, x in jax.tree_util.tree_flatten_with_path(intermediates)[0]
+        if path[-2].key == "__call__"
+    }
+
+
+def test_gradients_of_bfloat16_are_float32():
+    """The optimizer adds small steps to float32 parameters."""
+    config = make(dtype="bfloat16")
+    gradients = jax.eval_shape(jax.grad(functools.partial(loss, config)), random_variables(config))
+    assert {x.dtype for x in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}
+
+
+# The config.
+
+
+@pytest.mark.parametrize(
+    ("options", "keys"),
+    [
+        ({"num_heads": 3, "embed_dim": 16}, ["model.num_heads=3", "model.embed_dim=16"]),
+        ({"attention": "sparse"}, ["model.attention='sparse'", "dense, flax, chunked"]),
+        ({"activation": "swish"}, ["model.activation='swish'", "gelu_tanh"]),
+        ({"norm": "batchnorm"}, ["model.norm='batchnorm'", "layernorm, rmsnorm"]),
+        ({"positions": "alibi"}, ["model.positions='alibi'", "learned, rotary"]),
+        ({"remat": "some"}, ["model.remat='some'", "none, dots, full"]),
+        ({"dtype": "float16"}, ["model.dtype='float16'", "bfloat16"]),
+        ({"num_layers": 0}, ["model.num_layers=0"]),
+        ({"num_heads": 0}, ["model.num_heads=0"]),
+        ({"embed_dim": -8}, ["model.embed_dim=-8"]),
+        ({"block_size": 0}, ["model.block_size=0"]),
+        ({"mlp_factor": 0.0}, ["model.mlp_factor=0.0"]),
+        ({"vocab_multiple": 0}, ["model.vocab_multiple=0"]),
+        ({"query_chunk": 0}, ["model.query_chunk=0"]),
+        ({"key_chunk": -1}, ["model.key_chunk=-1"]),
+        ({"vocab_size": -1}, ["model.vocab_size=-1"]),
+        ({"embed_dropout": 1.0}, ["model.embed_dropout=1.0"]),
+        ({"residual_dropout": 1.0}, ["model.residual_dropout=1.0"]),
+        ({"attention_dropout": 1.0}, ["model.attention_dropout=1.0"]),
+        ({"attention_dropout": -0.1}, ["model.attention_dropout=-0.1"]),
+        ({"residual_dropout": math.nan}, ["model.residual_dropout=nan"]),
+        ({"positions": "rotary", "embed_dim": 12, "num_heads": 4}, ["model.positions=rotary", "=3"]),
+    ],
+    ids=str,
+)
+def test_bad_values_are_refused_by_name(options, keys):
+    with pytest.raises(UserError) as error:
+        GPTConfig(**options)
+    for key in keys:
+        assert key in str(error.value)
+
+
+def test_resolve_fills_in_vocabulary_and_dtype():
+    config = GPTConfig()
+    assert config.resolve(65, "cpu") == dataclasses.replace(config, vocab_size=65, dtype="float32")
+    assert [config.resolve(65, platform).dtype for platform in ("gpu", "tpu")] == ["bfloat16", "bfloat16"]
+    assert GPTConfig(dtype="float32").resolve(65, "tpu").dtype == "float32"
+    assert GPTConfig(dtype="bfloat16").resolve(65, "cpu").dtype == "bfloat16"
+    assert GPTConfig(vocab_size=65).resolve(65, "cpu").vocab_size == 65
+
+
+def test_resolve_refuses_another_vocabulary():
+    with pytest.raises(UserError, match=r"model\.vocab_size=64.* 65 "):
+        GPTConfig(vocab_size=64).resolve(65, "cpu")
