@@ -16,12 +16,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from gpt import config as config_lib
 from gpt import tokenizers
 from gpt.errors import UserError
+from gpt.models.layers import stack_layers, unstack_layers
 
 # A change of these leaves the course of a run the same, or is the very reason to start it again:
 # a run may go on longer, on another mesh, log more often, find its text in another place, or
@@ -47,6 +49,7 @@ HARMLESS = (
     "model.query_chunk",
     "model.key_chunk",
     "model.remat",
+    "model.scan_layers",
 )
 
 
@@ -68,6 +71,11 @@ class Workdir:
     @property
     def has_run(self) -> bool:
         return (self.path / "run.json").exists()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is a run with anything to lose: one that saved."""
+        return self.has_run and any((self.path / "checkpoints").glob("[0-9]*"))
 
     def create(self) -> None:
         """Makes the folder. Raises UserError where that is not permitted, or it holds something else."""
@@ -113,6 +121,7 @@ class Workdir:
 class Checkpoints:
     """The saved states of a run: the `keep` newest ones and the one with the lowest validation loss.
 
+    On disk the layers are stacked, whether the model scans over them or not: so one can go on from the other.
     With `read_only`, nothing is created or cleaned up: the run may be going on meanwhile.
     """
 
@@ -146,9 +155,11 @@ class Checkpoints:
 
     def save(self, step: int, params: Any, optimizer: Any, validation_loss: float | None = None) -> None:
         """Starts to save in the background; the arrays may be donated once this returns."""
+        items = {"params": params, "optimizer": optimizer}
+        stacked = jax.jit(stack_layers, out_shardings=_shardings(_stacked(items)))(items)
         self._manager.save(
             step,
-            args=ocp.args.Composite(params=ocp.args.StandardSave(params), optimizer=ocp.args.StandardSave(optimizer)),
+            args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in stacked.items()}),
             metrics={"validation_loss": math.inf if validation_loss is None else validation_loss},
             force=True,
         )
@@ -160,13 +171,16 @@ class Checkpoints:
           abstract: for each item, its tree of jax.ShapeDtypeStruct with the shardings to restore to,
             which need not be those it was saved with.
         """
-        args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in _stacked(abstract).items()}
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"Cannot restore {self._path / str(step)}: {reason}") from error
-        return {name: restored[name] for name in abstract}
+        items = {name: restored[name] for name in abstract}
+        if jax.tree.structure(items) == jax.tree.structure(abstract):
+            return items
+        return jax.jit(unstack_layers, out_shardings=_shardings(abstract))(items)
 
     def find(self, which: str) -> int:
         """The step that `which` names: "best" (or last, if nothing was evaluated), "last", or a number.
@@ -190,6 +204,21 @@ class Checkpoints:
         """Waits for what is being saved."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def _stacked(tree: Any) -> Any:
+    """The jax.ShapeDtypeStruct, with shardings, of what `stack_layers` makes of a tree."""
+
+    def stack(layers):
+        first = layers[0]
+        sharding = jax.NamedSharding(first.sharding.mesh, jax.P(None, *first.sharding.spec))
+        return jax.ShapeDtypeStruct((len(layers), *first.shape), first.dtype, sharding=sharding)
+
+    return stack_layers(tree, stack)
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)
 
 
 def refuse_changes(old: Run, new: Run, workdir: Path, allow: bool) -> dict[str, tuple[Any, Any]]:

@@ -162,8 +162,8 @@ class Progress:
       enabled: False prints nothing (on all processes but one).
     """
 
-    def __init__(self, total_steps: int, enabled: bool = True, out: TextIO | None = None):
-        self._total, self._enabled, self._out = total_steps, enabled, out or sys.stdout
+    def __init__(self, total_steps: int = 0, enabled: bool = True, out: TextIO | None = None):
+        self.total_steps, self._enabled, self._out = total_steps, enabled, out or sys.stdout
         self._terminal = self._out.isatty()
         self._drawn, self._drawn_at, self._validation_loss = False, 0.0, None
 
@@ -173,7 +173,7 @@ class Progress:
         if not milestone and (not self._terminal or now - self._drawn_at < 0.1):
             return
         self._drawn_at = now
-        parts = [f"step {step:,}/{self._total:,}", f"loss {loss:.4f}"]
+        parts = [f"step {step:,}/{self.total_steps:,}", f"loss {loss:.4f}"]
         if self._validation_loss is not None:
             parts.append(f"val {self._validation_loss:.4f}")
         parts.append(f"{_short(rates['tokens_per_second'])} tok/s")
@@ -181,13 +181,13 @@ class Progress:
             parts.append(f"mfu {rates['mfu']:.1%}")
         if rates["input_wait"] > 0.01:
             parts.append(f"waiting for input {rates['input_wait']:.0%}")
-        parts.append(f"eta {duration((self._total - step) / max(rates['steps_per_second'], 1e-9))}")
+        parts.append(f"eta {duration((self.total_steps - step) / max(rates['steps_per_second'], 1e-9))}")
         self._line("  ".join(parts), keep=not self._terminal)
 
     def evaluated(self, step: int, loss: float, best: bool) -> None:
         """Shows the result of an evaluation."""
         self._validation_loss = loss
-        self._line(f"step {step:,}/{self._total:,}  validation loss {loss:.4f}{'  (best)' if best else ''}")
+        self._line(f"step {step:,}/{self.total_steps:,}  validation loss {loss:.4f}{'  (best)' if best else ''}")
 
     def say(self, text: str) -> None:
         """Prints a line of its own."""

@@ -220,8 +220,10 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     mesh = sharding.make_mesh(config.mesh)
     pipeline.check_batch(config.train.batch_size, mesh, config.train.micro_batches)
     workdir.create()
-    before = workdir.read() if workdir.has_run else None
-    corpus = text.load(config.data, before.tokenizer if before else config.tokenizer, config.model.block_size)
+    before = workdir.read() if workdir.has_begun else None
+    progress = metrics.Progress(enabled=is_first_process)
+    tokenizer = before.tokenizer if before else config.tokenizer
+    corpus = text.load(config.data, tokenizer, config.model.block_size, progress.say)
     run = Run(config, corpus.tokenizer, corpus.fingerprint)
     changes = refuse_changes(before, run, workdir.path, allow_config_change) if before else {}
 
@@ -235,7 +237,7 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     if is_first_process:
         workdir.record(run)
 
-    progress = metrics.Progress(total_steps, enabled=is_first_process)
+    progress.total_steps = total_steps
     for line in describe(program, config, corpus, total_steps, len(training)):
         progress.say(line)
     for key, (was, now) in changes.items():
@@ -367,8 +369,6 @@ def describe(
         f"data   {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, "
         f"vocabulary {corpus.tokenizer.vocab_size}"
     )
-    for note in corpus.notes:
-        yield f"       {note}"
     abstract = program.abstract_state
     megabytes = sharding.bytes_per_device(abstract, jax.tree.map(lambda leaf: leaf.sharding, abstract)) / 1e6
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())

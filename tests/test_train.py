@@ -110,6 +110,28 @@ def test_resuming_on_another_mesh_goes_on_the_same(tiny, whole, tmp_path, monkey
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
 
 
+@pytest.mark.parametrize("scan_first", [False, True])
+def test_a_run_may_change_to_scanned_layers_and_back(tiny, tmp_path, scan_first):
+    """Without dropout, whose masks are drawn another way, the two go on the same."""
+    config = change(tiny, "model", embed_dropout=0.0, residual_dropout=0.0, attention_dropout=0.0, num_layers=3)
+    workdirs = [Workdir(tmp_path / name) for name in ("same", "changed")]
+    for workdir in workdirs:
+        train.train(change(change(config, "train", steps=5), "model", scan_layers=scan_first), workdir)
+    before = checkpoint_arrays(workdirs[0], 5)
+    train.train(change(config, "model", scan_layers=scan_first), workdirs[0])
+    train.train(change(config, "model", scan_layers=not scan_first), workdirs[1])
+    expected, found = (list(scalars(workdir, "train/loss").values()) for workdir in workdirs)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # The checkpoint from before the change is read in the new form, its numbers as they were.
+    after = checkpoint_arrays(workdirs[1], 5)
+    unrolled, scanned = (after, before) if scan_first else (before, after)
+    for layer in range(3):
+        for where in (".params", ".opt_state[1].mu", ".opt_state[1].nu"):
+            kernel = "['mlp']['up']['kernel']"
+            stacked = scanned[f"{where}['blocks']{kernel}"]
+            np.testing.assert_array_equal(stacked[layer], unrolled[f"{where}['block_{layer}']{kernel}"])
+
+
 def test_finished_run_has_nothing_to_do_and_more_steps_go_on(tiny, tmp_path, capsys):
     workdir = Workdir(tmp_path)
     train.train(change(tiny, "train", steps=5), workdir)
@@ -137,6 +159,14 @@ def test_another_config_is_refused_with_the_differences(tiny, tmp_path, play):
     longer_play.write_text(play.read_text() + "ROMEO")
     with pytest.raises(UserError, match="fingerprint of the data"):
         train.train(change(other, "data", path=str(longer_play)), workdir)
+
+
+def test_a_run_that_never_saved_can_be_begun_anew(tiny, tmp_path):
+    broken = change(change(tiny, "optimizer", learning_rate=1e30, clip_norm=0.0), "train", checkpoint_every=20)
+    with pytest.raises(UserError, match="there is no checkpoint yet"):
+        train.train(change(broken, "train", eval_every=0), Workdir(tmp_path))
+    assert train.train(change(tiny, "train", steps=2), Workdir(tmp_path)) == 0
+    assert Workdir(tmp_path).read().config.optimizer.learning_rate == 6e-4
 
 
 def test_best_and_newest_checkpoints_are_kept(tiny, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from gpt.errors import UserError
 from gpt.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, TokenizerConfig, UnknownCharacters
 
 CHUNK = 1 << 22  # characters read at a time
+LARGE = 1e8  # bytes of a file that takes long enough to say so
 IGNORED = -1  # a target that does not count in the loss
 
 
@@ -50,28 +51,32 @@ class Corpus:
     validation: np.ndarray
     tokenizer: Tokenizer
     fingerprint: str
-    notes: tuple[str, ...] = ()  # worth telling the user
 
 
-def load(config: DataConfig, tokenizer: Tokenizer | TokenizerConfig, block_size: int) -> Corpus:
+def load(
+    config: DataConfig,
+    tokenizer: Tokenizer | TokenizerConfig,
+    block_size: int,
+    say: Callable[[str], object] = lambda line: None,
+) -> Corpus:
     """The corpus that the config names, tokenised now or found in the cache.
 
     Args:
       tokenizer: one that exists (of a workdir), or the kind to be made from this text.
       block_size: context length in tokens; both splits have to be longer.
+      say: called with a line for the user where there is something to say.
 
     Raises:
       UserError: a file that is missing, empty, not UTF-8, too short, or has characters unknown to
         an existing tokenizer.
     """
     cache = _cache_dir(config.cache_dir)
-    train_files = [_scan(path, cache) for path in _resolve(config.path, "data.path", cache)]
+    train_files = [_scan(path, cache, say) for path in _resolve(config.path, "data.path", cache)]
     validation_files = []
     if config.validation_path:
         validation_paths = _resolve(config.validation_path, "data.validation_path", cache)
-        validation_files = [_scan(path, cache) for path in validation_paths]
+        validation_files = [_scan(path, cache, say) for path in validation_paths]
 
-    notes = []
     if isinstance(tokenizer, TokenizerConfig):
         if tokenizer.name == CharTokenizer.name:
             alphabet = set().union(*(file.alphabet for file in train_files))
@@ -79,7 +84,7 @@ def load(config: DataConfig, tokenizer: Tokenizer | TokenizerConfig, block_size:
             if unseen:
                 # They get (untrained) tokens: dropping them would make the validation loss look better.
                 shown = " ".join(map(repr, sorted(unseen)[:10]))
-                notes.append(f"{len(unseen)} characters are in the validation text only: {shown}")
+                say(f"note   {len(unseen)} characters are in the validation text only: {shown}")
             tokenizer = CharTokenizer.from_text("".join(alphabet | unseen))
         else:
             tokenizer = ByteTokenizer()
@@ -98,7 +103,7 @@ def load(config: DataConfig, tokenizer: Tokenizer | TokenizerConfig, block_size:
             )
     digests = [file.sha256 for file in train_files], [file.sha256 for file in validation_files]
     fingerprint = _digest(tokenizer.to_json(), digests, len(train))
-    return Corpus(train, validation, tokenizer, fingerprint, tuple(notes))
+    return Corpus(train, validation, tokenizer, fingerprint)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,13 +228,15 @@ def _read_chunks(path: Path) -> Iterator[str]:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from None
 
 
-def _scan(path: Path, cache: Path) -> _File:
+def _scan(path: Path, cache: Path, say: Callable[[str], object]) -> _File:
     """Hash and alphabet of a file, from the cache if the file has not changed since."""
     stat = path.stat()
     if stat.st_size == 0:
         raise UserError(f"{path} is empty.")
     known = cache / f"file-{_digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)}.json"
     if not known.exists():
+        if stat.st_size > LARGE:
+            say(f"reading and tokenising {path} ({stat.st_size / 1e9:.1f} GB), once …")
         sha256, alphabet = hashlib.sha256(), set()
         for chunk in _read_chunks(path):
             sha256.update(chunk.encode())

@@ -5,7 +5,9 @@ one table in `gpt/sharding.py`; nothing here knows about a mesh.
 """
 
 import math
+import re
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -131,3 +133,45 @@ def rotary(x_BxTxHxK: jax.Array, base: float = 10_000.0) -> jax.Array:
     first, second = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BxTxHxK.dtype)
+
+
+def stack_layers(tree: Any, stack: Callable[[list], Any] = jnp.stack) -> Any:
+    """Arrays of `block_0`, `block_1`, … as those of one `blocks` with an axis for the layer in front.
+
+    The first form is that of an unrolled model, the second that of one that scans over its layers.
+
+    Args:
+      tree: arrays in dictionaries and tuples, like parameters or the state of an optimizer.
+      stack: makes one array of those of the layers.
+    """
+
+    def stack_blocks(tree: dict) -> dict:
+        names = sorted((name for name in tree if re.fullmatch(r"block_\d+", name)), key=lambda name: int(name[6:]))
+        if not names:
+            return tree
+        blocks = jax.tree.map(lambda *layers: stack(layers), *(tree[name] for name in names))
+        return {name: value for name, value in tree.items() if name not in names} | {"blocks": blocks}
+
+    return _map_dictionaries(stack_blocks, tree)
+
+
+def unstack_layers(tree: Any) -> Any:
+    """The reverse of `stack_layers`."""
+
+    def unstack_blocks(tree: dict) -> dict:
+        if "blocks" not in tree:
+            return tree
+        count = len(jax.tree.leaves(tree["blocks"])[0])
+        blocks = {f"block_{i}": jax.tree.map(lambda layers, i=i: layers[i], tree["blocks"]) for i in range(count)}
+        return {name: value for name, value in tree.items() if name != "blocks"} | blocks
+
+    return _map_dictionaries(unstack_blocks, tree)
+
+
+def _map_dictionaries(change: Callable[[dict], dict], tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return change({name: _map_dictionaries(change, value) for name, value in tree.items()})
+    if isinstance(tree, tuple):
+        values = [_map_dictionaries(change, value) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
+    return tree
