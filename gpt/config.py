@@ -40,7 +40,7 @@ class TrainConfig:
         check_positive("train", self, "batch_size", "micro_batches", "log_every", "checkpoint_every")
         check_positive("train", self, "keep_checkpoints")
         for name in ("steps", "epochs", "tokens", "eval_every", "sample_tokens"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise UserError(f"train.{name}={getattr(self, name)} must not be negative.")
         lengths = [
             f"train.{name}={getattr(self, name):g}" for name in ("steps", "epochs", "tokens") if getattr(self, name)

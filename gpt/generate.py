@@ -41,7 +41,8 @@ def sample_token(logits_BxV: jax.Array, key: jax.Array, sampling: Sampling) -> j
     """[B] int32 token ids drawn from [B, V] logits."""
     if sampling.temperature == 0:
         return logits_BxV.argmax(axis=-1).astype(jnp.int32)
-    logits_BxV = logits_BxV / sampling.temperature
+    # The likeliest at 0, so that a tiny temperature makes no infinities of both signs.
+    logits_BxV = (logits_BxV - logits_BxV.max(axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is not None:
         kth = jax.lax.top_k(logits_BxV, sampling.top_k)[0][:, -1:]
         logits_BxV = jnp.where(logits_BxV < kth, MASKED, logits_BxV)
@@ -100,12 +101,13 @@ class Generator:
         prompt = np.asarray(prompt)[-self._block_size :]
         window = np.zeros((num_samples, self._block_size), np.int32)
         window[:, : len(prompt)] = prompt
-        length, key, position = jnp.int32(len(prompt)), jax.random.key(seed), 0
+        key, position = jax.random.key(seed), 0
         with sharding.use(self._mesh, num_samples):
             target = sharding.batch_sharding(self._mesh)
             if num_samples % sharding.batch_shards(self._mesh):
                 target = sharding.replicated(self._mesh)
             window = jax.device_put(window, target)
+            length = jax.device_put(np.int32(len(prompt)), sharding.replicated(self._mesh))
         while True:
             with sharding.use(self._mesh, num_samples):  # not across the yield: it is the caller's then
                 window, length, tokens = self._extend(params, window, length, key, position)

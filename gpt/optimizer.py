@@ -28,7 +28,7 @@ class OptimizerConfig:
         check_positive("optimizer", self, "learning_rate", "epsilon")
         check_fraction("optimizer", self, "b1", "b2")
         for name in ("warmup_tokens", "decay_tokens", "weight_decay", "clip_norm"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} must not be negative.")
         if not 0 <= self.final_fraction <= 1:
             raise UserError(f"optimizer.final_fraction={self.final_fraction} has to lie between 0 and 1.")

@@ -18,7 +18,7 @@ BATCH, HEADS, KV = 2, 3, 8
 RATE = 0.3
 # (length, query_chunk, key_chunk): chunks that divide the length and that do not, that differ in both
 # directions, that are larger than the length, and a single token.
-CHUNKS = [(1, 8, 16), (7, 3, 2), (7, 2, 16), (32, 8, 16), (32, 64, 8), (50, 16, 7), (50, 7, 20)]
+CHUNKS = [(1, 8, 16), (7, 2, 16), (32, 16, 8), (50, 64, 7), (50, 7, 20)]
 ALL = {
     "dense": attention.dense,
     "flax": attention.flax,
@@ -109,7 +109,7 @@ def test_scores_of_hundreds_do_not_overflow(attend, order):
         q, k = np.ones_like(q), np.ones_like(k) * slope[None, :, None, None] / 20
     q = q * 300
     results = out_and_gradients(attend, q, k, v, cotangent)
-    assert_close(results["out"], reference(q, k, v), 2e-4)
+    assert_close(results["out"], reference(q, k, v), 2e-5)
     assert all(np.isfinite(x).all() for x in results.values())
 
 
@@ -236,10 +236,13 @@ def test_memory_of_chunked_grows_linearly(dropout):
     lengths = (1024, 2048, 4096)
     chunked = functools.partial(attention.chunked, query_chunk=64, key_chunk=128)
     linear = [training_memory(chunked, length, dropout) for length in lengths]
-    square = [training_memory(attention.dense, length, dropout) for length in lengths]
+    square = [training_memory(attention.dense, length, dropout) for length in (lengths[0], lengths[-1])]
     assert linear[1] < 2.2 * linear[0]
     assert linear[2] < 2.2 * linear[1]
     # Twice two doublings: 4 would be linear. How many matrices are alive at once varies with XLA's fusions.
-    assert square[2] > 8 * square[0]
+    assert square[1] > 8 * square[0]
     one_matrix = 2 * 4096**2 * 4  # of scores, in bytes
-    assert square[2] > one_matrix > 10 * linear[2]
+    assert square[1] > one_matrix > 10 * linear[2]
+    # Without the inner rematerialisation, the weights of a whole block of queries are kept: over 5 times q, k and v.
+    queries_keys_values = 3 * 4096 * 2 * 16 * 4
+    assert linear[2] < 3 * queries_keys_values

@@ -52,7 +52,7 @@ def test_parts_of_the_processes_are_the_batch_of_one(processes):
     np.testing.assert_array_equal(np.concatenate(parts, axis=2), whole)
 
 
-@pytest.mark.parametrize("start", [1, 2, 3, 6])
+@pytest.mark.parametrize("start", [0, 1, 2, 3, 6])
 @pytest.mark.parametrize("prefetch", [0, 4])
 def test_starting_at_a_step_equals_iterating_to_it(start, prefetch):
     """Also on another process than the first, and with a thread that reads ahead."""
@@ -144,8 +144,10 @@ def test_rows_of_one_process_among_several(monkeypatch, slices, expected):
     assert sharding.local_rows(None, 16) == expected
 
 
-def test_rows_that_do_not_lie_together_are_refused(monkeypatch):
-    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Process([(0, 4), (8, 12)]))
+@pytest.mark.parametrize("slices", [[(0, 4), (8, 12)], [(4, 8), (8, 12)]], ids=["gap", "across_parts"])
+def test_rows_that_are_not_one_part_of_the_batch_are_refused(monkeypatch, slices):
+    """The second are 8 rows in a row, but the parts of 8 begin at 0 and 8: the batches would be mixed up."""
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Process(slices))
     with pytest.raises(UserError, match="do not lie together"):
         sharding.local_rows(None, 16)
 
@@ -191,9 +193,9 @@ def test_evaluation_batches_hold_each_row_once_and_are_filled_with_ignored_rows(
 def load(tmp_path):
     """`text.load` with its cache in a folder of the test, for a block of 4 tokens."""
 
-    def load_(path, tokenizer=None, block_size=BLOCK, cache=tmp_path / "cache", **options):
+    def load_(path, tokenizer=None, block_size=BLOCK, cache=tmp_path / "cache", say=print, **options):
         config = DataConfig(path=str(path), cache_dir=str(cache), **options)
-        return text.load(config, tokenizer or TokenizerConfig(), block_size)
+        return text.load(config, tokenizer or TokenizerConfig(), block_size, say)
 
     return load_
 
@@ -234,7 +236,6 @@ def test_last_tenth_is_for_validation(load, write):
     corpus = load(write("a.txt", content), block_size=3)
     assert corpus.tokenizer.decode(corpus.train) == content[:33]
     assert corpus.tokenizer.decode(corpus.validation) == content[33:]
-    assert corpus.notes == ()
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.875])
@@ -255,24 +256,27 @@ def test_folder_in_the_order_of_names_without_hidden_files(load, write, tmp_path
     assert decoded(load(tmp_path / "books")) == "<a.txt><b.txt><sub/d.txt><sub/deeper/c.txt>"
 
 
-@pytest.mark.xfail(strict=True, reason="files of hidden folders are read: .git, .ipynb_checkpoints (a second copy)")
 def test_hidden_folders_are_skipped(load, write, tmp_path):
-    write("books/a.txt", "abc" * 9)
-    write("books/.ipynb_checkpoints/a-checkpoint.txt", "abc" * 9)
-    assert decoded(load(tmp_path / "books")) == "abc" * 9
+    """Version control would be read as text, and the copies that notebooks keep would come twice."""
+    write("books/a.txt", "abc" * 30)
+    write("books/.ipynb_checkpoints/a-checkpoint.txt", "abc" * 30)
+    assert decoded(load(tmp_path / "books")) == "abc" * 30
 
 
-@pytest.mark.xfail(strict=True, reason="'a.txt,' also reads every file below the current folder")
+def test_folder_may_lie_below_a_hidden_one(load, write, tmp_path):
+    write(".data/books/a.txt", "abc" * 30)
+    assert decoded(load(tmp_path / ".data" / "books")) == "abc" * 30
+
+
 def test_comma_at_the_end_adds_nothing(load, write, tmp_path, monkeypatch):
     path = write("a.txt", "abc" * 30)
     write("elsewhere/other.txt", "not mine")
     monkeypatch.chdir(tmp_path / "elsewhere")
     try:
         found = decoded(load(f"{path},"))
-    except UserError as error:  # to refuse it would do too
-        assert "data.path" in str(error)
-    else:
-        assert found == "abc" * 30
+    except UserError:
+        found = "refused"
+    assert found in ("refused", "abc" * 30)
 
 
 def test_validation_file_of_its_own(load, write):
@@ -280,18 +284,29 @@ def test_validation_file_of_its_own(load, write):
     corpus = load(train, validation_path=str(validation))
     assert corpus.tokenizer.decode(corpus.train) == "abcabcabc"
     assert corpus.tokenizer.decode(corpus.validation) == "cbacba"
-    assert corpus.notes == ()
 
 
 def test_characters_of_the_validation_text_alone_get_tokens_and_a_note(load, write):
     """Dropped, they would make the validation loss look better than it is."""
     train, validation = write("train.txt", "abcabcabc"), write("val.txt", "abczay")
-    corpus = load(train, validation_path=str(validation))
-    assert corpus.tokenizer.alphabet == "abcyz"
-    assert corpus.tokenizer.decode(corpus.validation) == "abczay"
-    (note,) = corpus.notes
-    assert "2 characters" in note
-    assert "'y' 'z'" in note
+    for _ in range(2):  # the second time from the cache
+        said = []
+        corpus = load(train, validation_path=str(validation), say=said.append)
+        assert corpus.tokenizer.alphabet == "abcyz"
+        assert corpus.tokenizer.decode(corpus.validation) == "abczay"
+        (note,) = said
+        assert "2 characters" in note
+        assert "'y' 'z'" in note
+
+
+def test_only_what_takes_long_is_announced_and_only_once(load, write, monkeypatch):
+    small, large = write("small.txt", "abc" * 30), write("large.txt", "abc" * 40)
+    monkeypatch.setattr(text, "LARGE", 100)
+    said = []
+    for path in (small, large, large):
+        load(path, say=said.append)
+    (line,) = said
+    assert "large.txt" in line
 
 
 @pytest.mark.parametrize("distinct", [2, 256, 257])
@@ -410,21 +425,25 @@ def test_each_tokenizer_has_its_own_tokens_in_the_cache(load, write):
         assert decoded(load(path, tokenizer, block_size=1)) == "hé" * 20
 
 
+def failing_midway(error):
+    """An `encode` that raises at the fifth piece."""
+    original, pieces = CharTokenizer.encode, iter(range(1, 6))
+
+    def encode(self, piece):
+        if next(pieces) == 5:
+            raise error
+        return original(self, piece)
+
+    return encode
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UnicodeError], ids=lambda e: e.__name__)
 def test_interrupted_tokenising_leaves_nothing(load, write, tmp_path, monkeypatch, error):
     """Half a file taken for whole would train on part of the text without a word."""
     path = write("a.txt", "hello world " * 9)
     monkeypatch.setattr(text, "CHUNK", 10)
-    original, calls = CharTokenizer.encode, []
-
-    def fails_midway(self, chunk):
-        calls.append(chunk)
-        if len(calls) == 5:
-            raise error
-        return original(self, chunk)
-
     with monkeypatch.context() as patch:
-        patch.setattr(CharTokenizer, "encode", fails_midway)
+        patch.setattr(CharTokenizer, "encode", failing_midway(error))
         with pytest.raises(error):
             load(path)
     assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.startswith("file-")] == []
@@ -448,19 +467,14 @@ def test_interrupted_hashing_leaves_nothing(load, write, monkeypatch):
 def test_what_a_killed_process_leaves_is_not_taken_for_whole(load, write, tmp_path, monkeypatch):
     """SIGKILL and power cuts clean nothing up: the file is there, but under another name."""
     path = write("a.txt", "hello world " * 9)
-    original = os.replace
-
-    def killed(source, target):
-        if "tokens-" in str(target):
-            raise KeyboardInterrupt
-        return original(source, target)
-
+    monkeypatch.setattr(text, "CHUNK", 10)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
+        patch.setattr(CharTokenizer, "encode", failing_midway(KeyboardInterrupt))
         patch.setattr(os, "unlink", lambda path: None)
         with pytest.raises(KeyboardInterrupt):
             load(path)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
+    (left,) = (p for p in (tmp_path / "cache").iterdir() if not p.name.startswith("file-"))
+    assert left.stat().st_size > 0
     assert decoded(load(path)) == "hello world " * 9
 
 
@@ -488,7 +502,6 @@ def test_missing_file_among_several_is_refused(load, write, tmp_path):
         load(f"{write('a.txt', 'abc' * 9)},{tmp_path}/missing.txt")
 
 
-@pytest.mark.xfail(strict=True, raises=(OSError, RuntimeError), reason="the error of pathlib gets through")
 @pytest.mark.parametrize("path", ["x" * 300, "~no-such-user/a.txt"], ids=["long", "user"])
 def test_impossible_path_is_refused(load, path):
     with pytest.raises(UserError, match=r"data\.path"):
@@ -540,7 +553,6 @@ def test_text_shorter_than_a_block_is_refused(load, write):
         load(path, block_size=90)
 
 
-@pytest.mark.xfail(strict=True, reason="the message advises more text in data.path, which would not help")
 def test_short_validation_file_is_refused_by_its_own_key(load, write):
     with pytest.raises(UserError, match=r"data\.validation_path"):
         load(write("a.txt", "abc" * 9), validation_path=str(write("short.txt", "abc")))

@@ -95,11 +95,12 @@ def load(
     else:
         split = int(len(train) * (1 - config.validation_fraction))
         train, validation = train[:split], train[split:]
-    for name, tokens in (("training", train), ("validation", validation)):
+    validation_key = "data.validation_path" if validation_files else "data.path"
+    for name, tokens, key in (("training", train, "data.path"), ("validation", validation, validation_key)):
         if len(tokens) <= block_size:
             raise UserError(
                 f"The {name} text has {len(tokens)} tokens, but model.block_size={block_size} needs at least "
-                f"{block_size + 1}; give more text in data.path or a smaller block."
+                f"{block_size + 1}; give more text in {key} or a smaller block."
             )
     digests = [file.sha256 for file in train_files], [file.sha256 for file in validation_files]
     fingerprint = _digest(tokenizer.to_json(), digests, len(train))
@@ -184,17 +185,27 @@ def _resolve(paths: str, key: str, cache: Path) -> list[Path]:
     if not paths:
         return [_shakespeare(cache)]
     files = []
-    for path in (Path(part.strip()).expanduser() for part in paths.split(",")):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-            if not inside:
-                raise UserError(f"{key}: the folder {path} holds no files.")
-            files += inside
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UserError(f"{key}: there is no file or folder {path}.")
+    for part in filter(None, map(str.strip, paths.split(","))):
+        try:
+            path = Path(part).expanduser()
+            if path.is_dir():
+                inside = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
+                if not inside:
+                    raise UserError(f"{key}: the folder {path} holds no files.")
+                files += inside
+            elif path.is_file():
+                files.append(path)
+            else:
+                raise UserError(f"{key}: there is no file or folder {path}.")
+        except (OSError, RuntimeError) as error:  # a name that is too long, a user who does not exist
+            raise UserError(f"{key}: cannot look for {part[:100]}: {error}.") from None
+    if not files:
+        raise UserError(f"{key}={paths!r} names no file.")
     return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _shakespeare(cache: Path) -> Path:

@@ -60,7 +60,7 @@ def dense(
 def flax(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, *, dropout_rate: float = 0.0, dropout_key=None) -> jax.Array:
     """`dense` by `flax.linen.dot_product_attention`; same arguments and result."""
     length = q_BxTxHxK.shape[1]
-    return nn.dot_product_attention(
+    out_BxTxHxK = nn.dot_product_attention(
         q_BxTxHxK,
         k_BxTxHxK,
         v_BxTxHxK,
@@ -71,6 +71,7 @@ def flax(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, *, dropout_rate: float = 0.0, dropout_
         deterministic=dropout_key is None,
         force_fp32_for_softmax=True,
     )
+    return out_BxTxHxK.astype(v_BxTxHxK.dtype)
 
 
 def chunked(

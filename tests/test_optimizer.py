@@ -1,0 +1,242 @@
+"""The schedule and AdamW against formulas of their own, and which parameters are decayed."""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gpt import optimizer
+from gpt.errors import UserError
+from gpt.models.gpt import GPT, GPTConfig
+from gpt.optimizer import OptimizerConfig
+
+# The learning-rate schedule.
+
+
+def expected_rate(config: OptimizerConfig, tokens_per_step: int, total_steps: int, step: int) -> float:
+    """The schedule counted in tokens, in double precision."""
+    before, after = step * tokens_per_step, (step + 1) * tokens_per_step
+    if after < config.warmup_tokens:
+        return config.learning_rate * after / config.warmup_tokens
+    end = config.decay_tokens or total_steps * tokens_per_step
+    lowest = config.learning_rate * config.final_fraction
+    if before >= end:
+        return lowest
+    progress = max(0.0, (before - config.warmup_tokens) / (end - config.warmup_tokens))
+    return lowest + (config.learning_rate - lowest) * (1 + math.cos(math.pi * progress)) / 2
+
+
+# Tokens a step, steps, tokens of warm-up, tokens to the end of the decay (0: those of the run).
+LENGTHS = {
+    "short": (2048, 500, 1e5, 0),
+    "warmup_of_part_of_a_step": (2048, 500, 5000, 0),
+    "no_warmup": (2048, 500, 0, 0),
+    "decay_before_the_end": (2048, 500, 1e5, 5e5),
+    "decay_after_the_end": (2048, 500, 1e5, 5e6),
+    "past_int32": (1 << 19, 5000, 2**27, 0),  # 2.6e9 tokens
+    "past_uint32": (1 << 21, 5000, 2**27, 2**33 + 1),  # 10.5e9 tokens
+    "gpt3": (3_200_000, 93_750, 375e6, 260e9),  # 300e9 tokens
+    "past_float32_steps": (2048, 146_484_375, 375e6, 260e9),  # the same, in more steps than float32 can count
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("final_fraction", [0.0, 0.1, 1.0])
+def test_schedule_is_the_formula(length, final_fraction):
+    tokens_per_step, total_steps, warmup, decay = LENGTHS[length]
+    config = OptimizerConfig(
+        learning_rate=6e-4, warmup_tokens=warmup, decay_tokens=decay, final_fraction=final_fraction
+    )
+    edges = [int(tokens / tokens_per_step) for tokens in (warmup, decay or 0)] + [total_steps]
+    steps = {edge + near for edge in edges for near in range(-2, 3)} | set(np.linspace(0, total_steps, 101).astype(int))
+    steps = np.array(sorted(step for step in steps if 0 <= step <= 1.2 * total_steps), np.int32)
+    # As in the program: compiled, and fed with the int32 counter of the state.
+    found = np.asarray(jax.jit(optimizer.schedule(config, tokens_per_step, total_steps))(steps))
+    expected = [expected_rate(config, tokens_per_step, total_steps, int(step)) for step in steps]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * config.learning_rate)
+    assert (found >= 0).all()
+    assert (found <= config.learning_rate * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_schedule_rises_then_falls_then_stays(length):
+    tokens_per_step, total_steps, warmup, decay = LENGTHS[length]
+    config = OptimizerConfig(warmup_tokens=warmup, decay_tokens=decay)
+    rate = jax.jit(optimizer.schedule(config, tokens_per_step, total_steps))
+    top, end = warmup / tokens_per_step, (decay or total_steps * tokens_per_step) / tokens_per_step
+
+    def rates(first, last):
+        return np.asarray(rate(np.unique(np.linspace(first, last, 50).astype(np.int32))))
+
+    assert rate(0) > 0  # or else the first step would be lost
+    if top > 2:
+        assert (np.diff(rates(0, top - 1)) > 0).all()
+    assert rates(0, end).max() == pytest.approx(config.learning_rate, rel=1e-3)
+    assert (np.diff(rates(math.ceil(top), end)) < 0).all()
+    np.testing.assert_allclose(rates(math.ceil(end), 1.3 * end), 0.1 * config.learning_rate, rtol=1e-6)
+
+
+def test_decay_that_ends_within_the_warmup_stays_in_range():
+    config = OptimizerConfig(learning_rate=1.0, warmup_tokens=5000, decay_tokens=2000)
+    rates = np.asarray(optimizer.schedule(config, 100, 100)(np.arange(120)))
+    np.testing.assert_allclose(rates[:50], np.arange(1, 51) / 50, rtol=1e-6)
+    np.testing.assert_allclose(rates[51:], 0.1, rtol=1e-6)
+    assert 0.1 * (1 - 1e-6) <= rates[50] <= 1
+
+
+# Weight decay.
+
+SHAPE = GPTConfig(num_layers=2, num_heads=2, embed_dim=8, block_size=4, vocab_size=5, dtype="float32")
+
+
+def boxed_params(**options):
+    """Abstract parameters of a GPT with the axis names around them."""
+    model = GPT(dataclasses.replace(SHAPE, **options))
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+
+
+def names(tree, is_leaf=None) -> dict:
+    """{"block_0/mlp/up/kernel": leaf, …}."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
+KERNELS = ("attention/qkv/kernel", "attention/out/kernel", "mlp/up/kernel", "mlp/down/kernel")
+
+
+@pytest.mark.parametrize(
+    ("options", "blocks", "head"),
+    [
+        ({}, ("block_0", "block_1"), set()),
+        ({"scan_layers": True}, ("blocks",), set()),
+        ({"tie_embeddings": False}, ("block_0", "block_1"), {"head/kernel"}),
+        ({"bias": False, "norm": "rmsnorm", "positions": "rotary"}, ("block_0", "block_1"), set()),
+    ],
+    ids=["unrolled", "scanned", "untied", "rms"],
+)
+@pytest.mark.parametrize("boxed", [True, False], ids=["boxed", "unboxed"])
+def test_matrices_are_decayed_and_nothing_else(options, blocks, head, boxed):
+    """Initialisation sees parameters in Flax's boxes, the training step without."""
+    abstract = boxed_params(**options)
+    is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
+    params = abstract if boxed else nn.unbox(abstract)
+    mask = names(optimizer.decay_mask(params))
+    assert set(mask) == set(names(params, is_leaf=is_box))
+    assert {name for name, decayed in mask.items() if decayed} == {f"{b}/{k}" for b in blocks for k in KERNELS} | head
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+def test_without_gradient_only_the_matrices_shrink(scan_layers):
+    """The mask as the optimizer applies it, with a state that was made from the boxed parameters."""
+    boxed = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 2.0), boxed_params(scan_layers=scan_layers))
+    params = nn.unbox(boxed)
+    tx = optimizer.make_optimizer(OptimizerConfig(weight_decay=0.5), lambda step: 0.1)
+
+    @jax.jit
+    def step(params, opt_state):
+        updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), opt_state, params)
+        return optax.apply_updates(params, updates)
+
+    for name, value in names(step(params, nn.unbox(tx.init(boxed)))).items():
+        np.testing.assert_allclose(value, 1.9 if name.endswith("kernel") else 2.0, rtol=1e-6, err_msg=name)
+
+
+# The whole update.
+
+
+def adamw(config: OptimizerConfig, rates, params, gradients):
+    """Clipping, Adam with bias correction and decoupled decay in NumPy and double precision."""
+    m = {name: np.zeros_like(p) for name, p in params.items()}
+    v = {name: np.zeros_like(p) for name, p in params.items()}
+    for t, (rate, gradient) in enumerate(zip(rates, gradients, strict=True), start=1):
+        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        scale = config.clip_norm / norm if config.clip_norm and norm > config.clip_norm else 1.0
+        for name, g in gradient.items():
+            m[name] = config.b1 * m[name] + (1 - config.b1) * scale * g
+            v[name] = config.b2 * v[name] + (1 - config.b2) * (scale * g) ** 2
+            m_hat, v_hat = m[name] / (1 - config.b1**t), v[name] / (1 - config.b2**t)
+            step = m_hat / (np.sqrt(v_hat) + config.epsilon)
+            decay = config.weight_decay * params[name] if name == "kernel" else 0.0
+            params = params | {name: params[name] - rate * (step + decay)}
+    return params
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        OptimizerConfig(),
+        OptimizerConfig(clip_norm=0.0),
+        OptimizerConfig(clip_norm=1e-3, epsilon=0.1),  # an epsilon that shows where it stands
+        OptimizerConfig(clip_norm=4.0),  # between the norms of the gradients below
+        OptimizerConfig(b1=0.0, b2=0.0),
+        OptimizerConfig(b1=0.8, b2=0.999, weight_decay=0.0),
+        OptimizerConfig(weight_decay=3.0),
+    ],
+    ids=["default", "unclipped", "epsilon", "clipped_sometimes", "no_memory", "no_decay", "much_decay"],
+)
+def test_update_is_adamw(config):
+    """Five steps at rates that differ, gradients of norm 0.4 to 40: clipped together, not each array alone."""
+    rng = np.random.default_rng(0)
+    shapes = {"kernel": (3, 4), "bias": (4,), "embedding": (5, 3)}
+    params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    gradients = [{name: s * rng.normal(size=p.shape) for name, p in params.items()} for s in (0.1, 1, 10, 0.3, 1)]
+    rates = [0.3, 0.1, 0.2, 0.05, 0.4]
+    single = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)  # noqa: E731
+
+    tx = optimizer.make_optimizer(config, lambda step: jnp.asarray(rates)[step])
+    found = single(params)
+    state = tx.init(found)
+    update = jax.jit(tx.update)
+    for gradient in gradients:
+        updates, state = update(single(gradient), state, found)
+        found = optax.apply_updates(found, updates)
+    expected = adamw(config, rates, params, gradients)
+    for name in shapes:
+        np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, atol=2e-5, err_msg=name)
+
+
+def test_clipping_bounds_what_one_wild_gradient_does():
+    """The moments after a gradient that is a thousand times too big are those of one of norm 1."""
+    tx = optimizer.make_optimizer(OptimizerConfig(b1=0.0), lambda step: 1.0)
+    params = {"kernel": jnp.zeros(4)}
+    _, state = tx.update({"kernel": jnp.full(4, 500.0)}, tx.init(params), params)
+    assert float(optax.tree.norm(state[1].mu)) == pytest.approx(1.0)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", -1e-3),
+        ("learning_rate", float("nan")),
+        ("epsilon", 0.0),
+        ("b1", 1.0),
+        ("b1", -0.1),
+        ("b1", float("nan")),
+        ("b2", 1.0),
+        ("b2", 1.5),
+        ("warmup_tokens", -1.0),
+        ("decay_tokens", -1.0),
+        ("weight_decay", -0.1),
+        ("clip_norm", -1.0),
+        ("final_fraction", -0.1),
+        ("final_fraction", 1.1),
+        *((name, float("nan")) for name in ("warmup_tokens", "decay_tokens", "weight_decay", "clip_norm")),
+    ],
+)
+def test_value_without_meaning_is_refused(name, value):
+    with pytest.raises(UserError, match=rf"optimizer\.{name}={value}"):
+        OptimizerConfig(**{name: value})
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_values_at_the_border_are_accepted(fraction):
+    OptimizerConfig(b1=0.0, b2=0.0, final_fraction=fraction, weight_decay=0.0, clip_norm=0.0)
