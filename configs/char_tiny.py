@@ -16,7 +16,7 @@ def get_config():
     config.train.batch_size = 16
     config.train.steps = 3000
     config.train.log_every = 50
-    config.train.eval_every = 500
+    config.train.eval_every = 1000
     # A small model bears a high learning rate.
     config.optimizer.learning_rate = 4e-3
     config.optimizer.warmup_tokens = 1e5

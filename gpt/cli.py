@@ -25,6 +25,8 @@ def run(main: Callable[[], int | None]) -> None:
         except KeyboardInterrupt:
             return _fail("interrupted.", 130)
 
+    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character is no reason to end
+        stream.reconfigure(errors="replace")
     # Libraries report their routine at level INFO; warnings are for the user too.
     logging.set_verbosity(logging.WARNING)
     app.run(checked, flags_parser=_parse)

@@ -1,5 +1,6 @@
 """The training loop: build the program, restore, step, log, evaluate, save."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -307,11 +308,8 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
                     tracer.before_step(done)
                 if done == start:
                     progress.say("compiling the training step …")
-                    with speed.pause(), sharding.use(mesh):
-                        state, measured = program.train_step(state, batch)
-                else:
-                    with sharding.use(mesh):
-                        state, measured = program.train_step(state, batch)
+                with speed.pause() if done == start else contextlib.nullcontext(), sharding.use(mesh):
+                    state, measured = program.train_step(state, batch)
                 done += 1
                 # While the device works on this step, the host fetches the next batch and reads the last metrics.
                 with speed.waiting(device_is_idle=measured["loss"].is_ready):

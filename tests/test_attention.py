@@ -246,3 +246,12 @@ def test_memory_of_chunked_grows_linearly(dropout):
     # Without the inner rematerialisation, the weights of a whole block of queries are kept: over 5 times q, k and v.
     queries_keys_values = 3 * 4096 * 2 * 16 * 4
     assert linear[2] < 3 * queries_keys_values
+
+
+def test_chunked_refuses_keys_whose_bits_it_cannot_draw_in_blocks():
+    q = jnp.ones((1, 4, 1, 8))
+    chunked = functools.partial(attention.chunked, query_chunk=2, key_chunk=2, dropout_rate=0.5)
+    with pytest.raises(ValueError, match="partitionable threefry"):
+        chunked(q, q, q, dropout_key=jax.random.key(0, impl="rbg"))
+    with jax.threefry_partitionable(False), pytest.raises(ValueError, match="partitionable threefry"):
+        chunked(q, q, q, dropout_key=jax.random.key(0))

