@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 # Before the first import of JAX. Processes that the tests start inherit all of it.
-CACHE = Path(tempfile.gettempdir()) / "gpt-test-cache"
+CACHE = Path(tempfile.gettempdir()) / f"gpt-test-cache-{os.getuid()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "xla")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,15 @@ def test_training_prints_what_it_does_and_nothing_else(trained):
     assert result.stderr == ""
     assert {path.name.split(".")[0] for path in workdir.iterdir()} == {"run", "tokenizer", "checkpoints", "events"}
     assert json.loads((workdir / "run.json").read_text())["config"]["train"]["steps"] == 6
+
+
+def test_config_takes_a_known_size(tmp_path, play, command):
+    config = f"--config={Path(__file__).parent.parent}/configs/char.py:gpt-nano"
+    flags = (config, "--config.train.steps=1", "--config.train.sample_tokens=0")
+    result = command("main", *flags, f"--config.data.path={play}", "--config.train.batch_size=8", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "3 layers, 3 heads, 48 wide, block 128" in result.stdout
+    assert (tmp_path / "runs" / "char-gpt-nano" / "run.json").exists()
 
 
 def test_evaluate_needs_the_workdir_alone(trained, command):
@@ -198,6 +208,7 @@ MAIN_MISTAKES = {
     "missing config file": (("--config=configs/cahr.py",), 2, "--config=configs/cahr.py: there is no such config file"),
     "config file with a mistake": (("--config={tmp}/bad.py",), 2, r"bad\.py: .*num_layer"),
     "config file with a wrong type": (("--config={tmp}/type.py",), 2, r"type\.py: .*twelve"),
+    "config file of no such size": (("--config=configs/char.py:gpt-9",), 2, "size='gpt-9' is not known; choose one of"),
     "unknown key": (
         ("--config.model.num_layer=3",),
         2,
