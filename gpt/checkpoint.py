@@ -13,15 +13,15 @@ import importlib.metadata
 import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from gpt import cluster, tokenizers
 from gpt import config as config_lib
-from gpt import tokenizers
 from gpt.errors import UserError
 from gpt.models.layers import stack_layers, unstack_layers
 
@@ -42,9 +42,12 @@ HARMLESS = (
     "data.validation_path",
     "data.cache_dir",
     "data.prefetch",
+    "mesh.rules",
     "mesh.data",
     "mesh.fsdp",
+    "mesh.sequence",
     "mesh.model",
+    "mesh.zero1",
     "model.attention",
     "model.query_chunk",
     "model.key_chunk",
@@ -63,10 +66,11 @@ class Run:
 
 
 class Workdir:
-    """A folder with a run in it, or one to be."""
+    """A folder with a run in it, or one to be: on a disk that all hosts share, or in a bucket (gs://, s3://)."""
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path).expanduser().absolute()
+        path = epath.Path(path)
+        self.path = path if "://" in str(path) else path.expanduser().absolute()
 
     @property
     def has_run(self) -> bool:
@@ -82,15 +86,36 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".write-test"
-            probe.touch()
+            probe.write_text("")
             probe.unlink()
         except OSError as error:
-            raise UserError(f"Cannot write to --workdir={self.path}: {error.strerror}.") from None
+            raise UserError(f"Cannot write to --workdir={self.path}: {error.strerror or error}.") from None
+        except ImportError as error:  # of what buckets need
+            raise UserError(f"--workdir={self.path}: {error}") from None
         if not self.has_run and (self.path / "checkpoints").exists():
             raise UserError(f"--workdir={self.path} has checkpoints but no run.json; choose another folder.")
 
     def record(self, run: Run) -> None:
-        """Writes what `read` reads."""
+        """Writes what `read` reads, once for all processes.
+
+        Raises:
+          UserError: this process does not see what process 0 wrote, or has another config or other data.
+        """
+        cluster.share("record", lambda: self._write(run))
+        if cluster.is_first():
+            return
+        if not self.has_run:
+            raise UserError(
+                f"--workdir={self.path}: run.json, by process 0, is not there; all hosts need the same disk."
+            )
+        first = self.read()
+        others = [f"{key} {a!r} ≠ {b!r}" for key, (a, b) in config_lib.differences(first.config, run.config).items()]
+        if first.fingerprint != run.fingerprint:
+            others.append(f"fingerprint of the data {first.fingerprint} ≠ {run.fingerprint}")
+        if others:
+            raise UserError(f"Process 0 and this one are to train different runs: {'; '.join(others)}.")
+
+    def _write(self, run: Run) -> None:
         libraries = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
         record = {
             "config": dataclasses.asdict(run.config),
@@ -125,7 +150,7 @@ class Checkpoints:
     With `read_only`, nothing is created or cleaned up: the run may be going on meanwhile.
     """
 
-    def __init__(self, path: Path, keep: int, read_only: bool):
+    def __init__(self, path: epath.Path, keep: int, read_only: bool):
         policies = [
             checkpoint_managers.LatestN(keep),
             checkpoint_managers.BestN(get_metric_fn=lambda metrics: -metrics["validation_loss"], n=1),
@@ -221,7 +246,7 @@ def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def refuse_changes(old: Run, new: Run, workdir: Path, allow: bool) -> dict[str, tuple[Any, Any]]:
+def refuse_changes(old: Run, new: Run, workdir: epath.Path, allow: bool) -> dict[str, tuple[Any, Any]]:
     """The differences between a workdir's run and the one wanted, if they may be.
 
     Raises:
@@ -239,7 +264,7 @@ def refuse_changes(old: Run, new: Run, workdir: Path, allow: bool) -> dict[str, 
     return changes
 
 
-def _replace(path: Path, text: str) -> None:
+def _replace(path: epath.Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
-    os.replace(partial, path)
+    partial.replace(path)

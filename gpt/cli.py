@@ -3,10 +3,12 @@
 import difflib
 import re
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
+from gpt import cluster
 from gpt.config import default_config, flatten, unknown_key
 from gpt.errors import UserError
 
@@ -14,16 +16,21 @@ from gpt.errors import UserError
 def run(main: Callable[[], int | None]) -> None:
     """Parses the flags, runs `main` and exits with its code or that of a UserError.
 
-    Mistakes in the flags exit with 2. Any other exception is a bug and keeps its traceback.
+    Mistakes in the flags exit with 2. Any other exception is a bug and keeps its traceback. Where several
+    processes run one program, an error of one ends all.
     """
 
     def checked(_) -> int | None:
         try:
-            return main()
+            code = main()
+            cluster.finish()
+            return code
         except UserError as error:
-            return _fail(error, error.exit_code)
+            return cluster.failed(f"error: {error}", error.exit_code, own_fault=True)
         except KeyboardInterrupt:
-            return _fail("interrupted.", 130)
+            return cluster.failed("error: interrupted.", 130, own_fault=True)
+        except Exception:
+            return cluster.failed(traceback.format_exc(), 1, own_fault=False)
 
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character is no reason to end
         stream.reconfigure(errors="replace")

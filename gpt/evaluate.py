@@ -8,7 +8,7 @@ import math
 
 from absl import flags
 
-from gpt import cli
+from gpt import cli, cluster
 from gpt.checkpoint import Workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
@@ -22,6 +22,7 @@ def main() -> int:
     from gpt import loaded, train  # after the flags: mistakes in them need not wait for it
     from gpt.data import text
 
+    cluster.start()
     run = loaded.load(Workdir(_WORKDIR.value), _CHECKPOINT.value, _BATCH_SIZE.value)
     corpus = run.corpus()
     tokens = corpus.validation if _SPLIT.value == "val" else corpus.train
@@ -38,6 +39,8 @@ def main() -> int:
         "perplexity": math.exp(loss),
         "bits_per_byte": nats / math.log(2) / int(size),
     }
+    if not cluster.is_first():
+        return 0
     if _JSON.value:
         print(json.dumps(report))
     else:

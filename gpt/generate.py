@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt import sharding
 from gpt.errors import UserError
 from gpt.models.attention import MASKED
+from gpt.sharding import Layout
 from gpt.tokenizers import Tokenizer
 
 
@@ -63,13 +63,13 @@ class Generator:
 
     Args:
       model: a module that maps [B, T] tokens to [B, T, V] logits, causally.
-      mesh: where it runs; the samples are spread over the batch axes if these divide their number.
+      layout: where it runs; the samples are spread over the batch axes if these divide their number.
       segment: tokens made by one call of the compiled program.
     """
 
-    def __init__(self, model: nn.Module, mesh: jax.sharding.Mesh, sampling: Sampling, segment: int = 16):
+    def __init__(self, model: nn.Module, layout: Layout, sampling: Sampling, segment: int = 16):
         self._block_size = model.config.block_size
-        self._mesh, self._segment = mesh, segment
+        self._layout, self._segment = layout, segment
 
         def extend(params, window_BxT, length, key, position):
             """Appends `segment` tokens to windows that are filled up to `length`, and returns them."""
@@ -88,7 +88,7 @@ class Generator:
             (window_BxT, length), tokens_SxB = jax.lax.scan(step, (window_BxT, length), jnp.arange(segment))
             return window_BxT, length, tokens_SxB.T
 
-        everywhere = sharding.replicated(mesh)
+        everywhere = layout.replicated
         self._extend = jax.jit(extend, out_shardings=(None, everywhere, everywhere), donate_argnums=1)
 
     def __call__(self, params: Any, prompt: np.ndarray, num_samples: int, seed: int) -> Iterator[np.ndarray]:
@@ -102,14 +102,12 @@ class Generator:
         window = np.zeros((num_samples, self._block_size), np.int32)
         window[:, : len(prompt)] = prompt
         key, position = jax.random.key(seed), 0
-        with sharding.use(self._mesh, num_samples):
-            target = sharding.batch_sharding(self._mesh)
-            if num_samples % sharding.batch_shards(self._mesh):
-                target = sharding.replicated(self._mesh)
-            window = jax.device_put(window, target)
-            length = jax.device_put(np.int32(len(prompt)), sharding.replicated(self._mesh))
+        layout = self._layout
+        target = layout.replicated if num_samples % layout.batch_shards else layout.batch
+        window = jax.device_put(window, target)
+        length = jax.device_put(np.int32(len(prompt)), layout.replicated)
         while True:
-            with sharding.use(self._mesh, num_samples):  # not across the yield: it is the caller's then
+            with layout.use(num_samples):  # not across the yield: it is the caller's then
                 window, length, tokens = self._extend(params, window, length, key, position)
             position += self._segment
             yield np.asarray(tokens)

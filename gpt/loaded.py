@@ -62,12 +62,11 @@ def load(workdir: Workdir, checkpoint: str, batch_size: int | None = None) -> Lo
     checkpoints = workdir.checkpoints(read_only=True)
     step = checkpoints.find(checkpoint)
     try:
-        mesh = sharding.make_mesh(run.config.mesh)
+        layout = sharding.make_layout(run.config.mesh)
     except UserError:
-        mesh = sharding.make_mesh(sharding.MeshConfig())
-    shards = sharding.batch_shards(mesh)
-    batch_size = -(-(batch_size or run.config.train.batch_size) // shards) * shards
-    program = train.build(with_batch(run.config, batch_size), run.tokenizer.vocab_size, mesh, total_steps=1)
+        layout = sharding.make_layout(sharding.MeshConfig())
+    batch_size = -(-(batch_size or run.config.train.batch_size) // layout.batch_shards) * layout.batch_shards
+    program = train.build(with_batch(run.config, batch_size), run.tokenizer.vocab_size, layout, total_steps=1)
     params = checkpoints.restore(step, params=program.abstract_state.params)["params"]
     checkpoints.close()
     return Loaded(workdir, run, step, program, params, batch_size)

@@ -11,7 +11,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
-from gpt import cli, config
+from gpt import cli, cluster, config
 from gpt.checkpoint import Workdir
 from gpt.errors import UsageError
 
@@ -33,6 +33,7 @@ def main() -> int:
     from gpt import train  # after the flags: help and mistakes in them need not wait for it
 
     settings = config.from_tree(_CONFIG.value)
+    cluster.start()
     file_name = flags.FLAGS["config"].config_filename.replace(":", "-")
     workdir = Workdir(_WORKDIR.value or Path("runs") / Path(file_name).name.replace(".py", ""))
     return train.train(settings, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value, profile=_PROFILE.value)

@@ -4,11 +4,13 @@ python -m gpt.sample --workdir=runs/char --prompt="O Romeo"
 python -m gpt.sample --workdir=runs/char
 """
 
+import itertools
 import sys
+from collections.abc import Callable
 
 from absl import flags
 
-from gpt import cli
+from gpt import cli, cluster
 from gpt.checkpoint import Workdir
 from gpt.errors import UserError
 
@@ -28,15 +30,20 @@ _STOP_NEWLINES = flags.DEFINE_integer("stop_newlines", 0, "End a sample with its
 def main() -> int:
     from gpt import generate, loaded  # after the flags: mistakes in them need not wait for it
 
+    cluster.start()
     sampling = generate.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     run = loaded.load(Workdir(_WORKDIR.value), _CHECKPOINT.value)
     sampling.check(run.tokenizer.vocab_size)
-    generator = generate.Generator(run.program.model, run.program.mesh, sampling)
+    generator = generate.Generator(run.program.model, run.program.layout, sampling)
+
+    def show(text: str, end: str = "\n") -> None:
+        if cluster.is_first():
+            print(text, end=end, flush=True)
 
     def write(prompt: str, seed: int) -> None:
         """Prints the samples of a prompt; a single one as it comes."""
         tokens = generate.encode_prompt(run.tokenizer, prompt, "--prompt")
-        if len(tokens) > run.model_config.block_size:
+        if len(tokens) > run.model_config.block_size and cluster.is_first():
             kept = run.model_config.block_size
             print(f"note: the prompt has {len(tokens)} tokens; the model sees the last {kept}.", file=sys.stderr)
         samples = generate.continuations(
@@ -49,48 +56,53 @@ def main() -> int:
         )
         if _NUM_SAMPLES.value == 1:
             shown = ""
-            print(prompt, end="", flush=True)
+            show(prompt, end="")
             for (sample,) in samples:
                 # A character may still lack bytes, and the beginning of the stop text may turn out to be one.
                 safe = sample[: max(len(shown), len(sample.rstrip("\ufffd")) - len(_STOP.value))]
-                print(safe[len(shown) :], end="", flush=True)
+                show(safe[len(shown) :], end="")
                 shown = safe
-            print(sample[len(shown) :], flush=True)
+            show(sample[len(shown) :])
         else:
             *_, finished = samples
             for i, sample in enumerate(finished, 1):
-                print(f"--- sample {i} of {len(finished)}\n{prompt}{sample}")
+                show(f"--- sample {i} of {len(finished)}\n{prompt}{sample}")
 
     if _PROMPT.value is not None:
         write(_PROMPT.value, _SEED.value)
-    elif not sys.stdin.isatty():
+    elif not cluster.share("terminal", sys.stdin.isatty):
         write("", _SEED.value)
     else:
-        _loop(write, f"{run.workdir.path}, step {run.step:,}. An empty line or Ctrl-D ends.")
+        show(f"{run.workdir.path}, step {run.step:,}. An empty line or Ctrl-D ends.")
+        _loop(write)
     return 0
 
 
-def _loop(write, greeting: str) -> None:
+def _loop(write: Callable[[str, int], None]) -> None:
     """Reads prompts with line editing and history (arrow keys), and writes their continuations."""
     import readline  # noqa: F401  gives input() its history
 
-    print(greeting)
-    seed = _SEED.value
-    while True:
-        try:
-            prompt = input("prompt> ")
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
+    for seed in itertools.count(_SEED.value):  # the same prompt again gives another sample
+        prompt = cluster.share(f"prompt {seed}", _read_prompt)
         if not prompt:
             return
         try:
             write(prompt, seed)
         except UserError as error:  # an unknown character need not end the conversation
-            print(f"error: {error}")
+            if cluster.is_first():
+                print(f"error: {error}")
         except KeyboardInterrupt:
+            if cluster.is_several():  # they may not all have stopped at the same token
+                raise
             print()
-        seed += 1  # the same prompt again gives another sample
+
+
+def _read_prompt() -> str:
+    try:
+        return input("prompt> ")
+    except (EOFError, KeyboardInterrupt):
+        print()
+        return ""
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from gpt import generate, metrics, optimizer, sharding
+from gpt import cluster, generate, metrics, optimizer, sharding
 from gpt.checkpoint import Run, Workdir, refuse_changes
 from gpt.config import Config
 from gpt.data import pipeline, text
@@ -41,16 +43,19 @@ class Program:
     """The functions of a run, to be compiled for a mesh, and the shardings they are compiled with.
 
     Attributes:
+      layout: the mesh and the rules.
       model: the module that maps tokens to logits.
       abstract_state: TrainState of jax.ShapeDtypeStruct, with shardings.
+      logical_axes: of each parameter, the names of its axes, as a PartitionSpec.
       init: () -> TrainState, each array made on the devices that hold it.
       train_step: (state, batch) -> (state, metrics); the state given is used up.
       eval_step: (params, batch) -> sums over the batch.
     """
 
-    mesh: jax.sharding.Mesh
+    layout: sharding.Layout
     model: GPT
     abstract_state: TrainState
+    logical_axes: Any
     init: Callable[[], TrainState]
     train_step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
@@ -59,22 +64,23 @@ class Program:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_state.params))
 
 
-def build(config: Config, vocab_size: int, mesh: jax.sharding.Mesh, total_steps: int) -> Program:
+def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps: int) -> Program:
     """The program of a run on a mesh; nothing is compiled or allocated yet.
 
     Raises:
       UserError: the mesh does not divide the batch or a parameter.
     """
-    pipeline.check_batch(config.train.batch_size, mesh, config.train.micro_batches)
-    model_config = config.model.resolve(vocab_size, mesh.devices.flat[0].platform)
+    pipeline.check_batch(config.train.batch_size, layout, config.train.micro_batches)
+    model_config = config.model.resolve(vocab_size, layout.mesh.devices.flat[0].platform)
+    layout.check_length(model_config.block_size)
     model = GPT(model_config)
     tokens_per_step = config.train.batch_size * model_config.block_size
     learning_rate = optimizer.schedule(config.optimizer, tokens_per_step, total_steps)
     tx = optimizer.make_optimizer(config.optimizer, learning_rate)
 
     def init_boxed() -> TrainState:
-        # Parameters do not depend on the batch, so the smallest will do.
-        tokens = jnp.zeros((1, model_config.block_size), jnp.int32)
+        # Parameters do not depend on the batch, so the smallest that the mesh divides will do.
+        tokens = jnp.zeros((layout.batch_shards, model_config.block_size), jnp.int32)
         params = model.init(jax.random.key(config.seed), tokens)["params"]
         return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
 
@@ -90,6 +96,8 @@ def build(config: Config, vocab_size: int, mesh: jax.sharding.Mesh, total_steps:
         loss, grads = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches)(
             state.params, batch, dropout_key
         )
+        if layout.zero1:  # each device updates the part of the parameters that its optimizer state is for
+            grads = jax.lax.with_sharding_constraint(grads, layout.spread(abstract.params, shardings.params))
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         measured = {
@@ -111,15 +119,18 @@ def build(config: Config, vocab_size: int, mesh: jax.sharding.Mesh, total_steps:
         }
 
     abstract_boxed = jax.eval_shape(init_boxed)
-    shardings = sharding.state_shardings(abstract_boxed, mesh)
-    abstract_state = jax.tree.map(
-        lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), nn.unbox(abstract_boxed), shardings
-    )
-    batch, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    abstract = nn.unbox(abstract_boxed)
+    shardings = layout.state_shardings(abstract_boxed)
+    if layout.zero1:
+        shardings = shardings.replace(opt_state=layout.spread(abstract.opt_state, shardings.opt_state))
+    batch, everywhere = layout.batch, layout.replicated
     return Program(
-        mesh=mesh,
+        layout=layout,
         model=model,
-        abstract_state=abstract_state,
+        abstract_state=jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings
+        ),
+        logical_axes=nn.get_partition_spec(abstract_boxed.params),
         init=jax.jit(lambda: nn.unbox(init_boxed()), out_shardings=shardings),
         train_step=jax.jit(
             train_step,
@@ -169,12 +180,12 @@ def evaluate(program: Program, params: Any, source: pipeline.Source, batch_size:
       {"loss": nats per token, "tokens": how many, "logits_counts", "logits_edges": a histogram of
       the logits of the first tokens}.
     """
-    rows = sharding.local_rows(program.mesh, batch_size)
+    rows = program.layout.local_rows(batch_size)
     padding = {"inputs": 0, "targets": text.IGNORED}
-    with sharding.use(program.mesh):
+    with program.layout.use():
         batches = pipeline.evaluation_batches(source, batch_size, rows, padding)
         done, pending = [], None
-        for batch in pipeline.to_devices(batches, program.mesh):
+        for batch in pipeline.to_devices(batches, program.layout, rows, batch_size):
             # One batch ahead and no more: a long queue would hold memory (and can deadlock CPU collectives).
             dispatched = program.eval_step(params, batch)
             if pending:
@@ -186,10 +197,12 @@ def evaluate(program: Program, params: Any, source: pipeline.Source, batch_size:
 
 
 class Interrupted:
-    """Turns the first SIGTERM or Ctrl-C into a flag; the second Ctrl-C is immediate."""
+    """Turns the first SIGTERM or Ctrl-C into a number that all processes agree on; the second Ctrl-C is immediate."""
 
-    def __init__(self):
-        self.signal: signal.Signals | None = None
+    def __init__(self, layout: sharding.Layout):
+        self._signal = 0
+        self._everywhere = NamedSharding(layout.mesh, P(layout.mesh.axis_names))
+        self._max = jax.jit(jnp.max, in_shardings=self._everywhere, out_shardings=layout.replicated)
 
     def __enter__(self) -> "Interrupted":
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -199,8 +212,18 @@ class Interrupted:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
+    def agreed(self) -> jax.Array | int:
+        """The signal that this or any other process has had, or 0; to be read like the metrics of a step.
+
+        All processes read the same at the same step, so that they stop after the same one.
+        """
+        if jax.process_count() == 1:
+            return self._signal
+        mine = np.full(1, self._signal, np.int32)
+        return self._max(jax.make_array_from_callback((self._everywhere.mesh.size,), self._everywhere, lambda _: mine))
+
     def _note(self, number: int, _) -> None:
-        self.signal = signal.Signals(number)
+        self._signal = number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -217,14 +240,15 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     Raises:
       UserError: the config, the data or the workdir do not allow it, or the loss is not finite.
     """
-    is_first_process = jax.process_index() == 0
-    mesh = sharding.make_mesh(config.mesh)
-    pipeline.check_batch(config.train.batch_size, mesh, config.train.micro_batches)
-    workdir.create()
+    layout = sharding.make_layout(config.mesh)
+    pipeline.check_batch(config.train.batch_size, layout, config.train.micro_batches)
+    cluster.share("workdir", workdir.create)
     before = workdir.read() if workdir.has_begun else None
-    progress = metrics.Progress(enabled=is_first_process)
+    progress = metrics.Progress(enabled=cluster.is_first())
     tokenizer = before.tokenizer if before else config.tokenizer
-    corpus = text.load(config.data, tokenizer, config.model.block_size, progress.say)
+    corpus = cluster.first_before_others(
+        "corpus", lambda: text.load(config.data, tokenizer, config.model.block_size, progress.say)
+    )
     run = Run(config, corpus.tokenizer, corpus.fingerprint)
     changes = refuse_changes(before, run, workdir.path, allow_config_change) if before else {}
 
@@ -233,10 +257,9 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     validation = text.EvaluationWindows(corpus.validation, block_size)
     tokens_per_step = batch_size * block_size
     total_steps = config.train.total_steps(block_size, len(training))
-    program = build(config, corpus.tokenizer.vocab_size, mesh, total_steps)
+    program = build(config, corpus.tokenizer.vocab_size, layout, total_steps)
     sample = Sampler(program, run)
-    if is_first_process:
-        workdir.record(run)
+    workdir.record(run)
 
     progress.total_steps = total_steps
     for line in describe(program, config, corpus, total_steps, len(training)):
@@ -255,22 +278,20 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
         progress.say(f"resuming after step {start:,}")
         state = restore(checkpoints, start, program)
     else:
-        with sharding.use(mesh):
+        with layout.use():
             state = program.init()
 
-    tensorboard = metrics.TensorBoard(workdir.path, start, enabled=is_first_process)
+    tensorboard = metrics.TensorBoard(workdir.path, start, enabled=cluster.is_first())
     tensorboard.text(start, "config", f"```json\n{json.dumps(dataclasses.asdict(config), indent=1)}\n```")
-    peak = metrics.peak_flops(mesh.devices.flat[0])
+    peak = metrics.peak_flops(layout.mesh.devices.flat[0])
     flops_per_step = tokens_per_step * program.model.config.flops_per_token()
-    speed = metrics.Speed(tokens_per_step, flops_per_step, peak and peak * mesh.size)
-    rows = sharding.local_rows(mesh, batch_size)
-    prefetch = config.data.prefetch
-    batches = pipeline.to_devices(
-        pipeline.training_batches(training, batch_size, config.seed, rows, start, prefetch), mesh
-    )
+    speed = metrics.Speed(tokens_per_step, flops_per_step, peak and peak * layout.mesh.size)
+    rows = layout.local_rows(batch_size)
+    local_batches = pipeline.training_batches(training, batch_size, config.seed, rows, start, config.data.prefetch)
+    batches = pipeline.to_devices(local_batches, layout, rows, batch_size)
 
-    def report(step: int, measured: dict[str, jax.Array]) -> None:
-        """Waits for the step, checks and shows its metrics."""
+    def report(step: int, measured: dict[str, jax.Array], stop_signal: jax.Array | int) -> int:
+        """Waits for the step, checks and shows its metrics; returns the signal to stop on, or 0."""
         values = {name: float(value) for name, value in jax.device_get(measured).items()}
         speed.step()
         if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
@@ -286,6 +307,7 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
             tensorboard.scalars(step, {"progress/tokens": step * tokens_per_step})
             tensorboard.scalars(step, {f"progress/{name}": value for name, value in speed.rates().items()})
             speed.restart()
+        return int(stop_signal)
 
     def evaluate_and_sample(step: int) -> float:
         result = evaluate(program, state.params, validation, batch_size)
@@ -300,50 +322,50 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
         return result["loss"]
 
     tracer = Tracer(workdir.path, start) if profile else None
-    batch, pending, done, began = next(batches), None, start, time.perf_counter()
+    batch, pending, done, stop_signal, began = next(batches), None, start, 0, time.perf_counter()
     try:
-        with Interrupted() as interrupted:
-            while done < total_steps and not interrupted.signal:
+        with Interrupted(layout) as interrupted:
+            while done < total_steps and not stop_signal:
                 if tracer:
                     tracer.before_step(done)
                 if done == start:
                     progress.say("compiling the training step …")
-                with speed.pause() if done == start else contextlib.nullcontext(), sharding.use(mesh):
+                with speed.pause() if done == start else contextlib.nullcontext(), layout.use():
                     state, measured = program.train_step(state, batch)
                 done += 1
                 # While the device works on this step, the host fetches the next batch and reads the last metrics.
                 with speed.waiting(device_is_idle=measured["loss"].is_ready):
                     batch = next(batches)
                 if pending:
-                    report(*pending)
-                pending = done, measured
+                    stop_signal = report(*pending)
+                pending = done, measured, interrupted.agreed()
 
                 is_last = done == total_steps
                 evaluate_now = is_last or (config.train.eval_every and done % config.train.eval_every == 0)
-                save_now = is_last or done % config.train.checkpoint_every == 0 or interrupted.signal
+                save_now = is_last or done % config.train.checkpoint_every == 0 or stop_signal
                 if evaluate_now or save_now:
-                    report(*pending)
+                    stop_signal = report(*pending) or stop_signal
                     pending = None
                     with speed.pause():
                         loss = evaluate_and_sample(done) if evaluate_now else None
                         if save_now or loss < best_loss:
                             checkpoints.save(done, state.params, state.opt_state, loss)
                         best_loss = min(best_loss, loss if evaluate_now else math.inf)
-            if start < done < total_steps and checkpoints.last() != done:
-                # The signal came after the loop's last look at it.
-                if pending:
-                    report(*pending)
+            if done < total_steps and checkpoints.last() != done:
+                # All agreed on the signal only with the metrics of an evaluation that saved nothing.
                 checkpoints.save(done, state.params, state.opt_state)
     finally:
         if tracer:
             tracer.stop()
         checkpoints.close()
         tensorboard.close()
-    seconds = metrics.duration(time.perf_counter() - began)
     if done < total_steps:
-        what = f"saved after step {done:,} of {total_steps:,}" if done > start else "no step was done"
-        progress.say(f"Stopped by {interrupted.signal.name}, {what}; the same command goes on from there.")
-        return 128 + interrupted.signal
+        name = signal.Signals(stop_signal).name
+        progress.say(
+            f"Stopped by {name}, saved after step {done:,} of {total_steps:,}; the same command goes on there."
+        )
+        return 128 + stop_signal
+    seconds = metrics.duration(time.perf_counter() - began)
     progress.say(f"Done: {total_steps:,} steps in {seconds}, best validation loss {best_loss:.4f}, in {workdir.path}")
     return 0
 
@@ -360,18 +382,26 @@ def describe(
     program: Program, config: Config, corpus: text.Corpus, total_steps: int, rows_per_epoch: int
 ) -> Iterator[str]:
     """What is about to be trained, on what and where, a line each."""
-    c, mesh, batch_size = program.model.config, program.mesh, config.train.batch_size
+    c, mesh, batch_size = program.model.config, program.layout.mesh, config.train.batch_size
     shape = f"{c.num_layers} layers, {c.num_heads} heads, {c.embed_dim} wide, block {c.block_size}"
     yield f"model  {program.num_parameters():,} parameters: {shape}, {c.dtype}"
     yield (
         f"data   {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, "
         f"vocabulary {corpus.tokenizer.vocab_size}"
     )
-    abstract = program.abstract_state
-    megabytes = sharding.bytes_per_device(abstract, jax.tree.map(lambda leaf: leaf.sharding, abstract)) / 1e6
+    state = program.abstract_state
+    held = [sharding.bytes_per_device(tree) / 1e6 for tree in (state.params, state.opt_state)]
+    whole = [
+        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e6 for tree in (state.params, state.opt_state)
+    ]
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
-    device = mesh.devices.flat[0].device_kind
-    yield f"mesh   {sizes} over {mesh.size} × {device}; parameters and optimizer {megabytes:,.1f} MB a device"
+    hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    yield f"mesh   {sizes} over {mesh.size} × {mesh.devices.flat[0].device_kind}{hosts}, rules {config.mesh.rules}"
+    yield (
+        f"memory {sum(held):,.1f} MB a device: parameters {held[0]:,.1f}, optimizer {held[1]:,.1f} "
+        f"(of {whole[0]:,.1f} and {whole[1]:,.1f} in all)"
+    )
+    yield from ("       " + line for line in sharding.table(state.params, program.logical_axes))
     tokens = batch_size * c.block_size
     epochs = total_steps * batch_size / rows_per_epoch
     yield f"run    {total_steps:,} steps × {tokens:,} tokens = {total_steps * tokens:,} tokens, {epochs:.1f} epochs"
@@ -383,7 +413,7 @@ class Sampler:
     def __init__(self, program: Program, run: Run):
         self._tokenizer, self._train = run.tokenizer, run.config.train
         self._prompt = generate.encode_prompt(run.tokenizer, run.config.train.sample_prompt, "train.sample_prompt")
-        self._generate = generate.Generator(program.model, program.mesh, generate.Sampling(temperature=0.8))
+        self._generate = generate.Generator(program.model, program.layout, generate.Sampling(temperature=0.8))
 
     def __call__(self, params: Any, seed: int) -> str:
         """The prompt and what the model makes of it."""

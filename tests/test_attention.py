@@ -183,7 +183,7 @@ def test_keep_block_is_a_slice_of_bernoulli(make_key):
     draw = quick_jit(functools.partial(attention._keep_block, key, 1 - RATE, shape, block))
     for q_start, k_start in [(0, 0), (8, 16), (13, 7), (42, 34), (48, 48)]:
         expected = whole[:, :, q_start : q_start + 8, k_start : k_start + 16]
-        actual = draw(q_start, k_start)[:, :, : expected.shape[2], : expected.shape[3]]
+        actual = draw((0, 0, q_start, k_start))[:, :, : expected.shape[2], : expected.shape[3]]
         np.testing.assert_array_equal(actual, expected)
 
 
@@ -204,7 +204,7 @@ def test_keep_block_where_the_index_needs_more_than_32_bits():
     high, low = (index >> 32).astype(np.uint32), index.astype(np.uint32)
     words = jax.extend.random.threefry2x32_p.bind(*jax.random.key_data(key), jnp.asarray(high), jnp.asarray(low))
     uniform = (np.asarray(words[0] ^ words[1]) >> 9) / 2**23
-    keep = attention._keep_block(key, 1 - RATE, shape, block, q_start, k_start)
+    keep = attention._keep_block(key, 1 - RATE, shape, block, (0, 0, q_start, k_start))
     np.testing.assert_array_equal(keep, uniform < 1 - RATE)
 
 

@@ -109,47 +109,63 @@ def test_targets_are_the_tokens_that_follow_the_inputs():
 
 
 def test_batches_on_devices_are_whole_and_sharded():
-    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
-    (batch,) = pipeline.to_devices(iter([{"inputs": np.arange(32).reshape(8, 4)}]), mesh)
+    layout = sharding.make_layout(MeshConfig("fsdp_tp", 2, 2, 1, 2))
+    (batch,) = pipeline.to_devices(iter([{"inputs": np.arange(32).reshape(8, 4)}]), layout, range(8), 8)
     np.testing.assert_array_equal(batch["inputs"], np.arange(32).reshape(8, 4))
     assert {shard.data.shape for shard in batch["inputs"].addressable_shards} == {(2, 4)}
 
 
-@pytest.mark.parametrize("mesh_config", [MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (2, 1, 4, 1)], ids=str)
 @pytest.mark.parametrize("batch_size", [8, 24])
-def test_one_process_needs_every_row(mesh_config, batch_size):
-    assert sharding.local_rows(sharding.make_mesh(mesh_config), batch_size) == range(batch_size)
+def test_one_process_needs_every_row(shape, batch_size):
+    layout = sharding.make_layout(MeshConfig("sp", *shape))
+    assert list(layout.local_rows(batch_size)) == list(range(batch_size))
 
 
-class Process:
-    """A mesh of several processes as one of them sees it; `local_rows` asks for nothing else."""
+class OneOfSeveral(sharding.Layout):
+    """A layout as one of several processes sees it: its devices hold these rows of a batch."""
 
-    def __init__(self, rows):
-        self.rows = rows
+    @property
+    def batch(self):
+        return self
 
     def addressable_devices_indices_map(self, shape):
-        return {device: (slice(*bounds),) for device, bounds in enumerate(self.rows)}
+        return {device: (slice(*bounds),) for device, bounds in enumerate(self.rules)}
 
 
 @pytest.mark.parametrize(
     ("slices", "expected"),
     [
-        ([(0, 4), (4, 8)], range(8)),
-        ([(8, 12), (12, 16)], range(8, 16)),
-        ([(4, 8), (4, 8)], range(4, 8)),  # the model axis lies within the process: both devices want the same rows
+        ([(0, 4), (4, 8)], [*range(8)]),
+        ([(4, 8), (4, 8)], [*range(4, 8)]),  # the model axis lies within the process: both devices want the same rows
+        ([(4, 6), (0, 2)], [0, 1, 4, 5]),  # a host with a square of the chips of a torus
     ],
 )
-def test_rows_of_one_process_among_several(monkeypatch, slices, expected):
-    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Process(slices))
-    assert sharding.local_rows(None, 16) == expected
+def test_rows_of_one_process_among_several(slices, expected):
+    assert list(OneOfSeveral(None, slices).local_rows(16)) == expected
 
 
-@pytest.mark.parametrize("slices", [[(0, 4), (8, 12)], [(4, 8), (8, 12)]], ids=["gap", "across_parts"])
-def test_rows_that_are_not_one_part_of_the_batch_are_refused(monkeypatch, slices):
-    """The second are 8 rows in a row, but the parts of 8 begin at 0 and 8: the batches would be mixed up."""
-    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: Process(slices))
-    with pytest.raises(UserError, match="do not lie together"):
-        sharding.local_rows(None, 16)
+class Counting(TrainingWindows):
+    """A source that counts what is read of it."""
+
+    reads = 0
+
+    def row(self, epoch, index):
+        Counting.reads += 1
+        return super().row(epoch, index)
+
+
+@pytest.mark.parametrize("rows", [range(8), range(2, 4), [0, 1, 6, 7]], ids=str)
+def test_no_row_is_read_that_is_not_wanted(rows):
+    Counting.reads = 0
+    found = pipeline.training_batches(Counting(np.arange(94, dtype=np.uint16), BLOCK, 0), BATCH, 0, rows)
+    inputs = [next(found)["inputs"] for _ in range(7)]
+    assert Counting.reads == 7 * len(rows)
+    np.testing.assert_array_equal(inputs, batches(7)[:, 0][:, list(rows)])
+    Counting.reads = 0
+    padding = {"inputs": 0, "targets": text.IGNORED}
+    list(pipeline.evaluation_batches(Counting(np.arange(41), BLOCK, 0), BATCH, rows, padding))
+    assert Counting.reads - 1 <= 2 * len(rows)  # 1 to learn the shapes
 
 
 # Evaluation batches.
@@ -607,10 +623,10 @@ def test_negative_prefetch_is_refused():
     [(12, 1, r"train\.batch_size=12 .* 8"), (8, 2, r"train\.micro_batches=2"), (24, 4, "multiple of 32")],
 )
 def test_batch_that_cannot_be_split_is_refused(batch_size, micro_batches, message):
-    mesh = sharding.make_mesh(MeshConfig(4, 2, 1))
+    layout = sharding.make_layout(MeshConfig("fsdp_tp", 4, 2, 1, 1))
     with pytest.raises(UserError, match=message):
-        pipeline.check_batch(batch_size, mesh, micro_batches)
-    pipeline.check_batch(32, mesh, micro_batches)
+        pipeline.check_batch(batch_size, layout, micro_batches)
+    pipeline.check_batch(32, layout, micro_batches)
 
 
 # Corpora that are there without a download.

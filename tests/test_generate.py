@@ -23,13 +23,17 @@ SIZES = {"num_layers": 1, "num_heads": 2, "embed_dim": 16, "block_size": 8, "voc
 MODEL = GPT(GPTConfig(**SIZES, tie_embeddings=False, dtype="float32"))
 BLOCK = MODEL.config.block_size
 PROMPT = np.array([1, 2, 3], np.uint8)
-MESHES = {"1": MeshConfig(1, 1, 1), "8x1x1": MeshConfig(8, 1, 1), "2x2x2": MeshConfig(2, 2, 2)}
+MESHES = {
+    "1": MeshConfig("fsdp_tp", 1, 1, 1, 1),
+    "8x1x1": MeshConfig("fsdp_tp", 8, 1, 1, 1),
+    "2x2x2": MeshConfig("fsdp_tp", 2, 2, 1, 2),
+}
 
 
 @functools.cache
-def mesh_of(name):
+def layout_of(name):
     devices = jax.devices()[:1] if name == "1" else None
-    return sharding.make_mesh(MESHES[name], devices)
+    return sharding.make_layout(MESHES[name], devices)
 
 
 @functools.cache
@@ -43,11 +47,11 @@ def params_of(name):
         return ((path[-1].key == "scale") + rng.normal(0, spread, leaf.shape)).astype(np.float32)
 
     arrays = jax.tree_util.tree_map_with_path(draw, nn.unbox(boxed))
-    return jax.device_put(arrays, sharding.state_shardings(boxed, mesh_of(name)))
+    return jax.device_put(arrays, layout_of(name).state_shardings(boxed))
 
 
 # Compiled once for all tests.
-generator_of = functools.cache(lambda name, sampling: Generator(MODEL, mesh_of(name), sampling, segment=4))
+generator_of = functools.cache(lambda name, sampling: Generator(MODEL, layout_of(name), sampling, segment=4))
 
 
 def tokens_of(generator, num_tokens, *, name="1", prompt=PROMPT, num_samples=1, seed=0):
@@ -113,7 +117,7 @@ def test_each_token_is_drawn_anew():
 
 def test_length_of_the_segments_does_not_matter():
     expected = tokens_of(generator_of("1", Sampling()), 14, num_samples=3)
-    found = tokens_of(Generator(MODEL, mesh_of("1"), Sampling(), segment=7), 14, num_samples=3)
+    found = tokens_of(Generator(MODEL, layout_of("1"), Sampling(), segment=7), 14, num_samples=3)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -134,7 +138,7 @@ def test_padding_of_the_vocabulary_is_never_drawn():
 @pytest.mark.parametrize("name", ["1", "8x1x1"])
 def test_segments_and_prompts_share_one_compiled_program(caplog, name):
     """What comes back from one segment has to be laid out as what went in, or the second compiles anew."""
-    generator = Generator(MODEL, mesh_of(name), Sampling(temperature=0.7), segment=4)
+    generator = Generator(MODEL, layout_of(name), Sampling(temperature=0.7), segment=4)
     with caplog.at_level(logging.WARNING, logger="jax"), jax.log_compiles():
         tokens_of(generator, 12, name=name, num_samples=8)
         tokens_of(generator, 12, name=name, num_samples=8, prompt=np.arange(11), seed=1)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import flax.linen as nn
 import jax
@@ -16,19 +17,33 @@ from gpt.data import pipeline, text
 from gpt.errors import UserError
 from gpt.sharding import MeshConfig
 
-MESHES = [MeshConfig(8, 1, 1), MeshConfig(1, 8, 1), MeshConfig(2, 2, 2), MeshConfig(1, 1, 8)]
-ids = [f"{m.data}x{m.fsdp}x{m.model}" for m in MESHES]
+MESHES = [
+    MeshConfig("dp"),
+    MeshConfig("fsdp"),
+    MeshConfig("fsdp_tp", data=2, model=2),
+    MeshConfig("fsdp_tp", model=8),
+    MeshConfig("sp", data=2, sequence=2, model=2),
+    MeshConfig("sp", sequence=8),
+    MeshConfig("sp", data=2, fsdp=2, sequence=2, zero1=True),
+    MeshConfig("dp", zero1=True),
+]
 
 
-def run_steps(config, mesh, steps):
+def name_of(config: MeshConfig) -> str:
+    sizes = "x".join(str(size) for size in config.shape(8).values())
+    return f"{config.rules}-{sizes}" + "-zero1" * config.zero1
+
+
+def run_steps(config, layout, steps):
     """Losses and final state of a run without checkpoints."""
     corpus = text.load(config.data, config.tokenizer, config.model.block_size)
     source = text.TrainingWindows(corpus.train, config.model.block_size, config.seed)
-    program = train.build(config, corpus.tokenizer.vocab_size, mesh, steps)
-    rows = sharding.local_rows(mesh, config.train.batch_size)
-    batches = pipeline.to_devices(pipeline.training_batches(source, config.train.batch_size, config.seed, rows), mesh)
+    program = train.build(config, corpus.tokenizer.vocab_size, layout, steps)
+    size = config.train.batch_size
+    rows = layout.local_rows(size)
+    batches = pipeline.to_devices(pipeline.training_batches(source, size, config.seed, rows), layout, rows, size)
     losses = []
-    with sharding.use(mesh):
+    with layout.use():
         state = program.init()
         for _ in range(steps):
             state, measured = program.train_step(state, next(batches))
@@ -55,23 +70,25 @@ VARIANTS = {
 @pytest.fixture(scope="module")
 def one_device_run():
     """`run_steps` on one device, once for a config."""
-    return functools.cache(lambda config: run_steps(config, sharding.make_mesh(MeshConfig(), jax.devices()[:1]), 20))
+    return functools.cache(lambda config: run_steps(config, sharding.make_layout(MeshConfig(), jax.devices()[:1]), 20))
 
 
-@pytest.mark.parametrize("mesh_config", MESHES, ids=ids)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_every_mesh_gives_the_losses_of_one_device(tiny, one_device_run, mesh_config, variant):
+CASES = [(variant, mesh) for variant in VARIANTS for mesh in (MESHES[2:3] if variant == "scan" else MESHES)]
+
+
+@pytest.mark.parametrize(("variant", "mesh_config"), CASES, ids=lambda x: x if isinstance(x, str) else name_of(x))
+def test_every_mesh_gives_the_losses_of_one_device(tiny, one_device_run, variant, mesh_config):
     """20 steps with dropout on: the bits of a dropout mask must not depend on the mesh either."""
     config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, **VARIANTS[variant]))
     expected, state_1 = one_device_run(config)
-    losses, state = run_steps(config, sharding.make_mesh(mesh_config), 20)
+    losses, state = run_steps(config, sharding.make_layout(mesh_config), 20)
     assert expected[-1] < expected[0]
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
     for a, b in zip(jax.tree.leaves(state_1.params), jax.tree.leaves(state.params), strict=True):
         np.testing.assert_allclose(a, b, atol=5e-3)
 
 
-# Path of a parameter -> PartitionSpec under the rules.
+# Path of a parameter -> PartitionSpec under the rules of everything.
 EXPECTED = {
     "token_embedding/embedding": P("model", "fsdp"),
     "position_embedding/embedding": P(None, "fsdp"),
@@ -89,18 +106,36 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("mesh_config", MESHES, ids=ids)
+def expected_spec(path: str, spec: P, rules: str) -> P:
+    """`EXPECTED` is for fsdp_tp; what the other rules leave out or add."""
+    if rules == "sp":
+        if path.startswith("position_embedding"):
+            return P("sequence", "fsdp")
+        return P(*(("fsdp", "sequence") if axis == "fsdp" else axis for axis in spec))
+    kept = {"dp": (), "fsdp": ("fsdp",), "fsdp_tp": ("fsdp", "model")}[rules]
+    return P(*(axis if axis in kept else None for axis in spec))
+
+
+@pytest.mark.parametrize("mesh_config", MESHES, ids=name_of)
 def test_each_parameter_and_its_moments_are_sharded_as_the_rules_say(tiny, mesh_config):
-    mesh = sharding.make_mesh(mesh_config)
-    _, state = run_steps(tiny, mesh, 1)  # after a step: the shardings have to survive it
+    layout = sharding.make_layout(mesh_config)
+    mesh = layout.mesh
+    _, state = run_steps(tiny, layout, 1)  # after a step: the shardings have to survive it
     moments = state.opt_state[1]
     for path, spec in EXPECTED.items():
-        for tree in (state.params, moments.mu, moments.nu):
-            leaf = tree
-            for key in path.split("/"):
-                leaf = leaf[key]
-            assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), leaf.ndim), path
-            parts = math.prod(mesh.shape[axis] for axis in spec if axis)
+        spec = expected_spec(path, spec, mesh_config.rules)
+        leaves = [
+            functools.reduce(lambda tree, key: tree[key], path.split("/"), tree)
+            for tree in (state.params, moments.mu, moments.nu)
+        ]
+        for i, leaf in enumerate(leaves):
+            parts = math.prod(
+                mesh.shape[axis] for axes in spec for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis
+            )
+            if i > 0 and mesh_config.zero1:
+                parts *= mesh.shape["data"]  # over which axis of the array does not matter
+            else:
+                assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), leaf.ndim), path
             assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}, path
 
 
@@ -109,17 +144,17 @@ def bytes_on_first_device(state) -> int:
     return sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards if s.device == first)
 
 
-@pytest.mark.parametrize("axis", ["fsdp", "model"])
+@pytest.mark.parametrize("axis", ["fsdp", "model", "sequence"])
 def test_bytes_per_device_fall_with_the_axis(tiny, axis):
     """What is left unsharded are scalars and, for `model`, norms, positions and the biases onto the residual stream."""
     held = {}
     for size in (1, 2, 4, 8):
-        program = train.build(tiny, 64, sharding.make_mesh(dataclasses.replace(MeshConfig(), **{axis: size})), 1)
-        with sharding.use(program.mesh):
+        config = MeshConfig("sp", data=8 // size, **({"fsdp": 1, "sequence": 1, "model": 1} | {axis: size}))
+        program = train.build(tiny, 64, sharding.make_layout(config), 1)
+        with program.layout.use():
             state = program.init()
         held[size] = bytes_on_first_device(state)
-        abstract = program.abstract_state
-        assert held[size] == sharding.bytes_per_device(abstract, jax.tree.map(lambda x: x.sharding, abstract))
+        assert held[size] == sharding.bytes_per_device(program.abstract_state) == sharding.bytes_per_device(state)
     params = program.abstract_state.params
     unsharded = (
         3 * 4 * sum(x.size for x in jax.tree.leaves(params) if axis not in jax.tree.leaves(tuple(x.sharding.spec)))
@@ -130,97 +165,230 @@ def test_bytes_per_device_fall_with_the_axis(tiny, axis):
         assert held[size] == pytest.approx((held[1] - unsharded) / size + unsharded, abs=scalars)
 
 
+def test_zero1_divides_the_optimizer_state_by_the_data_axis(tiny):
+    plain, zero1 = (
+        train.build(tiny, 64, sharding.make_layout(MeshConfig("dp", zero1=zero1)), 1).abstract_state
+        for zero1 in (False, True)
+    )
+    assert sharding.bytes_per_device(zero1.params) == sharding.bytes_per_device(plain.params)
+    scalars = 2 * 4
+    assert sharding.bytes_per_device(zero1.opt_state) == pytest.approx(
+        sharding.bytes_per_device(plain.opt_state) / 8, abs=scalars
+    )
+
+
+@pytest.mark.parametrize("mesh_config", MESHES, ids=name_of)
+def test_optimizer_state_is_sharded_at_least_as_finely_as_the_parameters(tiny, mesh_config):
+    state = train.build(tiny, 64, sharding.make_layout(mesh_config), 1).abstract_state
+    for moments in (state.opt_state[1].mu, state.opt_state[1].nu):
+        for moment, param in zip(jax.tree.leaves(moments), jax.tree.leaves(state.params), strict=True):
+            assert math.prod(moment.sharding.shard_shape(moment.shape)) <= math.prod(
+                param.sharding.shard_shape(param.shape)
+            )
+
+
 def test_no_device_holds_the_whole_state_while_it_is_made(tiny):
     """The compiled initialisation needs, a device, about its share and far from the whole."""
     model = dataclasses.replace(tiny.model, embed_dim=256, num_layers=4)
-    program = train.build(dataclasses.replace(tiny, model=model), 64, sharding.make_mesh(MeshConfig(1, 8, 1)), 1)
+    program = train.build(dataclasses.replace(tiny, model=model), 64, sharding.make_layout(MeshConfig("fsdp")), 1)
     whole = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(program.abstract_state))
-    with sharding.use(program.mesh):
+    with program.layout.use():
         memory = program.init.lower().compile().memory_analysis()
     assert memory.output_size_in_bytes < 1.05 * whole / 8
     assert memory.temp_size_in_bytes < whole / 4
 
 
-def test_constraints_on_activations_are_in_force(tiny):
+class Spy:
+    """Looks at each constrained activation, by way of Flax's own function."""
+
+    def __init__(self, monkeypatch):
+        self.seen, self._original = {}, nn.with_logical_constraint
+        monkeypatch.setattr(nn, "with_logical_constraint", self)
+
+    def __call__(self, x, axes, *args, **kwargs):
+        y = self._original(x, axes, *args, **kwargs)
+        jax.debug.inspect_array_sharding(y, callback=lambda s: self.seen.__setitem__((axes, y.shape), s))
+        return y
+
+
+BATCH = ("data", "fsdp")
+
+
+@pytest.mark.parametrize(
+    ("mesh_config", "length"),
+    [(MeshConfig("fsdp_tp", data=2, model=2), None), (MeshConfig("sp", sequence=2, model=2), "sequence")],
+    ids=["fsdp_tp", "sp"],
+)
+@pytest.mark.parametrize("attention", ["dense", "chunked"])
+def test_constraints_on_activations_are_in_force(tiny, monkeypatch, mesh_config, length, attention):
     """Without them the compiler would choose: see what the hidden layers' shardings are, not only the parameters'."""
-    mesh = sharding.make_mesh(MeshConfig(2, 2, 2))
-    program = train.build(tiny, 64, mesh, 1)
-    seen = {}
-
-    def note(name):
-        return lambda s: seen.__setitem__(name, s)
-
-    class Spy:
-        """Looks at each constrained activation, by way of Flax's own function."""
-
-        original = staticmethod(nn.with_logical_constraint)
-
-        def __call__(self, x, axes, *args, **kwargs):
-            y = self.original(x, axes, *args, **kwargs)
-            jax.debug.inspect_array_sharding(y, callback=note((axes, y.shape)))
-            return y
-
-    tokens = jax.device_put(jnp.zeros((16, 16), jnp.int32), sharding.batch_sharding(mesh))
-    patch = pytest.MonkeyPatch()
-    patch.setattr(nn, "with_logical_constraint", Spy())
-    with sharding.use(mesh):
+    layout = sharding.make_layout(mesh_config)
+    config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, attention=attention, key_chunk=4))
+    program = train.build(config, 64, layout, 1)
+    spy = Spy(monkeypatch)
+    tokens = jax.device_put(jnp.zeros((16, 16), jnp.int32), layout.batch)
+    with layout.use():
         params = program.init().params
         jax.jit(lambda p, t: program.model.apply({"params": p}, t)).lower(params, tokens).compile()
-    patch.undo()
-    batch = ("data", "fsdp")
     expected = {
-        (("batch", "length", "embed"), (16, 16, 32)): P(batch, None, None),
-        (("batch", "length", "heads", "kv"), (16, 16, 8, 12)): P(batch, None, "model", None),
-        (("batch", "length", "heads", "kv"), (16, 16, 8, 4)): P(batch, None, "model", None),
-        (("batch", "length", "mlp"), (16, 16, 128)): P(batch, None, "model"),
-        (("batch", "length", "vocab"), (16, 16, 64)): P(batch, None, "model"),
+        (("batch", "length", "embed"), (16, 16, 32)): P(BATCH, length, None),
+        (("batch", "length", "heads", "kv"), (16, 16, 8, 12)): P(BATCH, length, "model", None),
+        (("batch", "length", "heads", "kv"), (16, 16, 8, 4)): P(BATCH, length, "model", None),
+        (("batch", "keys", "heads", "kv"), (16, 16, 8, 4)): P(BATCH, None, "model", None),
+        (("batch", "length", "mlp"), (16, 16, 128)): P(BATCH, length, "model"),
+        (("batch", "length", "vocab"), (16, 16, 64)): P(BATCH, length, "model"),
     }
     for key, spec in expected.items():
-        assert seen[key].is_equivalent_to(jax.NamedSharding(mesh, spec), len(key[1])), (key, seen[key])
+        assert spy.seen[key].is_equivalent_to(jax.NamedSharding(layout.mesh, spec), len(key[1])), (key, spy.seen[key])
 
 
-def test_big_logits_are_never_gathered(tiny):
+@pytest.mark.parametrize("attention", ["dense", "chunked"])
+def test_memory_of_a_long_block_falls_with_the_sequence_axis(tiny, attention):
+    """Of the whole step, at a length at which activations are most of it; keys and values alone stay whole."""
+    model = dataclasses.replace(tiny.model, block_size=2048, attention=attention, positions="rotary")
+    config = dataclasses.replace(tiny, model=model, train=dataclasses.replace(tiny.train, batch_size=1))
+    needed = {}
+    for size in (1, 4):
+        layout = sharding.make_layout(MeshConfig("sp", sequence=size), jax.devices()[:size])
+        program = train.build(config, 64, layout, 1)
+        tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+        with layout.use():
+            step = program.train_step.lower(program.abstract_state, {"inputs": tokens, "targets": tokens})
+            needed[size] = step.compile().memory_analysis().temp_size_in_bytes
+    assert needed[4] < {"dense": 0.35, "chunked": 0.55}[attention] * needed[1]
+
+
+@pytest.mark.parametrize(
+    "mesh_config", [MeshConfig("fsdp_tp", model=8), MeshConfig("sp", sequence=2, model=4)], ids=name_of
+)
+def test_big_logits_are_never_gathered(tiny, mesh_config):
     """The loss over a vocabulary on `model` exchanges sums, not logits."""
-    mesh = sharding.make_mesh(MeshConfig(1, 1, 8))
-    program = train.build(tiny, 64, mesh, 1)
+    layout = sharding.make_layout(mesh_config)
+    program = train.build(tiny, 64, layout, 1)
     batch = {name: jax.ShapeDtypeStruct((16, 16), jnp.int32) for name in ("inputs", "targets")}
-    with sharding.use(mesh):
+    with layout.use():
         compiled = program.train_step.lower(program.abstract_state, batch).compile().as_text()
-    gathers = [line for line in compiled.splitlines() if " all-gather(" in line]
+    gathers = re.findall(r" = \w+\[([\d,]*)\]\S* all-gather", compiled)
     assert "all-reduce(" in compiled
-    assert not [line for line in gathers if "16,16,64]" in line or "256,64]" in line]
+    largest = max((math.prod(map(int, filter(None, shape.split(",")))) for shape in gathers), default=0)
+    assert largest < 16 * 16 * 64 / layout.batch_shards / layout.mesh.shape["sequence"]
 
 
 @pytest.mark.parametrize(
     ("mesh_config", "message"),
     [
-        (MeshConfig(16, 1, 1), "there are 8"),
-        (MeshConfig(3, 1, 1), "there are 8"),
-        (MeshConfig(2, 2, 1), "takes 4 devices"),
-        (MeshConfig(-1, 16, 1), "needs a multiple of 16"),
+        (MeshConfig(data=16), "there are 8"),
+        (MeshConfig(data=3), "there are 8"),
+        (MeshConfig("fsdp", data=2, fsdp=2), "takes 4 devices"),
+        (MeshConfig("fsdp", data=-1, fsdp=16), "needs a multiple of 16"),
     ],
 )
 def test_mesh_that_does_not_fit_the_devices_is_refused(mesh_config, message):
     with pytest.raises(UserError, match=message):
-        sharding.make_mesh(mesh_config)
+        sharding.make_layout(mesh_config)
 
 
-def test_bad_sizes_are_refused():
-    with pytest.raises(UserError, match=r"mesh\.fsdp=0"):
-        MeshConfig(fsdp=0)
-    with pytest.raises(UserError, match="Only one"):
-        MeshConfig(fsdp=-1)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"data": -2}, r"mesh\.data=-2"),
+        ({"rules": "fsdp", "data": -1, "fsdp": -1}, "Only one"),
+        ({"fsdp": 2}, r"mesh\.fsdp=2, but mesh\.rules=dp has no use for fsdp; choose mesh\.rules=fsdp or"),
+        ({"rules": "fsdp", "model": 2}, "mesh.model=2, but .* choose mesh.rules=fsdp_tp or sp"),
+        ({"rules": "tp"}, "'tp' is not known; choose one of dp, fsdp, fsdp_tp, sp"),
+        ({"rules": "fsdp,widht=fsdp"}, "'widht=fsdp' is not of the form"),
+        ({"rules": "fsdp,embed=disk"}, "'embed=disk' is not of the form"),
+        ({"rules": "fsdp,embed"}, "'embed' is not of the form"),
+    ],
+)
+def test_rules_and_sizes_without_meaning_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        MeshConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "shape"),
+    [
+        ({}, (8, 1, 1, 1)),
+        ({"rules": "fsdp"}, (1, 8, 1, 1)),
+        ({"rules": "fsdp", "data": 2}, (2, 4, 1, 1)),
+        ({"rules": "fsdp", "fsdp": 2}, (4, 2, 1, 1)),
+        ({"rules": "fsdp_tp", "model": 4}, (1, 2, 1, 4)),
+        ({"rules": "fsdp_tp", "data": -1, "model": 4}, (2, 1, 1, 4)),
+        ({"rules": "sp", "sequence": 4}, (1, 2, 4, 1)),
+        ({"rules": "sp", "data": 2, "fsdp": 2, "sequence": 2, "model": 1}, (2, 2, 2, 1)),
+    ],
+)
+def test_what_is_not_set_follows_from_the_rules(options, shape):
+    assert tuple(MeshConfig(**options).shape(8).values()) == shape
+
+
+def test_rules_may_be_changed(tiny):
+    """Parameters over both axes of the batch, and a vocabulary that stays whole."""
+    layout = sharding.make_layout(MeshConfig("fsdp_tp,embed=fsdp+data,vocab=", data=2, fsdp=2, model=2))
+    params = train.build(tiny, 64, layout, 1).abstract_state.params
+    assert params["block_0"]["mlp"]["up"]["kernel"].sharding.spec == P(("fsdp", "data"), "model")
+    assert params["token_embedding"]["embedding"].sharding.spec == P(None, ("fsdp", "data"))
+
+
+class Chip:
+    """A device of a slice, as far as a mesh looks at it."""
+
+    platform = device_kind = "accelerator"
+
+    def __init__(self, number, slice_index):
+        self.id, self.process_index, self.slice_index = number, number // 2, slice_index
+
+    def __repr__(self):
+        return f"Chip({self.id})"
+
+
+@pytest.mark.parametrize(
+    ("config", "slices"),
+    [
+        (MeshConfig("fsdp_tp", data=2, fsdp=2, model=2), 2),
+        (MeshConfig("fsdp_tp", data=2, fsdp=2, model=2), 4),  # twice as many as `data` takes: `fsdp` crosses too
+        (MeshConfig("dp"), 4),
+    ],
+)
+def test_slow_links_are_crossed_by_the_outer_axes(config, slices):
+    """The devices come in an order that mixes the slices."""
+    chips = [Chip(i, i % slices) for i in range(8)]
+    grid = sharding.make_layout(config, chips).mesh.devices
+    inner = grid.reshape(slices, -1)
+    assert {len({chip.slice_index for chip in row}) for row in inner} == {1}
+    assert len({row[0].slice_index for row in inner}) == slices
+
+
+def test_slices_of_different_sizes_are_refused():
+    with pytest.raises(UserError, match=r"data=8 × .* cannot be laid over 3 groups"):
+        sharding.make_layout(MeshConfig("dp"), [Chip(i, i // 3) for i in range(8)])
+
+
+def test_table_shows_every_parameter(tiny):
+    layout = sharding.make_layout(MeshConfig("fsdp_tp", data=2, model=2))
+    program = train.build(tiny, 64, layout, 1)
+    header, *lines = sharding.table(program.abstract_state.params, program.logical_axes)
+    assert re.split("  +", header) == ["parameter", "shape", "logical axes", "sharded over", "bytes a device"]
+    cells = {line.split()[0]: re.split("  +", line)[1:] for line in lines}
+    assert cells["token_embedding/embedding"] == ["64 × 32", "vocab, embed", "model, fsdp", "2,048"]
+    assert cells["block_*/mlp/up/kernel"] == ["32 × 128", "embed, mlp", "fsdp, model", "2 × 4,096"]
+    total = sum(math.prod(int(n.replace(",", "")) for n in row[-1].split(" × ")) for row in cells.values())
+    assert total == sharding.bytes_per_device(program.abstract_state.params)
 
 
 def test_what_the_mesh_does_not_divide_is_refused_by_name(tiny):
-    mesh = sharding.make_mesh(MeshConfig(1, 1, 8))
+    layout = sharding.make_layout(MeshConfig("fsdp_tp", model=8))
     for change, named in (
-        ({"num_heads": 4}, "the 4 heads of params/block_0"),
+        ({"num_heads": 4}, "mesh.model=8 does not divide the 4 heads of params/block_0"),
         ({"vocab_multiple": 1}, "the 65 vocab .*vocab_multiple"),
     ):
         config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, **change))
         with pytest.raises(UserError, match=named):
-            train.build(config, 65, mesh, 1)
+            train.build(config, 65, layout, 1)
     train_config = dataclasses.replace(tiny.train, batch_size=12)
     with pytest.raises(UserError, match=r"train\.batch_size=12 is not a multiple of 8"):
-        train.build(dataclasses.replace(tiny, train=train_config), 64, sharding.make_mesh(MeshConfig()), 1)
+        train.build(dataclasses.replace(tiny, train=train_config), 64, sharding.make_layout(MeshConfig()), 1)
+    config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, block_size=12))
+    with pytest.raises(UserError, match=r"mesh\.sequence=8 does not divide model\.block_size=12"):
+        train.build(config, 64, sharding.make_layout(MeshConfig("sp", sequence=8)), 1)

@@ -98,8 +98,8 @@ def test_resuming_on_another_mesh_goes_on_the_same(tiny, whole, tmp_path, monkey
         train.train(tiny, workdir)
     step = workdir.checkpoints(read_only=True).last()
     before = checkpoint_arrays(workdir, step)
-    other = change(tiny, "mesh", data=2, fsdp=2, model=2)
-    program = train.build(other, workdir.read().tokenizer.vocab_size, sharding.make_mesh(other.mesh), 20)
+    other = change(tiny, "mesh", rules="fsdp_tp", data=2, fsdp=2, model=2)
+    program = train.build(other, workdir.read().tokenizer.vocab_size, sharding.make_layout(other.mesh), 20)
     checkpoints = workdir.checkpoints(read_only=True)
     after = train.restore(checkpoints, step, program)
     for (path, x), (name, y) in zip(jax.tree_util.tree_leaves_with_path(after), before.items(), strict=True):
@@ -200,19 +200,20 @@ def test_nan_loss_stops_and_names_the_step(tiny, tmp_path):
     assert all((before[name] == after[name]).all() for name in before)
 
 
-def gradients(config, mesh):
+def gradients(config, layout):
     """Parameters after one step of plain gradient descent, which show the gradient."""
     corpus = text.load(config.data, config.tokenizer, config.model.block_size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.optimizer, "make_optimizer", lambda *_: optax.sgd(1.0))
-        program = train.build(config, corpus.tokenizer.vocab_size, mesh, 1)
+        program = train.build(config, corpus.tokenizer.vocab_size, layout, 1)
         source = text.TrainingWindows(corpus.train, config.model.block_size, 0)
-        batch = next(pipeline.to_devices(pipeline.training_batches(source, 16, 0, range(16)), mesh))
+        rows = range(16)
+        batch = next(pipeline.to_devices(pipeline.training_batches(source, 16, 0, rows), layout, rows, 16))
         # Targets that do not count, unevenly: a mean of means would be wrong.
         targets = np.array(batch["targets"])
         targets[:5, 3:] = text.IGNORED
         batch["targets"] = jax.device_put(targets, batch["targets"].sharding)
-        with sharding.use(mesh):
+        with layout.use():
             state, measured = program.train_step(program.init(), batch)
     return measured, state.params
 
@@ -220,9 +221,9 @@ def gradients(config, mesh):
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_accumulated_gradient_equals_that_of_the_big_batch(tiny, parts):
     config = change(tiny, "model", embed_dropout=0.0, residual_dropout=0.0, attention_dropout=0.0)
-    mesh = sharding.make_mesh(MeshConfig(2, 1, 1), jax.devices()[:2])
-    expected, expected_params = gradients(config, mesh)
-    measured, params = gradients(change(config, "train", micro_batches=parts), mesh)
+    layout = sharding.make_layout(MeshConfig(), jax.devices()[:2])
+    expected, expected_params = gradients(config, layout)
+    measured, params = gradients(change(config, "train", micro_batches=parts), layout)
     for name in expected:
         assert float(measured[name]) == pytest.approx(float(expected[name]), rel=1e-5), name
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected_params), strict=True):
@@ -233,8 +234,8 @@ def test_evaluation_is_the_exact_mean_over_tokens(tiny):
     """Against a loop over single windows, for batches that the split does not fill."""
     corpus = text.load(tiny.data, tiny.tokenizer, 16)
     validation = corpus.validation[:1003]
-    program = train.build(tiny, corpus.tokenizer.vocab_size, sharding.make_mesh(MeshConfig()), 1)
-    with sharding.use(program.mesh):
+    program = train.build(tiny, corpus.tokenizer.vocab_size, sharding.make_layout(MeshConfig()), 1)
+    with program.layout.use():
         params = program.init().params
     params = jax.tree.map(lambda x: x * 8, params)  # far from uniform
     total = 0.0

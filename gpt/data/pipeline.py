@@ -4,15 +4,15 @@ It is the same for any number of processes, devices or workers, so the only stat
 the step, and a run may go on with another number of hosts. grain does the shuffling and the prefetching.
 """
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import grain
 import jax
 import numpy as np
 
-from gpt import sharding
 from gpt.errors import UserError
+from gpt.sharding import Layout
 
 
 class Source(Protocol):
@@ -26,54 +26,67 @@ class Source(Protocol):
 
 
 def training_batches(
-    source: Source, batch_size: int, seed: int, rows: range, start: int = 0, prefetch: int = 0
+    source: Source, batch_size: int, seed: int, rows: Sequence[int], start: int = 0, prefetch: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the global batches `start`, `start + 1`, … without end.
 
     Args:
       batch_size: rows of a global batch.
       seed: of the shuffle; each epoch is shuffled anew.
-      rows: the rows of a global batch that are wanted here.
+      rows: the rows of a global batch that are wanted here; no others are read.
       prefetch: batches prepared ahead by a thread; 0: none.
     """
     epoch_length = len(source)
-    dataset = grain.MapDataset.range(epoch_length).seed(seed).shuffle().repeat(None)
-    dataset = dataset.map_with_index(lambda position, index: source.row(position // epoch_length, int(index)))
-    parts, part = batch_size // len(rows), rows.start // len(rows)
-    dataset = dataset.batch(len(rows), drop_remainder=True)[part::parts]
+    shuffled = grain.MapDataset.range(epoch_length).seed(seed).shuffle().repeat(None)
+    every_row = shuffled.map_with_index(lambda position, index: source.row(position // epoch_length, int(index)))
+
+    def batch(step: int, _) -> dict[str, np.ndarray]:
+        return _stack([every_row[step * batch_size + row] for row in rows])
+
     options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
-    batches = iter(dataset.to_iter_dataset(options))
+    batches = iter(grain.MapDataset.range(1).repeat(None).map_with_index(batch).to_iter_dataset(options))
     batches.set_state({"next_index": start})
     return batches
 
 
 def evaluation_batches(
-    source: Source, batch_size: int, rows: range, padding: dict[str, int]
+    source: Source, batch_size: int, rows: Sequence[int], padding: dict[str, int]
 ) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the batches that hold every row of the source once, in order.
 
     Args:
       padding: for each array of a row, the value that fills the last batch up to `batch_size`.
     """
+    blank = {name: np.full_like(array, padding[name]) for name, array in source.row(0, 0).items()}
     for first in range(0, len(source), batch_size):
-        wanted = [source.row(0, i) for i in range(first + rows.start, min(first + rows.stop, len(source)))]
-        blank = {name: np.full_like(array, padding[name]) for name, array in source.row(0, 0).items()}
-        wanted += [blank] * (len(rows) - len(wanted))
-        yield {name: np.stack([row[name] for row in wanted]) for name in blank}
+        yield _stack([source.row(0, first + row) if first + row < len(source) else blank for row in rows])
 
 
-def to_devices(batches: Iterator[dict[str, np.ndarray]], mesh: jax.sharding.Mesh) -> Iterator[dict[str, Any]]:
-    """The batches as global arrays, sharded over the batch axes of the mesh."""
-    target = sharding.batch_sharding(mesh)
+def to_devices(
+    batches: Iterator[dict[str, np.ndarray]], layout: Layout, rows: Sequence[int], batch_size: int
+) -> Iterator[dict[str, jax.Array]]:
+    """The batches, of which each process has its `rows`, as global arrays sharded over the batch axes of the mesh."""
+    place = {row: i for i, row in enumerate(rows)}  # of a global row among those that are here
+
+    def to_global(array: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            return array[[place[row] for row in range(*index[0].indices(batch_size))]]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), layout.batch, shard)
+
     for batch in batches:
-        yield {name: jax.make_array_from_process_local_data(target, array) for name, array in batch.items()}
+        yield {name: to_global(array) for name, array in batch.items()}
 
 
-def check_batch(batch_size: int, mesh: jax.sharding.Mesh, micro_batches: int = 1) -> None:
+def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def check_batch(batch_size: int, layout: Layout, micro_batches: int = 1) -> None:
     """Raises UserError unless the batch can be split over micro-batches and the mesh."""
-    parts = sharding.batch_shards(mesh) * micro_batches
+    parts = layout.batch_shards * micro_batches
     if batch_size % parts:
         raise UserError(
             f"train.batch_size={batch_size} is not a multiple of {parts}: train.micro_batches={micro_batches} × "
-            f"{sharding.batch_shards(mesh)} parts of the batch on the mesh (data × fsdp)."
+            f"{layout.batch_shards} parts of the batch on the mesh (data × fsdp)."
         )

@@ -19,6 +19,8 @@ import jax
 import jax.extend.random
 import jax.numpy as jnp
 
+from gpt.models.layers import mesh_axes
+
 # Finite, so that a fully masked row gives numbers and not NaN; far below any real score.
 MASKED = -1e30
 
@@ -97,12 +99,56 @@ def chunked(
     Returns:
       [B, T, H, K] in the dtype of `v`.
     """
+    batch, length, heads, _ = q_BxTxHxK.shape
+    attend = functools.partial(
+        _chunked_shard,
+        query_chunk=query_chunk,
+        key_chunk=key_chunk,
+        dropout_rate=dropout_rate,
+        full_shape=(batch, heads, length, length),
+    )
+    batch_axes, length_axes, heads_axes = mesh_axes("batch", "length", "heads")
+    if not length_axes:
+        return attend(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, dropout_key, starts=(0, 0, 0))
+
+    def shard(q, k, v, dropout_key):
+        # A loop over blocks of a sharded axis would be run by all devices: each has to loop over its own.
+        sizes = q.shape[0], q.shape[2], q.shape[1]
+        axes = batch_axes, heads_axes, length_axes
+        starts = tuple(size * jax.lax.axis_index(axis) if axis else 0 for size, axis in zip(sizes, axes, strict=True))
+        return attend(q, k, v, dropout_key, starts=starts)
+
+    queries, keys = jax.P(batch_axes, length_axes, heads_axes), jax.P(batch_axes, None, heads_axes)
+    # The loops start from constants, which differ from device to device only later: hence no check of this.
+    mapped = jax.shard_map(shard, in_specs=(queries, keys, keys, jax.P()), out_specs=queries, check_vma=False)
+    return mapped(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, dropout_key)
+
+
+def _chunked_shard(
+    q_BxTxHxK: jax.Array,
+    k_BxSxHxK: jax.Array,
+    v_BxSxHxK: jax.Array,
+    dropout_key: jax.Array | None,
+    *,
+    query_chunk: int,
+    key_chunk: int,
+    dropout_rate: float,
+    full_shape: tuple[int, int, int, int],
+    starts: tuple[int | jax.Array, int | jax.Array, int | jax.Array],
+) -> jax.Array:
+    """`chunked` for a part of the batch, heads and queries, and all keys.
+
+    Args:
+      full_shape: (B, H, T, S) of the whole.
+      starts: where the part begins in the first three of these.
+    """
     batch, length, heads, kv = q_BxTxHxK.shape
-    query_chunk, key_chunk = min(query_chunk, length), min(key_chunk, length)
+    batch_start, heads_start, first_query = starts
+    query_chunk, key_chunk = min(query_chunk, length), min(key_chunk, k_BxSxHxK.shape[1])
 
     def blocks(x_BxTxHxK, size):  # -> [blocks, B, H, size, K], zeros after the end
-        count = -(-length // size)
-        x = jnp.pad(x_BxTxHxK, ((0, 0), (0, count * size - length), (0, 0), (0, 0)))
+        count = -(-x_BxTxHxK.shape[1] // size)
+        x = jnp.pad(x_BxTxHxK, ((0, 0), (0, count * size - x_BxTxHxK.shape[1]), (0, 0), (0, 0)))
         return x.reshape(batch, count, size, heads, kv).transpose(1, 0, 3, 2, 4)
 
     def add_keys(q, q_start, carry, k, v, k_start):
@@ -115,14 +161,13 @@ def chunked(
         weights = jnp.exp(scores - new_maximum)
         denominator = denominator * rescale + weights.sum(axis=-1, keepdims=True)
         if dropout_key is not None and dropout_rate > 0:
-            keep = _keep_block(
-                dropout_key, 1 - dropout_rate, (batch, heads, length, length), scores.shape, q_start, k_start
-            )
+            block_starts = batch_start, heads_start, q_start, k_start
+            keep = _keep_block(dropout_key, 1 - dropout_rate, full_shape, scores.shape, block_starts)
             weights = weights * keep / (1 - dropout_rate)
         update = jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return numerator * rescale + update, denominator, new_maximum
 
-    k_blocks, v_blocks = blocks(k_BxTxHxK, key_chunk), blocks(v_BxTxHxK, key_chunk)
+    k_blocks, v_blocks = blocks(k_BxSxHxK, key_chunk), blocks(v_BxSxHxK, key_chunk)
     k_starts = jnp.arange(len(k_blocks)) * key_chunk
 
     @jax.checkpoint
@@ -137,17 +182,17 @@ def chunked(
         shape = (batch, heads, query_chunk)
         zero = (jnp.zeros((*shape, kv)), jnp.zeros((*shape, 1)), jnp.full((*shape, 1), MASKED))
         (numerator, denominator, _), _ = jax.lax.scan(one_key_block, zero, (k_blocks, v_blocks, k_starts))
-        return (numerator / denominator).astype(v_BxTxHxK.dtype)
+        return (numerator / denominator).astype(v_BxSxHxK.dtype)
 
     q_blocks = blocks(q_BxTxHxK / math.sqrt(kv), query_chunk)
-    q_starts = jnp.arange(len(q_blocks)) * query_chunk
+    q_starts = first_query + jnp.arange(len(q_blocks)) * query_chunk
     out = jax.lax.map(lambda block: one_query_block(*block), (q_blocks, q_starts))
     out_BxTxHxK = out.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, kv)
     return out_BxTxHxK[:, :length]
 
 
-def _keep_block(key, keep_probability, full_shape, block_shape, q_start, k_start) -> jax.Array:
-    """The [q_start:, k_start:] block of `jax.random.bernoulli(key, p, full_shape)`, without the rest.
+def _keep_block(key, keep_probability, full_shape, block_shape, starts) -> jax.Array:
+    """The block at `starts` of `jax.random.bernoulli(key, p, full_shape)`, without the rest.
 
     Partitionable threefry is a counter-based generator: the bits of an element depend only on
     the key and the element's flat index, so a block can be drawn where it is needed.
@@ -155,10 +200,9 @@ def _keep_block(key, keep_probability, full_shape, block_shape, q_start, k_start
     if not (jax.config.jax_threefry_partitionable and str(jax.random.key_impl(key)) == "threefry2x32"):
         raise ValueError("chunked attention with dropout needs JAX's default random keys: partitionable threefry")
     index_hi, index_lo = jnp.zeros(block_shape, jnp.uint32), jnp.zeros(block_shape, jnp.uint32)
-    starts = (0, 0, q_start, k_start)
     for axis, (size, start) in enumerate(zip(full_shape, starts, strict=True)):
         # index = index * size + coordinate in 64 bits, made of two 32-bit words.
-        coordinate = jax.lax.broadcasted_iota(jnp.uint32, block_shape, axis) + jnp.uint32(start)
+        coordinate = jax.lax.broadcasted_iota(jnp.uint32, block_shape, axis) + jnp.asarray(start, jnp.uint32)
         carry, product = _multiply_32(index_lo, size)
         index_lo = product + coordinate
         index_hi = index_hi * jnp.uint32(size) + carry + (index_lo < product)

@@ -147,6 +147,9 @@ class SelfAttention(nn.Module):
         q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = jnp.split(qkv_BxTxHx3K, 3, axis=-1)
         if c.positions == "rotary":
             q_BxTxHxK, k_BxTxHxK = rotary(q_BxTxHxK), rotary(k_BxTxHxK)
+        # Where the length is sharded, every query still has to see all keys before it.
+        k_BxTxHxK = nn.with_logical_constraint(k_BxTxHxK, ("batch", "keys", "heads", "kv"))
+        v_BxTxHxK = nn.with_logical_constraint(v_BxTxHxK, ("batch", "keys", "heads", "kv"))
         use_dropout = c.attention_dropout > 0 and not self.deterministic
         attend = attention.by_name(c.attention, query_chunk=c.query_chunk, key_chunk=c.key_chunk)
         out_BxTxHxK = attend(

@@ -33,6 +33,26 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def mesh_axes(*names: str | None) -> tuple[tuple[str, ...], ...]:
+    """For each logical axis of an array, the axes of the mesh in force that shard it: () where none does.
+
+    Of size 1 are none of them: those make no difference.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    spec = nn.logical_to_mesh_axes(names) if sizes else (None,) * len(names)
+    every = [(axes,) if isinstance(axes, str) else axes if isinstance(axes, tuple) else () for axes in spec]
+    return tuple(tuple(axis for axis in axes if sizes[axis] > 1) for axes in every)
+
+
+def merged_rows(x: jax.Array) -> jax.Array:
+    """[..., width] as [rows, width], for one two-dimensional product.
+
+    XLA's CPU backend computes the gradient of a product with several contracted axes at half the speed. Only
+    where the mesh shards the length does it stay as it is: an axis merged of two sharded ones has no sharding.
+    """
+    return x if mesh_axes("length") != ((),) else x.reshape(-1, x.shape[-1])
+
+
 class Linear(nn.Module):
     """y = x·kernel + bias over the last `len(in_shape)` axes of x.
 
@@ -55,11 +75,9 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel_init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", kernel_init, (*self.in_shape, *self.out_shape))
-        # One two-dimensional product: XLA's CPU backend computes the gradient of a product with several
-        # contracted axes at half the speed. The reshapes keep each sharded axis the major one.
         rows = x.shape[: x.ndim - len(self.in_shape)]
         width = math.prod(self.in_shape)
-        y = x.astype(self.dtype).reshape(-1, width) @ kernel.astype(self.dtype).reshape(width, -1)
+        y = merged_rows(x.reshape(*rows, width).astype(self.dtype)) @ kernel.astype(self.dtype).reshape(width, -1)
         y = y.reshape(*rows, *self.out_shape)
         if self.use_bias:
             bias_axes = self.axes[len(self.in_shape) :]
@@ -120,7 +138,7 @@ class Embedding(nn.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Products with every row, for an output head tied to the embedding: [..., size]."""
-        y = x.astype(self.dtype).reshape(-1, self.width) @ self.embedding.astype(self.dtype).T
+        y = merged_rows(x.astype(self.dtype)) @ self.embedding.astype(self.dtype).T
         return y.reshape(*x.shape[:-1], self.size)
 
 
