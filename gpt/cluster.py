@@ -8,6 +8,7 @@ connection to process 0, its lifeline: a process that dies closes it, and at onc
 import contextlib
 import json
 import os
+import resource
 import selectors
 import socket
 import sys
@@ -157,6 +158,10 @@ class _Hub(_Lifeline):
 
     def __init__(self, address: str, count: int, index: int, timeout: float):
         super().__init__(address, count, index, timeout)
+        # A connection is an open file, and the usual limit to these is 1,024.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         port = int(address.rpartition(":")[2])
         try:
             self._server = socket.create_server(("", port), backlog=count)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from gpt import sharding, tokenizers, train
+from gpt import cluster, sharding, tokenizers, train
 from gpt.checkpoint import Run, Workdir
 from gpt.config import Config
 from gpt.data import text
@@ -39,7 +39,8 @@ class Loaded:
 
     def corpus(self) -> text.Corpus:
         """The corpus of the run. Raises UserError where it is not what it was trained on."""
-        corpus = text.load(self.run.config.data, self.tokenizer, self.model_config.block_size)
+        data, block_size = self.run.config.data, self.model_config.block_size
+        corpus = cluster.first_before_others("corpus", lambda: text.load(data, self.tokenizer, block_size))
         if corpus.fingerprint != self.run.fingerprint:
             raise UserError(
                 f"The text in data.path={self.run.config.data.path!r} has changed since the training began: its "

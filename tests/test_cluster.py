@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -395,6 +396,37 @@ def test_who_contradicts_is_refused():
     right = run_script(textwrap.dedent(CONNECT) + "cluster.finish()", INDEX=1, COUNT=2, PORT=port, TIMEOUT=30)
     assert right.returncode == 0, right.stderr
     assert finished(hub).returncode == 0
+
+
+LAUNCHERS = {
+    "slurm": {"SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": 2, "SLURM_PROCID": "{i}", "SLURM_LOCALID": "{i}"},
+    "open mpi": {"OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_RANK": "{i}", "OMPI_COMM_WORLD_LOCAL_RANK": "{i}"},
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_are_found_and_a_laptop_is_left_alone(launcher):
+    """JAX's own detection, with variables as these set them."""
+    script = """
+        cluster.flags.FLAGS(["program"])
+        cluster.start()
+        import jax
+        print(jax.process_index(), jax.process_count(), cluster.is_first(), cluster.is_several())
+        cluster.finish()
+    """
+    job = random.randrange(2**12)  # from which the launchers' ports follow
+    ids = {"slurm": {"SLURM_JOB_ID": job}, "open mpi": {"OMPI_MCA_orte_hnp_uri": f"{job << 12}.0;tcp://127.0.0.1:1"}}
+    count = 1 if launcher == "none" else 2
+    variables = LAUNCHERS[launcher] | ids.get(launcher, {})
+    started = [
+        run_script(script, wait=False, **{name: str(value).format(i=i) for name, value in variables.items()})
+        for i in range(count)
+    ]
+    results = [finished(process) for process in started]
+    assert [result.returncode for result in results] == [0] * count, results[0].stderr
+    said = [result.stdout.splitlines()[-1] for result in results]
+    assert said == [f"{i} {count} {i == 0} {count > 1}" for i in range(count)]
 
 
 @pytest.mark.parametrize(
