@@ -21,6 +21,7 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on with the run in the workdir although its config was another."
 )
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps for TensorBoard's profiler.")
+flags.adopt_module_key_flags(cluster)
 
 __doc__ += "\n" + "\n".join(
     f"    {key}={value!r}" for key, value in config.flatten(config.default_config().to_dict()).items()

@@ -25,6 +25,7 @@ _TOP_P = flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens with 
 _SEED = flags.DEFINE_integer("seed", 0, "Equal seeds give equal samples.", lower_bound=0)
 _STOP = flags.DEFINE_string("stop", "", "End a sample before this text.")
 _STOP_NEWLINES = flags.DEFINE_integer("stop_newlines", 0, "End a sample with its n-th line feed.", lower_bound=0)
+flags.adopt_module_key_flags(cluster)
 
 
 def main() -> int:

@@ -197,6 +197,7 @@ def test_help_is_short_and_complete(command, name):
     assert len(result.stdout.splitlines()) < 120
     flags = re.findall(r"^  --(?:\[no\])?(\w+):", result.stdout, re.M)
     assert "workdir" in flags
+    assert ("coordinator" in flags) == (name != "plot")
     if name == "main":
         for key in flatten(default_config().to_dict()):
             assert f"    {key}=" in result.stdout
