@@ -69,7 +69,7 @@ class MeshConfig:
                 )
 
     def table(self) -> Rules:
-        """The rules that `rules` names, changes of the user's first."""
+        """The rules that `rules` names, with the user's changes in their places, and what is new at the end."""
         preset, *changes = self.rules.split(",")
         if preset not in PRESETS:
             raise UserError(f"mesh.rules={self.rules}: {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
@@ -82,7 +82,8 @@ class MeshConfig:
                     f"mesh.rules={self.rules}: {change!r} is not of the form NAME=AXIS+AXIS with a NAME of "
                     f"{', '.join(LOGICAL_AXES)} and AXES of {', '.join(AXES)}."
                 )
-        return tuple(changed.items()) + tuple(rule for rule in PRESETS[preset] if rule[0] not in changed)
+        rules = dict.fromkeys((name, changed.get(name, axes)) for name, axes in PRESETS[preset])
+        return tuple(rules | dict.fromkeys(changed.items()))
 
     def shape(self, num_devices: int) -> dict[str, int]:
         """Size of each mesh axis on that many devices.

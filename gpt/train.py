@@ -321,7 +321,7 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
         tensorboard.flush()
         return result["loss"]
 
-    tracer = Tracer(workdir.path, start) if profile else None
+    tracer, may_wait = Tracer(workdir.path, start) if profile else None, True
     batch, pending, done, stop_signal, began = next(batches), None, start, 0, time.perf_counter()
     try:
         with Interrupted(layout) as interrupted:
@@ -354,16 +354,20 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
             if done < total_steps and checkpoints.last() != done:
                 # All agreed on the signal only with the metrics of an evaluation that saved nothing.
                 checkpoints.save(done, state.params, state.opt_state)
+    except Exception as error:
+        # Other processes may be gone, and what they have a part in would never end.
+        may_wait = isinstance(error, UserError) or not cluster.is_several()
+        raise
     finally:
         if tracer:
             tracer.stop()
-        checkpoints.close()
         tensorboard.close()
+        if may_wait:
+            checkpoints.close()
     if done < total_steps:
         name = signal.Signals(stop_signal).name
-        progress.say(
-            f"Stopped by {name}, saved after step {done:,} of {total_steps:,}; the same command goes on there."
-        )
+        what = f"saved after step {done:,} of {total_steps:,}; the same command goes on from there."
+        progress.say(f"Stopped by {name}, {what}")
         return 128 + stop_signal
     seconds = metrics.duration(time.perf_counter() - began)
     progress.say(f"Done: {total_steps:,} steps in {seconds}, best validation loss {best_loss:.4f}, in {workdir.path}")

@@ -329,6 +329,10 @@ def test_rules_may_be_changed(tiny):
     params = train.build(tiny, 64, layout, 1).abstract_state.params
     assert params["block_0"]["mlp"]["up"]["kernel"].sharding.spec == P(("fsdp", "data"), "model")
     assert params["token_embedding"]["embedding"].sharding.spec == P(None, ("fsdp", "data"))
+    # The batch still comes before them, and what a preset has no rule for can get one.
+    assert layout.spec("batch", "length", "embed") == P(("data", "fsdp"), None, None)
+    assert sharding.make_layout(MeshConfig("fsdp,layers=fsdp")).spec("layers", "mlp") == P("fsdp", None)
+    assert sharding.make_layout(MeshConfig("sp,embed=fsdp")).spec("embed", "mlp") == P("fsdp", "model")
 
 
 class Chip:
