@@ -39,7 +39,9 @@ def trained(tmp_path_factory, command, play):
 def test_training_prints_what_it_does_and_nothing_else(trained):
     workdir, result = trained
     lines = result.stdout.splitlines()
-    assert [line.split()[0] for line in lines[:4]] == ["model", "data", "mesh", "run"]
+    said = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert said[:5] == ["model", "data", "mesh", "memory", "run"]
+    assert any(re.match(r" +block_\*/mlp/up/kernel +32 × 128 +embed, mlp +-, - +2 × 16,384$", line) for line in lines)
     assert any(re.match(r"step 6/6  loss \d\.\d{4}  [\d.]+k? tok/s  .*eta 0s", line) for line in lines)
     assert re.match(rf"Done: 6 steps in \d+s, best validation loss \d\.\d{{4}}, in {workdir}$", lines[-1])
     assert result.stderr == ""
@@ -237,7 +239,13 @@ MAIN_MISTAKES = {
     "batch": (("--config.train.batch_size=12",), 1, r"train\.batch_size=12 is not a multiple of 8"),
     "micro-batches": (("--config.train.micro_batches=3",), 1, r"train\.micro_batches=3"),
     "mesh": (("--config.mesh.data=16",), 1, r"mesh\.data=16 .* there are 8"),
-    "mesh and heads": (("--config.mesh.model=8",), 1, r"mesh\.model=8 does not divide the 4 heads of"),
+    "mesh and heads": (
+        ("--config.mesh.rules=fsdp_tp", "--config.mesh.model=8"),
+        1,
+        r"mesh\.model=8 does not divide the 4 heads of",
+    ),
+    "mesh without rules": (("--config.mesh.model=8",), 1, r"mesh\.rules=dp has no use for model; choose .*fsdp_tp"),
+    "rules": (("--config.mesh.rules=ddp",), 1, r"mesh\.rules=ddp: 'ddp' is not known; choose one of dp, fsdp"),
     "two lengths": (("--config.train.epochs=2",), 1, "Set just one of train.steps"),
     "no length": (("--config.train.steps=0",), 1, "Set just one of train.steps"),
     "learning rate": (("--config.optimizer.learning_rate=-1",), 1, r"optimizer\.learning_rate=-1\.0"),
