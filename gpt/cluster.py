@@ -6,6 +6,7 @@ connection to process 0, its lifeline: a process that dies closes it, and at onc
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import resource
@@ -43,6 +44,7 @@ def start() -> None:
       UserError: a process did not come within --cluster_timeout.
     """
     global _lifeline
+    _leave_an_absent_tpu_alone()
     given = {flag.name: flag.value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
     missing = [name for name, value in given.items() if value is None]
     if missing and len(missing) < len(given):
@@ -78,6 +80,18 @@ def start() -> None:
         initialization_timeout=int(_TIMEOUT.value),
         shutdown_timeout_seconds=60,
     )
+
+
+def _leave_an_absent_tpu_alone() -> None:
+    """Where libtpu is installed for `gpt.plan` alone, JAX looks for a TPU in vain, loudly, and its profiler crashes."""
+    if "JAX_PLATFORMS" in os.environ or not importlib.util.find_spec("libtpu"):
+        return
+    import jax
+    from jax._src import hardware_utils  # as JAX does itself, to tell whether a TPU should be there
+
+    if hardware_utils.num_available_tpu_chips_and_device_id()[0] == 0:
+        has_gpu = hardware_utils.has_visible_nvidia_gpu() and importlib.util.find_spec("jax_cuda13_plugin")
+        jax.config.update("jax_platforms", "cuda,cpu" if has_gpu else "cpu")
 
 
 def is_first() -> bool:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import math
 import signal
@@ -243,8 +242,6 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     """
     layout = sharding.make_layout(config.mesh)
     pipeline.check_batch(config.train.batch_size, layout, config.train.micro_batches)
-    if profile:
-        check_profiler(layout)
     cluster.share("workdir", workdir.create)
     before = workdir.read() if workdir.has_begun else None
     progress = metrics.Progress(enabled=cluster.is_first())
@@ -427,18 +424,6 @@ class Sampler:
         segments = self._generate(params, self._prompt, num_samples=1, seed=seed)
         texts = generate.continuations(segments, self._tokenizer.decode, 1, self._train.sample_tokens)
         return self._tokenizer.decode(self._prompt) + list(texts)[-1][0]
-
-
-def check_profiler(layout: sharding.Layout) -> None:
-    """Raises UserError where JAX's profiler would crash: where it tried for a TPU that is not there."""
-    has_tried = "tpu" in (jax.config.jax_platforms or "tpu") and importlib.util.find_spec("libtpu")
-    platform = layout.mesh.devices.flat[0].platform
-    if has_tried and platform != "tpu":
-        platform = "cuda" if platform == "gpu" else platform
-        raise UserError(
-            "--profile: libtpu is installed but there is no TPU, which JAX's profiler does not survive; "
-            f"set the environment variable JAX_PLATFORMS={platform}."
-        )
 
 
 class Tracer:
