@@ -108,11 +108,7 @@ class Workdir:
             raise UserError(
                 f"--workdir={self.path}: run.json, by process 0, is not there; all hosts need the same disk."
             )
-        first = self.read()
-        others = [f"{key} {a!r} ≠ {b!r}" for key, (a, b) in config_lib.differences(first.config, run.config).items()]
-        if first.fingerprint != run.fingerprint:
-            others.append(f"fingerprint of the data {first.fingerprint} ≠ {run.fingerprint}")
-        if others:
+        if others := _differences(self.read(), run, "≠"):
             raise UserError(f"Process 0 and this one are to train different runs: {'; '.join(others)}.")
 
     def _write(self, run: Run) -> None:
@@ -252,16 +248,22 @@ def refuse_changes(old: Run, new: Run, workdir: epath.Path, allow: bool) -> dict
     Raises:
       UserError: the data, or a key that is not `HARMLESS`, has changed and `allow` is false.
     """
-    changes = config_lib.differences(old.config, new.config)
-    serious = [f"{key} {was!r} → {now!r}" for key, (was, now) in changes.items() if key not in HARMLESS]
-    if old.fingerprint != new.fingerprint:
-        serious.append(f"fingerprint of the data {old.fingerprint} → {new.fingerprint}")
+    serious = _differences(old, new, "→", besides=HARMLESS)
     if serious and not allow:
         raise UserError(
             f"--workdir={workdir} holds a run with another config: {'; '.join(serious)}. Choose another "
             "--workdir, or go on with the changes by --allow_config_change."
         )
-    return changes
+    return config_lib.differences(old.config, new.config)
+
+
+def _differences(a: Run, b: Run, sign: str, besides: tuple[str, ...] = ()) -> list[str]:
+    """In words, with the sign between the values: where configs and data of two runs differ."""
+    changes = config_lib.differences(a.config, b.config)
+    said = [f"{key} {was!r} {sign} {now!r}" for key, (was, now) in changes.items() if key not in besides]
+    if a.fingerprint != b.fingerprint:
+        said.append(f"fingerprint of the data {a.fingerprint} {sign} {b.fingerprint}")
+    return said
 
 
 def _replace(path: epath.Path, text: str) -> None:

@@ -254,7 +254,7 @@ class _Hub(_Lifeline):
             elif "done" in message:
                 self._done.add(sender)
             elif "error" in message:
-                self._end(f"{message['error']}", message["code"])
+                self._end(message["error"], message["code"])
 
     def _welcome(self, connection: socket.socket, message: dict) -> None:
         index = message.get("process")

@@ -186,12 +186,12 @@ class Layout:
         size = self.mesh.shape["data"]
 
         def spread_one(leaf, sharding):
-            spec = [*sharding.spec, *[None] * (len(leaf.shape) - len(sharding.spec))]
-            if "data" in [axis for axes in spec for axis in _axes(axes)]:
+            spec = _axes_of_each(sharding, len(leaf.shape))
+            if any("data" in axes for axes in spec):
                 return sharding
             for i, axes in enumerate(spec):
                 if leaf.shape[i] % (self._size(axes) * size) == 0:
-                    spec[i] = (*_axes(axes), "data")
+                    spec[i] = (*axes, "data")
                     break
             return NamedSharding(self.mesh, P(*spec))
 
@@ -252,8 +252,7 @@ def table(params: Any, logical_axes: Any) -> Iterator[str]:
     for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(params), names, strict=True):
         name = re.sub(r"block_\d+", "block_*", path_name(path))
         count, _ = rows.get(name, (0, None))
-        spec = [*leaf.sharding.spec, *[None] * (len(leaf.shape) - len(leaf.sharding.spec))]
-        shards = ["+".join(_axes(mesh_axes)) or "-" for mesh_axes in spec]
+        shards = ["+".join(mesh_axes) or "-" for mesh_axes in _axes_of_each(leaf.sharding, len(leaf.shape))]
         cells = [" × ".join(map(str, leaf.shape)), ", ".join(map(str, axes)), ", ".join(shards)]
         rows[name] = count + 1, (*cells, bytes_per_device(leaf))
     lines = [("parameter", "shape", "logical axes", "sharded over", "bytes a device")]
@@ -277,6 +276,11 @@ def _beside_the_batch(rules: Rules) -> set[str]:
 
 def _axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def _axes_of_each(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
+    """The mesh axes of each axis of an array; a PartitionSpec may be shorter than the array has axes."""
+    return [_axes(axes) for axes in sharding.spec] + [()] * (ndim - len(sharding.spec))
 
 
 def _complete(rules: Rules) -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:
