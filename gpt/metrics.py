@@ -8,34 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-import jax
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
-# Peak of dense bfloat16 products per JAX device, in FLOP/s, from the makers' data sheets.
-# The first entry that begins `device_kind` counts; on others no MFU is given.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100 NVL": 835e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-
-
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak FLOP/s of a device in bfloat16, or None where it is not known."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
 
 
 class TensorBoard:
@@ -189,6 +165,11 @@ class Progress:
         """Shows the result of an evaluation."""
         self._validation_loss = loss
         self._line(f"step {step:,}/{self.total_steps:,}  validation loss {loss:.4f}{'  (best)' if best else ''}")
+
+    def status(self, text: str) -> None:
+        """Shows a line that the next one replaces, on a terminal only."""
+        if self._terminal:
+            self._line(text, keep=False)
 
     def say(self, text: str) -> None:
         """Prints a line of its own."""

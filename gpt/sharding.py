@@ -240,25 +240,50 @@ def bytes_per_device(tree: Any) -> int:
     )
 
 
-def table(params: Any, logical_axes: Any) -> Iterator[str]:
-    """Lines that show how each parameter is sharded; layers that are alike share a line.
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """How a parameter, or each of several that are alike, is sharded.
+
+    Attributes:
+      axes: logical names of its axes.
+      over: for each axis, the mesh axes that it is sharded over.
+      count: number of parameters that are alike.
+      bytes: of one of them on one device.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    over: tuple[tuple[str, ...], ...]
+    count: int
+    bytes: int
+
+
+def parameters(params: Any, logical_axes: Any) -> list[Parameter]:
+    """How each parameter is sharded; layers that are alike share an entry.
 
     Args:
       params: jax.ShapeDtypeStruct with shardings.
       logical_axes: the names of the axes of each, as a PartitionSpec.
     """
-    rows = {}
+    found = {}
     names = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, P))
     for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(params), names, strict=True):
         name = re.sub(r"block_\d+", "block_*", path_name(path))
-        count, _ = rows.get(name, (0, None))
-        shards = ["+".join(mesh_axes) or "-" for mesh_axes in _axes_of_each(leaf.sharding, len(leaf.shape))]
-        cells = [" × ".join(map(str, leaf.shape)), ", ".join(map(str, axes)), ", ".join(shards)]
-        rows[name] = count + 1, (*cells, bytes_per_device(leaf))
+        count = found[name].count + 1 if name in found else 1
+        over = tuple(_axes_of_each(leaf.sharding, len(leaf.shape)))
+        found[name] = Parameter(name, leaf.shape, tuple(axes), over, count, bytes_per_device(leaf))
+    return list(found.values())
+
+
+def table(found: list[Parameter]) -> Iterator[str]:
+    """Lines that show `parameters`."""
     lines = [("parameter", "shape", "logical axes", "sharded over", "bytes a device")]
-    for name, (count, (*cells, size)) in rows.items():
-        times = f"{count} × " if count > 1 else ""
-        lines.append((name, *cells, f"{times}{size:,}"))
+    for parameter in found:
+        shards = ", ".join("+".join(axes) or "-" for axes in parameter.over)
+        times = f"{parameter.count} × " if parameter.count > 1 else ""
+        shape = " × ".join(map(str, parameter.shape))
+        lines.append((parameter.name, shape, ", ".join(parameter.axes), shards, f"{times}{parameter.bytes:,}"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for *left, last in lines:
         cells = [cell.ljust(width) for cell, width in zip(left, widths[:-1], strict=True)]

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt import cluster, generate, metrics, optimizer, sharding
+from gpt import cluster, generate, hardware, metrics, optimizer, sharding
 from gpt.checkpoint import Run, Workdir, refuse_changes
 from gpt.config import Config
 from gpt.data import pipeline, text
@@ -283,9 +283,9 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
 
     tensorboard = metrics.TensorBoard(workdir.path, start, enabled=cluster.is_first())
     tensorboard.text(start, "config", f"```json\n{json.dumps(dataclasses.asdict(config), indent=1)}\n```")
-    peak = metrics.peak_flops(layout.mesh.devices.flat[0])
+    chip = hardware.of_device(layout.mesh.devices.flat[0])
     flops_per_step = tokens_per_step * program.model.config.flops_per_token()
-    speed = metrics.Speed(tokens_per_step, flops_per_step, peak and peak * layout.mesh.size)
+    speed = metrics.Speed(tokens_per_step, flops_per_step, chip and chip.flops * layout.mesh.size)
     rows = layout.local_rows(batch_size)
     local_batches = pipeline.training_batches(training, batch_size, config.seed, rows, start, config.data.prefetch)
     batches = pipeline.to_devices(local_batches, layout, rows, batch_size)
@@ -405,7 +405,7 @@ def describe(
         f"memory {sum(held):,.1f} MB a device: parameters {held[0]:,.1f}, optimizer {held[1]:,.1f} "
         f"(of {whole[0]:,.1f} and {whole[1]:,.1f} in all)"
     )
-    yield from ("       " + line for line in sharding.table(state.params, program.logical_axes))
+    yield from ("       " + line for line in sharding.table(sharding.parameters(state.params, program.logical_axes)))
     tokens = batch_size * c.block_size
     epochs = total_steps * batch_size / rows_per_epoch
     yield f"run    {total_steps:,} steps × {tokens:,} tokens = {total_steps * tokens:,} tokens, {epochs:.1f} epochs"

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 def play(tmp_path_factory) -> Path:
     """A text file of 30,000 characters."""
     path = tmp_path_factory.mktemp("text") / "play.txt"
-    path.write_text(text._shakespeare(text._cache_dir("")).read_text()[:30_000])
+    path.write_text(text._shakespeare(text.cache_dir("")).read_text()[:30_000])
     return path
 
 

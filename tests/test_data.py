@@ -636,7 +636,7 @@ def test_batch_that_cannot_be_split_is_refused(batch_size, micro_batches, messag
 def shakespeare():
     """The default corpus, and its text."""
     corpus = text.load(DataConfig(), TokenizerConfig(), 128)
-    plays = text._shakespeare(text._cache_dir("")).read_text(encoding="utf-8")
+    plays = text._shakespeare(text.cache_dir("")).read_text(encoding="utf-8")
     return corpus, plays
 
 

@@ -374,7 +374,7 @@ def test_slices_of_different_sizes_are_refused():
 def test_table_shows_every_parameter(tiny):
     layout = sharding.make_layout(MeshConfig("fsdp_tp", data=2, model=2))
     program = train.build(tiny, 64, layout, 1)
-    header, *lines = sharding.table(program.abstract_state.params, program.logical_axes)
+    header, *lines = sharding.table(sharding.parameters(program.abstract_state.params, program.logical_axes))
     assert re.split("  +", header) == ["parameter", "shape", "logical axes", "sharded over", "bytes a device"]
     cells = {line.split()[0]: re.split("  +", line)[1:] for line in lines}
     assert cells["token_embedding/embedding"] == ["64 × 32", "vocab, embed", "model, fsdp", "2,048"]

@@ -71,7 +71,7 @@ def load(
       UserError: a file that is missing, empty, not UTF-8, too short, or has characters unknown to
         an existing tokenizer.
     """
-    cache = _cache_dir(config.cache_dir)
+    cache = cache_dir(config.cache_dir)
     train_files = [_scan(path, cache, say) for path in _resolve(config.path, "data.path", cache)]
     validation_files = []
     if config.validation_path:
@@ -169,7 +169,8 @@ class _File:
     alphabet: frozenset[str]
 
 
-def _cache_dir(configured: str) -> Path:
+def cache_dir(configured: str = "") -> Path:
+    """The folder for what can be made again: as configured, or the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt"
     cache = Path(configured) if configured else default
     try:

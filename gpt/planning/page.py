@@ -1,0 +1,2 @@
+def html(plans, price):
+    return ""

@@ -1,0 +1,170 @@
+"""Compiles the training step for devices that are not there, and measures the program."""
+
+import dataclasses
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gpt import hardware, sharding, train
+from gpt.config import Config
+from gpt.errors import UserError
+from gpt.planning import hlo, roofline
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """A training step compiled for a topology.
+
+    Attributes:
+      hlo_text: the optimised program of one device.
+      largest: the largest buffers as the compiler writes them, where it does.
+    """
+
+    executable: jax.stages.Compiled
+    hlo_text: str
+    largest: list[str]
+
+
+class DoesNotFit(Exception):
+    """The compiler gave up because of the memory; the message is in its words."""
+
+
+def build(config: Config, devices: list[jax.Device]) -> train.Program:
+    """The program that gpt.main would run on the devices.
+
+    Raises:
+      UserError: the config does not allow it.
+    """
+    model = config.model
+    if not model.vocab_size:
+        raise UserError("Set model.vocab_size: a plan reads no data and no tokenizer that would tell it.")
+    layout = sharding.make_layout(config.mesh, devices)
+    # The length of the run is a constant of the learning rate, and costs nothing.
+    return train.build(config, model.vocab_size, layout, config.train.total_steps(model.block_size, 1))
+
+
+def compile_step(config: Config, program: train.Program) -> Compiled:
+    """Compiles the training step of a program of the config.
+
+    Raises:
+      DoesNotFit: a device has not enough memory.
+      UserError: the compiler refuses it.
+    """
+    tokens = _tokens(config, program)
+    with program.layout.use():
+        lowered = program.train_step.lower(program.abstract_state, {"inputs": tokens, "targets": tokens})
+    with tempfile.TemporaryDirectory() as folder:
+        # The compiler has to write the program down itself: printed from what it returns, a program fails on
+        # asynchronous collectives of several arrays (a RET_CHECK with libtpu 0.0.52 for v5p). The TPU's writes its
+        # estimates into that after code generation only.
+        try:
+            executable = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            if said := re.search(r"Ran out of memory (?:on HBM, |in memory space hbm\. )?(.*?)(?:\.\s|$)", str(error)):
+                raise DoesNotFit(said[1]) from error
+            raise UserError(f"The compiler refuses this program: {str(error).splitlines()[0]}") from error
+        written = [*Path(folder).glob("*.after_codegen.txt"), *Path(folder).glob("*.after_optimizations.txt")]
+        hlo_text = written[0].read_text() if written else executable.as_text()  # none if it was in JAX's cache
+        usage = next(Path(folder).glob("*-memory-usage-report.txt"), None)
+        largest = re.findall(r"\); +([\d.]+\w+); +\d+; +\d+; (.*)", usage.read_text() if usage else "")
+    return Compiled(executable, hlo_text, [f"{size}: {shapes}" for size, shapes in largest[:3]])
+
+
+def _tokens(config: Config, program: train.Program) -> jax.ShapeDtypeStruct:
+    shape = config.train.batch_size, config.model.block_size
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=program.layout.batch)
+
+
+def measure(config: Config, topology: str) -> dict[str, Any]:
+    """Plans a config for a topology: a report of plain values, as `--json` prints it.
+
+    All figures are those of one device and one step, bytes and seconds, unless they are named otherwise.
+
+    Raises:
+      UserError: the config or the topology does not allow it, or the compiler refuses it.
+    """
+    chip, devices = hardware.of_topology(topology), hardware.topology_devices(topology)
+    began = time.perf_counter()
+    program = build(config, devices)
+    report = _head(config, topology) | {"num_parameters": program.num_parameters()}
+    state, mesh = program.abstract_state, program.layout.mesh
+    memory = report["memory"] | {
+        "parameters": sharding.bytes_per_device(state.params),
+        "optimizer": sharding.bytes_per_device(state.opt_state),
+        "batch": 2 * sharding.bytes_per_device(_tokens(config, program)),
+    }
+    model_flops = config.train.batch_size * config.model.block_size * program.model.config.flops_per_token()
+    report |= {"memory": memory, "model_flops": model_flops / len(devices)}
+    try:
+        compiled = compile_step(config, program)
+    except DoesNotFit as error:
+        return report | {"compiler_says": str(error), "compile_seconds": time.perf_counter() - began}
+    used = compiled.executable.memory_analysis()
+    known = memory["parameters"] + memory["optimizer"] + memory["batch"]
+    memory["padding"] = max(0, used.argument_size_in_bytes - known)  # tiles that are not full, and counters
+    memory["temporaries"] = used.temp_size_in_bytes
+    memory["output"] = used.output_size_in_bytes - used.alias_size_in_bytes  # beyond the arguments given up
+    memory["total"] = known + memory["padding"] + memory["temporaries"] + memory["output"]
+    memory["largest"] = compiled.largest
+    operations, collectives = hlo.operations(compiled.hlo_text), hlo.collectives(compiled.hlo_text, mesh)
+    return report | {
+        "fits": memory["total"] <= memory["usable"],
+        "hardware_flops": sum(operation.times * operation.flops for operation in operations),
+        "memory_traffic": sum(operation.times * operation.bytes for operation in operations),
+        "collectives": [
+            dataclasses.asdict(collective)
+            | {
+                "sent": collective.sent,
+                "bandwidth": roofline.ring_bandwidth(collective.axes, collective.group, mesh, chip),
+                "seconds": roofline.network_seconds(collective, mesh, chip),
+            }
+            for collective in collectives
+        ],
+        "seconds": roofline.estimate(operations, collectives, mesh, chip, report["model_flops"]),
+        "compile_seconds": time.perf_counter() - began,
+    }
+
+
+def placement(config: Config, topology: str) -> dict[str, Any]:
+    """What lies where.
+
+    Returns:
+      {"devices": for each device in the order of the mesh, its place in the topology: [slice or host, x, y, z],
+      "parameters": `sharding.parameters` as dictionaries}.
+    """
+    program = build(config, hardware.topology_devices(topology))
+    parameters = sharding.parameters(program.abstract_state.params, program.logical_axes)
+    places = [hardware.place(device) for device in program.layout.mesh.devices.flat]
+    return {"devices": places, "parameters": [dataclasses.asdict(parameter) for parameter in parameters]}
+
+
+def refused(config: Config, topology: str, reason: str) -> dict[str, Any]:
+    """The report of a config that cannot be compiled."""
+    return _head(config, topology) | {"compiler_says": reason}
+
+
+def _head(config: Config, topology: str) -> dict[str, Any]:
+    """What is known before compiling."""
+    chip, num_devices = hardware.of_topology(topology), len(hardware.topology_devices(topology))
+    return {
+        "topology": topology,
+        "chip": chip.name,
+        "devices": num_devices,
+        "mesh": config.mesh.shape(num_devices),
+        "rules": config.mesh.rules,
+        "zero1": config.mesh.zero1,
+        "batch_size": config.train.batch_size,
+        "micro_batches": config.train.micro_batches,
+        "block_size": config.model.block_size,
+        "remat": config.model.remat,
+        "scan_layers": config.model.scan_layers,
+        "steps": None if config.train.epochs else config.train.total_steps(config.model.block_size, 1),
+        "memory": {"capacity": chip.memory, "usable": chip.memory * chip.usable},
+        "fits": False,
+        "compiler_says": None,
+    }

@@ -1,0 +1,147 @@
+"""The search over meshes: what it considers, in which order, and what it makes of the compiler's answers."""
+
+import dataclasses
+import io
+import math
+
+import jax
+import pytest
+
+from gpt import hardware, sharding
+from gpt.config import Config, TrainConfig
+from gpt.metrics import Progress
+from gpt.models.gpt import GPTConfig
+from gpt.planning import search, step
+
+CHIP = hardware.Chip("x", ("cpu",), flops=1e14, memory=16e9, bandwidth=1e12, link=1e11, network=1e10)
+MODEL = GPTConfig(vocab_size=512, num_layers=4, num_heads=4, embed_dim=256, block_size=256, scan_layers=True)
+CONFIG = Config(model=MODEL, train=TrainConfig(batch_size=64))
+
+
+def sizes(config: Config) -> tuple[int, ...]:
+    return tuple(config.mesh.shape(8).values())
+
+
+def expected(config: Config) -> search.Candidate:
+    return search.expect(config, sharding.make_layout(config.mesh), CHIP)
+
+
+@pytest.mark.parametrize(("number", "parts", "count"), [(8, 4, 20), (12, 3, 18), (1, 4, 1), (7, 2, 2), (1024, 4, 286)])
+def test_factorisations(number, parts, count):
+    found = list(search.factorisations(number, parts))
+    assert len(found) == len(set(found)) == count  # 2³ over four: 3 balls into 4 boxes
+    assert all(math.prod(factors) == number for factors in found)
+
+
+def test_candidates_are_every_change_that_can_be_built():
+    found = search.candidates(CONFIG, jax.devices(), CHIP)
+    kinds = {(sizes(c.config), c.config.model.remat, c.config.mesh.zero1, c.config.train.micro_batches) for c in found}
+    assert len(kinds) == len(found)
+    meshes = {sizes(c.config) for c in found}
+    assert meshes == {each for each in search.factorisations(8, 4) if each[3] <= 4}  # heads
+    assert {c.config.model.remat for c in found} == {"none", "dots", "full"}
+    assert {c.config.train.micro_batches for c in found if sizes(c.config) == (8, 1, 1, 1)} == {1, 2, 4, 8}
+    assert {c.config.mesh.rules for c in found} == {"dp", "fsdp", "fsdp_tp", "sp"}
+    assert [c.seconds for c in found] == sorted(c.seconds for c in found)
+    for candidate in {sizes(c.config): c for c in found}.values():
+        step.build(candidate.config, jax.devices())  # refuses nothing
+
+
+def test_arithmetic_knows_what_saves_memory():
+    def memory(**changes):
+        model = dataclasses.replace(MODEL, remat=changes.pop("remat", "none"))
+        train = dataclasses.replace(CONFIG.train, micro_batches=changes.pop("micro_batches", 1))
+        mesh = sharding.MeshConfig(**changes)
+        return expected(dataclasses.replace(CONFIG, model=model, train=train, mesh=mesh)).memory
+
+    assert memory(remat="full") < memory(remat="dots") < memory()
+    assert memory(micro_batches=4) < memory()
+    assert memory(rules="fsdp") < memory()
+    assert memory(zero1=True) < memory()
+
+
+def test_arithmetic_finds_the_compilers_memory():
+    """Roughly, on this machine's compiler: what is compiled first depends on it."""
+    for remat in ("none", "full"):
+        config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, remat=remat, dtype="float32"))
+        used = step.compile_step(config, step.build(config, jax.devices())).executable.memory_analysis()
+        total = used.argument_size_in_bytes + used.temp_size_in_bytes
+        assert 0.3 < expected(config).memory / total < 3  # arithmetic takes bfloat16
+
+
+class Compiler:
+    """A plan for each config by a rule, and the configs it was asked for."""
+
+    def __init__(self, memory, seconds=lambda config: expected(config).seconds):
+        self.memory, self.seconds, self.asked = memory, seconds, []
+
+    def __call__(self, config: Config) -> dict:
+        self.asked.append(config)
+        total = self.memory(config)
+        report = {"memory": {"parameters": 1, "total": total}, "fits": total <= CHIP.memory, "compiler_says": None}
+        return report | {"seconds": {"step": self.seconds(config), "mfu": 0.5}}
+
+
+def run_search(compiler: Compiler, compilations: int, config: Config = CONFIG, out=None):
+    progress = Progress(out=out or io.StringIO())
+    return search.search(config, jax.devices(), CHIP, compilations, compiler, progress)
+
+
+def test_search_ranks_what_it_compiled_and_begins_with_the_config():
+    out = io.StringIO()
+    compiler = Compiler(lambda config: expected(config).memory)
+    found = run_search(compiler, 5, out=out)
+    assert compiler.asked[0] == CONFIG
+    assert len(compiler.asked) == len(found) == 1 + 5 + 1  # and the best with its layers unrolled
+    assert {config.model.scan_layers for config in compiler.asked[:6]} == {True}
+    assert compiler.asked[6].model.scan_layers is False
+    assert len({(sizes(c), c.model.remat) for c in compiler.asked[1:6]}) == 5
+    steps = [report["seconds"]["step"] for _, report in found]
+    assert steps == sorted(steps)
+    assert out.getvalue().count("MFU 50.0%") == 7
+
+
+def test_search_learns_from_what_does_not_fit():
+    """Where the compiler needs twenty times what arithmetic says, the search comes to configs that do fit."""
+    compiler = Compiler(lambda config: 20 * expected(config).memory)
+    config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=1024))
+    assert compiler.memory(config) > CHIP.memory
+    found = run_search(compiler, 6, config)
+    assert found[0][1]["fits"]
+    assert not found[-1][1]["fits"]  # the config itself
+    fits = [report["fits"] for _, report in found]
+    assert fits == sorted(fits, reverse=True)
+
+
+def test_a_candidate_that_cannot_be_compiled_is_ranked_last():
+    def refuse(config):
+        return {"memory": {}, "fits": False, "compiler_says": "no"}
+
+    out = io.StringIO()
+    found = run_search(refuse, 3, out=out)
+    assert len(found) == 4
+    assert out.getvalue().count("does not fit: no") == 4
+
+
+def test_nearest_changes_as_little_as_it_can():
+    config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=1024))
+    compiler = Compiler(lambda config: 20 * expected(config).memory)
+    report = compiler(config)
+    assert not report["fits"]
+    devices, progress = jax.devices(), Progress(out=io.StringIO())
+    changed, report = search.nearest(config, devices, CHIP, report, compiler, progress)
+    assert report["fits"]
+    explicit = dataclasses.replace(config, mesh=changed.mesh)
+    assert len(search.flags(explicit, changed)) <= 2
+    assert search.nearest(config, devices, CHIP, report, Compiler(lambda config: 1e12), progress) is None
+
+
+def test_flags_name_what_differs():
+    mesh = sharding.MeshConfig("fsdp", data=2, fsdp=4)
+    changed = dataclasses.replace(CONFIG, mesh=mesh, model=dataclasses.replace(MODEL, remat="full"))
+    assert set(search.flags(CONFIG, changed)) == {
+        "--config.mesh.rules=fsdp",
+        "--config.mesh.data=2",
+        "--config.mesh.fsdp=4",
+        "--config.model.remat=full",
+    }
