@@ -8,7 +8,8 @@ import jax
 
 from gpt.errors import UsageError, UserError
 
-_TPU_PAGES = "cloud.google.com/tpu/docs/"
+GIB = 2**30
+GPUS_OF_A_HOST = 8  # an NVLink domain of the systems that are meant here (DGX, HGX)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,17 +17,16 @@ class Chip:
     """Public figures of what JAX shows as one device.
 
     Attributes:
+      name: in a topology, like v5e:4x4 or h100:8.
       kinds: how JAX's `device_kind` may begin.
       flops: peak of dense bfloat16 products, in FLOP/s.
-      memory: bytes of the main memory (HBM).
+      memory: bytes of the main memory (HBM); 0 for what no topology can be made of.
       bandwidth: of the main memory, in bytes/s.
       link: of a fast link in one direction, in bytes/s: to one neighbour in the torus, or to the NVLink switch.
       network: of the slow network between slices or hosts in one direction, in bytes/s a chip.
-      clock: Hz, by which the TPU compiler's cycles become seconds; 0 where there are none.
-      full_ring: a torus axis of this length (or a multiple) has its ends joined; 0 where there is no torus.
-      usable: fraction of the memory that JAX gives to a program.
-      largest: the largest topology that can be asked for.
-      source: where the figures are published.
+      clock: Hz, by which the TPU compiler's cycles become seconds; 0 for GPUs.
+      ring: a torus axis of this length (or a multiple) has its ends joined; 0 for GPUs.
+      largest: the largest topology without a slow network.
     """
 
     name: str
@@ -37,29 +37,48 @@ class Chip:
     link: float = 0.0
     network: float = 0.0
     clock: float = 0.0
-    full_ring: int = 0
-    usable: float = 1.0
+    ring: int = 0
     largest: str = ""
-    source: str = ""
+
+    @property
+    def usable(self) -> float:
+        """Fraction of the memory that JAX gives to programs, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+        return 1.0 if self.ring else 0.75
+
+    @property
+    def compiler(self) -> str:
+        """The package that holds the compiler."""
+        return "libtpu" if self.ring else "jax-cuda13-pjrt"
 
 
-GIB = 2**30
 # The first entry of which a kind begins a device's kind counts.
 CHIPS = (
-    Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9, 50e9, 3.1e9, 1.05e9, 4, 1.0, "v4:16x16x16", _TPU_PAGES + "v4"),
-    Chip(
-        "v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 50e9, 3.1e9, 1.5e9, 16, 1.0, "v5e:16x16",
-        _TPU_PAGES + "v5e",
-    ),
-    Chip(
-        "v5p", ("TPU v5p", "TPU v5"), 459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, 1.75e9, 4, 1.0, "v5p:16x16x24",
-        _TPU_PAGES + "v5p",
-    ),
-    Chip(
-        "v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1640e9, 100e9, 12.5e9, 1.75e9, 16, 1.0, "v6e:16x16",
-        _TPU_PAGES + "v6e",
-    ),
-)  # fmt: skip
+    Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9, 50e9, 3.1e9, 1.05e9, 4, "v4:16x16x16"),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 50e9, 3.1e9, 1.5e9, 16, "v5e:16x16"),
+    Chip("v5p", ("TPU v5p", "TPU v5"), 459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, 1.75e9, 4, "v5p:16x16x24"),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1640e9, 100e9, 12.5e9, 1.75e9, 16, "v6e:16x16"),
+    Chip("a100_80gb", ("NVIDIA A100-SXM4-80GB",), 312e12, 85_100_068_864, 2039e9, 300e9, 25e9, largest="a100_80gb:8"),
+    Chip("a100", ("NVIDIA A100",), 312e12, 42_331_013_120, 1555e9, 300e9, 25e9, largest="a100:8"),
+    Chip("h100_pcie", ("NVIDIA H100 PCIe",), 756e12),
+    Chip("h100_nvl", ("NVIDIA H100 NVL",), 835e12),
+    Chip("h100", ("NVIDIA H100",), 989e12, 84_942_979_072, 3352e9, 450e9, 50e9, largest="h100:8"),
+    Chip("h200", ("NVIDIA H200",), 989e12, 151_397_597_184, 4800e9, 450e9, 50e9, largest="h200:8"),
+    Chip("b200", ("NVIDIA B200",), 2250e12, 191_514_411_008, 7672e9, 900e9, 50e9, largest="b200:8"),
+)
+
+SOURCES = """\
+TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. GPU: NVIDIA's data sheets; the memory is what CUDA reports."""
+
+# What XLA's compiler has to know of a GPU that is not there: compute capability, multiprocessors, and of each of these
+# the float32 lanes and the KiB of shared memory; L2 cache in bytes, clock in GHz. (XLA publishes the same figures in
+# xla/backends/gpu/target_config/specs.)
+_CORES = {
+    "a100": (8, 108, 64, 164, 40 << 20, 1.41),
+    "a100_80gb": (8, 108, 64, 164, 40 << 20, 1.41),
+    "h100": (9, 132, 128, 228, 50 << 20, 1.98),
+    "h200": (9, 132, 128, 228, 50 << 20, 1.98),
+    "b200": (10, 148, 128, 228, 132_644_864, 1.965),
+}
 
 
 def of_device(device: jax.Device) -> Chip | None:
@@ -68,54 +87,89 @@ def of_device(device: jax.Device) -> Chip | None:
 
 
 def of_topology(name: str) -> Chip:
-    """The chip of a topology like v5e:16x16 or 4xv5e:16x16.
+    """The chip of a topology like v5e:16x16 or 4xh100:8.
 
     Raises:
       UsageError: it does not look like one, or there is no such chip.
     """
     _, kind, _ = _parse(name)
     for chip in CHIPS:
-        if chip.name == kind and chip.largest:
+        if chip.name == kind and chip.memory:
             return chip
-    known = ", ".join(chip.name for chip in CHIPS if chip.largest)
+    known = ", ".join(chip.name for chip in CHIPS if chip.memory)
     raise UsageError(f"--topology={name}: there is no chip {kind!r}; choose one of {known}, or see --list_topologies.")
 
 
+def topology_devices(name: str) -> list[jax.Device]:
+    """The devices of a topology: v5e:16x16, or 4xv5e:16x16 for four slices; h100:8, or 4xh100:8 for four hosts.
+
+    Raises:
+      UserError: the compiler is not installed, or (a UsageError) does not know the topology.
+    """
+    several, kind, layout = _parse(name)
+    chip = of_topology(name)
+    from jax.experimental import topologies
+
+    if chip.ring:
+        # libtpu would ask the cloud what machine this is, complain that it is none, and let no second process in.
+        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+        os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+        wanted = {"platform": "tpu", "topology_name": f"{kind}:{layout}"}
+        wanted |= {"num_slices": several} if several > 1 else {}
+        missing = 'The TPU compiler is not installed: pip install "gpt-spmd[plan]".'
+    else:
+        if not layout.isdecimal() or not 1 <= int(layout) <= GPUS_OF_A_HOST:
+            raise UsageError(f"--topology={name}: a host has 1 to {GPUS_OF_A_HOST} GPUs; 4x{kind}:8 are four hosts.")
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # XLA would warn where a program is too large for it, which we say
+        wanted = {"platform": "cuda", "topology_name": kind, "topology": f"{several}x1x{layout}"}
+        wanted |= {"target_config": _target_config(chip)}
+        missing = 'The GPU compiler is not installed: pip install "gpt-spmd[plan-cuda]".'
+    try:
+        return topologies.get_topology_desc(**wanted).devices
+    except NotImplementedError as error:
+        raise UserError(missing) from error
+    except RuntimeError as error:
+        if "TPU support not installed" in str(error):
+            raise UserError(missing) from error
+        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
+        raise UsageError(f"--topology={name} is refused by {chip.compiler}: {reason}.") from error
+
+
+def island(device: jax.Device) -> int:
+    """Number of the slice of TPUs or host of GPUs that a device is in, within which links are fast."""
+    return device.process_index if device.platform == "gpu" else getattr(device, "slice_index", 0)
+
+
 def place(device: jax.Device) -> list[int]:
-    """Where a device is: slice or host, then its coordinates in the torus, or its number in the host."""
-    return [getattr(device, "slice_index", 0) or 0, *getattr(device, "coords", [device.local_hardware_id])]
-
-
-def compiler_packages(topology: str) -> tuple[str, ...]:
-    """The packages that hold the compiler for a topology."""
-    return ("libtpu",) if of_topology(topology).full_ring else ("jax-cuda13-plugin", "jax-cuda13-pjrt")
+    """Where a device of a topology is: slice and coordinates in the torus, or host and number there."""
+    return [island(device), *device.coords] if device.platform == "tpu" else [island(device), device.coords[-1]]
 
 
 def _parse(name: str) -> tuple[int, str, str]:
     """(4, "v5e", "16x16") of 4xv5e:16x16."""
     match = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
     if not match:
-        raise UsageError(f"--topology={name} has to look like v5e:16x16, or 4xv5e:16x16 for four slices.")
+        raise UsageError(f"--topology={name} has to look like v5e:16x16 or h100:8, or 4xv5e:16x16 for four of them.")
     return int(match[1] or 1), match[2], match[3]
 
 
-def topology_devices(name: str) -> list[jax.Device]:
-    """The devices of a TPU topology like v5e:16x16, or of several slices of it: 4xv5e:16x16.
-
-    Raises:
-      UserError: libtpu is not installed, or (a UsageError) does not know the topology.
-    """
-    slices, kind, layout = _parse(name)
-    # libtpu would ask the cloud what machine this is, complain that it is none, and let no second process in.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-    from jax.experimental import topologies
-
-    try:
-        several = {"num_slices": slices} if slices > 1 else {}
-        return topologies.get_topology_desc(topology_name=f"{kind}:{layout}", platform="tpu", **several).devices
-    except RuntimeError as error:
-        if "TPU support not installed" in str(error):
-            raise UserError('The TPU compiler is not installed: pip install "gpt-spmd[plan]".') from error
-        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
-        raise UsageError(f"--topology={name} is refused by libtpu: {reason}.") from error
+def _target_config(chip: Chip) -> str:
+    """A GpuTargetConfigProto of XLA as text; without some of these it crashes."""
+    capability, cores, lanes, shared, cache, clock = _CORES[chip.name]
+    features = "feature_extension: ACCELERATED_FEATURES" if capability >= 9 else ""
+    return f"""
+gpu_device_info {{
+  cuda_compute_capability {{ major: {capability} {features} }}
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  shared_memory_per_core: {shared << 10} shared_memory_per_block: {48 << 10}
+  shared_memory_per_block_optin: {(shared - 1) << 10}
+  core_count: {cores} fpus_per_core: {lanes} clock_rate_ghz: {clock} l2_cache_size: {cache}
+  memory_bandwidth: {chip.bandwidth:.0f} device_memory_size: {chip.memory:.0f}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 }}
+device_description_str: "{chip.kinds[0]}"
+"""

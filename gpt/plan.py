@@ -98,7 +98,7 @@ def plan(config: Config, topology: str) -> report.Report:
     """`step.measure`, or what it said before of the same config, code and compiler."""
     if not _CACHE.value:
         return step.measure(config, topology)
-    packages = ("jax", "jaxlib", "flax", "optax", *hardware.compiler_packages(topology))
+    packages = ("jax", "jaxlib", "flax", "optax", hardware.of_topology(topology).compiler)
     versions = {name: importlib.metadata.version(name) for name in packages}
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
     key = json.dumps([dataclasses.asdict(config), topology, versions])

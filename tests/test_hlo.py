@@ -106,6 +106,10 @@ def test_flops_of_convolutions(shapes, attributes, expected):
         ("replica_groups=mesh['a'=2,'b'=4] {'b','a'}", ("data", "model"), 8),
         ("replica_groups={}", ("data", "model"), 8),
         ("replica_groups={{0,1},{2,3},{4,5},{6,7}}", ("model",), 2),  # half of `model`
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}", ("model",), 2),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}", ("model",), 2),
+        ("replica_groups=mesh['a'=1,'b'=2,'c'=4], device_ids=([4,2]T(1,0)) {'b'}", ("model",), 2),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=(0,4,1,5,2,6,3,7) {'b'}", ("data",), 2),
     ],
 )
 def test_mesh_axes_of_replica_groups(groups, axes, size):
@@ -223,3 +227,15 @@ def test_the_compilers_estimate_is_read_where_there_is_one(cycles, expected):
     )
     (product,) = (operation for operation in hlo.operations(text) if operation.flops)
     assert (product.cycles, product.times) == (expected, 4)
+
+
+def test_of_cublas_the_two_factors_count():
+    text = entry(
+        "%a = bf16[8,16]{1,0} parameter(0)",
+        "%b = bf16[16,4]{1,0} parameter(1)",
+        "%c = bf16[8,4]{1,0} parameter(2)",
+        'ROOT %g = (bf16[8,4]{1,0}, s8[64]{0}) custom-call(%a, %b, %c), custom_call_target="__cublas$lt$matmul", '
+        'backend_config={"gemm_backend_config":{"beta":1,"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],'
+        '"rhs_contracting_dimensions":["0"]}}}',
+    )
+    assert hlo.matmul_flops(text) == 2 * 8 * 16 * 4

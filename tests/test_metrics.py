@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt import metrics
+from gpt import hardware, metrics
 from gpt.metrics import Progress, Speed, TensorBoard
 
 # TensorBoard.
@@ -386,4 +386,5 @@ def test_duration(seconds, shown):
     ],
 )
 def test_peak_of_a_device(kind, peak):
-    assert metrics.peak_flops(types.SimpleNamespace(device_kind=kind)) == peak
+    chip = hardware.of_device(types.SimpleNamespace(device_kind=kind))
+    assert (chip and chip.flops) == peak

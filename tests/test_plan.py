@@ -22,6 +22,9 @@ from gpt.sharding import MeshConfig
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason='libtpu is not installed: pip install "gpt-spmd[plan]"'
 )
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason='no CUDA compiler: pip install "gpt-spmd[plan-cuda]"'
+)
 # The tests' compilation cache takes what is compiled for absent TPUs, but cannot give it back.
 pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
 
@@ -215,6 +218,46 @@ def test_search_prints_the_best_and_its_flags(command):
     assert "candidates by arithmetic" in result.stderr
 
 
+@pytest.mark.slow
+@needs_cuda
+@pytest.mark.parametrize(
+    ("topology", "mesh"),
+    [
+        ("h100:8", {"rules": "dp"}),
+        ("h100:8", {"rules": "fsdp"}),
+        ("h100:8", {"rules": "fsdp_tp", "model": 2}),
+        ("4xh100:8", {"rules": "fsdp", "fsdp": 8}),
+        ("a100:2", {"rules": "fsdp"}),
+        ("a100_80gb:2", {"rules": "fsdp"}),
+        ("h200:2", {"rules": "fsdp"}),
+        ("b200:2", {"rules": "fsdp"}),
+    ],
+    ids=str,
+)
+def test_plans_for_gpus(planned, topology, mesh):
+    plan = planned(topology, **mesh)
+    assert plan["fits"]
+    assert plan["hardware_flops"] == pytest.approx(plan["model_flops"], rel=1e-3)
+    assert plan["seconds"]["compiler"] is None
+    assert 0 < plan["seconds"]["roofline"] == plan["seconds"]["step"]
+    kinds = {c["kind"] for c in plan["collectives"]}
+    assert kinds >= ({"all-reduce"} if mesh["rules"] == "dp" else {"all-gather", "reduce-scatter"})
+    chip = hardware.of_topology(topology)
+    for c in plan["collectives"]:  # fsdp within a host, data between hosts, where there are several
+        between_hosts = topology.startswith("4x") and c["axes"] == ("data",)
+        assert c["bandwidth"] <= chip.link
+        assert (c["bandwidth"] == chip.network) == between_hosts
+
+
+@pytest.mark.slow
+@needs_cuda
+def test_of_gpus_we_say_what_does_not_fit(command):
+    """XLA compiles for them whatever the size; and nothing is told but the report."""
+    result = command("plan", *small_flags(), "--topology=a100:1", "--config.train.batch_size=65536", "--noadvise")
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "DOES NOT FIT: " in result.stdout
+
+
 @pytest.mark.parametrize(
     ("flags", "code", "says"),
     [
@@ -223,6 +266,7 @@ def test_search_prints_the_best_and_its_flags(command):
         (["--config=configs/char.py", "--config.model.vocab_size=9", "--topology=v5e"], 2, "has to look like v5e"),
         (["--config=configs/char.py", "--topology=v9:2x2"], 2, "there is no chip 'v9'"),
         (["--config=configs/char.py", "--topology=v5e:2x2,v5e:4x4", "--search"], 2, "one --topology at a time"),
+        (["--config=configs/char.py", "--topology=h100:16"], 2, "a host has 1 to 8 GPUs"),
         pytest.param(["--config=configs/char.py", "--topology=v5e:2x2"], 1, "model.vocab_size", marks=needs_libtpu),
         pytest.param(["--config=configs/char.py", "--topology=v5e:3x77"], 2, "refused by libtpu", marks=needs_libtpu),
     ],
@@ -237,7 +281,7 @@ def test_refusals(command, flags, code, says):
 def test_list_of_topologies(command):
     result = command("plan", "--list_topologies")
     assert result.returncode == 0
-    for chip in ("v4", "v5e", "v5p", "v6e"):
+    for chip in ("v4", "v5e", "v5p", "v6e", "a100", "a100_80gb", "h100", "h200", "b200"):
         assert re.search(rf"^{chip} .*\d", result.stdout, re.MULTILINE)
 
 
@@ -261,12 +305,20 @@ def test_published_sizes(request, name, billions, tokens_per_step):
     assert config.train.batch_size * config.model.block_size == tokens_per_step
 
 
-def test_missing_compiler_is_named(monkeypatch):
+@pytest.mark.parametrize(
+    ("topology", "error", "extra"),
+    [
+        ("v5e:2x4", RuntimeError("JAX TPU support not installed; cannot generate TPU topology."), "plan"),
+        ("v5e:2x4", NotImplementedError("topology not implemented for tpu"), "plan"),
+        ("h100:8", NotImplementedError("topology not implemented for cuda"), "plan-cuda"),
+    ],
+)
+def test_missing_compiler_is_named(monkeypatch, topology, error, extra):
     from jax.experimental import topologies
 
     def refuse(**_):
-        raise RuntimeError("JAX TPU support not installed; cannot generate TPU topology.")
+        raise error
 
     monkeypatch.setattr(topologies, "get_topology_desc", refuse)
-    with pytest.raises(UserError, match=r'pip install "gpt-spmd\[plan\]"'):
-        hardware.topology_devices("v5e:2x4")
+    with pytest.raises(UserError, match=rf'pip install "gpt-spmd\[{extra}\]"'):
+        hardware.topology_devices(topology)

@@ -9,14 +9,15 @@ from gpt import hardware
 from gpt.planning import roofline
 from gpt.planning.hlo import Collective, Operation
 
-CHIP = hardware.Chip("x", ("X",), flops=100.0, memory=1000, bandwidth=10.0, link=2.0, network=0.5, full_ring=4)
-GPU = dataclasses.replace(CHIP, full_ring=0)
+CHIP = hardware.Chip("x", ("X",), flops=100.0, memory=1000, bandwidth=10.0, link=2.0, network=0.5, ring=4)
+GPU = dataclasses.replace(CHIP, ring=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
     coords: tuple[int, int]
     slice_index: int = 0
+    platform: str = "tpu"
 
 
 class Mesh:

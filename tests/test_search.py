@@ -19,7 +19,7 @@ CONFIG = Config(model=MODEL, train=TrainConfig(batch_size=64))
 
 
 def sizes(config: Config) -> tuple[int, ...]:
-    return tuple(config.mesh.shape(8).values())
+    return tuple(config.mesh.shape(len(jax.devices())).values())
 
 
 def expected(config: Config) -> search.Candidate:
@@ -131,8 +131,7 @@ def test_nearest_changes_as_little_as_it_can():
     devices, progress = jax.devices(), Progress(out=io.StringIO())
     changed, report = search.nearest(config, devices, CHIP, report, compiler, progress)
     assert report["fits"]
-    explicit = dataclasses.replace(config, mesh=changed.mesh)
-    assert len(search.flags(explicit, changed)) <= 2
+    assert len(search.flags(config, changed)) == 1  # more micro-batches, or another remat policy
     assert search.nearest(config, devices, CHIP, report, Compiler(lambda config: 1e12), progress) is None
 
 

@@ -234,7 +234,7 @@ parse = functools.lru_cache(maxsize=1)(Module)  # of a large program it takes se
 
 
 def matmul_flops(text: str) -> int:
-    """FLOPs of the matrix products of an HLO module, which TPUs call convolutions.
+    """FLOPs of the matrix products of an HLO module: dots, convolutions (TPU), and calls of cuBLAS (GPU).
 
     Raises:
       ValueError: a loop's trip count cannot be told.
@@ -276,16 +276,18 @@ def operations(text: str) -> list[Operation]:
 
 def _flops(module: Module, computation: str, product: Instruction) -> int:
     """FLOPs of an instruction if it is a matrix product, else 0."""
-    if product.opcode not in ("dot", "convolution"):
+    cublas = product.opcode == "custom-call" and product.get(r'custom_call_target="(__cublas)')
+    if not cublas and product.opcode not in ("dot", "convolution"):
         return 0
-    left, right = map(_sizes, module.shapes(computation, product))
-    flops = _dot_flops if product.opcode == "dot" else _convolution_flops
+    left, right = map(_sizes, module.shapes(computation, product)[:2])  # a third one of cuBLAS is added
+    flops = _convolution_flops if product.opcode == "convolution" else _dot_flops
     return flops(product, left, right, _sizes(product.shape))
 
 
 def _dot_flops(dot: Instruction, left: list[int], _, result: list[int]) -> int:
-    contracted = re.findall(r"\d+", dot.get(r"lhs_contracting_dims=\{([\d,]*)\}") or "")
-    return 2 * math.prod(result) * math.prod(left[int(axis)] for axis in contracted)
+    # lhs_contracting_dims={1}, or of cuBLAS "lhs_contracting_dimensions":["1"]
+    contracted = dot.get(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)') or ""
+    return 2 * math.prod(result) * math.prod(left[int(axis)] for axis in re.findall(r"\d+", contracted))
 
 
 def _convolution_flops(convolution: Instruction, left: list[int], right: list[int], result: list[int]) -> int:
@@ -360,20 +362,36 @@ def _slice_axes(mesh: jax.sharding.Mesh) -> tuple[tuple[str, ...], int]:
 
 
 def _groups(text: str, devices: int) -> np.ndarray:
-    """[groups, members] of device ids: {{0,1},{2,3}}, [2,2]<=[4], [2,2]<=[2,2]T(1,0) or mesh['a'=2,'b'=2] {'a'}."""
+    """[groups, members] of device ids, which XLA writes in three ways.
+
+    {{0,1},{2,3}}; [2,2]<=[4] or [2,2]<=[2,2]T(1,0), an array of ids reshaped; mesh['a'=2,'b'=4] {'a','b':(2)2}, the
+    axes along which groups go, or parts of them (of b the inner 2), after device_ids=(…) if these are not in order.
+    """
     numbers = lambda part: [int(number) for number in re.findall(r"\d+", part)]  # noqa: E731
     if match := re.match(r"\{(\{[^}]*\}(?:,\{[^}]*\})*)\}", text):
         return np.array([numbers(group) for group in match[1].split("},")])
-    if match := re.match(r"(\[[\d,]+\])<=(\[[\d,]+\])(T\([\d,]+\))?", text):
-        ids = np.arange(devices).reshape(numbers(match[2]))
-        return ids.transpose(numbers(match[3]) if match[3] else None).reshape(numbers(match[1]))
-    if match := re.match(r"mesh\[([^\]]*)\] \{([^}]*)\}", text):
-        names, chosen = re.findall(r"'(\w+)'=", match[1]), re.findall(r"'(\w+)'", match[2])
-        sizes = [int(size) for size in re.findall(r"=(\d+)", match[1])]
-        order = [names.index(name) for name in sorted(names, key=chosen.__contains__)]
-        members = math.prod(sizes[names.index(name)] for name in chosen)
-        return np.arange(devices).reshape(sizes).transpose(order).reshape(-1, members)
+    if match := re.match(r"(\[[\d,]+\])<=(\[[\d,]+\](?:T\([\d,]+\))?)", text):
+        return _iota(match[2], devices).reshape(numbers(match[1]))
+    if match := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}", text):
+        ids = np.arange(devices)
+        if match[2]:
+            ids = _iota(match[2], devices) if match[2].startswith("[") else np.array(numbers(match[2]))
+        chosen = {name: part and numbers(part) for name, part in re.findall(r"'(\w+)'(?::(\(\d+\)\d+))?", match[3])}
+        shape, outside, inside = [], [], []
+        for name, size in re.findall(r"'(\w+)'=(\d+)", match[1]):
+            outer, part = (chosen[name] or (1, int(size))) if name in chosen else (int(size), 1)
+            inside.append(len(shape) + 1)
+            outside += [len(shape), len(shape) + 2]
+            shape += [outer, part, int(size) // (outer * part)]
+        members = math.prod(shape[axis] for axis in inside)
+        return ids.reshape(shape).transpose(outside + inside).reshape(-1, members)
     return np.arange(devices)[None]
+
+
+def _iota(text: str, devices: int) -> np.ndarray:
+    """The numbers of the devices in the shape and order of [2,4]T(1,0)."""
+    sizes, *order = [[int(number) for number in part.split(",")] for part in re.findall(r"[\d,]+", text)]
+    return np.arange(devices).reshape(sizes).transpose(*order)
 
 
 def _slices(instruction: Instruction, shapes: list[str]) -> tuple[list[int | None], list[int | None]]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from gpt import hardware
 from gpt.hardware import Chip
 from gpt.metrics import duration
 
@@ -161,15 +162,16 @@ def columns(lines: list[list[str]], left: int) -> Iterator[str]:
 
 def chips(known: Iterable[Chip]) -> Iterator[str]:
     """A table of what can be asked for."""
-    lines = [["chip", "up to", "TFLOP/s", "memory GB", "GB/s", "link GB/s", "network GB/s", "source"]]
+    lines = [["chip", "up to", "TFLOP/s", "memory GB", "GB/s", "link GB/s", "network GB/s", ""]]
     for chip in known:
-        if chip.largest:
+        if chip.memory:
             figures = (chip.flops / 1e12, chip.memory / 1e9, chip.bandwidth / 1e9, chip.link / 1e9, chip.network / 1e9)
-            lines.append([chip.name, chip.largest, *(f"{figure:,.4g}" for figure in figures), chip.source])
+            lines.append([chip.name, chip.largest, *(f"{figure:,.4g}" for figure in figures), ""])
     yield from columns(lines, left=2)
     yield ""
     yield "TFLOP/s: dense bfloat16. link: one direction, to a neighbour in the torus (TPU) or the NVLink switch (GPU)."
-    yield "network: one direction, a device, between slices (4xv5e:16x16) or hosts (4xh100:8)."
+    yield "network: one direction, a device, between slices (4xv5e:16x16) or hosts (4xh100:8), as many as you like."
+    yield hardware.SOURCES
 
 
 def _mesh(report: Report) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gpt import hardware
 from gpt.hardware import Chip
 from gpt.planning.hlo import Collective, Operation
 
@@ -102,10 +103,10 @@ def ring_bandwidth(axes: tuple[str, ...], size: int, mesh: jax.sharding.Mesh, ch
       size: devices in a group.
     """
     group = _group(axes, mesh)[:size]
-    slices = {getattr(device, "slice_index", 0) for device in group}
-    if not chip.full_ring:  # NVLink to a switch within a host; between hosts each GPU of the group has its card
-        return chip.link if len(slices) == 1 else min(chip.link, chip.network * len(group) / len(slices))
-    if len(slices) > 1:
+    islands = {hardware.island(device) for device in group}
+    if not chip.ring:  # NVLink to a switch within a host; between hosts each GPU of the group has its card
+        return chip.link if len(islands) == 1 else min(chip.link, chip.network * len(group) / len(islands))
+    if len(islands) > 1:
         return chip.network
     links = 0.0
     everywhere = np.array([device.coords for device in mesh.devices.flat])
@@ -113,7 +114,7 @@ def ring_bandwidth(axes: tuple[str, ...], size: int, mesh: jax.sharding.Mesh, ch
     for places, length in zip(np.array([device.coords for device in group]).T, ends, strict=True):
         steps = np.diff(np.unique(places))
         if len(steps):
-            joined = len(steps) + 1 == length and length % chip.full_ring == 0
+            joined = len(steps) + 1 == length and length % chip.ring == 0
             links += (2 if joined else 1) / steps.min()  # a group that takes every second chip shares its links
     return chip.link * links if links else math.inf
 

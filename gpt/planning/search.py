@@ -78,7 +78,7 @@ def candidates(config: Config, devices: list[jax.Device], chip: Chip) -> list[Ca
         if any(size % parts for size, parts in divides):
             continue
         rules = "sp" if sequence > 1 else "fsdp_tp" if model_axis > 1 else "fsdp" if fsdp > 1 else "dp"
-        mesh = MeshConfig(rules, data, fsdp, sequence, model_axis)
+        mesh = _shortest(MeshConfig(rules, data, fsdp, sequence, model_axis), len(devices))
         try:
             layout = sharding.make_layout(mesh, devices)
         except UserError:  # slices do not go into it
@@ -95,6 +95,15 @@ def candidates(config: Config, devices: list[jax.Device], chip: Chip) -> list[Ca
                 )
                 found.append(expect(changed, layout, chip))
     return sorted(found, key=lambda candidate: candidate.seconds)
+
+
+def _shortest(mesh: MeshConfig, num_devices: int) -> MeshConfig:
+    """The same mesh with as many sizes left to their default, 0, as can be."""
+    for axis in AXES:
+        shorter = dataclasses.replace(mesh, **{axis: 0})
+        if shorter.shape(num_devices) == mesh.shape(num_devices):
+            mesh = shorter
+    return mesh
 
 
 def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
@@ -159,9 +168,7 @@ def nearest(
     """
     queue = _Queue(candidates(config, devices, chip), chip)
     queue.learn(expect(config, sharding.make_layout(config.mesh, devices), chip), report)
-    sizes = config.mesh.shape(len(devices))  # what 0 and -1 stand for
-    explicit = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, **sizes))
-    queue.left.sort(key=lambda candidate: len(differences(explicit, candidate.config)))
+    queue.left.sort(key=lambda candidate: len(differences(config, candidate.config)))
     for _ in range(TRIES):
         if not (candidate := queue.next()):
             return None
@@ -255,7 +262,7 @@ class _Queue:
     @staticmethod
     def _kind(candidate: Candidate) -> tuple:
         mesh = candidate.config.mesh
-        return candidate.config.model.remat, *(getattr(mesh, axis) for axis in AXES)
+        return candidate.config.model.remat, mesh.rules, *(getattr(mesh, axis) for axis in AXES)
 
 
 def rank(planned: tuple[Config, Report]) -> tuple:

@@ -58,20 +58,21 @@ def compile_step(config: Config, program: train.Program) -> Compiled:
     tokens = _tokens(config, program)
     with program.layout.use():
         lowered = program.train_step.lower(program.abstract_state, {"inputs": tokens, "targets": tokens})
+    is_tpu = program.layout.mesh.devices.flat[0].platform == "tpu"
     with tempfile.TemporaryDirectory() as folder:
-        # The compiler has to write the program down itself: printed from what it returns, a program fails on
-        # asynchronous collectives of several arrays (a RET_CHECK with libtpu 0.0.52 for v5p). The TPU's writes its
-        # estimates into that after code generation only.
+        # libtpu has to write the program down itself: printed from what it returns, a program fails on asynchronous
+        # collectives of several arrays (a RET_CHECK of version 0.0.52 for v5p).
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if is_tpu else {}
         try:
-            executable = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            executable = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if said := re.search(r"Ran out of memory (?:on HBM, |in memory space hbm\. )?(.*?)(?:\.\s|$)", str(error)):
                 raise DoesNotFit(said[1]) from error
             raise UserError(f"The compiler refuses this program: {str(error).splitlines()[0]}") from error
-        written = [*Path(folder).glob("*.after_codegen.txt"), *Path(folder).glob("*.after_optimizations.txt")]
-        hlo_text = written[0].read_text() if written else executable.as_text()  # none if it was in JAX's cache
+        written = next(Path(folder).glob("*.after_codegen.txt"), None)  # none if it was in JAX's cache
         usage = next(Path(folder).glob("*-memory-usage-report.txt"), None)
         largest = re.findall(r"\); +([\d.]+\w+); +\d+; +\d+; (.*)", usage.read_text() if usage else "")
+        hlo_text = written.read_text() if written else executable.as_text()
     return Compiled(executable, hlo_text, [f"{size}: {shapes}" for size, shapes in largest[:3]])
 
 
