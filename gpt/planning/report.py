@@ -57,10 +57,8 @@ def text(report: Report, price: float | None = None) -> Iterator[str]:
 
 def _title(report: Report) -> Iterator[str]:
     rows, parts = report["batch_size"], report["micro_batches"]
-    yield (
-        f"{report['num_parameters'] / 1e9:,.3f} billion parameters on {report['topology']}: "
-        f"{report['devices']:,} × {report['chip']}, {_mesh(report)}"
-    )
+    model = f"{report['num_parameters'] / 1e9:,.3f} billion parameters on " if "num_parameters" in report else ""
+    yield f"{model}{report['topology']}: {report['devices']:,} × {report['chip']}, {mesh_name(report)}"
     yield (
         f"{rows:,} rows of {report['block_size']:,} tokens a step{f', in {parts} parts' if parts > 1 else ''}; "
         f"remat {report['remat']}, layers {'scanned' if report['scan_layers'] else 'unrolled'}"
@@ -104,13 +102,13 @@ def _collectives(report: Report) -> Iterator[str]:
 def _estimate(report: Report, price: float | None) -> Iterator[str]:
     seconds, tokens = report["seconds"], report["batch_size"] * report["block_size"]
     yield f"ESTIMATE: {BINDS[seconds['binds']]}"
-    yield (
-        f"  kernels that wait for products {_ms(seconds['products'])}, for memory {_ms(seconds['memory'])}; network "
-        f"{_ms(seconds['network']['waited_for'])} waited for, {_ms(seconds['network']['hidden'])} beside kernels"
-    )
-    yield f"  step            {_ms(seconds['roofline']):>14}   by the roofline"
+    products, memory = duration_ms(seconds["products"]), duration_ms(seconds["memory"])
+    waited_for, hidden = (duration_ms(seconds["network"][part]) for part in ("waited_for", "hidden"))
+    yield f"  kernels that wait for products {products}, for memory {memory}"
+    yield f"  network waited for {waited_for}, beside kernels {hidden}"
+    yield f"  step            {duration_ms(seconds['roofline']):>14}   by the roofline"
     if seconds["compiler"]:
-        yield f"                  {_ms(seconds['compiler']):>14}   by the compiler's estimate of its kernels"
+        yield f"                  {duration_ms(seconds['compiler']):>14}   by the compiler's estimate of its kernels"
     else:
         yield "                  the compiler gives no usable estimate of its kernels"
     yield (
@@ -121,7 +119,7 @@ def _estimate(report: Report, price: float | None) -> Iterator[str]:
         run, hours = report["steps"] * seconds["step"], report["steps"] * seconds["step"] * report["devices"] / 3600
         cost = f", {hours * price:,.0f} at {price:g} each" if price is not None else ""
         yield (
-            f"  whole run       {duration(run):>14}   {report['steps']:,} steps, {report['steps'] * tokens / 1e9:,.3g} "
+            f"  whole run       {duration(run):>14}   {report['steps']:,} steps, {report['steps'] * tokens / 1e9:,.1f} "
             f"billion tokens: {hours:,.1f} device-hours{cost}"
         )
     else:
@@ -137,12 +135,12 @@ def table(reports: Iterable[Report]) -> Iterator[str]:
     header = ["topology", "mesh", "remat", "scan", "parts", "batch", "GB", "TFLOP", "sent GB", "step", "MFU", ""]
     lines = [header]
     for r in reports:
-        line = [r["topology"], _mesh(r), r["remat"], "yes" if r["scan_layers"] else "no"]
+        line = [r["topology"], mesh_name(r), r["remat"], "yes" if r["scan_layers"] else "no"]
         line += [f"{r['micro_batches']:,}", f"{r['batch_size']:,}"]
         if "seconds" in r:
             seconds, sent = r["seconds"], sum(c["sent"] for c in r["collectives"])
             line += [f"{r['memory']['total'] / 1e9:.2f}", f"{r['hardware_flops'] / 1e12:,.3f}", f"{sent / 1e9:,.3f}"]
-            line += [_ms(seconds["step"]), f"{seconds['mfu']:.1%}", "" if r["fits"] else "does not fit"]
+            line += [duration_ms(seconds["step"]), f"{seconds['mfu']:.1%}", "" if r["fits"] else "does not fit"]
         else:
             line += [""] * 5 + [f"does not fit: {r['compiler_says']}"]
         lines.append(line)
@@ -174,10 +172,12 @@ def chips(known: Iterable[Chip]) -> Iterator[str]:
     yield hardware.SOURCES
 
 
-def _mesh(report: Report) -> str:
+def mesh_name(report: Report) -> str:
+    """ "fsdp data=4 fsdp=8": the rules, and the sizes that are not 1."""
     sizes = [f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1]
     return " ".join([report["rules"], *sizes, *(["zero1"] if report["zero1"] else [])])
 
 
-def _ms(seconds: float) -> str:
+def duration_ms(seconds: float) -> str:
+    """ "27.3 ms", "12.340 s"."""
     return f"{seconds:,.3f} s" if seconds >= 10 else f"{seconds * 1e3:,.1f} ms"
