@@ -53,10 +53,10 @@ class Chip:
 
 # The first entry of which a kind begins a device's kind counts.
 CHIPS = (
-    Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9, 50e9, 3.1e9, 1.05e9, 4, "v4:16x16x16"),
+    Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9, 50e9, 1.6e9, 1.05e9, 4, "v4:16x16x16"),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 50e9, 3.1e9, 1.5e9, 16, "v5e:16x16"),
     Chip("v5p", ("TPU v5p", "TPU v5"), 459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, 1.75e9, 4, "v5p:16x16x24"),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1640e9, 100e9, 12.5e9, 1.75e9, 16, "v6e:16x16"),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 100e9, 12.5e9, 1.75e9, 16, "v6e:16x16"),
     Chip("a100_80gb", ("NVIDIA A100-SXM4-80GB",), 312e12, 85_100_068_864, 2039e9, 300e9, 25e9, largest="a100_80gb:8"),
     Chip("a100", ("NVIDIA A100",), 312e12, 42_331_013_120, 1555e9, 300e9, 25e9, largest="a100:8"),
     Chip("h100_pcie", ("NVIDIA H100 PCIe",), 756e12),
@@ -67,7 +67,9 @@ CHIPS = (
 )
 
 SOURCES = """\
-TPU: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}. GPU: NVIDIA's data sheets; the memory is what CUDA reports."""
+TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; network of v4: what arXiv 2204.02311 reached, 81 Tbit/s from
+1,536 hosts; of v6e: 4 cards of 200 Gbit/s for 8 chips. GPU: NVIDIA's data sheets of A100, H100, H200, B200 (SXM),
+memory as CUDA reports it; network: a card for each, of 200 Gbit/s (DGX A100) or 400 Gbit/s (DGX H100, H200, B200)."""
 
 # What XLA's compiler has to know of a GPU that is not there: compute capability, multiprocessors, and of each of these
 # the float32 lanes and the KiB of shared memory; L2 cache in bytes, clock in GHz. (XLA publishes the same figures in

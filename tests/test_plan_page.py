@@ -125,7 +125,7 @@ def shown(plans: list[dict[str, Any]], where: dict[str, Any] = PLACEMENT, price:
 def test_one_plan():
     text = shown([plan()], price=2.5).text
     for said in (
-        "1.234 billion parameters on v5e:2x4",
+        "1.2 billion parameters on v5e:2x4",
         "8 × v5e, fsdp data=2 fsdp=4, remat dots, layers scanned, in 2 parts",
         "32 rows of 1,000 tokens a step",
         "Fits: 7.00 GB of 10.00 GB a device, of which JAX takes 75% unless told otherwise",

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from gpt.metrics import duration
-from gpt.planning.report import ASSUMPTIONS, BINDS, MEMORY_PARTS, Report, duration_ms, mesh_name
+from gpt.planning.report import ASSUMPTIONS, BINDS, MEMORY_PARTS, Report, duration_ms, mesh_name, model_name
 from gpt.sharding import MeshConfig
 
 # How much is drawn or shown at once: more would be too small to read.
@@ -119,7 +119,7 @@ def _escaped(value: Any) -> Any:
 def _head(report: Report, price: float | None) -> Iterator[str]:
     memory, capacity, usable = report["memory"], report["memory"]["capacity"], report["memory"]["usable"]
     share = f", of which JAX takes {usable / capacity:.0%} unless told otherwise" if usable < capacity else ""
-    model = f"{report['num_parameters'] / 1e9:,.3f} billion parameters" if "num_parameters" in report else "Plan"
+    model = model_name(report) if "num_parameters" in report else "Plan"
     yield f"<h1>{model} on {report['topology']}</h1>"
     yield f"<p>{report['devices']:,} × {report['chip']}, {_name(report)};"
     yield f"{report['batch_size']:,} rows of {report['block_size']:,} tokens a step</p>"

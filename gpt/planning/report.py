@@ -57,7 +57,7 @@ def text(report: Report, price: float | None = None) -> Iterator[str]:
 
 def _title(report: Report) -> Iterator[str]:
     rows, parts = report["batch_size"], report["micro_batches"]
-    model = f"{report['num_parameters'] / 1e9:,.3f} billion parameters on " if "num_parameters" in report else ""
+    model = f"{model_name(report)} on " if "num_parameters" in report else ""
     yield f"{model}{report['topology']}: {report['devices']:,} × {report['chip']}, {mesh_name(report)}"
     yield (
         f"{rows:,} rows of {report['block_size']:,} tokens a step{f', in {parts} parts' if parts > 1 else ''}; "
@@ -170,6 +170,12 @@ def chips(known: Iterable[Chip]) -> Iterator[str]:
     yield "TFLOP/s: dense bfloat16. link: one direction, to a neighbour in the torus (TPU) or the NVLink switch (GPU)."
     yield "network: one direction, a device, between slices (4xv5e:16x16) or hosts (4xh100:8), as many as you like."
     yield hardware.SOURCES
+
+
+def model_name(report: Report) -> str:
+    """ "174.6 billion parameters"."""
+    number = report["num_parameters"]
+    return f"{number / 1e9:,.1f} billion parameters" if number >= 1e9 else f"{number / 1e6:,.1f} million parameters"
 
 
 def mesh_name(report: Report) -> str:

@@ -68,7 +68,7 @@ def compile_step(config: Config, program: train.Program) -> Compiled:
         except jax.errors.JaxRuntimeError as error:
             if said := re.search(r"Ran out of memory (?:on HBM, |in memory space hbm\. )?(.*?)(?:\.\s|$)", str(error)):
                 raise DoesNotFit(said[1]) from error
-            raise UserError(f"The compiler refuses this program: {str(error).splitlines()[0]}") from error
+            raise UserError(f"The compiler refuses this program: {str(error).splitlines()[0][:300]}") from error
         written = next(Path(folder).glob("*.after_codegen.txt"), None)  # none if it was in JAX's cache
         usage = next(Path(folder).glob("*-memory-usage-report.txt"), None)
         largest = re.findall(r"\); +([\d.]+\w+); +\d+; +\d+; (.*)", usage.read_text() if usage else "")
