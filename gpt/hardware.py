@@ -118,6 +118,7 @@ def topology_devices(name: str) -> list[jax.Device]:
         os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
         wanted = {"platform": "tpu", "topology_name": f"{kind}:{layout}"}
         wanted |= {"num_slices": several} if several > 1 else {}
+        wanted |= {"chip_config_name": "megacore"} if kind == "v4" else {}  # both cores of a chip as one device
         missing = 'The TPU compiler is not installed: pip install "gpt-spmd[plan]".'
     else:
         if not layout.isdecimal() or not 1 <= int(layout) <= GPUS_OF_A_HOST:

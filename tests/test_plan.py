@@ -64,6 +64,18 @@ def moved(plan, kind, *axes):
 
 
 @needs_libtpu
+@pytest.mark.parametrize(
+    ("topology", "number"), [("v4:2x2x2", 8), ("v5e:4x4", 16), ("v5p:2x2x2", 8), ("v6e:2x4", 8), ("2xv5e:2x2", 8)]
+)
+def test_topologies_have_a_device_for_each_chip(topology, number):
+    devices = hardware.topology_devices(topology)
+    assert len(devices) == number
+    assert {hardware.of_device(device) for device in devices} == {hardware.of_topology(topology)}
+    assert len({tuple(hardware.place(device)) for device in devices}) == number
+    assert {hardware.island(device) for device in devices} == set(range(int(topology[0]) if topology[1] == "x" else 1))
+
+
+@needs_libtpu
 @pytest.mark.parametrize("mesh", [{"rules": "dp"}, {"rules": "fsdp"}, {"rules": "fsdp_tp", "model": 2}], ids=str)
 def test_figures_of_a_plan_agree_with_one_another(planned, mesh):
     plan = planned(**mesh)

@@ -33,7 +33,7 @@ LARGEST_UNROLLED = 16
 # Memory that a compilation may need.
 COMPILER_BYTES = 4e9
 # The TPU's compiler gathers and scatters a parameter of which a device has fewer columns than this by all-reduces, of
-# twice the bytes (seen for 12 to 64 columns, not for 96 and more; a tile is 128 wide).
+# twice the bytes, where nothing is sharded over `model` (seen for 12 to 64 columns, not for 96 and more).
 NARROWEST_SHARD = 96
 
 
@@ -145,7 +145,7 @@ def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
 
     network = collective(("data",), 2 * held, 2)
     if config.mesh.rules != "dp":
-        narrow = chip.ring and width / (fsdp * sequence) < NARROWEST_SHARD
+        narrow = chip.ring and tensor == 1 and width / (fsdp * sequence) < NARROWEST_SHARD
         network += parts * collective(("fsdp", "sequence"), 2 * weights / tensor, 6 if narrow else 3)
     network += parts * layers * collective(("model",), 2 * tokens * width, 2 * (4 + 2 * (model.remat == "full")))
     network += parts * layers * collective(("sequence",), 4 * tokens * sequence * width / tensor, 3)
