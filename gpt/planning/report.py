@@ -25,8 +25,8 @@ MEMORY_PARTS = {
 ASSUMPTIONS = """\
 Assumed: kernels one after the other, each as long as its matrix products at the chip's peak or its bytes at the peak
 bandwidth of the main memory; collectives round a ring over every link their group spans, at public bandwidth, those
-marked * beside the kernels; both sides of a condition; input in time. Where the compiler estimates its kernels, that
-stands in place of the first. Nothing else is added, so that a real step is longer."""
+marked * beside the kernels; both sides of a condition; input in time. Where the compiler estimates its kernels and that
+is longer, it stands in place of the first. Published runs took 1.2 to 1.8 times the roofline (launch/PLANNING.md)."""
 
 
 def text(report: Report, price: float | None = None) -> Iterator[str]:
