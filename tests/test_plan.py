@@ -173,6 +173,11 @@ def test_planned_memory_is_what_a_run_allocates():
     assert 0.97 * planned < allocated < 1.15 * planned
 
 
+def test_the_compilers_words_hold_what_it_needed():
+    assert step.DoesNotFit("Used 110.50G of 95.74G hbm").needed == 110.5 * 2**30
+    assert step.DoesNotFit("the memory required (2.5T) exceeds available HBM (15.75G)").needed == 2.5 * 2**40
+
+
 def small_flags(model: GPTConfig = MODEL) -> list[str]:
     default = dataclasses.asdict(GPTConfig())
     changed = {name: value for name, value in dataclasses.asdict(model).items() if value != default[name]}
@@ -206,7 +211,7 @@ def test_command_prints_a_report_and_remembers_it(command, tmp_path):
 
 @needs_libtpu
 def test_command_tells_what_does_not_fit_and_what_would(command):
-    flags = [*small_flags(), "--topology=v5e:2x2", "--batch_per_device=65536"]
+    flags = [*small_flags(), "--topology=v5e:2x2", "--batch_per_device=8192"]
     result = command("plan", *flags)
     assert result.returncode == 1
     assert re.search(r"DOES NOT FIT in 17\.18 GB a device\. The compiler: .*15\.75G", result.stdout)

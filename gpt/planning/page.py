@@ -165,7 +165,9 @@ def _memory(plans: list[Report]) -> Iterator[str]:
         capacity, usable = plan["memory"]["capacity"], plan["memory"]["usable"]
         name = f"{rank}. {_name(plan, plans)}" if len(plans) > 1 else "all of it"
         name += "" if plan["fits"] else ' <span class="bad">does not fit</span>'
-        known = plan["memory"].get("total", sum(piece.size for piece in bar) * capacity)
+        known = (
+            plan["memory"].get("total") or plan["memory"].get("needed") or sum(piece.size for piece in bar) * capacity
+        )
         need = f"{'' if 'total' in plan['memory'] else 'more than '}{known / 1e9:.2f}" if known else "?"
         marks = {"capacity": 1.0} | ({"usable": usable / capacity} if usable < capacity else {})
         yield _bar(name, f"{need} of {capacity / 1e9:.2f} GB", bar, scale, marks)

@@ -30,6 +30,8 @@ Report = dict[str, Any]
 TRIES = 5
 # Loops are unrolled for the last comparison if this many blocks or fewer have to be compiled.
 LARGEST_UNROLLED = 16
+# Part of the memory that a candidate is to use: nearer to the limit the compiler looks for savings, at length.
+HEADROOM = 0.9
 # Memory that a compilation may need.
 COMPILER_BYTES = 4e9
 # The TPU's compiler gathers and scatters a parameter of which a device has fewer columns than this by all-reduces, of
@@ -245,7 +247,7 @@ class _Queue:
     def next(self) -> Candidate | None:
         for candidate in self.left:
             scale = self._scale.get(candidate.config.model.remat, 1.0)
-            if candidate.memory * scale <= self._usable and self._kind(candidate) not in self._taken:
+            if candidate.memory * scale <= HEADROOM * self._usable and self._kind(candidate) not in self._taken:
                 self.left.remove(candidate)
                 self._taken.add(self._kind(candidate))
                 return candidate
@@ -254,7 +256,7 @@ class _Queue:
     def learn(self, candidate: Candidate, report: Report) -> None:
         if "parameters" not in report["memory"]:  # not the memory was the reason
             return
-        used = report["memory"].get("total") or 1.01 * self._usable
+        used = report["memory"].get("total") or max(report["memory"].get("needed", 0), 1.01 * self._usable)
         self._scale[candidate.config.model.remat] = used / candidate.memory
         if not report["fits"]:
             self._taken.discard(self._kind(candidate))

@@ -33,6 +33,12 @@ class Compiled:
 class DoesNotFit(Exception):
     """The compiler gave up because of the memory; the message is in its words."""
 
+    @property
+    def needed(self) -> float:
+        """Bytes of a device that were wanted: the largest figure that the compiler names."""
+        figures = re.findall(r"([\d.]+)([KMGT])", str(self))
+        return max((float(number) * 1024 ** ("KMGT".index(unit) + 1) for number, unit in figures), default=0.0)
+
 
 def build(config: Config, devices: list[jax.Device]) -> train.Program:
     """The program that gpt.main would run on the devices.
@@ -104,6 +110,7 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
     try:
         compiled = compile_step(config, program)
     except DoesNotFit as error:
+        memory["needed"] = error.needed
         return report | {"compiler_says": str(error), "compile_seconds": time.perf_counter() - began}
     used = compiled.executable.memory_analysis()
     known = memory["parameters"] + memory["optimizer"] + memory["batch"]
