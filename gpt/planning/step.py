@@ -57,7 +57,8 @@ def compile_step(config: Config, program: train.Program) -> Compiled:
     """
     tokens = _tokens(config, program)
     with program.layout.use():
-        lowered = program.train_step.lower(program.abstract_state, {"inputs": tokens, "targets": tokens})
+        names = ("inputs", "targets", "starts") if config.data.document_borders else ("inputs", "targets")
+        lowered = program.train_step.lower(program.abstract_state, dict.fromkeys(names, tokens))
     with tempfile.TemporaryDirectory() as folder:
         # The compiler has to write the program down itself: printed from what it returns, a program fails on
         # asynchronous collectives of several arrays (a RET_CHECK with libtpu 0.0.52 for v5p). The TPU's writes its
