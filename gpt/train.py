@@ -424,8 +424,9 @@ class Sampler:
     def __call__(self, params: Any, seed: int) -> str:
         """The prompt and what the model makes of it."""
         segments = self._generate(params, self._prompt, num_samples=1, seed=seed)
-        texts = generate.continuations(segments, self._tokenizer.decode, 1, self._train.sample_tokens)
-        return self._tokenizer.decode(self._prompt) + list(texts)[-1][0]
+        tokenizer, length = self._tokenizer, self._train.sample_tokens
+        texts = generate.continuations(segments, tokenizer.decode, 1, length, separator=tokenizer.separator)
+        return (self._train.sample_prompt or "\n") + list(texts)[-1][0]
 
 
 class Tracer:
