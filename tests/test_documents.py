@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt import loaded, sharding, train
+from gpt import generate, loaded, sharding, train
 from gpt.checkpoint import Workdir
 from gpt.data import text
 from gpt.data.text import DataConfig, EvaluationWindows, TrainingWindows
@@ -202,6 +202,25 @@ def test_a_long_tokenising_shows_a_bar(load, monkeypatch):
 def test_borders_without_a_separator_are_refused(load):
     with pytest.raises(UserError, match=r"^data\.document_borders needs .* tokenizer\.name=bpe or gpt2\.$"):
         load({"a.txt": "one two three"}, TokenizerConfig("byte"), document_borders=True)
+
+
+# Sampling.
+
+
+def test_a_sample_ends_with_its_document():
+    tokens = np.array([[1, 2, 9, 3], [4, 5, 6, 7]])
+    segments = iter(np.array_split(tokens, 4, axis=1))
+    found = list(generate.continuations(segments, lambda row: "".join(map(str, row)), 2, 4, separator=9))
+    assert found == [["1", "4"], ["12", "45"], ["12", "456"], ["12", "4567"]]
+    segments = iter(np.array_split(tokens[:1], 4, axis=1))
+    assert len(list(generate.continuations(segments, str, 1, 4, separator=9))) == 3  # and no more are made
+    segments = iter([tokens])
+    assert list(generate.continuations(segments, str, 2, 4)) == [[str(row) for row in tokens]]
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_document():
+    tokenizer = BPETokenizer.train(["abc"], 257)
+    assert generate.encode_prompt(tokenizer, "", "--prompt").tolist() == [tokenizer.separator]
 
 
 # A run.

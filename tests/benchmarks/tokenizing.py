@@ -2,8 +2,8 @@
 
     python tests/benchmarks/tokenizing.py [MEGABYTES]
 
-The text is the scenes of Shakespeare's plays in random order, as often as it takes. Both encode each part of it in turn,
-so that a machine that slows down does so for both. Ours ends in an array of tokens; the library in objects of its own,
+The text is passages of Shakespeare's plays in random order, as many as it takes. All encode each part of it in turn,
+so that a machine that slows down does so for all. Ours ends in an array of tokens; the library in objects of its own,
 which is in its favour.
 """
 
