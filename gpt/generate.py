@@ -120,7 +120,6 @@ def continuations(
     num_tokens: int,
     stop_text: str = "",
     stop_newlines: int = 0,
-    separator: int | None = None,
 ) -> Iterator[list[str]]:
     """The text of each sample so far, after each segment, up to its end.
 
@@ -130,31 +129,22 @@ def continuations(
       num_tokens: length of a sample, in tokens.
       stop_text: a sample ends before the first occurrence of it; "": never.
       stop_newlines: a sample ends with its n-th line feed; 0: never.
-      separator: the token that ends a document, and the sample with it; None: there is none.
     """
     tokens = np.zeros((num_samples, 0), np.int32)
     while tokens.shape[1] < num_tokens:
         tokens = np.concatenate([tokens, next(segments)], axis=1)[:, :num_tokens]
-        ends = [_end(row, decode, stop_text, stop_newlines, separator) for row in tokens]
+        ends = [_end(decode(row), stop_text, stop_newlines) for row in tokens]
         yield [text for text, _ in ends]
         if all(stopped for _, stopped in ends):
             return
 
 
-def _end(
-    tokens: np.ndarray,
-    decode: Callable[[np.ndarray], str],
-    stop_text: str,
-    stop_newlines: int,
-    separator: int | None,
-) -> tuple[str, bool]:
+def _end(text: str, stop_text: str, stop_newlines: int) -> tuple[str, bool]:
     """The text up to its end, and whether the end was reached."""
-    document = tokens[: np.argmax(tokens == separator)] if separator in tokens else tokens
-    text = decode(document)
     ends = [text.find(stop_text)] if stop_text and stop_text in text else []
     if stop_newlines and text.count("\n") >= stop_newlines:
         ends.append(len("\n".join(text.split("\n")[:stop_newlines])) + 1)
-    return (text[: min(ends)], True) if ends else (text, len(document) < len(tokens))
+    return (text[: min(ends)], True) if ends else (text, False)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str) -> np.ndarray:

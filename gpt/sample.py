@@ -54,7 +54,6 @@ def main() -> int:
             _NUM_TOKENS.value,
             _STOP.value,
             _STOP_NEWLINES.value,
-            run.tokenizer.separator,
         )
         if _NUM_SAMPLES.value == 1:
             shown = ""

@@ -424,8 +424,7 @@ class Sampler:
     def __call__(self, params: Any, seed: int) -> str:
         """The prompt and what the model makes of it."""
         segments = self._generate(params, self._prompt, num_samples=1, seed=seed)
-        tokenizer, length = self._tokenizer, self._train.sample_tokens
-        texts = generate.continuations(segments, tokenizer.decode, 1, length, separator=tokenizer.separator)
+        texts = generate.continuations(segments, self._tokenizer.decode, 1, self._train.sample_tokens)
         return (self._train.sample_prompt or "\n") + list(texts)[-1][0]
 
 

@@ -207,17 +207,6 @@ def test_borders_without_a_separator_are_refused(load):
 # Sampling.
 
 
-def test_a_sample_ends_with_its_document():
-    tokens = np.array([[1, 2, 9, 3], [4, 5, 6, 7]])
-    segments = iter(np.array_split(tokens, 4, axis=1))
-    found = list(generate.continuations(segments, lambda row: "".join(map(str, row)), 2, 4, separator=9))
-    assert found == [["1", "4"], ["12", "45"], ["12", "456"], ["12", "4567"]]
-    segments = iter(np.array_split(tokens[:1], 4, axis=1))
-    assert len(list(generate.continuations(segments, str, 1, 4, separator=9))) == 3  # and no more are made
-    segments = iter([tokens])
-    assert list(generate.continuations(segments, str, 2, 4)) == [[str(row) for row in tokens]]
-
-
 def test_an_empty_prompt_is_the_beginning_of_a_document():
     tokenizer = BPETokenizer.train(["abc"], 257)
     assert generate.encode_prompt(tokenizer, "", "--prompt").tolist() == [tokenizer.separator]

@@ -254,14 +254,13 @@ class GPT(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
         if c.scan_layers:
             scan = nn.scan(
-                lambda module, x, starts: (module(x, starts), None),
-                in_axes=nn.broadcast,
+                lambda module, x, _: (module(x, starts_BxT), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x_BxTxD, _ = scan(block(c, deterministic, name="blocks"), x_BxTxD, starts_BxT)
+            x_BxTxD, _ = scan(block(c, deterministic, name="blocks"), x_BxTxD, None)
         else:
             for i in range(c.num_layers):
                 x_BxTxD = block(c, deterministic, name=f"block_{i}")(x_BxTxD, starts_BxT)
