@@ -176,10 +176,10 @@ def _chunked_shard(
         x = jnp.pad(starts_BxT, ((0, 0), (0, count * size - starts_BxT.shape[1])))
         return x.reshape(batch, count, size).swapaxes(0, 1)
 
-    def add_keys(q, q_start, q_starts, carry, k, v, k_start, k_starts):
+    def add_keys(q, q_place, q_starts, carry, k, v, k_place, k_starts):
         numerator, denominator, maximum = carry
         # Keys past the end need no mask of their own: they lie in the future of every real query.
-        mask = causal_mask(q_start + jnp.arange(query_chunk), k_start + jnp.arange(key_chunk))
+        mask = causal_mask(q_place + jnp.arange(query_chunk), k_place + jnp.arange(key_chunk))
         if q_starts is not None:
             # Keys of other documents that come first leave weights behind; the first key of its own rescales them to 0.
             mask = mask + document_mask(q_starts, k_starts)
@@ -189,7 +189,7 @@ def _chunked_shard(
         weights = jnp.exp(scores - new_maximum)
         denominator = denominator * rescale + weights.sum(axis=-1, keepdims=True)
         if dropout_key is not None and dropout_rate > 0:
-            block_starts = batch_start, heads_start, q_start, k_start
+            block_starts = batch_start, heads_start, q_place, k_place
             keep = _keep_block(dropout_key, 1 - dropout_rate, full_shape, scores.shape, block_starts)
             weights = weights * keep / (1 - dropout_rate)
         update = jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
@@ -200,13 +200,13 @@ def _chunked_shard(
     k_block_starts = starts_of_blocks(starts_BxS, key_chunk)
 
     @jax.checkpoint
-    def one_query_block(q, q_start, q_starts):
+    def one_query_block(q, q_place, q_starts):
         @jax.checkpoint
         def one_key_block(carry, block):
-            k, v, k_start, k_starts = block
-            in_the_future = k_start > q_start + query_chunk - 1
-            add = functools.partial(add_keys, q, q_start, q_starts)
-            return jax.lax.cond(in_the_future, lambda c: c, lambda c: add(c, k, v, k_start, k_starts), carry), None
+            k, v, k_place, k_starts = block
+            in_the_future = k_place > q_place + query_chunk - 1
+            add = functools.partial(add_keys, q, q_place, q_starts)
+            return jax.lax.cond(in_the_future, lambda c: c, lambda c: add(c, k, v, k_place, k_starts), carry), None
 
         shape = (batch, heads, query_chunk)
         zero = (jnp.zeros((*shape, kv)), jnp.zeros((*shape, 1)), jnp.full((*shape, 1), MASKED))
