@@ -382,3 +382,16 @@ def test_missing_package_is_one_sentence_with_the_command(package):
 def test_options_without_meaning_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         TokenizerConfig(**options)
+
+
+@needs_bpe
+def test_a_vocabulary_may_have_no_separator(tmp_path):
+    """Then its name is text like any other."""
+    letters = sorted(tokenizers._LETTERS)
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate([*letters, "he", "the"])}))
+    (tmp_path / "merges.txt").write_text("h e\nt he\n")
+    tokenizer = tokenizers.gpt2(str(tmp_path))
+    assert tokenizer.separator is None
+    assert tokenizer.encode("the<|endoftext|>").tolist() == [257, *map(letters.index, "<|endoftext|>")]
+    assert tokenizer.decode(tokenizer.encode("the<|endoftext|>")) == "the<|endoftext|>"
+    assert tokenizer.byte_lengths.tolist() == [1] * 256 + [2, 3]
