@@ -3,8 +3,8 @@
 The recipe is that with which nanoGPT reproduces it: no dropout, batches of half a million tokens, 300 billion
 tokens in all. Eight chips of 16 GB take a batch in parts: --config.train.micro_batches=4.
 
-The vocabulary is that of GPT-2's byte-pair tokenizer, which is not here yet, so this is for `gpt.plan`. To train
-the same shape on bytes: --config.tokenizer.name=byte --config.model.vocab_size=0.
+The vocabulary is GPT-2's (`pip install -e ".[bpe]"`, or a folder: --config.tokenizer.path). To train the same shape on
+bytes: --config.tokenizer.name=byte --config.model.vocab_size=0.
 """
 
 from gpt.config import default_config
@@ -16,7 +16,8 @@ def get_config():
     config.model.num_heads = 12
     config.model.embed_dim = 768
     config.model.block_size = 1024
-    config.model.vocab_size = 50_257
+    config.tokenizer.name = "gpt2"
+    config.model.vocab_size = 50_257  # the tokenizer's, written down for `gpt.plan`, which reads none
     config.model.vocab_multiple = 128  # 50,304 rows: the tiles of a TPU are full, and `model` divides them
     config.model.embed_dropout = 0.0
     config.model.residual_dropout = 0.0

@@ -13,7 +13,8 @@ def get_config():
     config.model.num_heads = 25
     config.model.embed_dim = 1600
     config.model.block_size = 1024
-    config.model.vocab_size = 50_257
+    config.tokenizer.name = "gpt2"
+    config.model.vocab_size = 50_257  # the tokenizer's, written down for `gpt.plan`, which reads none
     config.model.vocab_multiple = 640  # 50,560 rows: full tiles, and a `model` of 5 divides them
     config.model.embed_dropout = 0.0
     config.model.residual_dropout = 0.0

@@ -12,7 +12,8 @@ def get_config():
     config.model.num_heads = 32
     config.model.embed_dim = 4096
     config.model.block_size = 2048
-    config.model.vocab_size = 50_257
+    config.tokenizer.name = "gpt2"
+    config.model.vocab_size = 50_257  # the tokenizer's, written down for `gpt.plan`, which reads none
     config.model.vocab_multiple = 1024  # 51,200 rows: full tiles on any part of `model`
     config.model.embed_dropout = 0.0
     config.model.residual_dropout = 0.0

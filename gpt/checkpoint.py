@@ -42,6 +42,7 @@ HARMLESS = (
     "data.validation_path",
     "data.cache_dir",
     "data.prefetch",
+    "tokenizer.path",  # the vocabulary itself is in the workdir
     "mesh.rules",
     "mesh.data",
     "mesh.fsdp",

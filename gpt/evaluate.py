@@ -27,7 +27,7 @@ def main() -> int:
     run = loaded.load(Workdir(_WORKDIR.value), _CHECKPOINT.value, _BATCH_SIZE.value)
     corpus = run.corpus()
     tokens = corpus.validation if _SPLIT.value == "val" else corpus.train
-    windows = text.EvaluationWindows(tokens, run.model_config.block_size)
+    windows = text.EvaluationWindows(tokens, run.model_config.block_size, corpus.border)
     result = train.evaluate(run.program, run.params, windows, run.batch_size)
     loss, nats = result["loss"], result["loss"] * result["tokens"]
     size = sum(run.tokenizer.byte_lengths[tokens[i : i + 2**20]].sum() for i in range(1, len(tokens), 2**20))

@@ -90,7 +90,9 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != text.IGNORED), 1)
 
         def loss_of(params, batch, key):
-            logits = model.apply({"params": params}, batch["inputs"], deterministic=False, rngs={"dropout": key})
+            logits = model.apply(
+                {"params": params}, batch["inputs"], batch.get("starts"), deterministic=False, rngs={"dropout": key}
+            )
             return weight * token_losses(logits, batch["targets"]).sum()
 
         loss, grads = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches)(
@@ -109,7 +111,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         return TrainState(state.step + 1, params, opt_state), measured
 
     def eval_step(params, batch):
-        logits = model.apply({"params": params}, batch["inputs"])
+        logits = model.apply({"params": params}, batch["inputs"], batch.get("starts"))
         counts, edges = jnp.histogram(logits[0, :HISTOGRAM_POSITIONS, : model_config.vocab_size], HISTOGRAM_BINS)
         return {
             "loss": token_losses(logits, batch["targets"]).sum(),
@@ -181,7 +183,7 @@ def evaluate(program: Program, params: Any, source: pipeline.Source, batch_size:
       the logits of the first tokens}.
     """
     rows = program.layout.local_rows(batch_size)
-    padding = {"inputs": 0, "targets": text.IGNORED}
+    padding = {"inputs": 0, "targets": text.IGNORED, "starts": 0}
     with program.layout.use():
         batches = pipeline.evaluation_batches(source, batch_size, rows, padding)
         done, pending = [], None
@@ -247,14 +249,14 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     progress = metrics.Progress(enabled=cluster.is_first())
     tokenizer = before.tokenizer if before else config.tokenizer
     corpus = cluster.first_before_others(
-        "corpus", lambda: text.load(config.data, tokenizer, config.model.block_size, progress.say)
+        "corpus", lambda: text.load(config.data, tokenizer, config.model.block_size, progress.say, progress.status)
     )
     run = Run(config, corpus.tokenizer, corpus.fingerprint)
     changes = refuse_changes(before, run, workdir.path, allow_config_change) if before else {}
 
     block_size, batch_size = config.model.block_size, config.train.batch_size
-    training = text.TrainingWindows(corpus.train, block_size, config.seed)
-    validation = text.EvaluationWindows(corpus.validation, block_size)
+    training = text.TrainingWindows(corpus.train, block_size, config.seed, corpus.border)
+    validation = text.EvaluationWindows(corpus.validation, block_size, corpus.border)
     tokens_per_step = batch_size * block_size
     total_steps = config.train.total_steps(block_size, len(training))
     program = build(config, corpus.tokenizer.vocab_size, layout, total_steps)
@@ -423,7 +425,7 @@ class Sampler:
         """The prompt and what the model makes of it."""
         segments = self._generate(params, self._prompt, num_samples=1, seed=seed)
         texts = generate.continuations(segments, self._tokenizer.decode, 1, self._train.sample_tokens)
-        return self._tokenizer.decode(self._prompt) + list(texts)[-1][0]
+        return (self._train.sample_prompt or "\n") + list(texts)[-1][0]
 
 
 class Tracer:

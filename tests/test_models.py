@@ -423,7 +423,7 @@ def test_the_chosen_attention_is_the_one_that_runs(name, monkeypatch):
     config = make(attention=name, query_chunk=5, key_chunk=7)
     calls = []
 
-    def spy(called, q, k, v, **options):
+    def spy(called, q, k, v, starts, **options):
         calls.append((called, {key: value for key, value in options.items() if key.endswith("chunk")}))
         return v
 

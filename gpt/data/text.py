@@ -1,6 +1,8 @@
 """Text corpora: files to memory-mapped token arrays, and those to rows of a block.
 
-A corpus is read once to learn its hash and alphabet and once to tokenise it, both as a stream.
+A corpus is read once to learn its hash and alphabet and once to tokenise it, both as a stream (and once more where BPE
+is to be trained on it). Its documents are the files and, within a file, what `<|endoftext|>` divides; where the
+tokenizer has a separator, it stands before, between and after them.
 What was learnt is kept in a cache, keyed by path, size and modification time (the hash) and by
 content (the tokens), so that the next start reads neither the text nor more tokens than it needs.
 """
@@ -14,14 +16,16 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from gpt import tokenizers
 from gpt.errors import UserError
-from gpt.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, TokenizerConfig, UnknownCharacters
+from gpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, TokenizerConfig, UnknownCharacters
 
 CHUNK = 1 << 22  # characters read at a time
 PLAYS_FORMAT = 1  # goes up when the plays are made into plain text another way
@@ -34,6 +38,7 @@ class DataConfig:
     path: str = ""  # a text file, several joined by commas, or a folder; "": Shakespeare's plays
     validation_path: str = ""  # the same, for validation; "": the last part of `path`
     validation_fraction: float = 0.1  # that part, as a fraction of the tokens
+    document_borders: bool = False  # each token sees its own document only, and positions count from its beginning
     cache_dir: str = ""  # for tokenised text; "": the user's cache folder
     prefetch: int = 4  # batches prepared ahead
 
@@ -46,12 +51,18 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A tokenised corpus. `fingerprint` changes with the text, the tokenizer and the split."""
+    """A tokenised corpus.
+
+    Attributes:
+      fingerprint: changes with the text, the tokenizer and the split.
+      border: the token that begins another document, if documents are not to see each other; else None.
+    """
 
     train: np.ndarray
     validation: np.ndarray
     tokenizer: Tokenizer
     fingerprint: str
+    border: int | None
 
 
 def load(
@@ -59,6 +70,7 @@ def load(
     tokenizer: Tokenizer | TokenizerConfig,
     block_size: int,
     say: Callable[[str], object] = lambda line: None,
+    status: Callable[[str], object] = lambda line: None,
 ) -> Corpus:
     """The corpus that the config names, tokenised now or found in the cache.
 
@@ -66,10 +78,11 @@ def load(
       tokenizer: one that exists (of a workdir), or the kind to be made from this text.
       block_size: context length in tokens; both splits have to be longer.
       say: called with a line for the user where there is something to say.
+      status: called with lines that each replace the one before, while something takes long.
 
     Raises:
       UserError: a file that is missing, empty, not UTF-8, too short, or has characters unknown to
-        an existing tokenizer.
+        an existing tokenizer; or a tokenizer that cannot be made, or has no separator where borders are wanted.
     """
     cache = cache_dir(config.cache_dir)
     train_files = [_scan(path, cache, say) for path in _resolve(config.path, "data.path", cache)]
@@ -79,20 +92,15 @@ def load(
         validation_files = [_scan(path, cache, say) for path in validation_paths]
 
     if isinstance(tokenizer, TokenizerConfig):
-        if tokenizer.name == CharTokenizer.name:
-            alphabet = set().union(*(file.alphabet for file in train_files))
-            unseen = set().union(*(file.alphabet for file in validation_files)) - alphabet
-            if unseen:
-                # They get (untrained) tokens: dropping them would make the validation loss look better.
-                shown = " ".join(map(repr, sorted(unseen)[:10]))
-                say(f"note   {len(unseen)} characters are in the validation text only: {shown}")
-            tokenizer = CharTokenizer.from_text("".join(alphabet | unseen))
-        else:
-            tokenizer = ByteTokenizer()
+        tokenizer = _make_tokenizer(tokenizer, train_files, validation_files, cache, say)
+    if config.document_borders and tokenizer.separator is None:
+        raise UserError(
+            "data.document_borders needs a tokenizer with a separator of documents: tokenizer.name=bpe or gpt2."
+        )
 
-    train = _tokenise(train_files, tokenizer, cache)
+    train = _tokenise(train_files, tokenizer, cache, status)
     if validation_files:
-        validation = _tokenise(validation_files, tokenizer, cache)
+        validation = _tokenise(validation_files, tokenizer, cache, status)
     else:
         split = int(len(train) * (1 - config.validation_fraction))
         train, validation = train[:split], train[split:]
@@ -105,7 +113,46 @@ def load(
             )
     digests = [file.sha256 for file in train_files], [file.sha256 for file in validation_files]
     fingerprint = _digest(tokenizer.to_json(), digests, len(train))
-    return Corpus(train, validation, tokenizer, fingerprint)
+    border = tokenizer.separator if config.document_borders else None
+    return Corpus(train, validation, tokenizer, fingerprint, border)
+
+
+def _make_tokenizer(
+    config: TokenizerConfig,
+    train_files: list["_File"],
+    validation_files: list["_File"],
+    cache: Path,
+    say: Callable[[str], object],
+) -> Tokenizer:
+    """The tokenizer that the config asks for, made for these texts."""
+    if config.name == "byte":
+        return ByteTokenizer()
+    if config.name == "gpt2":
+        return tokenizers.gpt2(config.path)
+    if config.name == "bpe":
+        tokenizer = _train_bpe(train_files, config.vocab_size, cache, say)
+        if tokenizer.vocab_size < config.vocab_size:
+            say(f"note   the text gives {tokenizer.vocab_size} tokens, not tokenizer.vocab_size={config.vocab_size}")
+        return tokenizer
+    alphabet = set().union(*(file.alphabet for file in train_files))
+    unseen = set().union(*(file.alphabet for file in validation_files)) - alphabet
+    if unseen:
+        # They get (untrained) tokens: dropping them would make the validation loss look better.
+        shown = " ".join(map(repr, sorted(unseen)[:10]))
+        say(f"note   {len(unseen)} characters are in the validation text only: {shown}")
+    return CharTokenizer.from_text("".join(alphabet | unseen))
+
+
+def _train_bpe(files: list["_File"], vocab_size: int, cache: Path, say: Callable[[str], object]) -> BPETokenizer:
+    """BPE trained on the files, or on the same text before."""
+    known = cache / f"bpe-{_digest(vocab_size, [file.sha256 for file in files])}.json"
+    if not known.exists():
+        size = sum(file.path.stat().st_size for file in files)
+        say(f"training BPE of {vocab_size:,} tokens on {size / 1e6:,.1f} MB, once …")
+        texts = (chunk for file in files for chunk in (tokenizers.SEPARATOR, *_read_chunks(file.path)))
+        tokenizer = BPETokenizer.train(texts, vocab_size)
+        _write_atomically(known, lambda out: out.write(tokenizer.to_json().encode()))
+    return tokenizers.from_json(known.read_text(encoding="utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,17 +165,21 @@ class TrainingWindows:
     tokens: np.ndarray
     block_size: int
     seed: int
+    border: int | None = None
 
     def __len__(self) -> int:
         """Rows in an epoch."""
         return max(1, (len(self.tokens) - self.block_size) // self.block_size)
 
     def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-        """{"inputs": [block_size] int32, "targets": the tokens that follow each of them}."""
+        """{"inputs": [block_size] int32, "targets": the tokens that follow each of them}.
+
+        With a border also "starts": for each input, where in the row its document begins.
+        """
         slack = len(self.tokens) - len(self) * self.block_size
         start = _epoch_offset(self.seed, epoch, slack) + index * self.block_size
         window = self.tokens[start : start + self.block_size + 1].astype(np.int32)
-        return {"inputs": window[:-1], "targets": window[1:]}
+        return _with_starts({"inputs": window[:-1], "targets": window[1:]}, self.border)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,6 +191,7 @@ class EvaluationWindows:
 
     tokens: np.ndarray
     block_size: int
+    border: int | None = None
 
     def __len__(self) -> int:
         return -(-(len(self.tokens) - 1) // self.block_size)
@@ -149,10 +201,23 @@ class EvaluationWindows:
         start = index * self.block_size
         window = self.tokens[start : start + self.block_size + 1].astype(np.int32)
         padding = (0, self.block_size + 1 - len(window))
-        return {
+        row = {
             "inputs": np.pad(window[:-1], padding),
             "targets": np.pad(window[1:], padding, constant_values=IGNORED),
         }
+        return _with_starts(row, self.border)
+
+
+def _with_starts(row: dict[str, np.ndarray], border: int | None) -> dict[str, np.ndarray]:
+    """The row with "starts", if there is a border.
+
+    A separator is the first input of the document after it and the last target of the one before. So every target is
+    predicted from its own document alone, its end included, and none has to be left out of the loss.
+    """
+    if border is None:
+        return row
+    places = np.arange(len(row["inputs"]), dtype=np.int32)
+    return row | {"starts": np.maximum.accumulate(np.where(row["inputs"] == border, places, 0))}
 
 
 @functools.lru_cache(maxsize=8)
@@ -260,31 +325,59 @@ def _scan(path: Path, cache: Path, say: Callable[[str], object]) -> _File:
     return _File(path, found["sha256"], frozenset(found["alphabet"]))
 
 
-def _tokenise(files: list[_File], tokenizer: Tokenizer, cache: Path) -> np.ndarray:
+def _tokenise(files: list[_File], tokenizer: Tokenizer, cache: Path, status: Callable[[str], object]) -> np.ndarray:
     """The tokens of the files, one after the other, as a read-only memory map."""
     tokens_file = cache / f"tokens-{_digest(tokenizer.to_json(), [file.sha256 for file in files])}.npy"
     if not tokens_file.exists():
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+        reading = files[0]
+
+        def pieces() -> Iterator[str]:
+            nonlocal reading
+            progress = _Bar(sum(file.path.stat().st_size for file in files), status)
+            for reading in files:
+                if tokenizer.separator is not None:
+                    yield tokenizers.SEPARATOR
+                for chunk in _read_chunks(reading.path):
+                    yield chunk
+                    progress.advance(len(chunk.encode()))
+            if tokenizer.separator is not None:
+                yield tokenizers.SEPARATOR
 
         def write(out: IO[bytes]):
             header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
             # NumPy leaves room in the header for the length, which is known only at the end.
             np.lib.format.write_array_header_1_0(out, header | {"shape": (0,)})
             start, count = out.tell(), 0
-            for file in files:
-                try:
-                    for chunk in _read_chunks(file.path):
-                        tokens = tokenizer.encode(chunk).astype(dtype)
-                        out.write(tokens.tobytes())
-                        count += len(tokens)
-                except UnknownCharacters as error:
-                    raise UserError(f"{file.path}: {error}") from None
+            try:
+                for tokens in tokenizer.encode_stream(pieces()):
+                    out.write(tokens.astype(dtype).tobytes())
+                    count += len(tokens)
+            except UnknownCharacters as error:
+                raise UserError(f"{reading.path}: {error}") from None
             out.seek(0)
             np.lib.format.write_array_header_1_0(out, header | {"shape": (count,)})
             assert out.tell() == start, "the header has to keep its length"
 
         _write_atomically(tokens_file, write)
     return np.load(tokens_file, mmap_mode="r")
+
+
+class _Bar:
+    """A bar for what has been tokenised of `total` bytes."""
+
+    def __init__(self, total: int, status: Callable[[str], object]):
+        self._total, self._status, self._done, self._began = total, status, 0, time.perf_counter()
+
+    def advance(self, size: int) -> None:
+        """Shows the bar once there is a second to judge by."""
+        self._done += size
+        seconds = time.perf_counter() - self._began
+        if seconds > 1:
+            part, speed = min(1, self._done / self._total), self._done / seconds
+            left = max(0, self._total - self._done) / speed
+            bar = "#" * round(20 * part)
+            self._status(f"tokenising [{bar:.<20}] {part:.0%}  {speed / 1e6:.1f} MB/s  {left:.0f} s left")
 
 
 def _write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -30,10 +30,16 @@ def causal_mask(q_positions_T: jax.Array, k_positions_S: jax.Array) -> jax.Array
     return jnp.where(q_positions_T[:, None] >= k_positions_S[None, :], 0.0, MASKED)
 
 
+def document_mask(q_starts_BxT: jax.Array, k_starts_BxS: jax.Array) -> jax.Array:
+    """[B, 1, T, S] float32: 0 where query and key are of the same document, which begins at one place, else MASKED."""
+    return jnp.where(q_starts_BxT[:, None, :, None] == k_starts_BxS[:, None, None, :], 0.0, MASKED)
+
+
 def dense(
     q_BxTxHxK: jax.Array,
     k_BxTxHxK: jax.Array,
     v_BxTxHxK: jax.Array,
+    starts_BxT: jax.Array | None = None,
     *,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
@@ -41,6 +47,7 @@ def dense(
     """softmax(q·kᵀ/√K + causal mask)·v, with the softmax in float32 (arXiv 1706.03762).
 
     Args:
+      starts_BxT: where the document of each token begins, which sees no other; None: there is but one.
       dropout_rate: probability of dropping an attention weight.
       dropout_key: key of the dropout mask; None means no dropout.
 
@@ -52,21 +59,27 @@ def dense(
     scores_BxHxTxS = jnp.einsum(
         "bthk,bshk->bhts", q_BxTxHxK / math.sqrt(kv), k_BxTxHxK, preferred_element_type=jnp.float32
     )
-    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS + causal_mask(positions, positions), axis=-1)
+    mask = causal_mask(positions, positions)
+    if starts_BxT is not None:
+        mask = mask + document_mask(starts_BxT, starts_BxT)
+    weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS + mask, axis=-1)
     if dropout_key is not None and dropout_rate > 0:
         keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights_BxHxTxS.shape)
         weights_BxHxTxS = weights_BxHxTxS * keep / (1 - dropout_rate)
     return jnp.einsum("bhts,bshk->bthk", weights_BxHxTxS.astype(v_BxTxHxK.dtype), v_BxTxHxK)
 
 
-def flax(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, *, dropout_rate: float = 0.0, dropout_key=None) -> jax.Array:
+def flax(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, dropout_rate: float = 0.0, dropout_key=None) -> jax.Array:
     """`dense` by `flax.linen.dot_product_attention`; same arguments and result."""
     length = q_BxTxHxK.shape[1]
+    mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
+    if starts_BxT is not None:
+        mask = nn.combine_masks(mask, nn.make_attention_mask(starts_BxT, starts_BxT, jnp.equal), dtype=bool)
     out_BxTxHxK = nn.dot_product_attention(
         q_BxTxHxK,
         k_BxTxHxK,
         v_BxTxHxK,
-        mask=jnp.tril(jnp.ones((1, 1, length, length), bool)),
+        mask=mask,
         broadcast_dropout=False,
         dropout_rng=dropout_key,
         dropout_rate=dropout_rate,
@@ -80,6 +93,7 @@ def chunked(
     q_BxTxHxK: jax.Array,
     k_BxTxHxK: jax.Array,
     v_BxTxHxK: jax.Array,
+    starts_BxT: jax.Array | None = None,
     *,
     query_chunk: int,
     key_chunk: int,
@@ -94,7 +108,7 @@ def chunked(
 
     Args:
       query_chunk, key_chunk: block sizes; they need not divide the length.
-      dropout_rate, dropout_key: as in `dense`, and the same weights are dropped.
+      starts_BxT, dropout_rate, dropout_key: as in `dense`, and the same weights are dropped.
 
     Returns:
       [B, T, H, K] in the dtype of `v`.
@@ -109,41 +123,45 @@ def chunked(
     )
     batch_axes, length_axes, heads_axes = mesh_axes("batch", "length", "heads")
     if not length_axes:
-        return attend(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, dropout_key, starts=(0, 0, 0))
+        return attend(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT, starts_BxT, dropout_key, offsets=(0, 0, 0))
 
-    def shard(q, k, v, dropout_key):
+    def shard(q, k, v, q_starts, k_starts, dropout_key):
         # A loop over blocks of a sharded axis would be run by all devices: each has to loop over its own.
         sizes = q.shape[0], q.shape[2], q.shape[1]
         axes = batch_axes, heads_axes, length_axes
-        starts = tuple(size * jax.lax.axis_index(axis) if axis else 0 for size, axis in zip(sizes, axes, strict=True))
-        return attend(q, k, v, dropout_key, starts=starts)
+        offsets = tuple(size * jax.lax.axis_index(axis) if axis else 0 for size, axis in zip(sizes, axes, strict=True))
+        return attend(q, k, v, q_starts, k_starts, dropout_key, offsets=offsets)
 
     queries, keys = jax.P(batch_axes, length_axes, heads_axes), jax.P(batch_axes, None, heads_axes)
+    starts = jax.P(batch_axes, length_axes), jax.P(batch_axes, None)
     # The loops start from constants, which differ from device to device only later: hence no check of this.
-    mapped = jax.shard_map(shard, in_specs=(queries, keys, keys, jax.P()), out_specs=queries, check_vma=False)
-    return mapped(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, dropout_key)
+    in_specs = queries, keys, keys, *starts, jax.P()
+    mapped = jax.shard_map(shard, in_specs=in_specs, out_specs=queries, check_vma=False)
+    return mapped(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT, starts_BxT, dropout_key)
 
 
 def _chunked_shard(
     q_BxTxHxK: jax.Array,
     k_BxSxHxK: jax.Array,
     v_BxSxHxK: jax.Array,
+    starts_BxT: jax.Array | None,
+    starts_BxS: jax.Array | None,
     dropout_key: jax.Array | None,
     *,
     query_chunk: int,
     key_chunk: int,
     dropout_rate: float,
     full_shape: tuple[int, int, int, int],
-    starts: tuple[int | jax.Array, int | jax.Array, int | jax.Array],
+    offsets: tuple[int | jax.Array, int | jax.Array, int | jax.Array],
 ) -> jax.Array:
     """`chunked` for a part of the batch, heads and queries, and all keys.
 
     Args:
       full_shape: (B, H, T, S) of the whole.
-      starts: where the part begins in the first three of these.
+      offsets: where the part begins in the first three of these.
     """
     batch, length, heads, kv = q_BxTxHxK.shape
-    batch_start, heads_start, first_query = starts
+    batch_start, heads_start, first_query = offsets
     query_chunk, key_chunk = min(query_chunk, length), min(key_chunk, k_BxSxHxK.shape[1])
 
     def blocks(x_BxTxHxK, size):  # -> [blocks, B, H, size, K], zeros after the end
@@ -151,42 +169,56 @@ def _chunked_shard(
         x = jnp.pad(x_BxTxHxK, ((0, 0), (0, count * size - x_BxTxHxK.shape[1]), (0, 0), (0, 0)))
         return x.reshape(batch, count, size, heads, kv).transpose(1, 0, 3, 2, 4)
 
-    def add_keys(q, q_start, carry, k, v, k_start):
+    def starts_of_blocks(starts_BxT, size):  # -> [blocks, B, size]
+        if starts_BxT is None:
+            return None
+        count = -(-starts_BxT.shape[1] // size)
+        x = jnp.pad(starts_BxT, ((0, 0), (0, count * size - starts_BxT.shape[1])))
+        return x.reshape(batch, count, size).swapaxes(0, 1)
+
+    def add_keys(q, q_place, q_starts, carry, k, v, k_place, k_starts):
         numerator, denominator, maximum = carry
         # Keys past the end need no mask of their own: they lie in the future of every real query.
-        mask = causal_mask(q_start + jnp.arange(query_chunk), k_start + jnp.arange(key_chunk))
+        mask = causal_mask(q_place + jnp.arange(query_chunk), k_place + jnp.arange(key_chunk))
+        if q_starts is not None:
+            # Keys of other documents that come first leave weights behind; the first key of its own rescales them to 0.
+            mask = mask + document_mask(q_starts, k_starts)
         scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) + mask
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         rescale = jnp.exp(maximum - new_maximum)
         weights = jnp.exp(scores - new_maximum)
         denominator = denominator * rescale + weights.sum(axis=-1, keepdims=True)
         if dropout_key is not None and dropout_rate > 0:
-            block_starts = batch_start, heads_start, q_start, k_start
+            block_starts = batch_start, heads_start, q_place, k_place
             keep = _keep_block(dropout_key, 1 - dropout_rate, full_shape, scores.shape, block_starts)
             weights = weights * keep / (1 - dropout_rate)
         update = jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return numerator * rescale + update, denominator, new_maximum
 
     k_blocks, v_blocks = blocks(k_BxSxHxK, key_chunk), blocks(v_BxSxHxK, key_chunk)
-    k_starts = jnp.arange(len(k_blocks)) * key_chunk
+    k_places = jnp.arange(len(k_blocks)) * key_chunk
+    k_block_starts = starts_of_blocks(starts_BxS, key_chunk)
 
     @jax.checkpoint
-    def one_query_block(q, q_start):
+    def one_query_block(q, q_place, q_starts):
         @jax.checkpoint
         def one_key_block(carry, block):
-            k, v, k_start = block
-            in_the_future = k_start > q_start + query_chunk - 1
-            carry = jax.lax.cond(in_the_future, lambda c: c, lambda c: add_keys(q, q_start, c, k, v, k_start), carry)
-            return carry, None
+            k, v, k_place, k_starts = block
+            in_the_future = k_place > q_place + query_chunk - 1
+            add = functools.partial(add_keys, q, q_place, q_starts)
+            return jax.lax.cond(in_the_future, lambda c: c, lambda c: add(c, k, v, k_place, k_starts), carry), None
 
         shape = (batch, heads, query_chunk)
         zero = (jnp.zeros((*shape, kv)), jnp.zeros((*shape, 1)), jnp.full((*shape, 1), MASKED))
-        (numerator, denominator, _), _ = jax.lax.scan(one_key_block, zero, (k_blocks, v_blocks, k_starts))
+        (numerator, denominator, _), _ = jax.lax.scan(
+            one_key_block, zero, (k_blocks, v_blocks, k_places, k_block_starts)
+        )
         return (numerator / denominator).astype(v_BxSxHxK.dtype)
 
     q_blocks = blocks(q_BxTxHxK / math.sqrt(kv), query_chunk)
-    q_starts = first_query + jnp.arange(len(q_blocks)) * query_chunk
-    out = jax.lax.map(lambda block: one_query_block(*block), (q_blocks, q_starts))
+    q_places = first_query + jnp.arange(len(q_blocks)) * query_chunk
+    q_block_starts = starts_of_blocks(starts_BxT, query_chunk)
+    out = jax.lax.map(lambda block: one_query_block(*block), (q_blocks, q_places, q_block_starts))
     out_BxTxHxK = out.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, kv)
     return out_BxTxHxK[:, :length]
 

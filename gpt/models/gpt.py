@@ -131,7 +131,7 @@ class SelfAttention(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, starts_BxT: jax.Array | None) -> jax.Array:
         c = self.config
         dtype = jnp.dtype(c.dtype)
         qkv_BxTxHx3K = Linear(
@@ -156,6 +156,7 @@ class SelfAttention(nn.Module):
             q_BxTxHxK,
             k_BxTxHxK,
             v_BxTxHxK,
+            starts_BxT,
             dropout_rate=c.attention_dropout,
             dropout_key=self.make_rng("dropout") if use_dropout else None,
         )
@@ -194,7 +195,7 @@ class Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, starts_BxT: jax.Array | None) -> jax.Array:
         c = self.config
 
         def norm(name):
@@ -204,7 +205,8 @@ class Block(nn.Module):
             y = nn.Dropout(c.residual_dropout, deterministic=self.deterministic)(y)
             return nn.with_logical_constraint(x + y, ("batch", "length", "embed"))
 
-        x_BxTxD = residual(x_BxTxD, SelfAttention(c, self.deterministic, name="attention")(norm("norm_1")(x_BxTxD)))
+        attend = SelfAttention(c, self.deterministic, name="attention")
+        x_BxTxD = residual(x_BxTxD, attend(norm("norm_1")(x_BxTxD), starts_BxT))
         return residual(x_BxTxD, MLP(c, name="mlp")(norm("norm_2")(x_BxTxD)))
 
 
@@ -214,11 +216,15 @@ class GPT(nn.Module):
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, tokens_BxT: jax.Array, *, deterministic: bool = True) -> jax.Array:
+    def __call__(
+        self, tokens_BxT: jax.Array, starts_BxT: jax.Array | None = None, *, deterministic: bool = True
+    ) -> jax.Array:
         """Logits of the next token at each position.
 
         Args:
           tokens_BxT: int32 token ids, T at most `block_size`.
+          starts_BxT: for each token, where in the row its document begins: it sees no other, and its position
+            counts from there. None: all of the row is one document.
           deterministic: False switches dropout on; it draws from the "dropout" rng.
 
         Returns:
@@ -237,7 +243,8 @@ class GPT(nn.Module):
         x_BxTxD = token_embedding(tokens_BxT)
         if c.positions == "learned":
             position_embedding = Embedding(c.block_size, c.embed_dim, "length", init, dtype, name="position_embedding")
-            x_BxTxD = x_BxTxD + position_embedding(jnp.arange(length))
+            positions = jnp.arange(length) if starts_BxT is None else jnp.arange(length) - starts_BxT
+            x_BxTxD = x_BxTxD + position_embedding(positions)
         x_BxTxD = nn.Dropout(c.embed_dropout, deterministic=deterministic)(x_BxTxD)
         x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed"))
 
@@ -247,7 +254,7 @@ class GPT(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
         if c.scan_layers:
             scan = nn.scan(
-                lambda module, x, _: (module(x), None),
+                lambda module, x, _: (module(x, starts_BxT), None),
                 variable_axes={"params": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=c.num_layers,
@@ -256,7 +263,7 @@ class GPT(nn.Module):
             x_BxTxD, _ = scan(block(c, deterministic, name="blocks"), x_BxTxD, None)
         else:
             for i in range(c.num_layers):
-                x_BxTxD = block(c, deterministic, name=f"block_{i}")(x_BxTxD)
+                x_BxTxD = block(c, deterministic, name=f"block_{i}")(x_BxTxD, starts_BxT)
 
         x_BxTxD = Norm(c.norm, c.bias, dtype, name="final_norm")(x_BxTxD)
         if c.tie_embeddings:

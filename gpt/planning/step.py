@@ -63,7 +63,8 @@ def compile_step(config: Config, program: train.Program) -> Compiled:
     """
     tokens = _tokens(config, program)
     with program.layout.use():
-        lowered = program.train_step.lower(program.abstract_state, {"inputs": tokens, "targets": tokens})
+        names = ("inputs", "targets", "starts") if config.data.document_borders else ("inputs", "targets")
+        lowered = program.train_step.lower(program.abstract_state, dict.fromkeys(names, tokens))
     is_tpu = program.layout.mesh.devices.flat[0].platform == "tpu"
     with tempfile.TemporaryDirectory() as folder:
         # libtpu has to write the program down itself: printed from what it returns, a program fails on asynchronous

@@ -1,0 +1,254 @@
+"""Documents in a corpus, and with `data.document_borders`: packed together, each is as if it were alone."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt import generate, loaded, sharding, train
+from gpt.checkpoint import Workdir
+from gpt.data import text
+from gpt.data.text import DataConfig, EvaluationWindows, TrainingWindows
+from gpt.errors import UserError
+from gpt.models import attention
+from gpt.models.gpt import GPT, GPTConfig
+from gpt.models.layers import stack_layers
+from gpt.sharding import MeshConfig
+from gpt.tokenizers import BPETokenizer, TokenizerConfig
+
+pytest.importorskip("tokenizers", reason='needs pip install -e ".[bpe]"')
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+LENGTH, VOCAB = 16, 11
+# Where documents begin, in two rows: of one token, across the borders of chunks, and none but the first.
+BORDERS = [(0, 1, 7, 13), (0, 10)]
+STARTS = np.array([np.repeat(row, np.diff([*row, LENGTH])) for row in BORDERS], np.int32)
+ATTENTION = {
+    "dense": attention.dense,
+    "flax": attention.flax,
+    "chunked": functools.partial(attention.chunked, query_chunk=5, key_chunk=3),
+}
+CONFIG = GPTConfig(
+    vocab_size=VOCAB, num_layers=2, num_heads=2, embed_dim=16, block_size=LENGTH, query_chunk=4, key_chunk=3,
+    dtype="float32", embed_dropout=0.0, residual_dropout=0.0, attention_dropout=0.0,
+)  # fmt: skip
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH), dtype=np.int32)
+
+
+DOCUMENTS = [
+    (row, slice(start, end))
+    for row, starts in enumerate(BORDERS)
+    for start, end in zip(starts, (*starts[1:], LENGTH), strict=True)
+]
+
+
+def apart(x):
+    """[documents, LENGTH, …]: each document in a row of its own; the zeros that follow change nothing before them."""
+    rows = np.zeros((len(DOCUMENTS), *x.shape[1:]), x.dtype)
+    for i, (row, part) in enumerate(DOCUMENTS):
+        rows[i, : part.stop - part.start] = x[row, part]
+    return rows
+
+
+@functools.partial(quick_jit, static_argnums=0)
+def out_and_gradients(attend, q, k, v, cotangent):
+    out, pullback = jax.vjp(attend, q, k, v)
+    return out, *pullback(cotangent)
+
+
+@pytest.mark.parametrize("attend", ATTENTION.values(), ids=ATTENTION)
+def test_attention_and_its_gradients_stay_within_a_document(attend):
+    arrays = np.random.default_rng(1).normal(size=(4, 2, LENGTH, 2, 8)).astype(np.float32)
+    packed = out_and_gradients(lambda q, k, v: attend(q, k, v, STARTS), *arrays)
+    alone = out_and_gradients(attention.dense, *map(apart, arrays))
+    real = apart(np.ones((2, LENGTH), bool))
+    for found, expected in zip(packed, alone, strict=True):
+        np.testing.assert_allclose(apart(np.asarray(found))[real], expected[real], rtol=0, atol=3e-6)
+
+
+@functools.cache
+def logits_of_each_alone(positions="learned"):
+    """[2, LENGTH, VOCAB] logits, each document by itself, and the parameters that gave them."""
+    rng = np.random.default_rng(2)
+    model = GPT(dataclasses.replace(CONFIG, positions=positions))
+    abstract = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    variables = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), abstract)
+    logits = np.zeros((2, LENGTH, VOCAB), np.float32)
+    for (row, part), alone in zip(DOCUMENTS, quick_jit(model.apply)(variables, apart(TOKENS)), strict=True):
+        logits[row, part] = alone[: part.stop - part.start]
+    return logits, variables
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention": "dense", "remat": "dots", "scan_layers": True},
+        {"attention": "flax", "positions": "rotary"},
+        {"attention": "chunked", "scan_layers": True},
+        {"attention": "chunked", "positions": "rotary", "remat": "full"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_a_document_has_the_logits_that_it_has_alone(options):
+    config = dataclasses.replace(CONFIG, **options)
+    expected, variables = logits_of_each_alone(config.positions)
+    apply = quick_jit(GPT(config).apply)
+    variables = stack_layers(variables) if config.scan_layers else variables
+    found = apply(variables, TOKENS, STARTS)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    whole = apply(variables, TOKENS, np.zeros_like(STARTS))  # the same program: borders make the difference
+    assert np.abs(whole - expected).max() > 0.1
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig("sp", data=2, sequence=4), MeshConfig("sp", fsdp=2, sequence=2, model=2)], ids=str
+)
+def test_borders_on_a_sharded_length(name, mesh):
+    config = dataclasses.replace(CONFIG, attention=name)
+    expected, variables = logits_of_each_alone()
+    layout = sharding.make_layout(mesh)
+    with layout.use():
+        found = jax.jit(GPT(config).apply, in_shardings=(None, layout.batch, layout.batch))(variables, TOKENS, STARTS)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+# Rows.
+
+CORPUS = np.array([9, 1, 2, 9, 3, 4, 5, 6, 7, 9, 8, 9], np.uint16)  # 9 is the separator
+
+
+def test_rows_say_where_documents_begin():
+    rows = [EvaluationWindows(CORPUS, 4, border=9).row(0, i) for i in range(3)]
+    np.testing.assert_array_equal([row["inputs"] for row in rows], [[9, 1, 2, 9], [3, 4, 5, 6], [7, 9, 8, 0]])
+    np.testing.assert_array_equal([row["starts"] for row in rows], [[0, 0, 0, 3], [0, 0, 0, 0], [0, 1, 1, 1]])
+    # The separator is the last target of one document and the first input of the next.
+    np.testing.assert_array_equal(
+        [row["targets"] for row in rows], [[1, 2, 9, 3], [4, 5, 6, 7], [9, 8, 9, text.IGNORED]]
+    )
+    source = TrainingWindows(CORPUS, 4, seed=0, border=9)
+    for epoch in range(9):
+        row = source.row(epoch, 1)
+        np.testing.assert_array_equal(
+            row["starts"], [max([0, *np.flatnonzero(row["inputs"][: i + 1] == 9)]) for i in range(4)]
+        )
+
+
+def test_without_borders_rows_are_as_they_were():
+    for source, other in (
+        (EvaluationWindows(CORPUS, 4), EvaluationWindows(CORPUS, 4, border=9)),
+        (TrainingWindows(CORPUS, 4, 0), TrainingWindows(CORPUS, 4, 0, border=9)),
+    ):
+        assert source.row(3, 0).keys() == {"inputs", "targets"}
+        for name, array in source.row(3, 0).items():
+            np.testing.assert_array_equal(array, other.row(3, 0)[name])
+
+
+# Corpora.
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load_(files: dict[str, str], tokenizer=None, say=print, status=lambda line: None, **options):
+        for name, content in files.items():
+            (tmp_path / "texts" / name).parent.mkdir(exist_ok=True)
+            (tmp_path / "texts" / name).write_text(content)
+        config = DataConfig(path=str(tmp_path / "texts"), cache_dir=str(tmp_path / "cache"), **options)
+        return text.load(config, tokenizer or TokenizerConfig("bpe", 300), 1, say, status)
+
+    return load_
+
+
+def test_separators_stand_before_between_and_after_documents(load):
+    corpus = load({"a.txt": "one one", "b.txt": "two<|endoftext|>three"}, validation_fraction=0.5)
+    tokens = np.concatenate([corpus.train, corpus.validation])
+    separated = "<|endoftext|>one one<|endoftext|>two<|endoftext|>three<|endoftext|>"
+    assert corpus.tokenizer.decode(tokens) == separated
+    np.testing.assert_array_equal(tokens, corpus.tokenizer.encode(separated))
+    assert corpus.tokenizer.byte_lengths[tokens].sum() == len("one onetwothree")
+    assert (tokens.dtype, corpus.border) == (np.uint16, None)
+    assert load({}, document_borders=True, validation_fraction=0.5).border == corpus.tokenizer.separator == 0
+
+
+def test_trained_bpe_and_its_tokens_are_kept(load, monkeypatch):
+    said = []
+    first = load({"a.txt": "the cat sat on the mat " * 50}, say=said.append)
+    assert len(said) == 2  # training, and that the text has fewer pairs than asked for
+    with monkeypatch.context() as patch:
+        patch.setattr(BPETokenizer, "train", None)
+        patch.setattr(BPETokenizer, "encode_stream", None)
+        again = load({}, say=said.append)
+    assert (again.tokenizer, again.fingerprint) == (first.tokenizer, first.fingerprint)
+    other = load({}, TokenizerConfig("bpe", 265))
+    assert other.tokenizer.vocab_size == 265
+    assert other.fingerprint != first.fingerprint
+    same = load({}, again.tokenizer)
+    np.testing.assert_array_equal(same.train, first.train)
+
+
+def test_a_long_tokenising_shows_a_bar(load, monkeypatch):
+    monkeypatch.setattr(text, "CHUNK", 100)
+    monkeypatch.setattr(text.time, "perf_counter", iter(np.arange(0.0, 1e4, 0.3)).__next__)
+    lines = []
+    load({"a.txt": "the cat sat " * 100}, TokenizerConfig("byte"), status=lines.append)
+    assert lines[-1].startswith("tokenising [####################] 100%  0.0 MB/s  0 s left")
+    assert 5 < len(lines) <= 12
+
+
+def test_borders_without_a_separator_are_refused(load):
+    with pytest.raises(UserError, match=r"^data\.document_borders needs .* tokenizer\.name=bpe or gpt2\.$"):
+        load({"a.txt": "one two three"}, TokenizerConfig("byte"), document_borders=True)
+
+
+# Sampling.
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_document():
+    tokenizer = BPETokenizer.train(["abc"], 257)
+    assert generate.encode_prompt(tokenizer, "", "--prompt").tolist() == [tokenizer.separator]
+
+
+# A run.
+
+
+def test_train_evaluate_and_sample_from_the_workdir_alone(tiny, play, tmp_path):
+    """The loss over the whole split is that of every document of a row by itself."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i, part in enumerate(play.read_text().split("\n\n")[:100]):
+        (folder / f"{i:03}.txt").write_text(part)
+    config = dataclasses.replace(
+        tiny,
+        tokenizer=TokenizerConfig("bpe", 320),
+        data=DataConfig(path=str(folder), document_borders=True, cache_dir=str(tmp_path / "cache")),
+        mesh=MeshConfig("sp", data=4, sequence=2),
+        model=dataclasses.replace(tiny.model, num_layers=1, vocab_size=320),
+        train=dataclasses.replace(tiny.train, steps=4, micro_batches=2, eval_every=0),
+    )
+    workdir = Workdir(tmp_path / "run")
+    assert train.train(config, workdir) == 0
+
+    run = loaded.load(workdir, "last")
+    corpus = run.corpus()
+    assert run.step == 4
+    source = EvaluationWindows(corpus.validation, 16, corpus.border)
+    result = train.evaluate(run.program, run.params, source, run.batch_size)
+    assert result["tokens"] == len(corpus.validation) - 1
+    inputs, targets = [], []
+    for row in (source.row(0, i) for i in range(len(source))):
+        starts = np.unique(row["starts"])
+        for start, end in zip(starts, [*starts[1:], 16], strict=True):  # each document in a row of its own
+            inputs.append(np.pad(row["inputs"][start:end], (0, 16 - end + start)))
+            targets.append(np.pad(row["targets"][start:end], (0, 16 - end + start), constant_values=text.IGNORED))
+    assert len(inputs) > len(source) + 5
+
+    @quick_jit
+    def total(params, inputs, targets):
+        return train.token_losses(GPT(run.model_config).apply({"params": params}, inputs), targets).sum()
+
+    alone = total(jax.device_get(run.params), np.array(inputs), np.array(targets))
+    assert result["loss"] == pytest.approx(float(alone) / result["tokens"], rel=1e-5)
