@@ -5,6 +5,9 @@
     checkpoints/     one folder a step: parameters and optimizer apart, with orbax's metadata
     events.out.*     TensorBoard
 
+Weights that were converted and not trained here (see `gpt.convert`) are a workdir without a fingerprint, and with
+one checkpoint, of step 0, that has no optimizer.
+
 All are plain formats: opening a workdir runs no code of its author.
 """
 
@@ -13,17 +16,22 @@ import importlib.metadata
 import json
 import math
 import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
+from orbax.checkpoint import checkpoint_managers, type_handlers
 
 from gpt import cluster, tokenizers
 from gpt import config as config_lib
 from gpt.errors import UserError
 from gpt.models.layers import stack_layers, unstack_layers
+from gpt.sharding import path_name
+
+CHUNK = 1 << 26  # bytes of a piece of a converted array on disk: what a device that needs a part has to read at most
 
 # A change of these leaves the course of a run the same, or is the very reason to start it again:
 # a run may go on longer, on another mesh, log more often, find its text in another place, or
@@ -63,7 +71,7 @@ class Run:
 
     config: config_lib.Config
     tokenizer: tokenizers.Tokenizer
-    fingerprint: str  # of the data
+    fingerprint: str | None  # of the data; None for weights that were converted, whose data is not known
 
 
 class Workdir:
@@ -153,17 +161,12 @@ class Checkpoints:
             checkpoint_managers.BestN(get_metric_fn=lambda metrics: -metrics["validation_loss"], n=1),
         ]
         self._path = path
-        self._manager = ocp.CheckpointManager(
-            path,
-            item_names=("params", "optimizer"),
-            options=ocp.CheckpointManagerOptions(
-                best_fn=lambda metrics: metrics["validation_loss"],  # without it, metrics are not saved
-                best_mode="min",
-                preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-                create=not read_only,
-                cleanup_tmp_directories=not read_only,
-            ),
+        options = _options(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            create=not read_only,
+            cleanup_tmp_directories=not read_only,
         )
+        self._manager = ocp.CheckpointManager(path, item_names=("params", "optimizer"), options=options)
 
     def last(self) -> int | None:
         """Newest step saved, or None."""
@@ -192,17 +195,60 @@ class Checkpoints:
         Args:
           abstract: for each item, its tree of jax.ShapeDtypeStruct with the shardings to restore to,
             which need not be those it was saved with.
+
+        Raises:
+          UserError: an array is missing or has another shape, or the checkpoint is damaged.
         """
-        args = {name: ocp.args.StandardRestore(tree) for name, tree in _stacked(abstract).items()}
+        stacked = _stacked(abstract)
+        args = {name: ocp.args.StandardRestore(tree) for name, tree in stacked.items()}
         try:
+            for name, tree in stacked.items():
+                self._check_shapes(step, name, tree)
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"Cannot restore {self._path / str(step)}: {reason}") from error
+            raise self._damaged(step, error) from error
         items = {name: restored[name] for name in abstract}
         if jax.tree.structure(items) == jax.tree.structure(abstract):
             return items
         return jax.jit(unstack_layers, out_shardings=_shardings(abstract))(items)
+
+    def restore_each(self, step: int, names: Iterable[str]) -> Iterator[np.ndarray]:
+        """The parameters of these names, like "blocks/mlp/up/kernel", one after the other, whole and on the host.
+
+        No more than one of them is in memory for this.
+
+        Raises:
+          UserError: one is missing, or the checkpoint is damaged.
+        """
+        handler = ocp.PyTreeCheckpointHandler()
+        for name in names:
+            leaf: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+            item: Any = 0
+            for key in reversed(name.split("/")):
+                leaf, item = {key: leaf}, {key: item}
+            args = ocp.args.PyTreeRestore(item, restore_args=leaf, partial_restore=True)
+            try:
+                restored = handler.restore(self._path / str(step) / "params", args=args)
+            except (OSError, ValueError, KeyError) as error:
+                raise self._damaged(step, error) from error
+            (array,) = jax.tree.leaves(restored)
+            yield array
+
+    def _damaged(self, step: int, error: Exception) -> UserError:
+        reason = " ".join(str(error).split())[:300]
+        return UserError(f"Cannot restore {self._path / str(step)}: {reason}")
+
+    def _check_shapes(self, step: int, item: str, wanted: Any) -> None:
+        """Raises UserError unless an item of a step has the arrays of the tree `wanted`, and no others."""
+        saved = ocp.PyTreeCheckpointHandler().metadata(self._path / str(step) / item)
+        found, expected = _shapes(saved.tree), _shapes(wanted)
+        for name in sorted(found.keys() | expected.keys()):
+            if found.get(name) != expected.get(name):
+                there, here = (_shape(shapes.get(name)) for shapes in (found, expected))
+                raise UserError(
+                    f"{self._path / str(step)} does not fit the config: {name} is {there} there, and {here} by the "
+                    "config."
+                )
 
     def find(self, which: str) -> int:
         """The step that `which` names: "best" (or last, if nothing was evaluated), "last", or a number.
@@ -226,6 +272,63 @@ class Checkpoints:
         """Waits for what is being saved."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+@dataclasses.dataclass(frozen=True)
+class Deferred:
+    """A float32 array that is made when it is written, so that a model need not be in memory to be saved."""
+
+    shape: tuple[int, ...]
+    make: Callable[[], np.ndarray]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.float32)
+
+
+class _DeferredHandler(type_handlers.NumpyHandler):
+    """Writes Deferred arrays one after the other. Orbax by itself holds all that it writes, twice."""
+
+    async def serialize(self, values, infos, args=None):
+        for value, info, arg in zip(values, infos, args, strict=True):
+            for written in await super().serialize([value.make()], [info], [arg]):
+                written.result()
+        return []
+
+    def memory_size(self, values):
+        sizes = [math.prod(value.shape) * value.dtype.itemsize for value in values]
+        return [(size, size) for size in sizes]
+
+
+def write_params(workdir: Workdir, params: Any) -> None:
+    """Saves step 0 of a workdir that has no checkpoint yet: a tree of `Deferred`, with stacked layers."""
+    registry = type_handlers.create_type_handler_registry(
+        (Deferred, _DeferredHandler(deepcopy_host_arrays=False)),
+        (jax.Array, type_handlers.ArrayHandler()),  # there are none, but without it orbax warns
+    )
+    handlers = {"params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
+    options = _options(enable_async_checkpointing=False)
+    with ocp.CheckpointManager(workdir.path / "checkpoints", item_handlers=handlers, options=options) as manager:
+        save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), params)
+        args = ocp.args.Composite(params=ocp.args.PyTreeSave(params, save_args=save_args))
+        manager.save(0, args=args, metrics={"validation_loss": math.inf}, force=True)
+
+
+def _options(**more: Any) -> ocp.CheckpointManagerOptions:
+    # Without best_fn, metrics are not saved.
+    return ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["validation_loss"], best_mode="min", **more)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    def is_array(x: Any) -> bool:  # orbax's metadata of one may be no leaf to JAX
+        return hasattr(x, "shape")
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_array)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves if is_array(leaf)}
+
+
+def _shape(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else " × ".join(map(str, shape)) or "a number"
 
 
 def _stacked(tree: Any) -> Any:

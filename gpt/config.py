@@ -25,6 +25,7 @@ class TrainConfig:
     """Length and rhythm of a run. Just one of `steps`, `epochs` and `tokens` is set."""
 
     batch_size: int = 128  # rows of block_size tokens in one step, over all devices
+    init_from: str = ""  # workdir whose best parameters the run starts from; "": random ones
     micro_batches: int = 1  # the gradient is accumulated over this many parts of the batch
     steps: int = 5000
     epochs: float = 0.0

@@ -3,6 +3,7 @@
 python -m gpt.evaluate --workdir=runs/char
 """
 
+import dataclasses
 import json
 import math
 
@@ -13,6 +14,7 @@ from gpt.checkpoint import Workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _SPLIT = flags.DEFINE_enum("split", "val", ["val", "train"], "Part of the corpus.")
+_DATA = flags.DEFINE_string("data", None, "Another text in place of the run's, as in data.path, and split as it is.")
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (lowest validation loss), last, or a step.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows at a time. Default: that of the training.", lower_bound=1)
 _JSON = flags.DEFINE_bool("json", False, "Print one line of JSON instead.")
@@ -25,7 +27,8 @@ def main() -> int:
 
     cluster.start()
     run = loaded.load(Workdir(_WORKDIR.value), _CHECKPOINT.value, _BATCH_SIZE.value)
-    corpus = run.corpus()
+    data = dataclasses.replace(run.run.config.data, path=_DATA.value, validation_path="") if _DATA.value else None
+    corpus = run.corpus(data)
     tokens = corpus.validation if _SPLIT.value == "val" else corpus.train
     windows = text.EvaluationWindows(tokens, run.model_config.block_size, corpus.border)
     result = train.evaluate(run.program, run.params, windows, run.batch_size)

@@ -37,11 +37,14 @@ class Loaded:
     def model_config(self) -> GPTConfig:
         return self.program.model.config
 
-    def corpus(self) -> text.Corpus:
-        """The corpus of the run. Raises UserError where it is not what it was trained on."""
-        data, block_size = self.run.config.data, self.model_config.block_size
+    def corpus(self, data: text.DataConfig | None = None) -> text.Corpus:
+        """The corpus of the run, or another. Raises UserError where that of the run has changed, or it has none."""
+        own, block_size = data is None, self.model_config.block_size
+        if own and self.run.fingerprint is None:
+            raise UserError(f"--workdir={self.workdir.path} holds converted weights and no text; name one by --data.")
+        data = data or self.run.config.data
         corpus = cluster.first_before_others("corpus", lambda: text.load(data, self.tokenizer, block_size))
-        if corpus.fingerprint != self.run.fingerprint:
+        if own and corpus.fingerprint != self.run.fingerprint:
             raise UserError(
                 f"The text in data.path={self.run.config.data.path!r} has changed since the training began: its "
                 f"fingerprint is {corpus.fingerprint}, that of the run {self.run.fingerprint}."

@@ -35,8 +35,9 @@ def main() -> int:
 
     settings = config.from_tree(_CONFIG.value)
     cluster.start()
-    file_name = flags.FLAGS["config"].config_filename.replace(":", "-")
-    workdir = Workdir(_WORKDIR.value or Path("runs") / Path(file_name).name.replace(".py", ""))
+    file, _, argument = flags.FLAGS["config"].config_filename.partition(":")
+    name = "-".join(filter(None, (Path(file).stem, Path(argument).name)))  # the argument may be a path
+    workdir = Workdir(_WORKDIR.value or Path("runs") / name)
     return train.train(settings, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value, profile=_PROFILE.value)
 
 

@@ -48,6 +48,7 @@ class Program:
       abstract_state: TrainState of jax.ShapeDtypeStruct, with shardings.
       logical_axes: of each parameter, the names of its axes, as a PartitionSpec.
       init: () -> TrainState, each array made on the devices that hold it.
+      begin: (params) -> TrainState before the first step from given parameters, which are used up.
       train_step: (state, batch) -> (state, metrics); the state given is used up.
       eval_step: (params, batch) -> sums over the batch.
     """
@@ -57,6 +58,7 @@ class Program:
     abstract_state: TrainState
     logical_axes: Any
     init: Callable[[], TrainState]
+    begin: Callable[[Any], TrainState]
     train_step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
     eval_step: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
 
@@ -78,11 +80,13 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
     learning_rate = optimizer.schedule(config.optimizer, tokens_per_step, total_steps)
     tx = optimizer.make_optimizer(config.optimizer, learning_rate)
 
+    def begin(params) -> TrainState:
+        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+
     def init_boxed() -> TrainState:
         # Parameters do not depend on the batch, so the smallest that the mesh divides will do.
         tokens = jnp.zeros((layout.batch_shards, model_config.block_size), jnp.int32)
-        params = model.init(jax.random.key(config.seed), tokens)["params"]
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
+        return begin(model.init(jax.random.key(config.seed), tokens)["params"])
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         # A key for each (seed, step), so that a run resumed draws what it would have drawn.
@@ -134,6 +138,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         ),
         logical_axes=nn.get_partition_spec(abstract_boxed.params),
         init=jax.jit(lambda: nn.unbox(init_boxed()), out_shardings=shardings),
+        begin=jax.jit(begin, out_shardings=shardings, donate_argnums=0),
         train_step=jax.jit(
             train_step,
             in_shardings=(shardings, batch),
@@ -246,8 +251,14 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     pipeline.check_batch(config.train.batch_size, layout, config.train.micro_batches)
     cluster.share("workdir", workdir.create)
     before = workdir.read() if workdir.has_begun else None
+    if before and before.fingerprint is None:
+        raise UserError(
+            f"--workdir={workdir.path} holds converted weights; start from them in another --workdir, with "
+            f"--config.train.init_from={workdir.path}."
+        )
+    origin = Origin(config) if config.train.init_from and not before else None
     progress = metrics.Progress(enabled=cluster.is_first())
-    tokenizer = before.tokenizer if before else config.tokenizer
+    tokenizer = before.tokenizer if before else origin.tokenizer if origin else config.tokenizer
     corpus = cluster.first_before_others(
         "corpus", lambda: text.load(config.data, tokenizer, config.model.block_size, progress.say, progress.status)
     )
@@ -280,8 +291,11 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
         progress.say(f"resuming after step {start:,}")
         state = restore(checkpoints, start, program)
     else:
+        params = origin.restore(program) if origin else None
         with layout.use():
-            state = program.init()
+            state = program.begin(params) if origin else program.init()
+        if origin:
+            progress.say(f"starting from step {origin.step:,} of {origin.path}")
 
     tensorboard = metrics.TensorBoard(workdir.path, start, enabled=cluster.is_first())
     tensorboard.text(start, "config", f"```json\n{json.dumps(dataclasses.asdict(config), indent=1)}\n```")
@@ -374,6 +388,41 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     seconds = metrics.duration(time.perf_counter() - began)
     progress.say(f"Done: {total_steps:,} steps in {seconds}, best validation loss {best_loss:.4f}, in {workdir.path}")
     return 0
+
+
+class Origin:
+    """The checkpoint that a run takes its first parameters from: the best one in `train.init_from`.
+
+    Attributes:
+      path: of its workdir.
+      tokenizer: which the run has to take over.
+      step: of the checkpoint.
+
+    Raises:
+      UserError: there is none, or it has another kind of tokenizer.
+    """
+
+    def __init__(self, config: Config):
+        workdir = Workdir(config.train.init_from)
+        self.path = workdir.path
+        try:
+            run = workdir.read()
+            self._checkpoints = workdir.checkpoints(read_only=True)
+            self.step = self._checkpoints.find("best")
+        except UserError as error:
+            raise UserError(f"train.init_from={config.train.init_from}: {error}") from None
+        if run.config.tokenizer.name != config.tokenizer.name:
+            raise UserError(
+                f"train.init_from={config.train.init_from} has a tokenizer of the kind {run.config.tokenizer.name}; "
+                f"set tokenizer.name={run.config.tokenizer.name}."
+            )
+        self.tokenizer = run.tokenizer
+
+    def restore(self, program: Program) -> Any:
+        """The parameters, sharded as the program wants them. Raises UserError where a shape differs, by its name."""
+        params = self._checkpoints.restore(self.step, params=program.abstract_state.params)["params"]
+        self._checkpoints.close()
+        return params
 
 
 def restore(checkpoints, step: int, program: Program) -> TrainState:

@@ -1,0 +1,32 @@
+"""Fine-tuning: a short run that starts from the weights of another, of GPT-2 for instance.
+
+Takes the workdir with these weights as an argument: --config=configs/finetune.py:runs/gpt2. The model and the kind of
+tokenizer are those of that run. `python -m gpt.convert` makes such a workdir of GPT-2's weights.
+
+The recipe is nanoGPT's for GPT-2: a tenth of the learning rate of training and less, constant, for few steps. A text of
+a million tokens is learnt by heart soon, so watch the validation loss; the best checkpoint is kept.
+"""
+
+import dataclasses
+
+from gpt.checkpoint import Workdir
+from gpt.config import default_config
+from gpt.errors import UserError
+
+
+def get_config(workdir: str = ""):
+    if not workdir:
+        raise UserError("Name the workdir to start from: --config=configs/finetune.py:WORKDIR.")
+    run = Workdir(workdir).read()
+    config = default_config()
+    config.model.update(dataclasses.asdict(run.config.model))
+    config.tokenizer.name = run.config.tokenizer.name
+    config.train.init_from = workdir
+    config.train.batch_size = 32
+    config.train.steps = 200
+    config.train.log_every = 1
+    config.train.eval_every = 50
+    config.train.checkpoint_every = 50
+    config.optimizer.learning_rate = 3e-5
+    config.optimizer.final_fraction = 1.0  # no decay
+    return config
