@@ -116,16 +116,16 @@ def test_greedy_text_and_logprobs_are_those_of_the_naive_loop(length):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "rows"),
     [
-        {"positions": "rotary"},
-        {"attention": "chunked", "query_chunk": 3, "key_chunk": 2},
-        {"attention": "flax"},
-        {"scan_layers": True, "remat": "full"},
+        ({"positions": "rotary"}, 3),
+        ({"attention": "chunked", "query_chunk": 3, "key_chunk": 2}, 3),
+        ({"attention": "flax"}, 1),
+        ({"scan_layers": True, "remat": "full"}, 1),
+        ({"scan_layers": True}, 3),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("rows", [1, 3])
 def test_every_model_decodes_as_it_runs_uncached(options, rows):
     model = GPT(dataclasses.replace(MODEL.config, **options))
     params = stack_layers(params_of("1")) if model.config.scan_layers else params_of("1")
@@ -137,7 +137,7 @@ def test_every_model_decodes_as_it_runs_uncached(options, rows):
         assert row.tolist() == naive(prompt, 20, model)[0]
 
 
-@pytest.mark.parametrize("block_size", [1, 2, 3])
+@pytest.mark.parametrize("block_size", [1, 3])
 def test_smallest_windows(block_size):
     model = GPT(dataclasses.replace(MODEL.config, block_size=block_size))
     params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
@@ -238,7 +238,7 @@ def test_length_of_the_segments_does_not_matter():
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize(("name", "num_samples"), [("8x1x1", 3), ("8x1x1", 8), ("2x2x2", 1), ("2x2x2", 3), ("sp", 4)])
+@pytest.mark.parametrize(("name", "num_samples"), [("8x1x1", 3), ("8x1x1", 8), ("2x2x2", 1), ("sp", 4)])
 def test_every_mesh_gives_the_tokens_of_one_device(name, num_samples):
     """Also where the number of samples cannot be divided over the devices."""
     expected = tokens_of(generator_of("1", Sampling()), 16, num_samples=num_samples)

@@ -153,7 +153,10 @@ def main() -> None:
         for who, speed in speeds.items():
             ratio = "" if who == "ours" else f"{speeds['ours'] / speed:7.2f} ×"
             load = os.getloadavg()[0]
-            print(f"{name:6} {rows:4}  {who:12} {firsts[who] * 1e3:9.1f} ms  {speed:10.1f}  {ratio:9}  {load:5.1f}", flush=True)
+            print(
+                f"{name:6} {rows:4}  {who:12} {firsts[who] * 1e3:9.1f} ms  {speed:10.1f}  {ratio:9}  {load:5.1f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
