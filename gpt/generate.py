@@ -140,7 +140,7 @@ class Generator:
 
         def extend(params, cache, seen_BxV, token_B, position_B, over_B, key_B, made, count):
             """Makes `count` tokens in each row that is not over, from the last token of each and its position."""
-            rows = len(token_B)
+            rows, key_B = len(token_B), jax.random.wrap_key_data(key_B)
             tokens_NxB = jnp.full((segment, rows), -1, jnp.int32)
             logprobs_NxB = jnp.zeros((segment, rows)) if logprobs else None
 
@@ -232,16 +232,15 @@ class Decoding:
         self._token_B = np.array([window[-1] for window in windows], np.int32)
         self._position_B = np.array([len(window) - 1 for window in windows], np.int32)
         layout = generator.layout
-        with layout.use():
-            self._key_B = jax.vmap(jax.random.fold_in, (None, 0))(
-                jax.random.key(seed), np.arange(rows, dtype=np.uint32) % num_samples
-            )
-            self._seen_BxV = None
-            if generator.sampling.repetition_penalty != 1:
-                seen_BxV = np.zeros((rows, generator.config.padded_vocab_size), bool)
-                for row, text in enumerate(self._text):
-                    seen_BxV[row, text] = True
-                self._seen_BxV = jax.device_put(seen_BxV, layout.for_decoding(rows).batch)
+        # As plain numbers: an array of JAX's that only this process holds could not be given to all.
+        key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(rows) % num_samples)
+        self._key_B = np.asarray(jax.random.key_data(key_B))
+        self._seen_BxV = None
+        if generator.sampling.repetition_penalty != 1:
+            seen_BxV = np.zeros((rows, generator.config.padded_vocab_size), bool)
+            for row, text in enumerate(self._text):
+                seen_BxV[row, text] = True
+            self._seen_BxV = jax.device_put(seen_BxV, layout.for_decoding(rows).batch)
         self._capacity = self._room(self._position_B.max() + 1)
         with layout.for_decoding(rows).use():
             self._cache = generator.empty(rows, self._capacity)
