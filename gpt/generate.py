@@ -1,31 +1,43 @@
-"""Text from a model: a jitted loop that samples one token after the other.
+"""Text from a model: the prompts fill a cache at once, then a jitted loop makes one token after the other.
 
-The loop runs over segments of a few tokens, all by one compiled program; between segments the
-host looks at the text, shows it and decides whether to stop.
+The cache keeps the keys and values of the tokens so far, so a new token costs one pass over that token alone. The
+loop runs over segments of a few tokens; between them the host looks at the text, shows it and decides what stops.
+
+The window. The model sees at most `block_size` tokens, at positions from 0 on. When a row has filled them, its
+window begins anew with the last three quarters of its text (see `kept`), which fill the cache again: positions are
+absolute, so a window that slid by one token would change every key in it. That costs about three passes over a token
+in a batch for each token made; a row's text depends on nothing but its prompt, the seed and its number.
+
+Shape suffixes: B rows, R rows of a part, T length, N tokens of a segment, V vocabulary.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from gpt.errors import UserError
-from gpt.models.attention import MASKED
+from gpt.models import attention
+from gpt.models.gpt import GPT, init_cache
 from gpt.sharding import Layout
 from gpt.tokenizers import Tokenizer
+
+# Each length of a prompt and of a cache is a program to compile, so they are rounded up to powers of two.
+MIN_PROMPT, MIN_CAPACITY = 16, 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from the logits."""
+    """How a token is drawn from the logits: first the penalty, then temperature, top_k and top_p."""
 
     temperature: float = 1.0  # 0: always the likeliest token
     top_k: int | None = None  # only the k likeliest tokens
     top_p: float | None = None  # only the likeliest tokens that together have probability p (arXiv 1904.09751)
+    repetition_penalty: float = 1.0  # of tokens that the text has already, its prompt included (arXiv 1909.05858)
 
     def check(self, vocab_size: int) -> None:
         """Raises UserError for values without meaning."""
@@ -35,108 +47,328 @@ class Sampling:
             raise UserError(f"--top_k={self.top_k} has to lie between 1 and the vocabulary's {vocab_size}.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"--top_p={self.top_p} has to be greater than 0 and at most 1.")
+        if not 0 < self.repetition_penalty <= 1e6:
+            raise UserError(
+                f"--repetition_penalty={self.repetition_penalty} has to be greater than 0 (1: none) and at most 1e6."
+            )
 
 
-def sample_token(logits_BxV: jax.Array, key: jax.Array, sampling: Sampling) -> jax.Array:
-    """[B] int32 token ids drawn from [B, V] logits."""
+def penalise(logits_BxV: jax.Array, seen_BxV: jax.Array, penalty: float) -> jax.Array:
+    """CTRL's penalty (arXiv 1909.05858, section 4.1): divides the logits of the tokens seen, if negative multiplies."""
+    return jnp.where(seen_BxV, jnp.where(logits_BxV > 0, logits_BxV / penalty, logits_BxV * penalty), logits_BxV)
+
+
+def sample_token(logits_BxV: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """[B] int32 token ids drawn from [B, V] logits, each row with a random key of its own."""
     if sampling.temperature == 0:
         return logits_BxV.argmax(axis=-1).astype(jnp.int32)
     # The likeliest at 0, so that a tiny temperature makes no infinities of both signs.
     logits_BxV = (logits_BxV - logits_BxV.max(axis=-1, keepdims=True)) / sampling.temperature
-    if sampling.top_k is not None:
-        kth = jax.lax.top_k(logits_BxV, sampling.top_k)[0][:, -1:]
-        logits_BxV = jnp.where(logits_BxV < kth, MASKED, logits_BxV)
+    if sampling.top_k is None and sampling.top_p is None:
+        return jax.vmap(jax.random.categorical)(key_B, logits_BxV).astype(jnp.int32)
+    # The candidates, from the likeliest on: the random bits, too, are for them alone.
+    logits_BxC, token_BxC = jax.lax.top_k(logits_BxV, sampling.top_k or logits_BxV.shape[-1])
     if sampling.top_p is not None:
-        sorted_BxV = jnp.sort(logits_BxV, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(sorted_BxV, axis=-1)
+        probability_BxC = jax.nn.softmax(logits_BxC, axis=-1)
         # Kept: every token before which the likelier ones have not reached p; so always the first.
-        kept = jnp.cumsum(probabilities, axis=-1) - probabilities < sampling.top_p
-        smallest = jnp.min(jnp.where(kept, sorted_BxV, jnp.inf), axis=-1, keepdims=True)
-        logits_BxV = jnp.where(logits_BxV < smallest, MASKED, logits_BxV)
-    return jax.random.categorical(key, logits_BxV, axis=-1).astype(jnp.int32)
+        before_BxC = jnp.cumsum(probability_BxC, axis=-1) - probability_BxC
+        logits_BxC = jnp.where(before_BxC < sampling.top_p, logits_BxC, attention.MASKED)
+    choice_B = jax.vmap(jax.random.categorical)(key_B, logits_BxC)
+    return jnp.take_along_axis(token_BxC, choice_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
+
+
+def kept(block_size: int) -> int:
+    """Tokens that a window begins anew with when it is full."""
+    return block_size - block_size // 4
+
+
+def _round_up(size: int, smallest: int, largest: int) -> int:
+    """The least `smallest`·2ⁿ that is at least `size`, and `largest` if that is less."""
+    while smallest < size:
+        smallest *= 2
+    return min(smallest, largest)
 
 
 class Generator:
-    """Continues prompts with a model.
-
-    The model sees the last `block_size` tokens. Each new token costs one forward pass over that window.
+    """Continues prompts with a model, on its mesh: rows over the batch axes if these divide them, heads over `model`.
 
     Args:
-      model: a module that maps [B, T] tokens to [B, T, V] logits, causally.
-      layout: where it runs; the samples are spread over the batch axes if these divide their number.
-      segment: tokens made by one call of the compiled program.
+      model: with a resolved config; `scan_layers` works, but copies the cache of a layer at each token.
+      stop_token: a row is over when it has made this one, like the end of a document; None: never.
+      logprobs: whether to give the log-probability of each token.
+      segment: the most tokens that one call of the compiled program makes.
     """
 
-    def __init__(self, model: nn.Module, layout: Layout, sampling: Sampling, segment: int = 16):
-        self._block_size = model.config.block_size
-        self._layout, self._segment = layout, segment
+    def __init__(
+        self,
+        model: GPT,
+        layout: Layout,
+        sampling: Sampling,
+        *,
+        stop_token: int | None = None,
+        logprobs: bool = False,
+        segment: int = 16,
+    ):
+        self.config, self.layout, self.sampling, self.segment = model.config, layout, sampling, segment
+        config = model.config
 
-        def extend(params, window_BxT, length, key, position):
-            """Appends `segment` tokens to windows that are filled up to `length`, and returns them."""
+        def run(params, cache, tokens_BxT, position_B=None):
+            variables = {"params": params, "cache": cache}
+            logits_BxTxV, changed = model.apply(variables, tokens_BxT, position_B=position_B, mutable=["cache"])
+            return logits_BxTxV, changed["cache"]
 
-            def step(carry, i):
-                window_BxT, length = carry
-                logits_BxTxV = model.apply({"params": params}, window_BxT)
-                logits_BxV = jax.lax.dynamic_index_in_dim(logits_BxTxV, length - 1, axis=1, keepdims=False)
-                token_B = sample_token(logits_BxV, jax.random.fold_in(key, position + i), sampling)
-                is_full = length == self._block_size
-                window_BxT = jnp.where(is_full, jnp.roll(window_BxT, -1, axis=1), window_BxT)
-                place = jnp.where(is_full, length - 1, length)
-                window_BxT = jax.lax.dynamic_update_slice_in_dim(window_BxT, token_B[:, None], place, axis=1)
-                return (window_BxT, place + 1), token_B
+        def empty(rows, capacity):
+            return self._constrain(init_cache(config, rows, capacity), rows)
 
-            (window_BxT, length), tokens_SxB = jax.lax.scan(step, (window_BxT, length), jnp.arange(segment))
-            return window_BxT, length, tokens_SxB.T
+        def grow(cache, rows, capacity):
+            def pad(x):
+                return jnp.pad(x, [(0, capacity - size if i == x.ndim - 2 else 0) for i, size in enumerate(x.shape)])
 
-        everywhere = layout.replicated
-        self._extend = jax.jit(extend, out_shardings=(None, everywhere, everywhere), donate_argnums=1)
+            return self._constrain(jax.tree.map(pad, cache), rows)
 
-    def __call__(self, params: Any, prompt: np.ndarray, num_samples: int, seed: int) -> Iterator[np.ndarray]:
-        """Yields [num_samples, segment] new tokens without end.
+        def fill(params, cache, tokens_RxT, row_R, rows):
+            """Puts the keys and values of tokens at positions from 0 on into the given rows of a cache."""
+            part = len(tokens_RxT)
+            capacity = jax.tree.leaves(cache)[0].shape[-2]
+            # The logits are of no use, so the compiler leaves them out.
+            _, filled = run(params, init_cache(config, part, capacity), tokens_RxT)
+            if rows > 1:
+                # A row number past the end stands for none.
+                where = (slice(None), row_R) if config.scan_layers else row_R
+                filled = jax.tree.map(lambda old, new: old.at[where].set(new, mode="drop"), cache, filled)
+            return self._constrain(filled, rows)
+
+        def extend(params, cache, seen_BxV, token_B, position_B, over_B, key_B, made, count):
+            """Makes `count` tokens in each row that is not over, from the last token of each and its position."""
+            rows, key_B = len(token_B), jax.random.wrap_key_data(key_B)
+            tokens_NxB = jnp.full((segment, rows), -1, jnp.int32)
+            logprobs_NxB = jnp.zeros((segment, rows)) if logprobs else None
+
+            def go_on(carry):
+                i, *_, over_B, _, _ = carry
+                return (i < count) & ~over_B.all()
+
+            def step(carry):
+                i, cache, seen_BxV, token_B, position_B, over_B, tokens_NxB, logprobs_NxB = carry
+                logits_Bx1xV, cache = run(params, cache, token_B[:, None], position_B)
+                logits_BxV = jax.lax.with_sharding_constraint(logits_Bx1xV[:, 0], self._rows(rows))
+                chosen_from = logits_BxV
+                if seen_BxV is not None:
+                    chosen_from = penalise(logits_BxV, seen_BxV, sampling.repetition_penalty)
+                draw_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, made + i)
+                token_B = jnp.where(over_B, token_B, sample_token(chosen_from, draw_B, sampling))
+                tokens_NxB = tokens_NxB.at[i].set(jnp.where(over_B, -1, token_B))
+                if seen_BxV is not None:
+                    seen_BxV |= token_B[:, None] == jnp.arange(seen_BxV.shape[1])
+                if logprobs:
+                    chosen_B = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
+                    logprobs_NxB = logprobs_NxB.at[i].set(chosen_B - jax.nn.logsumexp(logits_BxV, axis=1))
+                position_B = jnp.where(over_B, position_B, position_B + 1)
+                if stop_token is not None:
+                    over_B |= token_B == stop_token
+                return i + 1, cache, seen_BxV, token_B, position_B, over_B, tokens_NxB, logprobs_NxB
+
+            carry = jnp.int32(0), cache, seen_BxV, token_B, position_B, over_B, tokens_NxB, logprobs_NxB
+            _, cache, seen_BxV, *small = jax.lax.while_loop(go_on, step, carry)
+            if seen_BxV is not None:
+                seen_BxV = jax.lax.with_sharding_constraint(seen_BxV, self._rows(rows))
+            return self._constrain(cache, rows), seen_BxV, jax.lax.with_sharding_constraint(small, layout.replicated)
+
+        self.empty = jax.jit(empty, static_argnums=(0, 1))
+        self.grow = jax.jit(grow, static_argnums=(1, 2))
+        self.fill = jax.jit(fill, static_argnums=4, donate_argnums=1)
+        self.extend = jax.jit(extend, donate_argnums=(1, 2))
+
+    def _rows(self, rows: int) -> NamedSharding:
+        """Sharding of an array whose first axis is the rows."""
+        return self.layout.for_decoding(rows).batch
+
+    def _constrain(self, cache: Any, rows: int) -> Any:
+        """So that what one program gives is laid out as the next one wants it."""
+        layout = self.layout.for_decoding(rows)
+        axes = ("layers",) * self.config.scan_layers + attention.cache_axes(rows)
+        return jax.lax.with_sharding_constraint(cache, NamedSharding(layout.mesh, layout.spec(*axes)))
+
+    def start(self, params: Any, prompts: Sequence[np.ndarray], num_samples: int = 1, seed: int = 0) -> "Decoding":
+        """Continuations of each prompt, `num_samples` of each one after the other, to be made together.
 
         Args:
-          prompt: [length] token ids, at least one; the last `block_size` of them count.
-          seed: equal seeds give equal tokens.
+          prompts: token ids, at least one each; of a longer one the last `block_size` count.
+          seed: what a sample becomes depends on its prompt, the seed and its number among those of the prompt.
         """
-        prompt = np.asarray(prompt)[-self._block_size :]
-        window = np.zeros((num_samples, self._block_size), np.int32)
-        window[:, : len(prompt)] = prompt
-        key, position = jax.random.key(seed), 0
-        layout = self._layout
-        target = layout.replicated if num_samples % layout.batch_shards else layout.batch
-        window = jax.device_put(window, target)
-        length = jax.device_put(np.int32(len(prompt)), layout.replicated)
-        while True:
-            with layout.use(num_samples):  # not across the yield: it is the caller's then
-                window, length, tokens = self._extend(params, window, length, key, position)
-            position += self._segment
-            yield np.asarray(tokens)
+        return Decoding(self, params, [prompt for prompt in prompts for _ in range(num_samples)], num_samples, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Some new tokens.
+
+    Attributes:
+      tokens_BxN: -1 in a row that is over.
+      logprobs_BxN: the logarithm of the probability that the model gave each token, before penalty, temperature
+        and limits; None if not asked for.
+    """
+
+    tokens_BxN: np.ndarray
+    logprobs_BxN: np.ndarray | None = None
+
+
+class Decoding:
+    """Texts in the making: see `Generator.start`.
+
+    Attributes:
+      over_B: which rows are over; those that the caller has enough of can be set.
+    """
+
+    def __init__(self, generator: Generator, params: Any, prompts: list[np.ndarray], num_samples: int, seed: int):
+        self._generator, self._params = generator, params
+        self._block_size = generator.config.block_size
+        self._text = [np.asarray(prompt, np.int32) for prompt in prompts]
+        rows = len(prompts)
+        self.over_B = np.zeros(rows, bool)
+        self._made, self._next_count = 0, 1
+        windows = [text[-self._block_size :] for text in self._text]
+        # The last token of a window is not in the cache yet: making the next one begins with it.
+        self._token_B = np.array([window[-1] for window in windows], np.int32)
+        self._position_B = np.array([len(window) - 1 for window in windows], np.int32)
+        layout = generator.layout
+        # As plain numbers: an array of JAX's that only this process holds could not be given to all.
+        key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(rows) % num_samples)
+        self._key_B = np.asarray(jax.random.key_data(key_B))
+        self._seen_BxV = None
+        if generator.sampling.repetition_penalty != 1:
+            seen_BxV = np.zeros((rows, generator.config.padded_vocab_size), bool)
+            for row, text in enumerate(self._text):
+                seen_BxV[row, text] = True
+            self._seen_BxV = jax.device_put(seen_BxV, layout.for_decoding(rows).batch)
+        self._capacity = self._room(self._position_B.max() + 1)
+        with layout.for_decoding(rows).use():
+            self._cache = generator.empty(rows, self._capacity)
+        self._fill(np.arange(rows), [window[:-1] for window in windows])
+
+    def advance(self, most: int) -> Segment:
+        """Up to `most` new tokens for each row that is not over; the first call makes one, so that it comes soon.
+
+        Rows make the same number of tokens, unless they are over in between.
+        """
+        generator, going = self._generator, ~self.over_B
+        full = np.flatnonzero(going & (self._position_B == self._block_size))
+        if len(full):
+            keep = kept(self._block_size)
+            self._fill(full, [self._text[row][-keep:-1] for row in full])
+            self._position_B[full] = keep - 1
+        furthest = int(self._position_B[going].max(initial=0))
+        count = min(most, self._next_count, generator.segment, self._block_size - furthest)
+        self._next_count *= 2
+        layout = generator.layout.for_decoding(len(going))
+        with layout.use():
+            if furthest + count > self._capacity:
+                self._capacity = self._room(furthest + count)
+                self._cache = generator.grow(self._cache, len(going), self._capacity)
+            small = self._token_B, self._position_B, self.over_B, self._key_B, np.int32(self._made), np.int32(count)
+            self._cache, self._seen_BxV, small = generator.extend(
+                self._params, self._cache, self._seen_BxV, *jax.device_put(small, layout.replicated)
+            )
+        self._token_B, self._position_B, self.over_B, tokens_NxB, logprobs_NxB = (
+            None if x is None else np.array(x) for x in jax.device_get(small)
+        )
+        self._made += count
+        tokens_BxN = tokens_NxB.T[:, :count]
+        self._text = [np.append(text, new[new >= 0]) for text, new in zip(self._text, tokens_BxN, strict=True)]
+        return Segment(tokens_BxN, None if logprobs_NxB is None else logprobs_NxB.T[:, :count])
+
+    def _room(self, tokens: int) -> int:
+        return _round_up(tokens, MIN_CAPACITY, self._block_size)
+
+    def _fill(self, rows: np.ndarray, windows: list[np.ndarray]) -> None:
+        """Puts windows into the cache, those of rows that are alike in length (or all) by one program."""
+        generator, total = self._generator, len(self._text)
+        part = _round_up(len(rows), 2, total)
+        length = _round_up(max(map(len, windows)), MIN_PROMPT, self._block_size)
+        tokens_RxT = np.zeros((part, length), np.int32)  # what follows a window lies in its future: no mask needed
+        for i, window in enumerate(windows):
+            tokens_RxT[i, : len(window)] = window
+        row_R = np.full(part, total, np.int32)
+        row_R[: len(rows)] = rows
+        layout = generator.layout.for_decoding(part)
+        with layout.use():
+            tokens_RxT, row_R = jax.device_put(tokens_RxT, layout.batch), jax.device_put(row_R, layout.replicated)
+            self._cache = generator.fill(self._params, self._cache, tokens_RxT, row_R, total)
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """What became of a prompt so far.
+
+    Attributes:
+      text: the new text, up to its end if it was reached.
+      tokens: those that the text is of.
+      logprobs: of the tokens, as in `Segment`; empty if not asked for.
+    """
+
+    text: str
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    over: bool = False
+
+    def settled(self, stop_text: str = "") -> str:
+        """The part of the text that more tokens cannot change: to be shown at once.
+
+        A last character may lack bytes, which decodes to U+FFFD, and an end may be the beginning of `stop_text`.
+        """
+        text = self.text.rstrip("\ufffd")
+        begun = (n for n in range(min(len(stop_text), len(text)), 0, -1) if text.endswith(stop_text[:n]))
+        return self.text if self.over else text[: len(text) - next(begun, 0)]
+
+
+class Source(Protocol):
+    """What `continuations` needs of a `Decoding`."""
+
+    over_B: np.ndarray
+
+    def advance(self, most: int) -> Segment: ...
 
 
 def continuations(
-    segments: Iterator[np.ndarray],
+    decoding: Source,
     decode: Callable[[np.ndarray], str],
-    num_samples: int,
     num_tokens: int,
+    *,
+    stop_token: int | None = None,
     stop_text: str = "",
     stop_newlines: int = 0,
-) -> Iterator[list[str]]:
-    """The text of each sample so far, after each segment, up to its end.
+) -> Iterator[list[Continuation]]:
+    """What each row has become, after each segment, up to its end.
 
     Args:
-      segments: as from `Generator`.
       decode: tokens to text.
       num_tokens: length of a sample, in tokens.
+      stop_token: a sample ends before it, as the decoding does; None: never.
       stop_text: a sample ends before the first occurrence of it; "": never.
       stop_newlines: a sample ends with its n-th line feed; 0: never.
     """
-    tokens = np.zeros((num_samples, 0), np.int32)
-    while tokens.shape[1] < num_tokens:
-        tokens = np.concatenate([tokens, next(segments)], axis=1)[:, :num_tokens]
-        ends = [_end(decode(row), stop_text, stop_newlines) for row in tokens]
-        yield [text for text, _ in ends]
-        if all(stopped for _, stopped in ends):
-            return
+    rows = len(decoding.over_B)
+    found = [Continuation("", np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in range(rows)]
+    made = 0
+    while made < num_tokens and not all(row.over for row in found):
+        segment = decoding.advance(num_tokens - made)
+        made += segment.tokens_BxN.shape[1]
+        for i, row in enumerate(found):
+            if row.over:
+                continue
+            new, logprobs = segment.tokens_BxN[i], row.logprobs
+            ended = stop_token is not None and stop_token in new
+            new = new[: np.argmax(new == stop_token)] if ended else new
+            if segment.logprobs_BxN is not None:
+                logprobs = np.append(logprobs, segment.logprobs_BxN[i, : len(new)])
+            tokens = np.append(row.tokens, new)
+            text, stopped = _end(decode(tokens), stop_text, stop_newlines)
+            if stopped:
+                needed = next(n for n in range(len(tokens) + 1) if decode(tokens[:n]).startswith(text))
+                tokens, logprobs = tokens[:needed], logprobs[:needed]
+            found[i] = Continuation(text, tokens, logprobs, ended or stopped or made >= num_tokens)
+            decoding.over_B[i] |= found[i].over
+        yield list(found)
 
 
 def _end(text: str, stop_text: str, stop_newlines: int) -> tuple[str, bool]:

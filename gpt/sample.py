@@ -2,9 +2,11 @@
 
 python -m gpt.sample --workdir=runs/char --prompt="O Romeo"
 python -m gpt.sample --workdir=runs/char
+python -m gpt.sample --workdir=runs/char --prompt="O Romeo" --prompt="O Juliet" --num_samples=2 --logprobs
 """
 
 import itertools
+import json
 import sys
 from collections.abc import Callable
 
@@ -16,12 +18,20 @@ from gpt.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (lowest validation loss), last, or a step.")
-_PROMPT = flags.DEFINE_string("prompt", None, "Text to continue. Without it, a terminal gets a prompt loop.")
+_PROMPT = flags.DEFINE_multi_string(
+    "prompt", None, "Text to continue; several are continued together. Without one, a terminal gets a prompt loop."
+)
 _NUM_TOKENS = flags.DEFINE_integer("num_tokens", 500, "Tokens in a sample.", lower_bound=1)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of one prompt, made together.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: always the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens only.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens with probability p together.")
+_REPETITION_PENALTY = flags.DEFINE_float(
+    "repetition_penalty", 1.0, "Divides the logits of tokens that the text has already; 1: none, 1.2: usual."
+)
+_LOGPROBS = flags.DEFINE_bool(
+    "logprobs", False, "Print a line of JSON for each sample, with its tokens and the model's log-probabilities."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Equal seeds give equal samples.", lower_bound=0)
 _STOP = flags.DEFINE_string("stop", "", "End a sample before this text.")
 _STOP_NEWLINES = flags.DEFINE_integer("stop_newlines", 0, "End a sample with its n-th line feed.", lower_bound=0)
@@ -32,54 +42,65 @@ def main() -> int:
     from gpt import generate, loaded  # after the flags: mistakes in them need not wait for it
 
     cluster.start()
-    sampling = generate.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
+    sampling = generate.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value)
     run = loaded.load(Workdir(_WORKDIR.value), _CHECKPOINT.value)
     sampling.check(run.tokenizer.vocab_size)
-    generator = generate.Generator(run.program.model, run.program.layout, sampling)
+    separator = run.tokenizer.separator  # of documents: a sample ends with its document
+    generator = generate.Generator(
+        run.program.model, run.program.layout, sampling, stop_token=separator, logprobs=_LOGPROBS.value
+    )
 
     def show(text: str, end: str = "\n") -> None:
         if cluster.is_first():
             print(text, end=end, flush=True)
 
-    def write(prompt: str, seed: int) -> None:
-        """Prints the samples of a prompt; a single one as it comes."""
-        tokens = generate.encode_prompt(run.tokenizer, prompt, "--prompt")
-        if len(tokens) > run.model_config.block_size and cluster.is_first():
-            kept = run.model_config.block_size
-            print(f"note: the prompt has {len(tokens)} tokens; the model sees the last {kept}.", file=sys.stderr)
-        samples = generate.continuations(
-            generator(run.params, tokens, _NUM_SAMPLES.value, seed),
+    def write(prompts: list[str], seed: int) -> None:
+        """Prints the samples of the prompts; a single one as it comes."""
+        tokens = [generate.encode_prompt(run.tokenizer, prompt, "--prompt") for prompt in prompts]
+        longest, seen = max(map(len, tokens)), run.model_config.block_size
+        if longest > seen and cluster.is_first():
+            print(f"note: the prompt has {longest} tokens; the model sees the last {seen}.", file=sys.stderr)
+        steps = generate.continuations(
+            generator.start(run.params, tokens, _NUM_SAMPLES.value, seed),
             run.tokenizer.decode,
-            _NUM_SAMPLES.value,
             _NUM_TOKENS.value,
-            _STOP.value,
-            _STOP_NEWLINES.value,
+            stop_token=separator,
+            stop_text=_STOP.value,
+            stop_newlines=_STOP_NEWLINES.value,
         )
-        if _NUM_SAMPLES.value == 1:
-            shown = ""
-            show(prompt, end="")
-            for (sample,) in samples:
-                # A character may still lack bytes, and the beginning of the stop text may turn out to be one.
-                safe = sample[: max(len(shown), len(sample.rstrip("\ufffd")) - len(_STOP.value))]
-                show(safe[len(shown) :], end="")
-                shown = safe
-            show(sample[len(shown) :])
-        else:
-            *_, finished = samples
-            for i, sample in enumerate(finished, 1):
-                show(f"--- sample {i} of {len(finished)}\n{prompt}{sample}")
+        labelled = [(prompt, sample) for prompt in prompts for sample in range(1, _NUM_SAMPLES.value + 1)]
+        if len(labelled) == 1 and not _LOGPROBS.value:
+            shown = 0
+            show(prompts[0], end="")
+            for (sample,) in steps:
+                settled = sample.settled(_STOP.value)
+                show(settled[shown:], end="")
+                shown = max(shown, len(settled))
+            show(sample.text[shown:])
+            return
+        *_, finished = steps
+        for i, ((prompt, number), sample) in enumerate(zip(labelled, finished, strict=True)):
+            if _LOGPROBS.value:
+                pieces = [run.tokenizer.decode(token[None]) for token in sample.tokens]
+                logprobs = [round(float(x), 4) for x in sample.logprobs]
+                line = {"prompt": prompt, "sample": number, "text": sample.text}
+                show(json.dumps(line | {"tokens": sample.tokens.tolist(), "pieces": pieces, "logprobs": logprobs}))
+                continue
+            titles = [f"prompt {i // _NUM_SAMPLES.value + 1} of {len(prompts)}"] * (len(prompts) > 1)
+            titles += [f"sample {number} of {_NUM_SAMPLES.value}"] * (_NUM_SAMPLES.value > 1)
+            show(f"--- {', '.join(titles)}\n{prompt}{sample.text}")
 
     if _PROMPT.value is not None:
         write(_PROMPT.value, _SEED.value)
     elif not cluster.share("terminal", sys.stdin.isatty):
-        write("", _SEED.value)
+        write([""], _SEED.value)
     else:
         show(f"{run.workdir.path}, step {run.step:,}. An empty line or Ctrl-D ends.")
         _loop(write)
     return 0
 
 
-def _loop(write: Callable[[str, int], None]) -> None:
+def _loop(write: Callable[[list[str], int], None]) -> None:
     """Reads prompts with line editing and history (arrow keys), and writes their continuations."""
     import readline  # noqa: F401  gives input() its history
 
@@ -88,7 +109,7 @@ def _loop(write: Callable[[str, int], None]) -> None:
         if not prompt:
             return
         try:
-            write(prompt, seed)
+            write([prompt], seed)
         except UserError as error:  # an unknown character need not end the conversation
             if cluster.is_first():
                 print(f"error: {error}")

@@ -121,18 +121,16 @@ class Layout:
     zero1: bool = False
 
     @contextlib.contextmanager
-    def use(self, batch_size: int | None = None) -> Iterator[None]:
-        """Puts the mesh and the rules in force for what is traced inside.
-
-        Args:
-          batch_size: rows of the batches to be traced, if the mesh need not divide them (a single prompt):
-            they are replicated when it does not.
-        """
-        rules = self.rules
-        if batch_size is not None and batch_size % self.batch_shards:
-            rules = tuple(rule for rule in rules if rule[0] != "batch")
-        with jax.set_mesh(self.mesh), nn.logical_axis_rules(_complete(rules)):
+    def use(self) -> Iterator[None]:
+        """Puts the mesh and the rules in force for what is traced inside."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(_complete(self.rules)):
             yield
+
+    def for_decoding(self, rows: int) -> "Layout":
+        """The layout for one token at a time: its length is not sharded, nor are rows that the mesh does not divide."""
+        whole = {"length"} | ({"batch"} if rows % self.batch_shards else set())
+        rules = tuple((name, () if name in whole else axes) for name, axes in self.rules)
+        return dataclasses.replace(self, rules=rules)
 
     def spec(self, *names: str | None) -> P:
         """Mesh axes of an array whose axes have these logical names."""

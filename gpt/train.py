@@ -468,13 +468,17 @@ class Sampler:
     def __init__(self, program: Program, run: Run):
         self._tokenizer, self._train = run.tokenizer, run.config.train
         self._prompt = generate.encode_prompt(run.tokenizer, run.config.train.sample_prompt, "train.sample_prompt")
-        self._generate = generate.Generator(program.model, program.layout, generate.Sampling(temperature=0.8))
+        self._separator = run.tokenizer.separator  # of documents: the sample is one
+        sampling = generate.Sampling(temperature=0.8)
+        self._generator = generate.Generator(program.model, program.layout, sampling, stop_token=self._separator)
 
     def __call__(self, params: Any, seed: int) -> str:
         """The prompt and what the model makes of it."""
-        segments = self._generate(params, self._prompt, num_samples=1, seed=seed)
-        texts = generate.continuations(segments, self._tokenizer.decode, 1, self._train.sample_tokens)
-        return (self._train.sample_prompt or "\n") + list(texts)[-1][0]
+        decoding = self._generator.start(params, [self._prompt], seed=seed)
+        *_, (sample,) = generate.continuations(
+            decoding, self._tokenizer.decode, self._train.sample_tokens, stop_token=self._separator
+        )
+        return (self._train.sample_prompt or "\n") + sample.text
 
 
 class Tracer:

@@ -98,6 +98,23 @@ def test_sample_by_flags(trained, command):
     assert sample("--stop_newlines=1", "--num_tokens=3000").count("\n") <= 2
 
 
+def test_sample_several_prompts_with_logprobs(trained, command):
+    """Each as if it were alone; and as JSON, a line each."""
+    flags = (f"--workdir={trained[0]}", "--num_tokens=20", "--repetition_penalty=1.2", "--seed=4")
+    several = command("sample", *flags, "--prompt=KING:", "--prompt=O")
+    assert several.returncode == 0, several.stderr
+    texts = re.split(r"^--- prompt \d of 2\n", several.stdout, flags=re.M)[1:]
+    assert command("sample", *flags, "--prompt=O").stdout == texts[1]
+    lines = command("sample", *flags, "--prompt=KING:", "--prompt=O", "--num_samples=2", "--logprobs").stdout
+    found = [json.loads(line) for line in lines.splitlines()]
+    assert [(line["prompt"], line["sample"]) for line in found] == [("KING:", 1), ("KING:", 2), ("O", 1), ("O", 2)]
+    assert found[0]["prompt"] + found[0]["text"] + "\n" == texts[0]
+    for line in found:
+        assert "".join(line["pieces"]) == line["text"]
+        assert len(line["tokens"]) == len(line["logprobs"]) == 20
+        assert all(logprob <= 0 for logprob in line["logprobs"])
+
+
 def test_sample_prompt_longer_than_the_block(trained, command):
     workdir, _ = trained
     result = command("sample", f"--workdir={workdir}", "--prompt=" + "long " * 10, "--num_tokens=5")
@@ -261,6 +278,7 @@ SAMPLE_MISTAKES = {
     "top_k too large": (("--top_k=1000",), 1, "--top_k=1000 has to lie between 1 and"),
     "top_p": (("--top_p=1.5",), 1, r"--top_p=1\.5"),
     "temperature": (("--temperature=-1",), 1, r"--temperature=-1\.0"),
+    "repetition_penalty": (("--repetition_penalty=0",), 1, r"--repetition_penalty=0\.0"),
     "num_tokens": (("--num_tokens=0",), 2, "num_tokens=0"),
     "checkpoint": (("--checkpoint=7",), 1, "--checkpoint=7: choose best, last or one of 6"),
     "no workdir": (("--workdir={tmp}/nowhere",), 1, "--workdir=.*nowhere: there is no such folder"),

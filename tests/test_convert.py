@@ -484,8 +484,7 @@ def test_transformers_loads_what_is_written_and_writes_the_same_text(theirs, tra
     expected = again.generate(torch.tensor(prompt[None]), max_new_tokens=200, do_sample=False, pad_token_id=0)
     run = loaded.load(workdir, "best")
     generator = generate.Generator(run.program.model, run.program.layout, generate.Sampling(temperature=0))
-    segments, tokens = generator(run.params, prompt, 1, 0), np.zeros(0, int)
-    while len(tokens) < 200:
-        tokens = np.concatenate([tokens, next(segments)[0]])
+    *_, (sample,) = generate.continuations(generator.start(run.params, [prompt]), run.tokenizer.decode, 200)
+    tokens = sample.tokens
     assert len(set(tokens[:200])) > 50
     np.testing.assert_array_equal(tokens[:200], expected[0, 5:].numpy())

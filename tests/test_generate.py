@@ -1,8 +1,9 @@
 """Sampling against naive loops and exact probabilities, on any mesh, and where a text ends."""
 
+import dataclasses
 import functools
-import itertools
 import logging
+import re
 
 import flax.linen as nn
 import jax
@@ -10,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt import sharding
+from gpt import generate, sharding
 from gpt.errors import UserError
-from gpt.generate import Generator, Sampling, continuations, encode_prompt, sample_token
+from gpt.generate import Continuation, Generator, Sampling, Segment, continuations, encode_prompt, kept, sample_token
 from gpt.models.attention import MASKED
 from gpt.models.gpt import GPT, GPTConfig
+from gpt.models.layers import stack_layers
 from gpt.sharding import MeshConfig
 from gpt.tokenizers import ByteTokenizer, CharTokenizer
 
@@ -27,6 +29,7 @@ MESHES = {
     "1": MeshConfig("fsdp_tp", 1, 1, 1, 1),
     "8x1x1": MeshConfig("fsdp_tp", 8, 1, 1, 1),
     "2x2x2": MeshConfig("fsdp_tp", 2, 2, 1, 2),
+    "sp": MeshConfig("sp", 1, 2, 2, 2),
 }
 
 
@@ -51,39 +54,154 @@ def params_of(name):
 
 
 # Compiled once for all tests.
-generator_of = functools.cache(lambda name, sampling: Generator(MODEL, layout_of(name), sampling, segment=4))
+generator_of = functools.cache(lambda name, sampling, **how: Generator(MODEL, layout_of(name), sampling, **how))
+
+
+def rows_of(decoding, num_tokens) -> np.ndarray:
+    """The first tokens of each row: [rows, num_tokens]."""
+    found = np.zeros((len(decoding.over_B), 0), int)
+    while found.shape[1] < num_tokens:
+        found = np.concatenate([found, decoding.advance(num_tokens - found.shape[1]).tokens_BxN], axis=1)
+    return found
 
 
 def tokens_of(generator, num_tokens, *, name="1", prompt=PROMPT, num_samples=1, seed=0):
-    """The first tokens of each sample: [num_samples, num_tokens]."""
-    found, segments = np.zeros((num_samples, 0), int), generator(params_of(name), prompt, num_samples, seed)
-    while found.shape[1] < num_tokens:
-        found = np.concatenate([found, next(segments)], axis=1)
-    return found[:, :num_tokens]
+    """The first tokens of each sample of a prompt: [num_samples, num_tokens]."""
+    return rows_of(generator.start(params_of(name), [prompt], num_samples, seed), num_tokens)
 
 
 # The loop.
 
 
-@jax.jit
-def last_logits(tokens):
-    return MODEL.apply({"params": params_of("1")}, tokens[None])[0, -1]
+@functools.cache
+def uncached(model=MODEL):
+    """Logits [T, V] of a text, with no cache."""
+    params = params_of("1") if not model.config.scan_layers else stack_layers(params_of("1"))
+    return jax.jit(lambda tokens: model.apply({"params": params}, tokens[None])[0])
+
+
+def naive(prompt, num_tokens, model=MODEL):
+    """Greedy tokens and their log-probabilities by the model's window alone, run anew for each token."""
+    window, found, logprobs = list(prompt[-BLOCK:]), [], []
+    for _ in range(num_tokens):
+        padded = jnp.array(window + [0] * (BLOCK - len(window)), jnp.int32)  # causal: what follows is not seen
+        logits = np.asarray(uncached(model)(padded)[len(window) - 1])
+        first, second = np.sort(logits)[[-1, -2]]
+        assert first - second > 1e-3  # no tie that rounding could decide
+        found.append(int(logits.argmax()))
+        logprobs.append(np.log(softmax(logits)[found[-1]]))
+        window.append(found[-1])
+        if len(window) > BLOCK:
+            window = window[-kept(BLOCK) :]
+    return found, logprobs
+
+
+def random_prompt(length):
+    return np.random.default_rng(length).integers(0, 11, length)
 
 
 @pytest.mark.parametrize("length", [1, 3, BLOCK - 1, BLOCK, BLOCK + 3])
-def test_greedy_text_is_that_of_the_naive_loop(length):
-    """Which runs the model on the last `block_size` tokens, each time anew; the text goes on past the block."""
-    tokens = list(np.random.default_rng(length).integers(0, 11, length))
-    found = tokens_of(generator_of("1", Sampling(0.0)), 18, prompt=np.array(tokens, np.uint8))[0]
-    expected = []
-    for _ in range(18):
-        logits = np.asarray(last_logits(jnp.array(tokens[-BLOCK:], jnp.int32)))
-        first, second = np.sort(logits)[[-1, -2]]
-        assert first - second > 1e-3  # no tie that rounding could decide
-        expected.append(int(logits.argmax()))
-        tokens.append(expected[-1])
-    assert list(found) == expected
+def test_greedy_text_and_logprobs_are_those_of_the_naive_loop(length):
+    """Which begins its window anew where the cached one does; the text goes on past the block."""
+    decoding = generator_of("1", Sampling(0.0), logprobs=True).start(params_of("1"), [random_prompt(length)])
+    tokens, logprobs = [], []
+    while len(tokens) < 30:
+        segment = decoding.advance(30 - len(tokens))
+        tokens += segment.tokens_BxN[0].tolist()
+        logprobs += segment.logprobs_BxN[0].tolist()
+    expected, expected_logprobs = naive(random_prompt(length), 30)
+    assert tokens == expected
+    np.testing.assert_allclose(logprobs, expected_logprobs, rtol=0, atol=1e-4)
     assert len(set(expected)) > 2
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        ({"positions": "rotary"}, 3),
+        ({"attention": "chunked", "query_chunk": 3, "key_chunk": 2}, 3),
+        ({"attention": "flax"}, 1),
+        ({"scan_layers": True, "remat": "full"}, 1),
+        ({"scan_layers": True}, 3),
+    ],
+    ids=str,
+)
+def test_every_model_decodes_as_it_runs_uncached(options, rows):
+    model = GPT(dataclasses.replace(MODEL.config, **options))
+    params = stack_layers(params_of("1")) if model.config.scan_layers else params_of("1")
+    if model.config.positions == "rotary":
+        params = {name: value for name, value in params.items() if name != "position_embedding"}
+    prompts = [random_prompt(length) for length in (2, 7, 5)[:rows]]
+    found = rows_of(Generator(model, layout_of("1"), Sampling(0.0)).start(params, prompts), 20)
+    for prompt, row in zip(prompts, found, strict=True):
+        assert row.tolist() == naive(prompt, 20, model)[0]
+
+
+@pytest.mark.parametrize("block_size", [1, 3])
+def test_smallest_windows(block_size):
+    model = GPT(dataclasses.replace(MODEL.config, block_size=block_size))
+    params = nn.unbox(model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
+    rows_of(Generator(model, layout_of("1"), Sampling()).start(params, [PROMPT]), 7)
+
+
+@pytest.mark.parametrize("name", ["1", "2x2x2"])
+def test_prompts_of_different_lengths_are_continued_as_each_alone(name):
+    """Random draws included, though they pass their blocks at different times."""
+    prompts = [random_prompt(length) for length in (1, 4, 7, 20)]
+    generator = generator_of(name, Sampling())
+    found = rows_of(generator.start(params_of(name), prompts, num_samples=2, seed=3), 30)
+    for i, prompt in enumerate(prompts):
+        alone = tokens_of(generator_of("1", Sampling()), 30, prompt=prompt, num_samples=2, seed=3)
+        np.testing.assert_array_equal(found[2 * i : 2 * i + 2], alone)
+
+
+def test_cache_grows_with_the_text(monkeypatch):
+    """In steps of a power of two, up to the block; the tokens stay the same."""
+    expected = tokens_of(generator_of("1", Sampling()), 12, num_samples=3)
+    monkeypatch.setattr(generate, "MIN_CAPACITY", 2)
+    monkeypatch.setattr(generate, "MIN_PROMPT", 2)
+    decoding = generator_of("1", Sampling()).start(params_of("1"), [PROMPT], num_samples=3)
+    found, sizes = np.zeros((3, 0), int), []
+    while found.shape[1] < 12:
+        found = np.concatenate([found, decoding.advance(1).tokens_BxN], axis=1)
+        sizes.append(jax.tree.leaves(decoding._cache)[0].shape[2])
+    np.testing.assert_array_equal(found, expected)
+    assert sizes == [4, 4] + [8] * 10 or sizes == [4] + [8] * 11
+
+
+def test_stop_token_ends_a_row_while_others_go_on():
+    free = tokens_of(generator_of("1", Sampling()), 24, num_samples=3)
+    stop = int(free[0, 5])
+    decoding = generator_of("1", Sampling(), stop_token=stop).start(params_of("1"), [PROMPT], num_samples=3)
+    found = rows_of(decoding, 24)
+    for row, freely in zip(found, free, strict=True):
+        end = int(np.argmax(freely == stop)) + 1 if stop in freely else 24
+        assert row[:end].tolist() == freely[:end].tolist()
+        assert (row[end:] == -1).all()
+    assert decoding.over_B.tolist() == [stop in row for row in free]
+
+
+def test_loop_ends_when_all_rows_are_over():
+    """The compiled one: with nothing left to do, nothing is computed, and so nothing written."""
+    decoding = generator_of("1", Sampling()).start(params_of("1"), [PROMPT], num_samples=2)
+    decoding.over_B[:] = True
+    before = jax.device_get(decoding._cache)
+    assert (decoding.advance(4).tokens_BxN == -1).all()
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(decoding._cache), before)
+
+
+def test_repetition_penalty_is_that_of_the_naive_loop():
+    generator = generator_of("1", Sampling(0.0, repetition_penalty=3.0))
+    found = tokens_of(generator, BLOCK - 3)[0]
+    text = PROMPT.tolist()
+    for token in found:
+        padded = jnp.array(text + [0] * (BLOCK - len(text)), jnp.int32)
+        logits = np.array(uncached()(padded)[len(text) - 1])
+        for seen in set(text):
+            logits[seen] = logits[seen] / 3 if logits[seen] > 0 else logits[seen] * 3
+        assert token == logits.argmax()
+        text.append(token)
+    assert found.tolist() != tokens_of(generator_of("1", Sampling(0.0)), BLOCK - 3)[0].tolist()
 
 
 def test_prompt_longer_than_the_block_is_cut_to_its_end():
@@ -109,24 +227,31 @@ def test_samples_of_one_prompt_differ():
 def test_each_token_is_drawn_anew():
     """A key used again would tie the tokens of one segment, or those of the segments, together."""
     uniform = jax.tree.map(jnp.zeros_like, params_of("1"))
-    segments = generator_of("1", Sampling())(uniform, PROMPT, 3, 0)
-    tokens = np.concatenate([next(segments) for _ in range(5)], axis=1)
-    assert all(len({tuple(column) for column in tokens[:, i::4].T}) > 3 for i in range(4))
+    tokens = rows_of(generator_of("1", Sampling()).start(uniform, [PROMPT], num_samples=3), 20)
+    assert len({tuple(column) for column in tokens.T}) > 15
     assert all(len(set(row)) > 4 for row in tokens)
 
 
 def test_length_of_the_segments_does_not_matter():
     expected = tokens_of(generator_of("1", Sampling()), 14, num_samples=3)
-    found = tokens_of(Generator(MODEL, layout_of("1"), Sampling(), segment=7), 14, num_samples=3)
+    found = tokens_of(generator_of("1", Sampling(), segment=3), 14, num_samples=3)
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize(("name", "num_samples"), [("8x1x1", 3), ("8x1x1", 8), ("2x2x2", 3), ("2x2x2", 4)])
+@pytest.mark.parametrize(("name", "num_samples"), [("8x1x1", 3), ("8x1x1", 8), ("2x2x2", 1), ("sp", 4)])
 def test_every_mesh_gives_the_tokens_of_one_device(name, num_samples):
     """Also where the number of samples cannot be divided over the devices."""
     expected = tokens_of(generator_of("1", Sampling()), 16, num_samples=num_samples)
     found = tokens_of(generator_of(name, Sampling()), 16, name=name, num_samples=num_samples)
     np.testing.assert_array_equal(found, expected)
+
+
+def test_cache_is_sharded_over_rows_and_heads():
+    decoding = generator_of("2x2x2", Sampling()).start(params_of("2x2x2"), [PROMPT], num_samples=4)
+    for _ in range(2):
+        for leaf in jax.tree.leaves(decoding._cache):
+            assert leaf.sharding.shard_shape(leaf.shape) == (1, 1, BLOCK, 8)
+        decoding.advance(4)
 
 
 def test_padding_of_the_vocabulary_is_never_drawn():
@@ -138,12 +263,24 @@ def test_padding_of_the_vocabulary_is_never_drawn():
 @pytest.mark.parametrize("name", ["1", "8x1x1"])
 def test_segments_and_prompts_share_one_compiled_program(caplog, name):
     """What comes back from one segment has to be laid out as what went in, or the second compiles anew."""
-    generator = Generator(MODEL, layout_of(name), Sampling(temperature=0.7), segment=4)
+    generator = Generator(MODEL, layout_of(name), Sampling(temperature=0.7))
     with caplog.at_level(logging.WARNING, logger="jax"), jax.log_compiles():
         tokens_of(generator, 12, name=name, num_samples=8)
         tokens_of(generator, 12, name=name, num_samples=8, prompt=np.arange(11), seed=1)
-    compiled = [record for record in caplog.records if record.getMessage().startswith("Compiling jit(extend)")]
-    assert len(compiled) == 1
+    compiled = [record.getMessage().split()[1] for record in caplog.records if "Compiling jit(" in record.getMessage()]
+    assert [compiled.count(f"jit({program})") for program in ("extend", "fill", "empty")] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_loop_copies_no_cache(rows):
+    """Each copy would cost as much as the attention itself, at every token."""
+    decoding = generator_of("1", Sampling()).start(params_of("1"), [PROMPT], num_samples=rows)
+    small = decoding._token_B, decoding._position_B, decoding.over_B, decoding._key_B, np.int32(0), np.int32(4)
+    with layout_of("1").use():
+        program = decoding._generator.extend.lower(params_of("1"), decoding._cache, None, *small).compile().as_text()
+    shape = ",".join(map(str, jax.tree.leaves(decoding._cache)[0].shape))
+    assert f"f32[{shape}]" in program
+    assert not re.findall(rf"= f32\[{shape}\]\S* copy\(.*", program)
 
 
 # One token.
@@ -159,7 +296,9 @@ def softmax(logits) -> np.ndarray:
 
 
 def frequencies(logits, sampling) -> np.ndarray:
-    draws = sample_token(jnp.tile(jnp.asarray(logits), (DRAWS, 1)), jax.random.key(0), sampling)
+    draws = sample_token(
+        jnp.tile(jnp.asarray(logits), (DRAWS, 1)), jax.random.split(jax.random.key(0), DRAWS), sampling
+    )
     return np.bincount(np.asarray(draws), minlength=len(logits)) / DRAWS
 
 
@@ -206,7 +345,7 @@ def test_top_p_is_of_what_temperature_and_top_k_leave():
 def test_likeliest_token_alone(sampling):
     """Greedy, or as good as; for each row its own."""
     rows = jnp.asarray(np.random.default_rng(0).permuted(np.tile(LOGITS, (200, 1)), axis=1))
-    found = sample_token(rows, jax.random.key(0), sampling)
+    found = sample_token(rows, jax.random.split(jax.random.key(0), 200), sampling)
     np.testing.assert_array_equal(found, rows.argmax(axis=1))
     assert found.dtype == jnp.int32
 
@@ -225,7 +364,8 @@ def test_each_row_has_its_own_limits(sampling, kept):
     """Three rows, in another order each, and the flatter the more tokens it takes to a probability of 0.7."""
     orders = [np.random.default_rng(i).permutation(8) for i in range(3)]
     rows = [scale * LOGITS[order] for scale, order in zip((0.5, 1, 2), orders, strict=True)]
-    found = sample_token(jnp.repeat(jnp.asarray(rows), 2000, axis=0), jax.random.key(0), sampling)
+    keys = jax.random.split(jax.random.key(0), 6000)
+    found = sample_token(jnp.repeat(jnp.asarray(rows), 2000, axis=0), keys, sampling)
     for order, drawn, k in zip(orders, np.asarray(found).reshape(3, -1), kept, strict=True):
         assert {int(order[token]) for token in drawn} == set(ORDER[:k])
 
@@ -251,6 +391,9 @@ def test_padding_is_never_drawn(sampling):
         (Sampling(top_p=0.0), "--top_p=0.0"),
         (Sampling(top_p=1.01), "--top_p=1.01"),
         (Sampling(top_p=float("nan")), "--top_p=nan"),
+        (Sampling(repetition_penalty=0.0), "--repetition_penalty=0.0"),
+        (Sampling(repetition_penalty=-1.0), "--repetition_penalty=-1.0"),
+        (Sampling(repetition_penalty=float("nan")), "--repetition_penalty=nan"),
     ],
     ids=str,
 )
@@ -260,7 +403,7 @@ def test_sampling_without_meaning_is_refused(sampling, flag):
 
 
 @pytest.mark.parametrize(
-    "sampling", [Sampling(), Sampling(0.0), Sampling(5.0, 1, 1.0), Sampling(0.1, 11, 1e-9)], ids=str
+    "sampling", [Sampling(), Sampling(0.0), Sampling(5.0, 1, 1.0), Sampling(0.1, 11, 1e-9, 1e6)], ids=str
 )
 def test_sampling_at_the_limits_is_accepted(sampling):
     sampling.check(11)
@@ -269,10 +412,18 @@ def test_sampling_at_the_limits_is_accepted(sampling):
 # Where a text ends.
 
 
-def segmented(*texts: str, size: int = 4):
-    """Endless segments of character codes: the texts, and then dots."""
-    for start in itertools.count(0, size):
-        yield np.array([[ord(c) for c in text.ljust(start + size, ".")[start : start + size]] for text in texts])
+class Scripted:
+    """Gives character codes as tokens, by segments: those of the texts, and then dots."""
+
+    def __init__(self, *texts: str, size: int = 4):
+        self.over_B = np.zeros(len(texts), bool)
+        self.made, self._texts, self._size = 0, texts, size
+
+    def advance(self, most: int) -> Segment:
+        span = slice(self.made, self.made + min(most, self._size))
+        self.made = span.stop
+        tokens = np.array([[ord(c) for c in text.ljust(span.stop, ".")[span]] for text in self._texts])
+        return Segment(tokens, -tokens / 1000)
 
 
 def decode(ids) -> str:
@@ -280,8 +431,10 @@ def decode(ids) -> str:
 
 
 def samples(*texts, num_tokens=12, size=4, **stops) -> list[list[str]]:
-    """What is shown after each segment."""
-    return list(continuations(segmented(*texts, size=size), decode, len(texts), num_tokens, **stops))
+    """What is known after each segment."""
+    return [
+        [row.text for row in rows] for rows in continuations(Scripted(*texts, size=size), decode, num_tokens, **stops)
+    ]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 4, 5, 8, 10])
@@ -339,34 +492,72 @@ def test_sample_that_ended_stays_while_others_go_on():
 
 def test_nothing_is_made_after_all_samples_ended():
     """On a large model, each segment costs seconds."""
-    made = []
-
-    def counted():
-        for segment in segmented("ab|d" * 9, "ABCDE|" * 9):
-            made.append(segment)
-            yield segment
-
-    list(continuations(counted(), decode, 2, 1000, stop_text="|"))
-    assert len(made) == 2
-    list(continuations(counted(), decode, 2, 8))
-    assert len(made) == 4
+    script = Scripted("ab|d" * 9, "ABCDE|" * 9)
+    shown = list(continuations(script, decode, 1000, stop_text="|"))
+    assert script.made == 8
+    assert script.over_B.all()
+    assert all(row.over for row in shown[-1])
+    script = Scripted("ab|d" * 9, "ABCDE|" * 9)
+    list(continuations(script, decode, 6))
+    assert script.made == 6
 
 
-def test_character_across_two_segments_is_whole_in_the_end():
-    ids = ByteTokenizer().encode("a€😀b")
-    segments = iter(np.array_split(ids[None].astype(np.int32), len(ids), axis=1))
-    shown = [text for (text,) in continuations(segments, ByteTokenizer().decode, 1, len(ids))]
-    assert shown[-1] == "a€😀b"
-    assert shown[1] == "a\ufffd"
+def test_stop_token_ends_a_sample_before_it():
+    *_, (first, second) = continuations(Scripted("abcde|gh", "|"), decode, 8, stop_token=ord("|"))
+    assert (first.text, second.text) == ("abcde", "")
+    assert first.over
+    assert second.over
+
+
+@pytest.mark.parametrize(("stops", "count"), [({}, 8), ({"stop_text": "ef"}, 4), ({"stop_token": ord("g")}, 6)])
+def test_tokens_and_logprobs_are_those_of_the_text(stops, count):
+    *_, (row,) = continuations(Scripted("abcdefghij", size=8), decode, 8, **stops)
+    assert decode(row.tokens) == row.text == "abcdefgh"[:count]
+    np.testing.assert_allclose(row.logprobs, -row.tokens / 1000)
+
+
+class Bytes(Scripted):
+    """The UTF-8 bytes of a text as tokens, one at a time."""
+
+    def __init__(self, text: str):
+        super().__init__(text.encode().decode("latin-1"), size=1)
+
+
+@pytest.mark.parametrize("stop", ["", "😀c", "b€"])
+def test_streamed_text_is_never_taken_back(stop):
+    """No half character, and no beginning of the text that ends the sample, is shown."""
+    text = "a€b😀bb€😀b"
+    shown = ""
+    for (row,) in continuations(Bytes(text), ByteTokenizer().decode, len(text.encode()), stop_text=stop):
+        settled = row.settled(stop)
+        assert settled.startswith(shown)
+        shown = settled
+    assert shown == (text.split(stop)[0] if stop else text)
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("ab", "", "ab"),
+        ("ab\ufffd", "", "ab"),
+        ("ab-", "--", "ab"),
+        ("ab-a", "--", "ab-a"),
+        ("xaba", "abac", "x"),
+        ("x", "xy", ""),
+    ],
+)
+def test_settled_text(text, stop, expected):
+    assert Continuation(text, np.zeros(0), np.zeros(0)).settled(stop) == expected
+    assert Continuation(text, np.zeros(0), np.zeros(0), over=True).settled(stop) == text
 
 
 def test_model_and_text_together():
     """Tokens of the model as the text that they stand for."""
     tokenizer = CharTokenizer.from_text("abcdefghijk")
-    segments = generator_of("1", Sampling())(params_of("1"), PROMPT, 3, 0)
-    *_, found = continuations(segments, tokenizer.decode, 3, 10)
+    decoding = generator_of("1", Sampling()).start(params_of("1"), [PROMPT], num_samples=3)
+    *_, found = continuations(decoding, tokenizer.decode, 10)
     expected = tokens_of(generator_of("1", Sampling()), 10, num_samples=3)
-    assert found == [tokenizer.decode(row) for row in expected]
+    assert [row.text for row in found] == [tokenizer.decode(row) for row in expected]
 
 
 # Prompts.

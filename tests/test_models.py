@@ -250,7 +250,7 @@ def test_activations_and_their_gradients_far_from_zero(name):
 
 def test_rotary_scores_depend_on_the_distance_alone():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
-    q, k = (np.asarray(layers.rotary(np.broadcast_to(x, (1, 64, 1, 8))))[0, :, 0] for x in (q, k))
+    q, k = (np.asarray(layers.rotary(np.broadcast_to(x, (1, 64, 1, 8)), np.arange(64)))[0, :, 0] for x in (q, k))
     scores = q @ k.T
     for distance in (-40, -3, 0, 1, 17):
         diagonal = np.diagonal(scores, distance)

@@ -7,6 +7,9 @@ another in the middle of a run:
 - `flax`: Flax's own `nn.dot_product_attention`, as an independent reference.
 - `chunked`: queries and keys in blocks with a running softmax; memory linear in the length.
 
+Beside them is `decode`, for the queries of one new token a row, with the keys and values of those before it
+in a cache.
+
 Shape suffixes: B batch, T query length, S key length, H heads, K size of a head.
 """
 
@@ -254,6 +257,62 @@ def _multiply_32(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     middle = x_hi * s_lo + ((x_lo * s_lo) >> 16)
     middle_2 = x_lo * s_hi + (middle & mask)
     return x_hi * s_hi + (middle >> 16) + (middle_2 >> 16), x * jnp.uint32(size)
+
+
+def cache_axes(rows: int) -> tuple[str | None, ...]:
+    """Logical names of the axes of a cache of keys or values, [B, H, S, K]: see `cache_shape`."""
+    return ("batch", "heads", None, "kv")[rows == 1 :]
+
+
+def cache_shape(rows: int, capacity: int, heads: int, kv: int) -> tuple[int, ...]:
+    """Shape of a cache of keys or values: [B, H, S, K], or [H, S, K] for a single row.
+
+    XLA's CPU backend drops axes of size 1, and then copies the cache at each token that it writes into it.
+    """
+    return (rows, heads, capacity, kv)[rows == 1 :]
+
+
+def fill(cache: jax.Array, x_BxTxHxK: jax.Array) -> jax.Array:
+    """The cache (see `cache_shape`) with these keys or values in its first T slots."""
+    x_BxHxTxK = x_BxTxHxK.transpose(0, 2, 1, 3).astype(cache.dtype)
+    first = x_BxHxTxK if cache.ndim == 4 else x_BxHxTxK[0]
+    return jax.lax.dynamic_update_slice(cache, first, (0,) * cache.ndim)
+
+
+def decode(
+    q_BxHxK: jax.Array,
+    k_BxHxK: jax.Array,
+    v_BxHxK: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    position_B: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`dense` for one new token in each row, whose keys and values so far lie in a cache.
+
+    Args:
+      keys, values: the caches (see `cache_shape`), filled in the slots before `position_B`.
+      position_B: of the new tokens, less than the capacity of the cache; rows may differ.
+
+    Returns:
+      [B, H, K] in the dtype of `v`, and the two caches with the new token in slot `position_B`.
+    """
+
+    def attend(q_HxK, k_HxK, v_HxK, keys_HxSxK, values_HxSxK, position):
+        start = (0, position, 0)
+        keys_HxSxK = jax.lax.dynamic_update_slice(keys_HxSxK, k_HxK[:, None].astype(keys_HxSxK.dtype), start)
+        values_HxSxK = jax.lax.dynamic_update_slice(values_HxSxK, v_HxK[:, None].astype(values_HxSxK.dtype), start)
+        # Or XLA would write anew for each use of what was written, into a copy of the whole cache.
+        keys_HxSxK, values_HxSxK = jax.lax.optimization_barrier((keys_HxSxK, values_HxSxK))
+        scaled_HxK = q_HxK / math.sqrt(q_HxK.shape[-1])
+        scores_HxS = jnp.einsum("hk,hsk->hs", scaled_HxK, keys_HxSxK, preferred_element_type=jnp.float32)
+        mask_1xS = causal_mask(position[None], jnp.arange(keys_HxSxK.shape[1]))
+        weights_HxS = jax.nn.softmax(scores_HxS + mask_1xS, axis=-1).astype(v_HxK.dtype)
+        return jnp.einsum("hs,hsk->hk", weights_HxS, values_HxSxK), keys_HxSxK, values_HxSxK
+
+    if keys.ndim == 4:
+        return jax.vmap(attend)(q_BxHxK, k_BxHxK, v_BxHxK, keys, values, position_B)
+    out_HxK, keys, values = attend(q_BxHxK[0], k_BxHxK[0], v_BxHxK[0], keys, values, position_B[0])
+    return out_HxK[None], keys, values
 
 
 ATTENTION: dict[str, Callable[..., jax.Array]] = {"dense": dense, "flax": flax, "chunked": chunked}

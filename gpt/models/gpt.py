@@ -131,7 +131,13 @@ class SelfAttention(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, starts_BxT: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, positions: jax.Array, starts_BxT: jax.Array | None) -> jax.Array:
+        """[B, T, D] from [B, T, D].
+
+        Args:
+          positions: of the tokens: [T], or [B, T] where rows differ.
+          starts_BxT: see `GPT`.
+        """
         c = self.config
         dtype = jnp.dtype(c.dtype)
         qkv_BxTxHx3K = Linear(
@@ -146,20 +152,11 @@ class SelfAttention(nn.Module):
         qkv_BxTxHx3K = nn.with_logical_constraint(qkv_BxTxHx3K, ("batch", "length", "heads", "kv"))
         q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = jnp.split(qkv_BxTxHx3K, 3, axis=-1)
         if c.positions == "rotary":
-            q_BxTxHxK, k_BxTxHxK = rotary(q_BxTxHxK), rotary(k_BxTxHxK)
-        # Where the length is sharded, every query still has to see all keys before it.
-        k_BxTxHxK = nn.with_logical_constraint(k_BxTxHxK, ("batch", "keys", "heads", "kv"))
-        v_BxTxHxK = nn.with_logical_constraint(v_BxTxHxK, ("batch", "keys", "heads", "kv"))
-        use_dropout = c.attention_dropout > 0 and not self.deterministic
-        attend = attention.by_name(c.attention, query_chunk=c.query_chunk, key_chunk=c.key_chunk)
-        out_BxTxHxK = attend(
-            q_BxTxHxK,
-            k_BxTxHxK,
-            v_BxTxHxK,
-            starts_BxT,
-            dropout_rate=c.attention_dropout,
-            dropout_key=self.make_rng("dropout") if use_dropout else None,
-        )
+            q_BxTxHxK, k_BxTxHxK = rotary(q_BxTxHxK, positions), rotary(k_BxTxHxK, positions)
+        if self.has_variable("cache", "keys") and positions.ndim == 2:
+            out_BxTxHxK = self._decode(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, positions)
+        else:
+            out_BxTxHxK = self._attend(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT)
         out_BxTxHxK = nn.with_logical_constraint(out_BxTxHxK, ("batch", "length", "heads", "kv"))
         return Linear(
             (c.num_heads, c.head_dim),
@@ -170,6 +167,43 @@ class SelfAttention(nn.Module):
             dtype,
             name="out",
         )(out_BxTxHxK)
+
+    def _attend(self, q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT) -> jax.Array:
+        """Of all tokens at once, which begin at position 0; their keys and values go to the cache if there is one."""
+        c = self.config
+        if self.has_variable("cache", "keys"):
+            for name, x_BxTxHxK in (("keys", k_BxTxHxK), ("values", v_BxTxHxK)):
+                cache = attention.fill(self.get_variable("cache", name), x_BxTxHxK)
+                self._put(name, cache, len(x_BxTxHxK))
+        # Where the length is sharded, every query still has to see all keys before it.
+        k_BxTxHxK = nn.with_logical_constraint(k_BxTxHxK, ("batch", "keys", "heads", "kv"))
+        v_BxTxHxK = nn.with_logical_constraint(v_BxTxHxK, ("batch", "keys", "heads", "kv"))
+        use_dropout = c.attention_dropout > 0 and not self.deterministic
+        attend = attention.by_name(c.attention, query_chunk=c.query_chunk, key_chunk=c.key_chunk)
+        return attend(
+            q_BxTxHxK,
+            k_BxTxHxK,
+            v_BxTxHxK,
+            starts_BxT,
+            dropout_rate=c.attention_dropout,
+            dropout_key=self.make_rng("dropout") if use_dropout else None,
+        )
+
+    def _decode(self, q_Bx1xHxK, k_Bx1xHxK, v_Bx1xHxK, positions_Bx1) -> jax.Array:
+        """Of one new token in each row, by the keys and values in the cache and its own."""
+        rows = len(q_Bx1xHxK)
+        out_BxHxK, keys, values = attention.decode(
+            *(x[:, 0] for x in (q_Bx1xHxK, k_Bx1xHxK, v_Bx1xHxK)),
+            self.get_variable("cache", "keys"),
+            self.get_variable("cache", "values"),
+            positions_Bx1[:, 0],
+        )
+        self._put("keys", keys, rows)
+        self._put("values", values, rows)
+        return out_BxHxK[:, None]
+
+    def _put(self, name: str, cache: jax.Array, rows: int) -> None:
+        self.put_variable("cache", name, nn.with_logical_constraint(cache, attention.cache_axes(rows)))
 
 
 class MLP(nn.Module):
@@ -195,7 +229,7 @@ class Block(nn.Module):
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, starts_BxT: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, positions: jax.Array, starts_BxT: jax.Array | None) -> jax.Array:
         c = self.config
 
         def norm(name):
@@ -206,18 +240,28 @@ class Block(nn.Module):
             return nn.with_logical_constraint(x + y, ("batch", "length", "embed"))
 
         attend = SelfAttention(c, self.deterministic, name="attention")
-        x_BxTxD = residual(x_BxTxD, attend(norm("norm_1")(x_BxTxD), starts_BxT))
+        x_BxTxD = residual(x_BxTxD, attend(norm("norm_1")(x_BxTxD), positions, starts_BxT))
         return residual(x_BxTxD, MLP(c, name="mlp")(norm("norm_2")(x_BxTxD)))
 
 
 class GPT(nn.Module):
-    """Token logits from tokens. `config` has to be resolved: see `GPTConfig.resolve`."""
+    """Token logits from tokens. `config` has to be resolved: see `GPTConfig.resolve`.
+
+    Applied with a "cache" collection, as `init_cache` makes it, to be returned changed (`mutable=["cache"]`), it
+    leaves the keys and values of the tokens there. So a text is continued: first its tokens at once, from position
+    0 on, and then one token at a time, each with its position.
+    """
 
     config: GPTConfig
 
     @nn.compact
     def __call__(
-        self, tokens_BxT: jax.Array, starts_BxT: jax.Array | None = None, *, deterministic: bool = True
+        self,
+        tokens_BxT: jax.Array,
+        starts_BxT: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+        position_B: jax.Array | None = None,
     ) -> jax.Array:
         """Logits of the next token at each position.
 
@@ -226,6 +270,7 @@ class GPT(nn.Module):
           starts_BxT: for each token, where in the row its document begins: it sees no other, and its position
             counts from there. None: all of the row is one document.
           deterministic: False switches dropout on; it draws from the "dropout" rng.
+          position_B: the position of each row's only token, with a cache; None: the tokens begin at position 0.
 
         Returns:
           logits_BxTxV, float32, with V = `padded_vocab_size` and the padding at -1e30.
@@ -238,12 +283,14 @@ class GPT(nn.Module):
         length = tokens_BxT.shape[1]
         if length > c.block_size:
             raise ValueError(f"{length} tokens are more than block_size={c.block_size}")
+        positions = jnp.arange(length) if position_B is None else position_B[:, None]
+        if starts_BxT is not None:
+            positions = positions - starts_BxT
         init = nn.initializers.normal(0.02)
         token_embedding = Embedding(c.padded_vocab_size, c.embed_dim, "vocab", init, dtype, name="token_embedding")
         x_BxTxD = token_embedding(tokens_BxT)
         if c.positions == "learned":
             position_embedding = Embedding(c.block_size, c.embed_dim, "length", init, dtype, name="position_embedding")
-            positions = jnp.arange(length) if starts_BxT is None else jnp.arange(length) - starts_BxT
             x_BxTxD = x_BxTxD + position_embedding(positions)
         x_BxTxD = nn.Dropout(c.embed_dropout, deterministic=deterministic)(x_BxTxD)
         x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed"))
@@ -254,8 +301,8 @@ class GPT(nn.Module):
             block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
         if c.scan_layers:
             scan = nn.scan(
-                lambda module, x, _: (module(x, starts_BxT), None),
-                variable_axes={"params": 0},
+                lambda module, x, _: (module(x, positions, starts_BxT), None),
+                variable_axes={"params": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
@@ -263,7 +310,7 @@ class GPT(nn.Module):
             x_BxTxD, _ = scan(block(c, deterministic, name="blocks"), x_BxTxD, None)
         else:
             for i in range(c.num_layers):
-                x_BxTxD = block(c, deterministic, name=f"block_{i}")(x_BxTxD, starts_BxT)
+                x_BxTxD = block(c, deterministic, name=f"block_{i}")(x_BxTxD, positions, starts_BxT)
 
         x_BxTxD = Norm(c.norm, c.bias, dtype, name="final_norm")(x_BxTxD)
         if c.tie_embeddings:
@@ -276,6 +323,23 @@ class GPT(nn.Module):
             is_padding = jnp.arange(c.padded_vocab_size) >= c.vocab_size
             logits_BxTxV = jnp.where(is_padding, attention.MASKED, logits_BxTxV)
         return logits_BxTxV
+
+
+def init_cache(config: GPTConfig, rows: int, capacity: int) -> dict[str, Any]:
+    """An empty "cache" collection for `GPT`: room for the keys and values of `capacity` tokens in each row."""
+    axes = attention.cache_axes(rows)
+    shape = attention.cache_shape(rows, capacity, config.num_heads, config.head_dim)
+    if config.scan_layers:
+        axes, shape = ("layers", *axes), (config.num_layers, *shape)
+
+    def block():
+        zeros = [nn.with_logical_constraint(jnp.zeros(shape, config.dtype), axes) for _ in range(2)]
+        return {"attention": dict(zip(("keys", "values"), zeros, strict=True))}
+
+    return {
+        name: block()
+        for name in (["blocks"] if config.scan_layers else map("block_{}".format, range(config.num_layers)))
+    }
 
 
 def residual_init(config: GPTConfig):

@@ -142,11 +142,15 @@ class Embedding(nn.Module):
         return y.reshape(*x.shape[:-1], self.size)
 
 
-def rotary(x_BxTxHxK: jax.Array, base: float = 10_000.0) -> jax.Array:
-    """Rotates pairs (i, i + K/2) of each head by an angle that grows with position (arXiv 2104.09864)."""
-    length, half = x_BxTxHxK.shape[1], x_BxTxHxK.shape[-1] // 2
+def rotary(x_BxTxHxK: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
+    """Rotates pairs (i, i + K/2) of each head by an angle that grows with position (arXiv 2104.09864).
+
+    Args:
+      positions: of the tokens: [T], or [B, T] where rows differ.
+    """
+    half = x_BxTxHxK.shape[-1] // 2
     frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequencies  # [T, 1, K/2]
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [(B,) T, 1, K/2]
     sin, cos = jnp.sin(angles), jnp.cos(angles)
     first, second = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
