@@ -115,7 +115,7 @@ def base(tmp_path_factory):
 
 
 def logits_of(run, tokens_BxT):
-    with run.program.layout.use(len(tokens_BxT)):
+    with run.program.layout.for_decoding(len(tokens_BxT)).use():
         logits = jax.jit(run.program.model.apply)({"params": run.params}, jnp.asarray(tokens_BxT))
     return np.asarray(logits)[..., : run.model_config.vocab_size]
 
@@ -455,7 +455,7 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(config, theirs, t
         logits = run.program.model.apply({"params": params}, jnp.asarray(tokens))
         return train.token_losses(logits[:, :-1], jnp.asarray(tokens[:, 1:])).mean()
 
-    with run.program.layout.use(3):
+    with run.program.layout.for_decoding(3).use():
         our_loss, gradients = jax.jit(jax.value_and_grad(ours))(run.params)
     assert float(our_loss) == pytest.approx(loss.item(), abs=1e-4)
     found = jax.tree.map(np.asarray, stack_layers(gradients))
