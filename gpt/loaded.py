@@ -39,10 +39,10 @@ class Loaded:
 
     def corpus(self, data: text.DataConfig | None = None) -> text.Corpus:
         """The corpus of the run, or another. Raises UserError where that of the run has changed, or it has none."""
-        own, block_size = data is None, self.model_config.block_size
+        own = data is None
         if own and self.run.fingerprint is None:
             raise UserError(f"--workdir={self.workdir.path} holds converted weights and no text; name one by --data.")
-        data = data or self.run.config.data
+        data, block_size = data or self.run.config.data, self.model_config.block_size if own else None
         corpus = cluster.first_before_others("corpus", lambda: text.load(data, self.tokenizer, block_size))
         if own and corpus.fingerprint != self.run.fingerprint:
             raise UserError(

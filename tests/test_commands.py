@@ -74,6 +74,15 @@ def test_evaluate_needs_the_workdir_alone(trained, command):
     assert report["perplexity"] == pytest.approx(2.718281828 ** report["loss"])
     # One byte a character here, so that only the unit differs.
     assert report["bits_per_byte"] == pytest.approx(report["loss"] / 0.6931471806, rel=1e-2)
+    # Another text, shorter than a block, with windows that overlap.
+    other = workdir.parent / "other.txt"
+    other.write_text("KING: I am.")
+    flags = (f"--workdir={workdir}", f"--data={other}", "--split=all", "--json")
+    report = json.loads(command("evaluate", *flags, "--stride=4").stdout)
+    assert report["tokens"] == 10
+    refused = command("evaluate", *flags, "--stride=99")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "--stride=99 is more than model.block_size" in refused.stderr
 
 
 def test_sample_by_flags(trained, command):

@@ -676,3 +676,21 @@ def test_byte_corpus_keeps_every_byte(load, write):
     corpus = load(write("a.txt", "naïve café\r\n" * 9), TokenizerConfig("byte"))
     assert isinstance(corpus.tokenizer, ByteTokenizer)
     assert np.concatenate([corpus.train, corpus.validation]).tobytes() == ("naïve café\r\n" * 9).encode()
+
+
+@pytest.mark.parametrize(("length", "stride"), [(50, 3), (50, 8), (9, 3), (5, 2), (17, 1)])
+def test_every_target_counts_once_with_all_the_context_that_the_stride_leaves(length, stride):
+    tokens = np.arange(length) + 100
+    windows = text.EvaluationWindows(tokens, block_size=8, stride=stride)
+    rows = [windows.row(0, index) for index in range(len(windows))]
+    counted = np.concatenate([row["targets"][row["targets"] != text.IGNORED] for row in rows])
+    np.testing.assert_array_equal(counted, tokens[1:])
+    for row in rows[1:]:
+        first = np.flatnonzero(row["targets"] != text.IGNORED)[0]
+        assert first == 8 - stride  # so many tokens before the first one that counts
+        assert row["inputs"][first] + 1 == row["targets"][first]
+
+
+def test_a_split_of_a_corpus():
+    corpus = text.Corpus(np.arange(6), np.arange(6, 9), None, "", None)
+    assert [corpus.split(name).tolist() for name in ("train", "val", "all")] == [[*range(6)], [6, 7, 8], [*range(9)]]

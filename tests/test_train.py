@@ -230,6 +230,23 @@ def test_accumulated_gradient_equals_that_of_the_big_batch(tiny, parts):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_evaluation_with_a_stride_gives_each_target_its_context(tiny):
+    """Against the logits of each target's own context."""
+    corpus = text.load(tiny.data, tiny.tokenizer, 16)
+    tokens, stride = np.asarray(corpus.validation[:60], np.int32), 5
+    program = train.build(tiny, corpus.tokenizer.vocab_size, sharding.make_layout(MeshConfig()), 1)
+    with program.layout.use():
+        params = jax.tree.map(lambda x: x * 8, program.init().params)
+    local, losses = jax.tree.map(np.asarray, params), []
+    for target in range(1, 60):
+        start = max(0, -(-(target - 16) // stride) * stride)  # of the first window that reaches the target
+        logits = program.model.apply({"params": local}, jnp.asarray(tokens[None, start:target]))[0, -1]
+        losses.append(jax.nn.logsumexp(logits) - logits[tokens[target]])
+    result = train.evaluate(program, params, text.EvaluationWindows(tokens, 16, stride=stride), 16)
+    assert result["tokens"] == 59
+    assert result["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
+
+
 def test_evaluation_is_the_exact_mean_over_tokens(tiny):
     """Against a loop over single windows, for batches that the split does not fill."""
     corpus = text.load(tiny.data, tiny.tokenizer, 16)

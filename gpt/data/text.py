@@ -64,11 +64,17 @@ class Corpus:
     fingerprint: str
     border: int | None
 
+    def split(self, name: str) -> np.ndarray:
+        """The tokens of "train", of "val", or of both one after the other, "all"."""
+        if name == "all":
+            return np.concatenate([self.train, self.validation])
+        return {"train": self.train, "val": self.validation}[name]
+
 
 def load(
     config: DataConfig,
     tokenizer: Tokenizer | TokenizerConfig,
-    block_size: int,
+    block_size: int | None,
     say: Callable[[str], object] = lambda line: None,
     status: Callable[[str], object] = lambda line: None,
 ) -> Corpus:
@@ -76,7 +82,7 @@ def load(
 
     Args:
       tokenizer: one that exists (of a workdir), or the kind to be made from this text.
-      block_size: context length in tokens; both splits have to be longer.
+      block_size: context length in tokens; both splits have to be longer. None: what is there will do.
       say: called with a line for the user where there is something to say.
       status: called with lines that each replace the one before, while something takes long.
 
@@ -106,7 +112,7 @@ def load(
         train, validation = train[:split], train[split:]
     validation_key = "data.validation_path" if validation_files else "data.path"
     for name, tokens, key in (("training", train, "data.path"), ("validation", validation, validation_key)):
-        if len(tokens) <= block_size:
+        if block_size is not None and len(tokens) <= block_size:
             raise UserError(
                 f"The {name} text has {len(tokens)} tokens, but model.block_size={block_size} needs at least "
                 f"{block_size + 1}; give more text in {key} or a smaller block."
@@ -184,27 +190,34 @@ class TrainingWindows:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationWindows:
-    """Rows that tile a split from its first token to its last: every target once.
+    """Rows over a split from its first token to its last, in which every target counts once.
 
-    The last row is filled up with targets of `IGNORED`.
+    A row begins `stride` tokens after the one before, and of its targets only those count that no row before it
+    has: the last `stride`, each predicted from the block_size - stride tokens before it and more. The others, and what
+    fills up the last row, are `IGNORED`. With the default stride, block_size, the rows tile the split.
     """
 
     tokens: np.ndarray
     block_size: int
     border: int | None = None
+    stride: int | None = None
 
     def __len__(self) -> int:
-        return -(-(len(self.tokens) - 1) // self.block_size)
+        after_the_first = max(0, len(self.tokens) - 1 - self.block_size)
+        return 1 + -(-after_the_first // (self.stride or self.block_size))
 
     def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
         """As in `TrainingWindows`; every epoch is the same."""
-        start = index * self.block_size
+        stride = self.stride or self.block_size
+        start = index * stride
         window = self.tokens[start : start + self.block_size + 1].astype(np.int32)
         padding = (0, self.block_size + 1 - len(window))
         row = {
             "inputs": np.pad(window[:-1], padding),
             "targets": np.pad(window[1:], padding, constant_values=IGNORED),
         }
+        if index > 0:
+            row["targets"][: self.block_size - stride] = IGNORED
         return _with_starts(row, self.border)
 
 
