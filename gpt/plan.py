@@ -54,6 +54,8 @@ def main() -> int:
         raise UsageError("--search takes one --topology at a time.")
     if _HTML.value and Path(_HTML.value).exists():
         raise UsageError(f"--html={_HTML.value} exists; name another file.")
+    if _HTML.value and not os.access(Path(_HTML.value).parent, os.W_OK):
+        raise UsageError(f"--html={_HTML.value}: its folder does not exist, or cannot be written to.")
     jax.config.update("jax_platforms", "cpu")  # this machine's accelerators have no part in it
     jax.config.update("jax_enable_compilation_cache", False)  # it could not be read without a TPU
     written = from_tree(_CONFIG.value)

@@ -283,6 +283,8 @@ def test_of_gpus_we_say_what_does_not_fit(command):
         (["--config=configs/char.py", "--config.model.vocab_size=9", "--topology=v5e"], 2, "has to look like v5e"),
         (["--config=configs/char.py", "--topology=v9:2x2"], 2, "there is no chip 'v9'"),
         (["--config=configs/char.py", "--topology=v5e:2x2,v5e:4x4", "--search"], 2, "one --topology at a time"),
+        (["--config=configs/char.py", "--topology=v5e:2x2", "--html=nowhere/plan.html"], 2, "folder does not exist"),
+        (["--config=configs/char.py", "--topology=v5e:2x2", "--price=-1"], 2, "price"),
         (["--config=configs/char.py", "--topology=h100:16"], 2, "a host has 1 to 8 GPUs"),
         pytest.param(["--config=configs/char.py", "--topology=v5e:2x2"], 1, "model.vocab_size", marks=needs_libtpu),
         pytest.param(["--config=configs/char.py", "--topology=v5e:3x77"], 2, "refused by libtpu", marks=needs_libtpu),
