@@ -68,22 +68,27 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def one_device_run():
-    """`run_steps` on one device, once for a config."""
-    return functools.cache(lambda config: run_steps(config, sharding.make_layout(MeshConfig(), jax.devices()[:1]), 20))
+def run_20_steps():
+    """`run_steps` on a mesh of some devices, once for each config and mesh."""
+    return functools.cache(
+        lambda config, mesh, devices: run_steps(config, sharding.make_layout(mesh, jax.devices()[:devices]), 20)
+    )
 
 
-# Compiling is what takes the time, so the variants are not tried on every mesh.
-MESHES_OF = {"plain": MESHES, "scan": MESHES[2:3], "chunked-scan-remat": [MESHES[1], MESHES[2], *MESHES[4:7]]}
+# Compiling is what takes the time, so the variants are not tried on every mesh, and on some only with the slow tests.
+MESHES_OF = {"plain": MESHES, "scan": MESHES[2:3], "chunked-scan-remat": [MESHES[2], MESHES[5]]}
 CASES = [(variant, mesh) for variant, meshes in MESHES_OF.items() for mesh in meshes]
+CASES += [
+    pytest.param("chunked-scan-remat", mesh, marks=pytest.mark.slow) for mesh in (MESHES[1], MESHES[4], MESHES[6])
+]
 
 
 @pytest.mark.parametrize(("variant", "mesh_config"), CASES, ids=lambda x: x if isinstance(x, str) else name_of(x))
-def test_every_mesh_gives_the_losses_of_one_device(tiny, one_device_run, variant, mesh_config):
+def test_every_mesh_gives_the_losses_of_one_device(tiny, run_20_steps, variant, mesh_config):
     """20 steps with dropout on: the bits of a dropout mask must not depend on the mesh either."""
     config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, **VARIANTS[variant]))
-    expected, state_1 = one_device_run(config)
-    losses, state = run_steps(config, sharding.make_layout(mesh_config), 20)
+    expected, state_1 = run_20_steps(config, MeshConfig(), 1)
+    losses, state = run_20_steps(config, mesh_config, 8)
     assert expected[-1] < expected[0]
     np.testing.assert_allclose(losses, expected, rtol=2e-5)
     for a, b in zip(jax.tree.leaves(state_1.params), jax.tree.leaves(state.params), strict=True):
@@ -119,10 +124,9 @@ def expected_spec(path: str, spec: P, rules: str) -> P:
 
 
 @pytest.mark.parametrize("mesh_config", MESHES, ids=name_of)
-def test_each_parameter_and_its_moments_are_sharded_as_the_rules_say(tiny, mesh_config):
-    layout = sharding.make_layout(mesh_config)
-    mesh = layout.mesh
-    _, state = run_steps(tiny, layout, 1)  # after a step: the shardings have to survive it
+def test_each_parameter_and_its_moments_are_sharded_as_the_rules_say(tiny, run_20_steps, mesh_config):
+    mesh = sharding.make_layout(mesh_config).mesh
+    _, state = run_20_steps(tiny, mesh_config, 8)  # after steps: the shardings have to survive them
     moments = state.opt_state[1]
     for path, spec in EXPECTED.items():
         spec = expected_spec(path, spec, mesh_config.rules)
