@@ -16,7 +16,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
@@ -110,9 +109,7 @@ def plan(config: Config, topology: str) -> report.Report:
         return json.loads(path.read_text())
     planned = step.measure(config, topology)
     path.parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(planned, file)
-    os.replace(file.name, path)
+    text.write_atomically(path, lambda out: out.write(json.dumps(planned).encode()))
     return planned
 
 

@@ -157,7 +157,7 @@ def _train_bpe(files: list["_File"], vocab_size: int, cache: Path, say: Callable
         say(f"training BPE of {vocab_size:,} tokens on {size / 1e6:,.1f} MB, once …")
         texts = (chunk for file in files for chunk in (tokenizers.SEPARATOR, *_read_chunks(file.path)))
         tokenizer = BPETokenizer.train(texts, vocab_size)
-        _write_atomically(known, lambda out: out.write(tokenizer.to_json().encode()))
+        write_atomically(known, lambda out: out.write(tokenizer.to_json().encode()))
     return tokenizers.from_json(known.read_text(encoding="utf-8"))
 
 
@@ -301,7 +301,7 @@ def _shakespeare(cache: Path) -> Path:
             text = re.sub(r"^\*\*(.+?)\*\* *$", r"\1:", text, flags=re.M)  # speakers
             text = re.sub(r"[\\*_]| +$", "", text, flags=re.M)  # other marks, and the blanks that break a line
             plain.append(text.strip() + "\n\n")
-        _write_atomically(text_file, lambda out: out.write("".join(plain).encode()))
+        write_atomically(text_file, lambda out: out.write("".join(plain).encode()))
     return text_file
 
 
@@ -333,7 +333,7 @@ def _scan(path: Path, cache: Path, say: Callable[[str], object]) -> _File:
             sha256.update(chunk.encode())
             alphabet |= set(chunk)
         found = json.dumps({"sha256": sha256.hexdigest(), "alphabet": "".join(sorted(alphabet))})
-        _write_atomically(known, lambda out: out.write(found.encode()))
+        write_atomically(known, lambda out: out.write(found.encode()))
     found = json.loads(known.read_text())
     return _File(path, found["sha256"], frozenset(found["alphabet"]))
 
@@ -372,7 +372,7 @@ def _tokenise(files: list[_File], tokenizer: Tokenizer, cache: Path, status: Cal
             np.lib.format.write_array_header_1_0(out, header | {"shape": (count,)})
             assert out.tell() == start, "the header has to keep its length"
 
-        _write_atomically(tokens_file, write)
+        write_atomically(tokens_file, write)
     return np.load(tokens_file, mmap_mode="r")
 
 
@@ -393,7 +393,7 @@ class _Bar:
             self._status(f"tokenising [{bar:.<20}] {part:.0%}  {speed / 1e6:.1f} MB/s  {left:.0f} s left")
 
 
-def _write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Writes a file under another name and moves it into place: no reader sees half of it."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as out:

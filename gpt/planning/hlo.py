@@ -233,15 +233,6 @@ class Module:
 parse = functools.lru_cache(maxsize=1)(Module)  # of a large program it takes seconds
 
 
-def matmul_flops(text: str) -> int:
-    """FLOPs of the matrix products of an HLO module: dots, convolutions (TPU), and calls of cuBLAS (GPU).
-
-    Raises:
-      ValueError: a loop's trip count cannot be told.
-    """
-    return sum(operation.times * operation.flops for operation in operations(text))
-
-
 def operations(text: str) -> list[Operation]:
     """What an HLO module runs, collectives left out; see `collectives`.
 

@@ -99,7 +99,7 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
     chip, devices = hardware.of_topology(topology), hardware.topology_devices(topology)
     began = time.perf_counter()
     program = build(config, devices)
-    report = _head(config, topology) | {"num_parameters": program.num_parameters()}
+    report = _head(config, topology, len(devices)) | {"num_parameters": program.num_parameters()}
     state, mesh = program.abstract_state, program.layout.mesh
     memory = report["memory"] | {
         "parameters": sharding.bytes_per_device(state.params),
@@ -154,12 +154,13 @@ def placement(config: Config, topology: str) -> dict[str, Any]:
 
 def refused(config: Config, topology: str, reason: str) -> dict[str, Any]:
     """The report of a config that cannot be compiled."""
-    return _head(config, topology) | {"compiler_says": reason}
+    num_devices = len(hardware.topology_devices(topology))
+    return _head(config, topology, num_devices) | {"compiler_says": reason}
 
 
-def _head(config: Config, topology: str) -> dict[str, Any]:
+def _head(config: Config, topology: str, num_devices: int) -> dict[str, Any]:
     """What is known before compiling."""
-    chip, num_devices = hardware.of_topology(topology), len(hardware.topology_devices(topology))
+    chip = hardware.of_topology(topology)
     return {
         "topology": topology,
         "chip": chip.name,
