@@ -2,7 +2,7 @@
 
     run.json         the resolved config, the fingerprint of the data and the versions of the libraries
     tokenizer.json
-    checkpoints/     one folder a step: parameters and optimizer apart, with orbax's metadata
+    checkpoints/     one folder a step: parameters (or LoRA's adapters) and optimizer apart, with orbax's metadata
     events.out.*     TensorBoard
 
 Weights that were converted and not trained here (see `gpt.convert`) are a workdir without a fingerprint, and with
@@ -72,6 +72,21 @@ class Run:
     config: config_lib.Config
     tokenizer: tokenizers.Tokenizer
     fingerprint: str | None  # of the data; None for weights that were converted, whose data is not known
+    base: "Base | None" = None  # of a run that trains adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class Base:
+    """The checkpoint whose weights a run's adapters belong to.
+
+    Attributes:
+      path: of its workdir.
+      digest: `gpt.lora.digest` of the weights.
+    """
+
+    path: str
+    step: int
+    digest: int
 
 
 class Workdir:
@@ -125,6 +140,7 @@ class Workdir:
         record = {
             "config": dataclasses.asdict(run.config),
             "data_fingerprint": run.fingerprint,
+            "base": run.base and dataclasses.asdict(run.base),
             "versions": {name: importlib.metadata.version(name) for name in libraries},
         }
         # The record last, in one move: a folder with a run.json is complete.
@@ -140,7 +156,8 @@ class Workdir:
         try:
             record = json.loads((self.path / "run.json").read_text())
             tokenizer = tokenizers.from_json((self.path / "tokenizer.json").read_text())
-            return Run(config_lib.from_tree(record["config"]), tokenizer, record["data_fingerprint"])
+            base = Base(**record["base"]) if record["base"] else None
+            return Run(config_lib.from_tree(record["config"]), tokenizer, record["data_fingerprint"], base)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--workdir={self.path}: run.json or tokenizer.json is damaged ({error}).") from None
 

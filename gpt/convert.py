@@ -17,9 +17,10 @@ from typing import Any
 from absl import flags
 
 from gpt import cli, tokenizers
-from gpt.checkpoint import Checkpoints, Deferred, Run, Workdir, write_params
+from gpt.checkpoint import Deferred, Run, Workdir, write_params
 from gpt.config import Config
 from gpt.errors import UsageError, UserError
+from gpt.loaded import Weights
 from gpt.models.gpt import GPTConfig
 
 _FROM_HF = flags.DEFINE_string("from_hf", None, "Folder with a GPT-2 of transformers, to be made into a workdir.")
@@ -344,24 +345,21 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[GPTConfig, i
     run = workdir.read()
     config = run.config.model.resolve(run.tokenizer.vocab_size, "cpu")
     theirs = write_config(config, run.tokenizer.separator)
-    checkpoints = workdir.checkpoints(read_only=True)
-    step = checkpoints.find(checkpoint)
+    weights = Weights(workdir, checkpoint)
     _refuse_to_overwrite("to_hf", folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "model.safetensors", config, checkpoints, step)
+        write_safetensors(folder / "model.safetensors", config, weights)
         for name, text in write_tokenizer(run.tokenizer).items():
             (folder / name).write_text(text, encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"Cannot write to --to_hf={folder}: {error.strerror or error}.") from None
-    finally:
-        checkpoints.close()
-    return config, step
+    return config, weights.step
 
 
-def write_safetensors(path: Path, config: GPTConfig, checkpoints: Checkpoints, step: int) -> None:
-    """Writes the parameters of a step in the safetensors format, one after the other.
+def write_safetensors(path: Path, config: GPTConfig, weights: Weights) -> None:
+    """Writes the parameters in the safetensors format, one after the other.
 
     The format is eight bytes with the header's length, the header in JSON, and the arrays one after the other
     (https://github.com/huggingface/safetensors#format). The library's own writer wants them all in memory.
@@ -382,7 +380,7 @@ def write_safetensors(path: Path, config: GPTConfig, checkpoints: Checkpoints, s
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for (name, tensor), array in zip(wanted.items(), checkpoints.restore_each(step, wanted), strict=True):
+        for (name, tensor), array in zip(wanted.items(), weights.restore_each(wanted), strict=True):
             for layer in _layers(name, config):
                 ours = array[layer] if name.startswith("blocks/") else array
                 out.write(tensor.write(ours).astype("<f4").tobytes())

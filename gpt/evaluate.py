@@ -30,11 +30,12 @@ flags.adopt_module_key_flags(cluster)
 
 
 def main() -> int:
-    from gpt import loaded, train  # after the flags: mistakes in them need not wait for it
+    from gpt import backend, loaded, program  # after the flags: mistakes in them need not wait for it
     from gpt.data import text
 
-    cluster.start()
-    run = loaded.load(Workdir(_WORKDIR.value), _CHECKPOINT.value, _BATCH_SIZE.value)
+    workdir = Workdir(_WORKDIR.value)
+    backend.prepare(workdir.read().config, rows=0)
+    run = loaded.load(workdir, _CHECKPOINT.value, _BATCH_SIZE.value)
     block_size = run.model_config.block_size
     if _STRIDE.value and _STRIDE.value > block_size:
         raise UsageError(f"--stride={_STRIDE.value} is more than model.block_size={block_size}: it would leave gaps.")
@@ -44,7 +45,7 @@ def main() -> int:
     if len(tokens) < 2:
         raise UserError(f"The {_SPLIT.value} split has {len(tokens)} tokens: too few to predict any; try --split=all.")
     windows = text.EvaluationWindows(tokens, block_size, corpus.border, _STRIDE.value)
-    result = train.evaluate(run.program, run.params, windows, run.batch_size)
+    result = program.evaluate(run.program, run.params, windows, run.batch_size)
     loss, nats = result["loss"], result["loss"] * result["tokens"]
     size = sum(run.tokenizer.byte_lengths[tokens[i : i + 2**20]].sum() for i in range(1, len(tokens), 2**20))
     report = {

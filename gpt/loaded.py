@@ -1,14 +1,99 @@
-"""A trained model, opened from its workdir alone: for evaluating and sampling."""
+"""A trained model, opened from its workdir alone: for evaluating, sampling, and as the start of another run."""
 
 import dataclasses
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from gpt import cluster, sharding, tokenizers, train
-from gpt.checkpoint import Run, Workdir
+import numpy as np
+
+from gpt import cluster, lora, sharding, tokenizers
+from gpt.checkpoint import Base, Run, Workdir
 from gpt.config import Config
 from gpt.data import text
 from gpt.errors import UserError
 from gpt.models.gpt import GPTConfig
+from gpt.program import Program, build
+
+
+class Weights:
+    """A checkpoint of a workdir, to take the model's parameters from.
+
+    Attributes:
+      run: what the workdir says.
+      step: of the checkpoint.
+
+    Raises:
+      UserError: there is no run, no such checkpoint, or it is damaged.
+    """
+
+    def __init__(self, workdir: Workdir, checkpoint: str):
+        self.workdir, self.run = workdir, workdir.read()
+        self._checkpoints = workdir.checkpoints(read_only=True)
+        self.step = self._checkpoints.find(checkpoint)
+        self._base = Weights.of_base(self.run.base) if self.run.base else None
+        self._digest: int | None = None  # that the parameters must have
+
+    @classmethod
+    def of_base(cls, base: Base) -> "Weights":
+        """Those that adapters belong to. Raises UserError where they are not there."""
+        try:
+            weights = cls(Workdir(base.path), str(base.step))
+        except UserError as error:
+            raise UserError(f"The weights that adapters were trained for: {error}") from None
+        weights._digest = base.digest
+        return weights
+
+    def as_base(self, params: Any) -> Base:
+        """The record of these weights, once restored as `params`, for adapters."""
+        return Base(str(self.workdir.path), self.step, int(lora.digest(params)))
+
+    def restore(self, program: Program) -> Any:
+        """The parameters, adapters merged, sharded as the program wants them.
+
+        Raises:
+          UserError: a shape differs, by its name, or adapters belong to other weights.
+        """
+        if self._base:
+            scan_layers = program.model.config.scan_layers
+            config = with_batch(self.run.config, program.layout.batch_shards)
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=scan_layers))
+            own = build(config, self.run.tokenizer.vocab_size, program.layout, total_steps=1)
+            adapters = self._checkpoints.restore(self.step, params=own.abstract_state.params)["params"]
+            params = own.merge(self._base.restore(program), adapters)
+        else:
+            params = self._checkpoints.restore(self.step, params=program.abstract_params)["params"]
+        self._checkpoints.close()
+        if self._digest is not None:
+            self._check(int(lora.digest(params)))
+        return params
+
+    def restore_each(self, names: Iterable[str]) -> Iterator[np.ndarray]:
+        """The parameters of all names, as `Checkpoints.restore_each` gives them, adapters merged.
+
+        Raises:
+          UserError: as `restore`.
+        """
+        names = list(names)
+        scale = self.run.config.model.lora_alpha / max(self.run.config.model.lora_rank, 1)
+        targets = tuple(f"/{name}/kernel" for name in self.run.config.model.lora_targets.split(","))
+        arrays = (self._base or self._checkpoints).restore_each(*([] if self._base else [self.step]), names)
+        digest = 0
+        for name, array in zip(names, arrays, strict=True):
+            if self._base and name.endswith(targets):
+                place = name.removesuffix("kernel")
+                a, b = self._checkpoints.restore_each(self.step, (place + "a", place + "b"))
+                array = array + scale * lora.product({"a": a, "b": b}, array.shape)
+            digest = (digest + int(array.view(np.uint32).sum(dtype=np.uint32))) % 2**32
+            yield array
+        if self._digest is not None:
+            self._check(digest)
+
+    def _check(self, digest: int) -> None:
+        if digest != self._digest:
+            raise UserError(
+                f"Step {self.step} of {self.workdir.path} has other weights than those that the adapters were trained "
+                "for: put these back, or name their workdir as base.path in run.json."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +110,7 @@ class Loaded:
     workdir: Workdir
     run: Run
     step: int
-    program: train.Program
+    program: Program
     params: Any
     batch_size: int
 
@@ -62,18 +147,15 @@ def load(workdir: Workdir, checkpoint: str, batch_size: int | None = None) -> Lo
     Raises:
       UserError: there is no run, no such checkpoint, or it is damaged.
     """
-    run = workdir.read()
-    checkpoints = workdir.checkpoints(read_only=True)
-    step = checkpoints.find(checkpoint)
+    weights = Weights(workdir, checkpoint)
+    run = weights.run
     try:
         layout = sharding.make_layout(run.config.mesh)
     except UserError:
         layout = sharding.make_layout(sharding.MeshConfig())
     batch_size = -(-(batch_size or run.config.train.batch_size) // layout.batch_shards) * layout.batch_shards
-    program = train.build(with_batch(run.config, batch_size), run.tokenizer.vocab_size, layout, total_steps=1)
-    params = checkpoints.restore(step, params=program.abstract_state.params)["params"]
-    checkpoints.close()
-    return Loaded(workdir, run, step, program, params, batch_size)
+    program = build(with_batch(run.config, batch_size), run.tokenizer.vocab_size, layout, total_steps=1)
+    return Loaded(workdir, run, weights.step, program, weights.restore(program), batch_size)
 
 
 def with_batch(config: Config, batch_size: int) -> Config:

@@ -31,10 +31,10 @@ __doc__ += "\n" + "\n".join(
 def main() -> int:
     if _CONFIG.value is None:
         raise UsageError("Name a config file: --config=configs/char.py.")
-    from gpt import train  # after the flags: help and mistakes in them need not wait for it
+    from gpt import backend, train  # after the flags: help and mistakes in them need not wait for it
 
     settings = config.from_tree(_CONFIG.value)
-    cluster.start()
+    backend.prepare(settings, settings.train.batch_size // settings.train.micro_batches)
     file, _, argument = flags.FLAGS["config"].config_filename.partition(":")
     name = "-".join(filter(None, (Path(file).stem, Path(argument).name)))  # the argument may be a path
     workdir = Workdir(_WORKDIR.value or Path("runs") / name)

@@ -55,12 +55,12 @@ def schedule(config: OptimizerConfig, tokens_per_step: int, total_steps: int) ->
 
 
 def decay_mask(params: Any) -> Any:
-    """True for the parameters that weight decay shrinks: those named `kernel`.
+    """True for the parameters that weight decay shrinks: those named `kernel`, and the `a` and `b` of LoRA.
 
     These are the matrices that multiply activations; embeddings, norms and biases have other names.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key == "kernel", params, is_leaf=lambda x: hasattr(x, "unbox")
+        lambda path, _: path[-1].key in ("kernel", "a", "b"), params, is_leaf=lambda x: hasattr(x, "unbox")
     )
 
 

@@ -33,8 +33,8 @@ PRESETS: dict[str, Rules] = {
     "sp": (*_BATCH, ("length", ("sequence",)), *_TENSOR, ("embed", ("fsdp", "sequence")), *_EMBED),
 }
 # Names that a rule of the user's may have: those above, `kv` (the size of a head), `layers` (the axis
-# of scanned layers), and `keys` (the length on the side of attention's keys and values).
-LOGICAL_AXES = ("batch", "length", "keys", "embed", "heads", "kv", "mlp", "vocab", "layers")
+# of scanned layers), `keys` (the length on the side of attention's keys and values) and `rank` (of LoRA).
+LOGICAL_AXES = ("batch", "length", "keys", "embed", "heads", "kv", "mlp", "vocab", "layers", "rank")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,201 +6,23 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt import cluster, generate, hardware, metrics, optimizer, sharding
-from gpt.checkpoint import Run, Workdir, refuse_changes
+from gpt import cluster, generate, hardware, metrics, sharding
+from gpt.checkpoint import Checkpoints, Run, Workdir, refuse_changes
 from gpt.config import Config
 from gpt.data import pipeline, text
 from gpt.errors import UserError
-from gpt.models.gpt import GPT
-
-HISTOGRAM_POSITIONS, HISTOGRAM_BINS = 64, 64
-
-
-@flax.struct.dataclass
-class TrainState:
-    """All that a step changes. `step` counts the steps done."""
-
-    step: jax.Array
-    params: Any
-    opt_state: Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """The functions of a run, to be compiled for a mesh, and the shardings they are compiled with.
-
-    Attributes:
-      layout: the mesh and the rules.
-      model: the module that maps tokens to logits.
-      abstract_state: TrainState of jax.ShapeDtypeStruct, with shardings.
-      logical_axes: of each parameter, the names of its axes, as a PartitionSpec.
-      init: () -> TrainState, each array made on the devices that hold it.
-      begin: (params) -> TrainState before the first step from given parameters, which are used up.
-      train_step: (state, batch) -> (state, metrics); the state given is used up.
-      eval_step: (params, batch) -> sums over the batch.
-    """
-
-    layout: sharding.Layout
-    model: GPT
-    abstract_state: TrainState
-    logical_axes: Any
-    init: Callable[[], TrainState]
-    begin: Callable[[Any], TrainState]
-    train_step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
-    eval_step: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
-
-    def num_parameters(self) -> int:
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_state.params))
-
-
-def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps: int) -> Program:
-    """The program of a run on a mesh; nothing is compiled or allocated yet.
-
-    Raises:
-      UserError: the mesh does not divide the batch or a parameter.
-    """
-    pipeline.check_batch(config.train.batch_size, layout, config.train.micro_batches)
-    model_config = config.model.resolve(vocab_size, layout.mesh.devices.flat[0].platform)
-    layout.check_length(model_config.block_size)
-    model = GPT(model_config)
-    tokens_per_step = config.train.batch_size * model_config.block_size
-    learning_rate = optimizer.schedule(config.optimizer, tokens_per_step, total_steps)
-    tx = optimizer.make_optimizer(config.optimizer, learning_rate)
-
-    def begin(params) -> TrainState:
-        return TrainState(jnp.zeros((), jnp.int32), params, tx.init(params))
-
-    def init_boxed() -> TrainState:
-        # Parameters do not depend on the batch, so the smallest that the mesh divides will do.
-        tokens = jnp.zeros((layout.batch_shards, model_config.block_size), jnp.int32)
-        return begin(model.init(jax.random.key(config.seed), tokens)["params"])
-
-    def train_step(state: TrainState, batch: dict[str, jax.Array]):
-        # A key for each (seed, step), so that a run resumed draws what it would have drawn.
-        dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != text.IGNORED), 1)
-
-        def loss_of(params, batch, key):
-            logits = model.apply(
-                {"params": params}, batch["inputs"], batch.get("starts"), deterministic=False, rngs={"dropout": key}
-            )
-            return weight * token_losses(logits, batch["targets"]).sum()
-
-        loss, grads = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches)(
-            state.params, batch, dropout_key
-        )
-        if layout.zero1:  # each device updates the part of the parameters that its optimizer state is for
-            grads = jax.lax.with_sharding_constraint(grads, layout.spread(abstract.params, shardings.params))
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        measured = {
-            "loss": loss,
-            "gradient_norm": optax.tree.norm(grads),
-            "parameter_norm": optax.tree.norm(params),
-            "learning_rate": learning_rate(state.step),
-        }
-        return TrainState(state.step + 1, params, opt_state), measured
-
-    def eval_step(params, batch):
-        logits = model.apply({"params": params}, batch["inputs"], batch.get("starts"))
-        counts, edges = jnp.histogram(logits[0, :HISTOGRAM_POSITIONS, : model_config.vocab_size], HISTOGRAM_BINS)
-        return {
-            "loss": token_losses(logits, batch["targets"]).sum(),
-            "tokens": jnp.sum(batch["targets"] != text.IGNORED),
-            "logits_counts": counts,
-            "logits_edges": edges,
-        }
-
-    abstract_boxed = jax.eval_shape(init_boxed)
-    abstract = nn.unbox(abstract_boxed)
-    shardings = layout.state_shardings(abstract_boxed)
-    if layout.zero1:
-        shardings = shardings.replace(opt_state=layout.spread(abstract.opt_state, shardings.opt_state))
-    batch, everywhere = layout.batch, layout.replicated
-    return Program(
-        layout=layout,
-        model=model,
-        abstract_state=jax.tree.map(
-            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings
-        ),
-        logical_axes=nn.get_partition_spec(abstract_boxed.params),
-        init=jax.jit(lambda: nn.unbox(init_boxed()), out_shardings=shardings),
-        begin=jax.jit(begin, out_shardings=shardings, donate_argnums=0),
-        train_step=jax.jit(
-            train_step,
-            in_shardings=(shardings, batch),
-            out_shardings=(shardings, everywhere),
-            donate_argnums=0,
-        ),
-        eval_step=jax.jit(eval_step, in_shardings=(shardings.params, batch), out_shardings=everywhere),
-    )
-
-
-def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
-    """[B, T] cross-entropies in nats; 0 where the target is `text.IGNORED`."""
-    # A comparison and a sum instead of an index: no gather across a sharded vocabulary.
-    is_target_BxTxV = targets_BxT[..., None] == jnp.arange(logits_BxTxV.shape[-1])
-    target_logits_BxT = jnp.sum(jnp.where(is_target_BxTxV, logits_BxTxV, 0), axis=-1)
-    losses_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - target_logits_BxT
-    return jnp.where(targets_BxT != text.IGNORED, losses_BxT, 0)
-
-
-def accumulate(value_and_grad: Callable, parts: int) -> Callable:
-    """`value_and_grad(params, batch, key)` as a sum over `parts` of the batch, one after the other."""
-    if parts == 1:
-        return value_and_grad
-
-    def accumulated(params, batch, key):
-        def split(x):
-            # Each part takes rows from every device's share, so that no row has to move.
-            x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
-            return nn.with_logical_constraint(x, (None, "batch") + (None,) * (x.ndim - 2))
-
-        def add(total, part):
-            batch, i = part
-            return jax.tree.map(jnp.add, total, value_and_grad(params, batch, jax.random.fold_in(key, i))), None
-
-        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        total, _ = jax.lax.scan(add, zeros, (jax.tree.map(split, batch), jnp.arange(parts)))
-        return total
-
-    return accumulated
-
-
-def evaluate(program: Program, params: Any, source: pipeline.Source, batch_size: int) -> dict[str, Any]:
-    """Means over every token of a source.
-
-    Returns:
-      {"loss": nats per token, "tokens": how many, "logits_counts", "logits_edges": a histogram of
-      the logits of the first tokens}.
-    """
-    rows = program.layout.local_rows(batch_size)
-    padding = {"inputs": 0, "targets": text.IGNORED, "starts": 0}
-    with program.layout.use():
-        batches = pipeline.evaluation_batches(source, batch_size, rows, padding)
-        done, pending = [], None
-        for batch in pipeline.to_devices(batches, program.layout, rows, batch_size):
-            # One batch ahead and no more: a long queue would hold memory (and can deadlock CPU collectives).
-            dispatched = program.eval_step(params, batch)
-            if pending:
-                done.append(jax.device_get(pending))
-            pending = dispatched
-        done.append(jax.device_get(pending))
-    tokens = sum(int(sums["tokens"]) for sums in done)
-    return done[0] | {"loss": sum(float(sums["loss"]) for sums in done) / tokens, "tokens": tokens}
+from gpt.loaded import Weights
+from gpt.program import Program, TrainState, build, count, evaluate
 
 
 class Interrupted:
@@ -256,13 +78,13 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
             f"--workdir={workdir.path} holds converted weights; start from them in another --workdir, with "
             f"--config.train.init_from={workdir.path}."
         )
-    origin = Origin(config) if config.train.init_from and not before else None
+    origin = first_weights(config, before)
     progress = metrics.Progress(enabled=cluster.is_first())
-    tokenizer = before.tokenizer if before else origin.tokenizer if origin else config.tokenizer
+    tokenizer = before.tokenizer if before else origin.run.tokenizer if origin else config.tokenizer
     corpus = cluster.first_before_others(
         "corpus", lambda: text.load(config.data, tokenizer, config.model.block_size, progress.say, progress.status)
     )
-    run = Run(config, corpus.tokenizer, corpus.fingerprint)
+    run = Run(config, corpus.tokenizer, corpus.fingerprint, before and before.base)
     changes = refuse_changes(before, run, workdir.path, allow_config_change) if before else {}
 
     block_size, batch_size = config.model.block_size, config.train.batch_size
@@ -271,6 +93,9 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     tokens_per_step = batch_size * block_size
     total_steps = config.train.total_steps(block_size, len(training))
     program = build(config, corpus.tokenizer.vocab_size, layout, total_steps)
+    first_params = origin.restore(program) if origin else None
+    if config.model.lora_rank and not run.base:
+        run = dataclasses.replace(run, base=origin.as_base(first_params))
     sample = Sampler(program, run)
     workdir.record(run)
 
@@ -289,13 +114,13 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
         return 0
     if start:
         progress.say(f"resuming after step {start:,}")
-        state = restore(checkpoints, start, program)
+        state = restore(checkpoints, start, program, frozen=first_params)
     else:
-        params = origin.restore(program) if origin else None
         with layout.use():
-            state = program.begin(params) if origin else program.init()
+            state = program.begin(first_params) if origin else program.init()
         if origin:
-            progress.say(f"starting from step {origin.step:,} of {origin.path}")
+            progress.say(f"starting from step {origin.step:,} of {origin.workdir.path}")
+    del first_params  # now part of the state
 
     tensorboard = metrics.TensorBoard(workdir.path, start, enabled=cluster.is_first())
     tensorboard.text(start, "config", f"```json\n{json.dumps(dataclasses.asdict(config), indent=1)}\n```")
@@ -326,12 +151,13 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
         return int(stop_signal)
 
     def evaluate_and_sample(step: int) -> float:
-        result = evaluate(program, state.params, validation, batch_size)
+        params = program.whole(state)
+        result = evaluate(program, params, validation, batch_size)
         progress.evaluated(step, result["loss"], best=result["loss"] < best_loss)
         tensorboard.scalars(step, {"validation/loss": result["loss"]})
         tensorboard.histogram(step, "validation/logits", result["logits_counts"], result["logits_edges"])
         if config.train.sample_tokens:
-            written = sample(state.params, step)
+            written = sample(params, step)
             progress.say("\n".join("  │ " + line for line in written.splitlines()))
             tensorboard.text(step, "sample", "    " + written.replace("\n", "\n    "))
         tensorboard.flush()
@@ -390,47 +216,41 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     return 0
 
 
-class Origin:
-    """The checkpoint that a run takes its first parameters from: the best one in `train.init_from`.
-
-    Attributes:
-      path: of its workdir.
-      tokenizer: which the run has to take over.
-      step: of the checkpoint.
+def first_weights(config: Config, before: Run | None) -> Weights | None:
+    """The weights that a run starts from, or that its adapters belong to; None: random ones, or those it has saved.
 
     Raises:
-      UserError: there is none, or it has another kind of tokenizer.
+      UserError: there are none, they have another kind of tokenizer, or adapters have none to belong to.
     """
-
-    def __init__(self, config: Config):
-        workdir = Workdir(config.train.init_from)
-        self.path = workdir.path
-        try:
-            run = workdir.read()
-            self._checkpoints = workdir.checkpoints(read_only=True)
-            self.step = self._checkpoints.find("best")
-        except UserError as error:
-            raise UserError(f"train.init_from={config.train.init_from}: {error}") from None
-        if run.config.tokenizer.name != config.tokenizer.name:
+    if before and before.base:
+        return Weights.of_base(before.base)
+    if before:
+        return None
+    if not config.train.init_from:
+        if config.model.lora_rank:
             raise UserError(
-                f"train.init_from={config.train.init_from} has a tokenizer of the kind {run.config.tokenizer.name}; "
-                f"set tokenizer.name={run.config.tokenizer.name}."
+                f"model.lora_rank={config.model.lora_rank}: adapters are for trained weights; name them by "
+                "train.init_from."
             )
-        self.tokenizer = run.tokenizer
+        return None
+    try:
+        weights = Weights(Workdir(config.train.init_from), "best")
+    except UserError as error:
+        raise UserError(f"train.init_from={config.train.init_from}: {error}") from None
+    if weights.run.config.tokenizer.name != config.tokenizer.name:
+        raise UserError(
+            f"train.init_from={config.train.init_from} has a tokenizer of the kind "
+            f"{weights.run.config.tokenizer.name}; set tokenizer.name={weights.run.config.tokenizer.name}."
+        )
+    return weights
 
-    def restore(self, program: Program) -> Any:
-        """The parameters, sharded as the program wants them. Raises UserError where a shape differs, by its name."""
-        params = self._checkpoints.restore(self.step, params=program.abstract_state.params)["params"]
-        self._checkpoints.close()
-        return params
 
-
-def restore(checkpoints, step: int, program: Program) -> TrainState:
-    """The state after a step, sharded as the program wants it."""
+def restore(checkpoints: Checkpoints, step: int, program: Program, frozen: Any = None) -> TrainState:
+    """The state after a step, sharded as the program wants it; `frozen` as in TrainState."""
     abstract = program.abstract_state
     restored = checkpoints.restore(step, params=abstract.params, optimizer=abstract.opt_state)
     counter = jax.device_put(np.int32(step), abstract.step.sharding)
-    return TrainState(counter, restored["params"], restored["optimizer"])
+    return TrainState(counter, restored["params"], restored["optimizer"], frozen or {})
 
 
 def describe(
@@ -440,15 +260,16 @@ def describe(
     c, mesh, batch_size = program.model.config, program.layout.mesh, config.train.batch_size
     shape = f"{c.num_layers} layers, {c.num_heads} heads, {c.embed_dim} wide, block {c.block_size}"
     yield f"model  {program.num_parameters():,} parameters: {shape}, {c.dtype}"
+    state = program.abstract_state
+    if c.lora_rank:
+        yield f"lora   {count(state.params):,} parameters are trained: rank {c.lora_rank} at {c.lora_targets}"
     yield (
         f"data   {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, "
         f"vocabulary {corpus.tokenizer.vocab_size}"
     )
-    state = program.abstract_state
-    held = [sharding.bytes_per_device(tree) / 1e6 for tree in (state.params, state.opt_state)]
-    whole = [
-        sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e6 for tree in (state.params, state.opt_state)
-    ]
+    trees = (state.params, state.frozen), state.opt_state
+    held = [sharding.bytes_per_device(tree) / 1e6 for tree in trees]
+    whole = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e6 for tree in trees]
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     yield f"mesh   {sizes} over {mesh.size} × {mesh.devices.flat[0].device_kind}{hosts}, rules {config.mesh.rules}"
@@ -456,7 +277,7 @@ def describe(
         f"memory {sum(held):,.1f} MB a device: parameters {held[0]:,.1f}, optimizer {held[1]:,.1f} "
         f"(of {whole[0]:,.1f} and {whole[1]:,.1f} in all)"
     )
-    yield from ("       " + line for line in sharding.table(sharding.parameters(state.params, program.logical_axes)))
+    yield from ("       " + line for line in sharding.table(program.parameters()))
     tokens = batch_size * c.block_size
     epochs = total_steps * batch_size / rows_per_epoch
     yield f"run    {total_steps:,} steps × {tokens:,} tokens = {total_steps * tokens:,} tokens, {epochs:.1f} epochs"

@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from gpt import convert, generate, loaded, tokenizers, train
+from gpt import program as program_lib
 from gpt.checkpoint import Workdir
 from gpt.config import Config, OptimizerConfig, TrainConfig
 from gpt.data import pipeline, text
@@ -348,7 +349,7 @@ def test_a_run_starts_from_weights_on_any_mesh_and_goes_on_without_them(base, pl
     first = loaded.load(origin, "best")
     rows = text.TrainingWindows(first.corpus(config.data).train, 32, 0)
     batch = next(pipeline.training_batches(rows, 16, 0, range(16)))
-    expected = train.token_losses(logits_of(first, batch["inputs"]), batch["targets"]).mean()
+    expected = program_lib.token_losses(logits_of(first, batch["inputs"]), batch["targets"]).mean()
     assert losses[0][0] == pytest.approx(float(expected), abs=1e-4)
     with pytest.raises(UserError, match="holds converted weights and no text; name one by --data"):
         first.corpus()
@@ -453,7 +454,7 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(config, theirs, t
 
     def ours(params):
         logits = run.program.model.apply({"params": params}, jnp.asarray(tokens))
-        return train.token_losses(logits[:, :-1], jnp.asarray(tokens[:, 1:])).mean()
+        return program_lib.token_losses(logits[:, :-1], jnp.asarray(tokens[:, 1:])).mean()
 
     with run.program.layout.for_decoding(3).use():
         our_loss, gradients = jax.jit(jax.value_and_grad(ours))(run.params)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gpt import generate, loaded, sharding, train
+from gpt import program as program_lib
 from gpt.checkpoint import Workdir
 from gpt.data import text
 from gpt.data.text import DataConfig, EvaluationWindows, TrainingWindows
@@ -236,7 +237,7 @@ def test_train_evaluate_and_sample_from_the_workdir_alone(tiny, play, tmp_path):
     corpus = run.corpus()
     assert run.step == 4
     source = EvaluationWindows(corpus.validation, 16, corpus.border)
-    result = train.evaluate(run.program, run.params, source, run.batch_size)
+    result = program_lib.evaluate(run.program, run.params, source, run.batch_size)
     assert result["tokens"] == len(corpus.validation) - 1
     inputs, targets = [], []
     for row in (source.row(0, i) for i in range(len(source))):
@@ -248,7 +249,7 @@ def test_train_evaluate_and_sample_from_the_workdir_alone(tiny, play, tmp_path):
 
     @quick_jit
     def total(params, inputs, targets):
-        return train.token_losses(GPT(run.model_config).apply({"params": params}, inputs), targets).sum()
+        return program_lib.token_losses(GPT(run.model_config).apply({"params": params}, inputs), targets).sum()
 
     alone = total(jax.device_get(run.params), np.array(inputs), np.array(targets))
     assert result["loss"] == pytest.approx(float(alone) / result["tokens"], rel=1e-5)

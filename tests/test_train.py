@@ -14,6 +14,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt import loaded, metrics, sharding, train
+from gpt import program as program_lib
 from gpt.checkpoint import Workdir
 from gpt.data import pipeline, text
 from gpt.errors import UserError
@@ -99,7 +100,7 @@ def test_resuming_on_another_mesh_goes_on_the_same(tiny, whole, tmp_path, monkey
     step = workdir.checkpoints(read_only=True).last()
     before = checkpoint_arrays(workdir, step)
     other = change(tiny, "mesh", rules="fsdp_tp", data=2, fsdp=2, model=2)
-    program = train.build(other, workdir.read().tokenizer.vocab_size, sharding.make_layout(other.mesh), 20)
+    program = program_lib.build(other, workdir.read().tokenizer.vocab_size, sharding.make_layout(other.mesh), 20)
     checkpoints = workdir.checkpoints(read_only=True)
     after = train.restore(checkpoints, step, program)
     for (path, x), (name, y) in zip(jax.tree_util.tree_leaves_with_path(after), before.items(), strict=True):
@@ -204,8 +205,8 @@ def gradients(config, layout):
     """Parameters after one step of plain gradient descent, which show the gradient."""
     corpus = text.load(config.data, config.tokenizer, config.model.block_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.optimizer, "make_optimizer", lambda *_: optax.sgd(1.0))
-        program = train.build(config, corpus.tokenizer.vocab_size, layout, 1)
+        patch.setattr(program_lib.optimizer, "make_optimizer", lambda *_: optax.sgd(1.0))
+        program = program_lib.build(config, corpus.tokenizer.vocab_size, layout, 1)
         source = text.TrainingWindows(corpus.train, config.model.block_size, 0)
         rows = range(16)
         batch = next(pipeline.to_devices(pipeline.training_batches(source, 16, 0, rows), layout, rows, 16))
@@ -234,7 +235,7 @@ def test_evaluation_with_a_stride_gives_each_target_its_context(tiny):
     """Against the logits of each target's own context."""
     corpus = text.load(tiny.data, tiny.tokenizer, 16)
     tokens, stride = np.asarray(corpus.validation[:60], np.int32), 5
-    program = train.build(tiny, corpus.tokenizer.vocab_size, sharding.make_layout(MeshConfig()), 1)
+    program = program_lib.build(tiny, corpus.tokenizer.vocab_size, sharding.make_layout(MeshConfig()), 1)
     with program.layout.use():
         params = jax.tree.map(lambda x: x * 8, program.init().params)
     contexts, lengths = np.zeros((59, 16), np.int32), []
@@ -245,7 +246,7 @@ def test_evaluation_with_a_stride_gives_each_target_its_context(tiny):
     logits = program.model.apply({"params": jax.tree.map(np.asarray, params)}, contexts)
     logits = logits[np.arange(59), np.array(lengths) - 1]
     losses = jax.nn.logsumexp(logits, axis=-1) - logits[np.arange(59), tokens[1:]]
-    result = train.evaluate(program, params, text.EvaluationWindows(tokens, 16, stride=stride), 16)
+    result = program_lib.evaluate(program, params, text.EvaluationWindows(tokens, 16, stride=stride), 16)
     assert result["tokens"] == 59
     assert result["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
 
@@ -254,7 +255,7 @@ def test_evaluation_is_the_exact_mean_over_tokens(tiny):
     """Against a loop over single windows, for batches that the split does not fill."""
     corpus = text.load(tiny.data, tiny.tokenizer, 16)
     validation = corpus.validation[:1003]
-    program = train.build(tiny, corpus.tokenizer.vocab_size, sharding.make_layout(MeshConfig()), 1)
+    program = program_lib.build(tiny, corpus.tokenizer.vocab_size, sharding.make_layout(MeshConfig()), 1)
     with program.layout.use():
         params = program.init().params
     params = jax.tree.map(lambda x: x * 8, params)  # far from uniform
@@ -267,7 +268,7 @@ def test_evaluation_is_the_exact_mean_over_tokens(tiny):
         total += (log_sum - logits[np.arange(len(window) - 1), window[1:]]).sum()
     source = text.EvaluationWindows(validation, 16)
     for batch_size in (8, 24, 40, 80):
-        result = train.evaluate(program, params, source, batch_size)
+        result = program_lib.evaluate(program, params, source, batch_size)
         assert result["tokens"] == 1002
         assert result["loss"] == pytest.approx(total / 1002, rel=1e-5)
 

@@ -34,6 +34,8 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
+LORA_TARGETS = ("qkv", "out", "up", "down")
+
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig:
@@ -60,6 +62,9 @@ class GPTConfig:
     dtype: str = "auto"  # of the computation: float32, bfloat16; auto is float32 on CPU, bfloat16 elsewhere
     scan_layers: bool = False  # one compiled block in a loop: compiles faster, on for deep models
     remat: str = "none"  # what the backward pass recomputes: none, dots (keep products), full
+    lora_rank: int = 0  # of the adapters that are trained in place of train.init_from's weights; 0: none
+    lora_alpha: float = 16.0  # what they add is scaled by lora_alpha/lora_rank
+    lora_targets: str = "qkv"  # which kernels have one, of qkv, out, up, down: "qkv,out"
 
     def __post_init__(self):
         check_positive(
@@ -73,6 +78,11 @@ class GPTConfig:
         check_choice("model.attention", self.attention, attention.ATTENTION)
         check_choice("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         check_choice("model.remat", self.remat, REMAT_POLICIES)
+        check_positive("model", self, "lora_alpha")
+        if self.lora_rank < 0:
+            raise UserError(f"model.lora_rank={self.lora_rank} has to be 0 (no LoRA) or more.")
+        if not set(self.lora_targets.split(",")) <= set(LORA_TARGETS):
+            raise UserError(f"model.lora_targets={self.lora_targets!r} has to name some of {','.join(LORA_TARGETS)}.")
         if self.mlp_dim < 1:
             raise UserError(f"model.mlp_factor={self.mlp_factor} leaves the MLP without a hidden unit.")
         if self.vocab_size < 0:
@@ -116,12 +126,17 @@ class GPTConfig:
     def flops_per_token(self) -> float:
         """Model FLOPs of forward and backward pass for one trained token, at full block size.
 
-        6 for each parameter that multiplies an activation, plus 12·layers·width·length for the
+        6 for each parameter that multiplies an activation (4 if it is frozen), plus 12·layers·width·length for the
         attention scores and values (PaLM's convention, arXiv 2204.02311 appendix B).
         """
-        block = 4 * self.embed_dim**2 + 2 * self.embed_dim * self.mlp_dim
-        weights = self.num_layers * block + self.vocab_size * self.embed_dim
-        return 6 * weights + 12 * self.num_layers * self.embed_dim * self.block_size
+        d, f = self.embed_dim, self.mlp_dim
+        weights = self.num_layers * (4 * d**2 + 2 * d * f) + self.vocab_size * d
+        scores = 12 * self.num_layers * d * self.block_size
+        if not self.lora_rank:
+            return 6 * weights + scores
+        widths = {"qkv": d + 3 * d, "out": d + d, "up": d + f, "down": f + d}
+        adapters = self.num_layers * self.lora_rank * sum(widths[name] for name in self.lora_targets.split(","))
+        return 4 * weights + 6 * adapters + scores
 
 
 class SelfAttention(nn.Module):
@@ -139,16 +154,8 @@ class SelfAttention(nn.Module):
           starts_BxT: see `GPT`.
         """
         c = self.config
-        dtype = jnp.dtype(c.dtype)
-        qkv_BxTxHx3K = Linear(
-            (c.embed_dim,),
-            (c.num_heads, 3 * c.head_dim),
-            ("embed", "heads", "kv"),
-            nn.initializers.normal(0.02),
-            c.bias,
-            dtype,
-            name="qkv",
-        )(x_BxTxD)
+        packed = c.num_heads, 3 * c.head_dim
+        qkv_BxTxHx3K = linear(c, "qkv", (c.embed_dim,), packed, ("embed", "heads", "kv"))(x_BxTxD)
         qkv_BxTxHx3K = nn.with_logical_constraint(qkv_BxTxHx3K, ("batch", "length", "heads", "kv"))
         q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = jnp.split(qkv_BxTxHx3K, 3, axis=-1)
         if c.positions == "rotary":
@@ -158,15 +165,7 @@ class SelfAttention(nn.Module):
         else:
             out_BxTxHxK = self._attend(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT)
         out_BxTxHxK = nn.with_logical_constraint(out_BxTxHxK, ("batch", "length", "heads", "kv"))
-        return Linear(
-            (c.num_heads, c.head_dim),
-            (c.embed_dim,),
-            ("heads", "kv", "embed"),
-            residual_init(c),
-            c.bias,
-            dtype,
-            name="out",
-        )(out_BxTxHxK)
+        return linear(c, "out", (c.num_heads, c.head_dim), (c.embed_dim,), ("heads", "kv", "embed"))(out_BxTxHxK)
 
     def _attend(self, q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT) -> jax.Array:
         """Of all tokens at once, which begin at position 0; their keys and values go to the cache if there is one."""
@@ -214,12 +213,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         c = self.config
-        dtype = jnp.dtype(c.dtype)
-        up_init = nn.initializers.normal(0.02)
-        h_BxTxF = Linear((c.embed_dim,), (c.mlp_dim,), ("embed", "mlp"), up_init, c.bias, dtype, name="up")(x_BxTxD)
+        h_BxTxF = linear(c, "up", (c.embed_dim,), (c.mlp_dim,), ("embed", "mlp"))(x_BxTxD)
         h_BxTxF = nn.with_logical_constraint(ACTIVATIONS[c.activation](h_BxTxF), ("batch", "length", "mlp"))
-        down = Linear((c.mlp_dim,), (c.embed_dim,), ("mlp", "embed"), residual_init(c), c.bias, dtype, name="down")
-        return down(h_BxTxF)
+        return linear(c, "down", (c.mlp_dim,), (c.embed_dim,), ("mlp", "embed"))(h_BxTxF)
 
 
 class Block(nn.Module):
@@ -302,7 +298,7 @@ class GPT(nn.Module):
         if c.scan_layers:
             scan = nn.scan(
                 lambda module, x, _: (module(x, positions, starts_BxT), None),
-                variable_axes={"params": 0, "cache": 0},
+                variable_axes={"params": 0, "lora": 0, "cache": 0},
                 split_rngs={"params": True, "dropout": True},
                 length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
@@ -342,9 +338,13 @@ def init_cache(config: GPTConfig, rows: int, capacity: int) -> dict[str, Any]:
     }
 
 
-def residual_init(config: GPTConfig):
-    """GPT-2's initializer of projections onto the residual stream: smaller the more layers add to it."""
-    return nn.initializers.normal(0.02 / (2 * config.num_layers) ** 0.5)
+def linear(config: GPTConfig, name: str, in_shape: tuple, out_shape: tuple, axes: tuple) -> Linear:
+    """A linear layer of a block, initialised like GPT-2's: the smaller the more layers add to the residual stream."""
+    scale = 0.02 / (2 * config.num_layers) ** 0.5 if name in ("out", "down") else 0.02
+    rank = config.lora_rank if name in config.lora_targets.split(",") else 0
+    lora = {"lora_rank": rank, "lora_scale": config.lora_alpha / max(rank, 1)}
+    init, dtype = nn.initializers.normal(scale), jnp.dtype(config.dtype)
+    return Linear(in_shape, out_shape, axes, init, config.bias, dtype, name=name, **lora)
 
 
 def named_size(name: str) -> dict[str, int]:

@@ -62,6 +62,7 @@ class Linear(nn.Module):
       kernel_init: initializer of the kernel, called with the kernel's own shape.
       use_bias: whether to add a bias of shape `out_shape`, initially zero.
       dtype: dtype of the computation; parameters are float32.
+      lora_rank, lora_scale: of the adapter that `gpt.lora` tells of; 0: none.
     """
 
     in_shape: tuple[int, ...]
@@ -70,6 +71,8 @@ class Linear(nn.Module):
     kernel_init: Initializer
     use_bias: bool
     dtype: jnp.dtype
+    lora_rank: int = 0
+    lora_scale: float = 1.0
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -77,13 +80,31 @@ class Linear(nn.Module):
         kernel = self.param("kernel", kernel_init, (*self.in_shape, *self.out_shape))
         rows = x.shape[: x.ndim - len(self.in_shape)]
         width = math.prod(self.in_shape)
-        y = merged_rows(x.reshape(*rows, width).astype(self.dtype)) @ kernel.astype(self.dtype).reshape(width, -1)
+        x = merged_rows(x.reshape(*rows, width).astype(self.dtype))
+        y = x @ kernel.astype(self.dtype).reshape(width, -1)
+        if self.lora_rank and (self.is_initializing() or self.has_variable("lora", "a")):
+            a, b = self._adapter()
+            scaled = self.lora_scale * (x @ a.astype(self.dtype).reshape(width, -1))
+            y = y + scaled @ b.astype(self.dtype).reshape(self.lora_rank, -1)
         y = y.reshape(*rows, *self.out_shape)
         if self.use_bias:
             bias_axes = self.axes[len(self.in_shape) :]
             bias_init = nn.with_logical_partitioning(nn.initializers.zeros, bias_axes)
             y = y + self.param("bias", bias_init, self.out_shape).astype(self.dtype)
         return y
+
+    def _adapter(self) -> tuple[jax.Array, jax.Array]:
+        """The matrices from the input to the rank and from there to the output; the second begins with zeros."""
+        inputs = len(self.in_shape)
+        a_init = nn.initializers.normal(math.prod(self.in_shape) ** -0.5)
+        shapes = (*self.in_shape, self.lora_rank), (self.lora_rank, *self.out_shape)
+        axes = (*self.axes[:inputs], "rank"), ("rank", *self.axes[inputs:])
+
+        def make(i, init):
+            return nn.with_logical_partitioning(init, axes[i])(self.make_rng("params"), shapes[i])
+
+        a = self.variable("lora", "a", make, 0, a_init)
+        return a.value, self.variable("lora", "b", make, 1, nn.initializers.zeros).value
 
 
 class Norm(nn.Module):

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt import hardware, sharding, train
+from gpt import hardware, sharding
+from gpt import program as program_lib
 from gpt.config import Config
 from gpt.errors import UserError
 from gpt.planning import hlo, roofline
@@ -40,7 +41,7 @@ class DoesNotFit(Exception):
         return max((float(number) * 1024 ** ("KMGT".index(unit) + 1) for number, unit in figures), default=0.0)
 
 
-def build(config: Config, devices: list[jax.Device]) -> train.Program:
+def build(config: Config, devices: list[jax.Device]) -> program_lib.Program:
     """The program that gpt.main would run on the devices.
 
     Raises:
@@ -51,10 +52,10 @@ def build(config: Config, devices: list[jax.Device]) -> train.Program:
         raise UserError("Set model.vocab_size: a plan reads no data and no tokenizer that would tell it.")
     layout = sharding.make_layout(config.mesh, devices)
     # The length of the run is a constant of the learning rate, and costs nothing.
-    return train.build(config, model.vocab_size, layout, config.train.total_steps(model.block_size, 1))
+    return program_lib.build(config, model.vocab_size, layout, config.train.total_steps(model.block_size, 1))
 
 
-def compile_step(config: Config, program: train.Program) -> Compiled:
+def compile_step(config: Config, program: program_lib.Program) -> Compiled:
     """Compiles the training step of a program of the config.
 
     Raises:
@@ -83,7 +84,7 @@ def compile_step(config: Config, program: train.Program) -> Compiled:
     return Compiled(executable, hlo_text, [f"{size}: {shapes}" for size, shapes in largest[:3]])
 
 
-def _tokens(config: Config, program: train.Program) -> jax.ShapeDtypeStruct:
+def _tokens(config: Config, program: program_lib.Program) -> jax.ShapeDtypeStruct:
     shape = config.train.batch_size, config.model.block_size
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=program.layout.batch)
 
@@ -102,7 +103,7 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
     report = _head(config, topology, len(devices)) | {"num_parameters": program.num_parameters()}
     state, mesh = program.abstract_state, program.layout.mesh
     memory = report["memory"] | {
-        "parameters": sharding.bytes_per_device(state.params),
+        "parameters": sharding.bytes_per_device((state.params, state.frozen)),
         "optimizer": sharding.bytes_per_device(state.opt_state),
         "batch": 2 * sharding.bytes_per_device(_tokens(config, program)),
     }
@@ -144,12 +145,11 @@ def placement(config: Config, topology: str) -> dict[str, Any]:
 
     Returns:
       {"devices": for each device in the order of the mesh, its place in the topology: [slice or host, x, y, z],
-      "parameters": `sharding.parameters` as dictionaries}.
+      "parameters": `Program.parameters` as dictionaries}.
     """
     program = build(config, hardware.topology_devices(topology))
-    parameters = sharding.parameters(program.abstract_state.params, program.logical_axes)
     places = [hardware.place(device) for device in program.layout.mesh.devices.flat]
-    return {"devices": places, "parameters": [dataclasses.asdict(parameter) for parameter in parameters]}
+    return {"devices": places, "parameters": [dataclasses.asdict(parameter) for parameter in program.parameters()]}
 
 
 def refused(config: Config, topology: str, reason: str) -> dict[str, Any]:

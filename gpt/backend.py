@@ -1,0 +1,63 @@
+"""JAX's settings for the machine at hand, made before JAX is first used. Each gives way to the user's own.
+
+Compiled programs are kept in the user's cache folder, so that only the first start of a program waits for the
+compiler. JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
+
+The cores of a CPU become devices, for the mesh to use: within one device, XLA leaves a good part of a step to a
+single core. XLA_FLAGS=--xla_force_host_platform_device_count=N sets another number.
+"""
+
+import dataclasses
+import os
+
+from gpt import cluster
+from gpt.config import Config
+from gpt.data.text import cache_dir
+from gpt.errors import UserError
+
+CACHE_SIZE = 4 << 30  # bytes; beyond it, what was not used for longest goes
+MAX_CPU_DEVICES = 8  # each holds the parameters, and more of them gain little
+STATE_BYTES = 16  # of a parameter: itself, its gradient and Adam's two moments, in float32
+
+
+def prepare(config: Config, rows: int) -> None:
+    """Makes the settings and joins the other processes of this job, if there are any.
+
+    Args:
+      rows: to be divided evenly among devices, of a batch or of a part of it; 0: as many as will be needed.
+
+    Raises:
+      UserError, UsageError: as `cluster.start`; the cache cannot be written to.
+    """
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_SIZE)
+    cluster.start()
+    if not cluster.is_several() and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", cpu_devices(config, rows, cores, memory))
+
+
+def cpu_devices(config: Config, rows: int, cores: int, memory: float) -> int:
+    """Into how many devices a CPU is divided: the most that the mesh and the rows allow, or the fewest beyond the cores.
+
+    Args:
+      memory: bytes of the machine; the training state of all devices may take a quarter.
+    """
+    vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
+    state = STATE_BYTES * dataclasses.replace(config.model, vocab_size=vocab_size).num_parameters()
+    most = max(1, min(cores, MAX_CPU_DEVICES, int(memory / 4 / state)))
+    for count in (
+        *range(most, 0, -1),
+        *range(most + 1, 65),
+    ):  # a mesh can be tried where there are too few cores for it
+        try:
+            shape = config.mesh.shape(count)
+        except UserError:
+            continue
+        if rows % (shape["data"] * shape["fsdp"]) == 0:
+            return count
+    return 1

@@ -1,0 +1,243 @@
+"""What a run compiles: the state, the training step and the evaluation step, over a mesh."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from gpt import lora, optimizer, sharding
+from gpt.config import Config
+from gpt.data import pipeline, text
+from gpt.models.gpt import GPT
+
+HISTOGRAM_POSITIONS, HISTOGRAM_BINS = 64, 64
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a step works on. `step` counts the steps done.
+
+    `params` are those that are trained: the adapters of LoRA, with the model's own parameters in `frozen`, or these,
+    and `frozen` is empty.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    frozen: Any = flax.struct.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """The functions of a run, to be compiled for a mesh, and the shardings they are compiled with.
+
+    Attributes:
+      layout: the mesh and the rules.
+      model: the module that maps tokens to logits.
+      abstract_state: TrainState of jax.ShapeDtypeStruct, with shardings.
+      logical_axes: of each parameter, by collection, the names of its axes, as a PartitionSpec.
+      init: () -> TrainState, each array made on the devices that hold it.
+      begin: (params) -> TrainState before the first step from given parameters of the model, which are used up.
+      train_step: (state, batch) -> (state, metrics); the state given is used up.
+      merge: (params, adapters) -> the model's parameters with the adapters in them.
+      eval_step: (the model's parameters, batch) -> sums over the batch.
+    """
+
+    layout: sharding.Layout
+    model: GPT
+    abstract_state: TrainState
+    logical_axes: Any
+    init: Callable[[], TrainState]
+    begin: Callable[[Any], TrainState]
+    train_step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+    merge: Callable[[Any, Any], Any]
+    eval_step: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
+
+    @property
+    def abstract_params(self) -> Any:
+        """The model's parameters, as in `abstract_state`."""
+        return self.abstract_state.frozen or self.abstract_state.params
+
+    def whole(self, state: TrainState) -> Any:
+        """The model's parameters in a state, adapters merged: what evaluation and sampling work with."""
+        return self.merge(state.frozen, state.params) if state.frozen else state.params
+
+    def parameters(self) -> list[sharding.Parameter]:
+        """How each is sharded, of the model and of adapters."""
+        state = self.abstract_state
+        return [
+            parameter
+            for name, tree in variables(state.params, state.frozen).items()
+            for parameter in sharding.parameters(tree, self.logical_axes[name])
+        ]
+
+    def num_parameters(self) -> int:
+        """Of the model, without adapters."""
+        return count(self.abstract_params)
+
+
+def variables(params: Any, frozen: Any) -> dict[str, Any]:
+    """Flax's collections for the model, of what is trained and what is not."""
+    return {"params": frozen, "lora": params} if frozen else {"params": params}
+
+
+def count(tree: Any) -> int:
+    """Numbers in the arrays of a tree."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps: int) -> Program:
+    """The program of a run on a mesh; nothing is compiled or allocated yet.
+
+    Raises:
+      UserError: the mesh does not divide the batch or a parameter.
+    """
+    pipeline.check_batch(config.train.batch_size, layout, config.train.micro_batches)
+    model_config = config.model.resolve(vocab_size, layout.mesh.devices.flat[0].platform)
+    layout.check_length(model_config.block_size)
+    model = GPT(model_config)
+    tokens_per_step = config.train.batch_size * model_config.block_size
+    learning_rate = optimizer.schedule(config.optimizer, tokens_per_step, total_steps)
+    tx = optimizer.make_optimizer(config.optimizer, learning_rate)
+
+    def init_variables() -> dict[str, Any]:
+        # Parameters do not depend on the batch, so the smallest that the mesh divides will do.
+        tokens = jnp.zeros((layout.batch_shards, model_config.block_size), jnp.int32)
+        return model.init(jax.random.key(config.seed), tokens)
+
+    def begin(params) -> TrainState:
+        trained, frozen = (init_variables()["lora"], params) if model_config.lora_rank else (params, {})
+        return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), frozen)
+
+    def init_boxed() -> TrainState:
+        return begin(init_variables()["params"])
+
+    def train_step(state: TrainState, batch: dict[str, jax.Array]):
+        # A key for each (seed, step), so that a run resumed draws what it would have drawn.
+        dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
+        weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != text.IGNORED), 1)
+
+        def loss_of(params, batch, key):
+            logits = model.apply(
+                variables(params, state.frozen),
+                batch["inputs"],
+                batch.get("starts"),
+                deterministic=False,
+                rngs={"dropout": key},
+            )
+            return weight * token_losses(logits, batch["targets"]).sum()
+
+        loss, grads = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches)(
+            state.params, batch, dropout_key
+        )
+        if layout.zero1:  # each device updates the part of the parameters that its optimizer state is for
+            grads = jax.lax.with_sharding_constraint(grads, layout.spread(abstract.params, shardings.params))
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        measured = {
+            "loss": loss,
+            "gradient_norm": optax.tree.norm(grads),
+            "parameter_norm": optax.tree.norm(params),
+            "learning_rate": learning_rate(state.step),
+        }
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), measured
+
+    def eval_step(params, batch):
+        logits = model.apply({"params": params}, batch["inputs"], batch.get("starts"))
+        counts, edges = jnp.histogram(logits[0, :HISTOGRAM_POSITIONS, : model_config.vocab_size], HISTOGRAM_BINS)
+        return {
+            "loss": token_losses(logits, batch["targets"]).sum(),
+            "tokens": jnp.sum(batch["targets"] != text.IGNORED),
+            "logits_counts": counts,
+            "logits_edges": edges,
+        }
+
+    def merge(params, adapters):
+        return lora.merge(params, adapters, model_config.lora_alpha / model_config.lora_rank)
+
+    abstract_boxed = jax.eval_shape(init_boxed)
+    abstract = nn.unbox(abstract_boxed)
+    shardings = layout.state_shardings(abstract_boxed)
+    if layout.zero1:
+        shardings = shardings.replace(opt_state=layout.spread(abstract.opt_state, shardings.opt_state))
+    batch, everywhere = layout.batch, layout.replicated
+    return Program(
+        layout=layout,
+        model=model,
+        abstract_state=jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings
+        ),
+        logical_axes=nn.get_partition_spec(variables(abstract_boxed.params, abstract_boxed.frozen)),
+        init=jax.jit(lambda: nn.unbox(init_boxed()), out_shardings=shardings),
+        begin=jax.jit(lambda params: nn.unbox(begin(params)), out_shardings=shardings, donate_argnums=0),
+        train_step=jax.jit(
+            train_step,
+            in_shardings=(shardings, batch),
+            out_shardings=(shardings, everywhere),
+            donate_argnums=0,
+        ),
+        merge=jax.jit(merge, out_shardings=shardings.frozen),
+        eval_step=jax.jit(
+            eval_step, in_shardings=(shardings.frozen or shardings.params, batch), out_shardings=everywhere
+        ),
+    )
+
+
+def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
+    """[B, T] cross-entropies in nats; 0 where the target is `text.IGNORED`."""
+    # A comparison and a sum instead of an index: no gather across a sharded vocabulary.
+    is_target_BxTxV = targets_BxT[..., None] == jnp.arange(logits_BxTxV.shape[-1])
+    target_logits_BxT = jnp.sum(jnp.where(is_target_BxTxV, logits_BxTxV, 0), axis=-1)
+    losses_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - target_logits_BxT
+    return jnp.where(targets_BxT != text.IGNORED, losses_BxT, 0)
+
+
+def accumulate(value_and_grad: Callable, parts: int) -> Callable:
+    """`value_and_grad(params, batch, key)` as a sum over `parts` of the batch, one after the other."""
+    if parts == 1:
+        return value_and_grad
+
+    def accumulated(params, batch, key):
+        def split(x):
+            # Each part takes rows from every device's share, so that no row has to move.
+            x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+            return nn.with_logical_constraint(x, (None, "batch") + (None,) * (x.ndim - 2))
+
+        def add(total, part):
+            batch, i = part
+            return jax.tree.map(jnp.add, total, value_and_grad(params, batch, jax.random.fold_in(key, i))), None
+
+        zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+        total, _ = jax.lax.scan(add, zeros, (jax.tree.map(split, batch), jnp.arange(parts)))
+        return total
+
+    return accumulated
+
+
+def evaluate(program: Program, params: Any, source: pipeline.Source, batch_size: int) -> dict[str, Any]:
+    """Means over every token of a source.
+
+    Returns:
+      {"loss": nats per token, "tokens": how many, "logits_counts", "logits_edges": a histogram of
+      the logits of the first tokens}.
+    """
+    rows = program.layout.local_rows(batch_size)
+    padding = {"inputs": 0, "targets": text.IGNORED, "starts": 0}
+    with program.layout.use():
+        batches = pipeline.evaluation_batches(source, batch_size, rows, padding)
+        done, pending = [], None
+        for batch in pipeline.to_devices(batches, program.layout, rows, batch_size):
+            # One batch ahead and no more: a long queue would hold memory (and can deadlock CPU collectives).
+            dispatched = program.eval_step(params, batch)
+            if pending:
+                done.append(jax.device_get(pending))
+            pending = dispatched
+        done.append(jax.device_get(pending))
+    tokens = sum(int(sums["tokens"]) for sums in done)
+    return done[0] | {"loss": sum(float(sums["loss"]) for sums in done) / tokens, "tokens": tokens}
