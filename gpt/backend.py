@@ -42,7 +42,7 @@ def prepare(config: Config, rows: int) -> None:
 
 
 def cpu_devices(config: Config, rows: int, cores: int, memory: float) -> int:
-    """Into how many devices a CPU is divided: the most that the mesh and the rows allow, or the fewest beyond the cores.
+    """Into how many devices a CPU is divided: the most that mesh and rows allow, or the fewest beyond the cores.
 
     Args:
       memory: bytes of the machine; the training state of all devices may take a quarter.
