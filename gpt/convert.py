@@ -236,7 +236,7 @@ def write_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
       UserError: GPT-2 there has no form for it.
     """
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    needed = {"norm": "layernorm", "positions": "learned", "bias": True}
+    needed = {"norm": "layernorm", "positions": "learned", "bias": True, "qk_norm": False}
     for key, value in needed.items():
         if getattr(config, key) != value:
             raise UserError(f"transformers' GPT-2 has no model.{key}={getattr(config, key)}, only {value}.")

@@ -104,12 +104,15 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
     model = GPT(model_config)
     tokens_per_step = config.train.batch_size * model_config.block_size
     learning_rate = optimizer.schedule(config.optimizer, tokens_per_step, total_steps)
-    tx = optimizer.make_optimizer(config.optimizer, learning_rate)
 
     def init_variables() -> dict[str, Any]:
         # Parameters do not depend on the batch, so the smallest that the mesh divides will do.
         tokens = jnp.zeros((layout.batch_shards, model_config.block_size), jnp.int32)
         return model.init(jax.random.key(config.seed), tokens)
+
+    logical_axes = nn.get_partition_spec(jax.eval_shape(init_variables))
+    trained_axes = logical_axes["lora" if model_config.lora_rank else "params"]
+    tx = optimizer.make_optimizer(config.optimizer, learning_rate, trained_axes)
 
     def begin(params) -> TrainState:
         trained, frozen = (init_variables()["lora"], params) if model_config.lora_rank else (params, {})
@@ -173,7 +176,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         abstract_state=jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings
         ),
-        logical_axes=nn.get_partition_spec(variables(abstract_boxed.params, abstract_boxed.frozen)),
+        logical_axes=logical_axes,
         init=jax.jit(lambda: nn.unbox(init_boxed()), out_shardings=shardings),
         begin=jax.jit(lambda params: nn.unbox(begin(params)), out_shardings=shardings, donate_argnums=0),
         train_step=jax.jit(

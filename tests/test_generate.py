@@ -118,7 +118,7 @@ def test_greedy_text_and_logprobs_are_those_of_the_naive_loop(length):
 @pytest.mark.parametrize(
     ("options", "rows"),
     [
-        ({"positions": "rotary"}, 3),
+        ({"positions": "rotary", "qk_norm": True}, 3),
         ({"attention": "chunked", "query_chunk": 3, "key_chunk": 2}, 3),
         ({"attention": "flax"}, 1),
         ({"scan_layers": True, "remat": "full"}, 1),

@@ -187,6 +187,8 @@ def numpy_logits(config, variables, tokens):
 
     def attend(p, x):
         q, k, v = np.split(linear(p["qkv"], x, 1), 3, axis=-1)  # [B, T, H, K] each
+        if config.qk_norm:
+            q, k = (x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) for x in (q, k))
         if config.positions == "rotary":
             q, k = rotated(q), rotated(k)
         scores = np.einsum("bthk,bshk->bhts", q, k) / math.sqrt(q.shape[-1])
@@ -221,8 +223,10 @@ def numpy_logits(config, variables, tokens):
         {"activation": "relu_squared"},
         {"activation": "silu"},
         {"positions": "rotary"},
+        {"qk_norm": True},
         {"mlp_factor": 1.5, "num_heads": 4, "num_layers": 3},
         {"norm": "rmsnorm", "bias": False, "tie_embeddings": False, "activation": "silu", "positions": "rotary"},
+        {"qk_norm": True, "norm": "rmsnorm", "bias": False, "activation": "relu_squared", "positions": "rotary"},
     ],
     ids=str,
 )
@@ -528,6 +532,15 @@ def test_initial_parameters(fresh):
         assert x.size >= 4096
         assert x.std() == pytest.approx(expected, rel=0.05), name
         assert abs(x.mean()) < 0.1 * expected, name
+
+
+def test_zero_init_makes_each_block_the_identity():
+    config = make(zero_init=True)
+    params = nn.unbox(quick_jit(GPT(config).init)(jax.random.key(0), TOKENS))["params"]
+    changed = [name for name, x in by_path(params).items() if not name.endswith("bias") and not np.asarray(x).any()]
+    assert changed == [name for name in by_path(params) if name.endswith(("out/kernel", "down/kernel"))]
+    others = jax.tree_util.tree_map_with_path(lambda path, x: 3 * x if path[-2].key in ("qkv", "up") else x, params)
+    assert_close(logits_of(config, {"params": params}), logits_of(config, {"params": others}))
 
 
 def test_layers_start_different(fresh):

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from gpt import optimizer
+from gpt import optimizer, sharding
 from gpt.errors import UserError
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.optimizer import OptimizerConfig
@@ -28,7 +28,8 @@ def expected_rate(config: OptimizerConfig, tokens_per_step: int, total_steps: in
     if before >= end:
         return lowest
     progress = max(0.0, (before - config.warmup_tokens) / (end - config.warmup_tokens))
-    return lowest + (config.learning_rate - lowest) * (1 + math.cos(math.pi * progress)) / 2
+    falling = (1 + math.cos(math.pi * progress)) / 2 if config.decay == "cosine" else 1 - progress
+    return lowest + (config.learning_rate - lowest) * falling
 
 
 # Tokens a step, steps, tokens of warm-up, tokens to the end of the decay (0: those of the run).
@@ -46,11 +47,17 @@ LENGTHS = {
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("final_fraction", [0.0, 0.1, 1.0])
-def test_schedule_is_the_formula(length, final_fraction):
+@pytest.mark.parametrize(
+    ("decay_kind", "final_fraction"), [("cosine", 0.0), ("cosine", 0.1), ("cosine", 1.0), ("linear", 0.1)]
+)
+def test_schedule_is_the_formula(length, decay_kind, final_fraction):
     tokens_per_step, total_steps, warmup, decay = LENGTHS[length]
     config = OptimizerConfig(
-        learning_rate=6e-4, warmup_tokens=warmup, decay_tokens=decay, final_fraction=final_fraction
+        learning_rate=6e-4,
+        warmup_tokens=warmup,
+        decay=decay_kind,
+        decay_tokens=decay,
+        final_fraction=final_fraction,
     )
     edges = [int(tokens / tokens_per_step) for tokens in (warmup, decay or 0)] + [total_steps]
     steps = {edge + near for edge in edges for near in range(-2, 3)} | set(np.linspace(0, total_steps, 101).astype(int))
@@ -135,7 +142,7 @@ def test_without_gradient_only_the_matrices_shrink(scan_layers):
     """The mask as the optimizer applies it, with a state that was made from the boxed parameters."""
     boxed = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 2.0), boxed_params(scan_layers=scan_layers))
     params = nn.unbox(boxed)
-    tx = optimizer.make_optimizer(OptimizerConfig(weight_decay=0.5), lambda step: 0.1)
+    tx = optimizer.make_optimizer(OptimizerConfig(weight_decay=0.5), lambda step: 0.1, None)
 
     @jax.jit
     def step(params, opt_state):
@@ -188,7 +195,7 @@ def test_update_is_adamw(config):
     rates = [0.3, 0.1, 0.2, 0.05, 0.4]
     single = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)  # noqa: E731
 
-    tx = optimizer.make_optimizer(config, lambda step: jnp.asarray(rates)[step])
+    tx = optimizer.make_optimizer(config, lambda step: jnp.asarray(rates)[step], None)
     found = single(params)
     state = tx.init(found)
     update = jax.jit(tx.update)
@@ -202,10 +209,76 @@ def test_update_is_adamw(config):
 
 def test_clipping_bounds_what_one_wild_gradient_does():
     """The moments after a gradient that is a thousand times too big are those of one of norm 1."""
-    tx = optimizer.make_optimizer(OptimizerConfig(b1=0.0), lambda step: 1.0)
+    tx = optimizer.make_optimizer(OptimizerConfig(b1=0.0), lambda step: 1.0, None)
     params = {"kernel": jnp.zeros(4)}
     _, state = tx.update({"kernel": jnp.full(4, 500.0)}, tx.init(params), params)
     assert float(optax.tree.norm(state[1].mu)) == pytest.approx(1.0)
+
+
+# Muon.
+
+
+def newton_schulz(x):
+    """Of one matrix, in double precision: the quintic iteration as Jordan's page has it."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = x.T if x.shape[0] > x.shape[1] else x
+    wide = wide / np.linalg.norm(wide)
+    for _ in range(5):
+        square = wide @ wide.T
+        wide = a * wide + (b * square + c * square @ square) @ wide
+    return wide.T if x.shape[0] > x.shape[1] else wide
+
+
+@pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
+def test_orthogonalized_is_near_the_nearest_orthogonal_matrix(shape):
+    x = np.random.default_rng(0).normal(size=(3, *shape))
+    found = np.asarray(optimizer.orthogonalize(jnp.asarray(x, jnp.float32)))
+    for one, made in zip(x, found, strict=True):
+        np.testing.assert_allclose(made, newton_schulz(one), atol=1e-4)
+        u, _, v = np.linalg.svd(one, full_matrices=False)
+        inside = u.T @ made @ v.T  # diagonal where the singular vectors are kept
+        assert np.abs(inside - np.diag(np.diag(inside))).max() < 1e-4
+        assert (np.diag(inside) > 0.6).all()
+        assert (np.diag(inside) < 1.3).all()
+
+
+@pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "model": 2}], ids=["one", "mesh"])
+def test_update_is_muon_for_kernels_of_blocks_and_adam_for_the_rest(scan_layers, mesh):
+    """Three steps against matrices taken one by one in NumPy, on one device and spread over a mesh."""
+    boxed = boxed_params(scan_layers=scan_layers, tie_embeddings=False)
+    axes = nn.get_partition_spec(boxed)
+    config = OptimizerConfig(name="muon", clip_norm=0.0, weight_decay=0.1)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), nn.unbox(boxed))
+    gradients = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params) for _ in range(3)]
+    layout = sharding.make_layout(sharding.MeshConfig("fsdp_tp", **(mesh or {})), None if mesh else jax.devices()[:1])
+
+    def updated(config):
+        tx = optimizer.make_optimizer(config, lambda step: 0.1, axes)
+        found, state = params, tx.init(params)
+        with layout.use():
+            for gradient in gradients:
+                updates, state = jax.jit(tx.update)(gradient, state, found)
+                found = optax.apply_updates(found, updates)
+        return names(found)
+
+    width = SHAPE.embed_dim
+    found, adam = updated(config), updated(dataclasses.replace(config, name="adamw"))
+    for name, start in names(params).items():
+        if not name.endswith("kernel") or name.startswith("head"):
+            np.testing.assert_allclose(found[name], adam[name], atol=1e-6, err_msg=name)
+            continue
+        layers = len(start) if scan_layers else 1
+        inputs = 4 * width if "down" in name else width
+        expected = np.asarray(start, np.float64).reshape(layers, inputs, -1)
+        momentum = np.zeros_like(expected)
+        for gradient in gradients:
+            g = np.asarray(names(gradient)[name], np.float64).reshape(expected.shape)
+            momentum = 0.95 * momentum + 0.05 * g
+            steps = [newton_schulz(0.95 * m + 0.05 * one) for m, one in zip(momentum, g, strict=True)]
+            expected = expected - 0.1 * (0.2 * max(expected.shape[1:]) ** 0.5 * np.stack(steps) + 0.1 * expected)
+        np.testing.assert_allclose(found[name].reshape(expected.shape), expected, atol=2e-4, err_msg=name)
 
 
 # What is refused.
@@ -234,6 +307,12 @@ def test_clipping_bounds_what_one_wild_gradient_does():
 )
 def test_value_without_meaning_is_refused(name, value):
     with pytest.raises(UserError, match=rf"optimizer\.{name}={value}"):
+        OptimizerConfig(**{name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [("name", "adam"), ("decay", "step")])
+def test_unknown_name_is_refused(name, value):
+    with pytest.raises(UserError, match=rf"optimizer\.{name}='?{value}"):
         OptimizerConfig(**{name: value})
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from gpt.errors import UserError, check_choice, check_fraction, check_positive
 from gpt.models import attention
-from gpt.models.layers import ACTIVATIONS, Embedding, Linear, Norm, rotary
+from gpt.models.layers import ACTIVATIONS, Embedding, Linear, Norm, rotary, unit_rms
 
 # Name: (layers, heads, width). The GPT-2 family is from Radford et al. 2019, gopher-44m from
 # arXiv 2112.11446, and the three smallest are minGPT's.
@@ -53,6 +53,8 @@ class GPTConfig:
     norm: str = "layernorm"  # or rmsnorm
     activation: str = "gelu_tanh"  # or gelu (exact), relu, relu_squared, silu
     positions: str = "learned"  # or rotary
+    qk_norm: bool = False  # queries and keys of root mean square 1 (arXiv 2302.05442, 2010.04245)
+    zero_init: bool = False  # kernels onto the residual stream begin with zeros: each block as the identity
     embed_dropout: float = 0.1
     residual_dropout: float = 0.1
     attention_dropout: float = 0.1
@@ -158,6 +160,8 @@ class SelfAttention(nn.Module):
         qkv_BxTxHx3K = linear(c, "qkv", (c.embed_dim,), packed, ("embed", "heads", "kv"))(x_BxTxD)
         qkv_BxTxHx3K = nn.with_logical_constraint(qkv_BxTxHx3K, ("batch", "length", "heads", "kv"))
         q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = jnp.split(qkv_BxTxHx3K, 3, axis=-1)
+        if c.qk_norm:
+            q_BxTxHxK, k_BxTxHxK = unit_rms(q_BxTxHxK), unit_rms(k_BxTxHxK)
         if c.positions == "rotary":
             q_BxTxHxK, k_BxTxHxK = rotary(q_BxTxHxK, positions), rotary(k_BxTxHxK, positions)
         if self.has_variable("cache", "keys") and positions.ndim == 2:
@@ -340,7 +344,8 @@ def init_cache(config: GPTConfig, rows: int, capacity: int) -> dict[str, Any]:
 
 def linear(config: GPTConfig, name: str, in_shape: tuple, out_shape: tuple, axes: tuple) -> Linear:
     """A linear layer of a block, initialised like GPT-2's: the smaller the more layers add to the residual stream."""
-    scale = 0.02 / (2 * config.num_layers) ** 0.5 if name in ("out", "down") else 0.02
+    onto_residual = (0.0 if config.zero_init else 0.02) / (2 * config.num_layers) ** 0.5
+    scale = onto_residual if name in ("out", "down") else 0.02
     rank = config.lora_rank if name in config.lora_targets.split(",") else 0
     lora = {"lora_rank": rank, "lora_scale": config.lora_alpha / max(rank, 1)}
     init, dtype = nn.initializers.normal(scale), jnp.dtype(config.dtype)

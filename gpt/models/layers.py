@@ -107,6 +107,12 @@ class Linear(nn.Module):
         return a.value, self.variable("lora", "b", make, 1, nn.initializers.zeros).value
 
 
+def unit_rms(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
+    """x over its root mean square along the last axis, computed in float32."""
+    x_32 = x.astype(jnp.float32)
+    return (x_32 * jax.lax.rsqrt(jnp.square(x_32).mean(axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
+
+
 class Norm(nn.Module):
     """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467) over the last axis, in float32.
 
@@ -127,7 +133,7 @@ class Norm(nn.Module):
         width = x.shape[-1]
         if self.kind == "layernorm":
             x = x - x.mean(axis=-1, keepdims=True)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + self.epsilon)
+        x = unit_rms(x, self.epsilon)
         x = x * self.param("scale", nn.with_logical_partitioning(nn.initializers.ones, ("embed",)), (width,))
         if self.use_bias and self.kind == "layernorm":
             x = x + self.param("bias", nn.with_logical_partitioning(nn.initializers.zeros, ("embed",)), (width,))
