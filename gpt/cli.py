@@ -36,6 +36,11 @@ def run(main: Callable[[], int | None]) -> None:
         stream.reconfigure(errors="replace")
     # Libraries report their routine at level INFO; warnings are for the user too.
     logging.set_verbosity(logging.WARNING)
+    # Errors that they log and raise as well are for us to tell, in a sentence or with their traceback.
+    logging.get_absl_logger().addFilter(lambda record: not record.exc_info)
+    # Where one array of a checkpoint cannot be written, tensorstore's threads find nobody to tell about the others.
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda raised: str(raised.exc_value) == "Event loop is closed" or hook(raised)
     app.run(checked, flags_parser=_parse)
 
 

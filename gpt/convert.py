@@ -344,7 +344,7 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[GPTConfig, i
     run = workdir.read()
     config = run.config.model.resolve(run.tokenizer.vocab_size, "cpu")
     theirs = write_config(config, run.tokenizer.separator)
-    checkpoints = workdir.checkpoints(read_only=True)
+    checkpoints = workdir.checkpoints()
     step = checkpoints.find(checkpoint)
     _refuse_to_overwrite("to_hf", folder)
     try:
@@ -355,8 +355,6 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[GPTConfig, i
         (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"Cannot write to --to_hf={folder}: {error.strerror or error}.") from None
-    finally:
-        checkpoints.close()
     return config, step
 
 

@@ -63,7 +63,7 @@ def load(workdir: Workdir, checkpoint: str, batch_size: int | None = None) -> Lo
       UserError: there is no run, no such checkpoint, or it is damaged.
     """
     run = workdir.read()
-    checkpoints = workdir.checkpoints(read_only=True)
+    checkpoints = workdir.checkpoints()
     step = checkpoints.find(checkpoint)
     try:
         layout = sharding.make_layout(run.config.mesh)
@@ -72,7 +72,6 @@ def load(workdir: Workdir, checkpoint: str, batch_size: int | None = None) -> Lo
     batch_size = -(-(batch_size or run.config.train.batch_size) // layout.batch_shards) * layout.batch_shards
     program = train.build(with_batch(run.config, batch_size), run.tokenizer.vocab_size, layout, total_steps=1)
     params = checkpoints.restore(step, params=program.abstract_state.params)["params"]
-    checkpoints.close()
     return Loaded(workdir, run, step, program, params, batch_size)
 
 

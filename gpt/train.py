@@ -245,11 +245,16 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
       The exit code: 0 when the run is complete, 128 + the number of the signal that ended it.
 
     Raises:
-      UserError: the config, the data or the workdir do not allow it, or the loss is not finite.
+      UserError: the config, the data or the workdir do not allow it, another run is at work there, all checkpoints are
+        damaged, the last save failed, or the loss is not finite.
     """
+    with workdir.lock():
+        return _train(config, workdir, allow_config_change, profile)
+
+
+def _train(config: Config, workdir: Workdir, allow_config_change: bool, profile: bool) -> int:
     layout = sharding.make_layout(config.mesh)
     pipeline.check_batch(config.train.batch_size, layout, config.train.micro_batches)
-    cluster.share("workdir", workdir.create)
     before = workdir.read() if workdir.has_begun else None
     if before and before.fingerprint is None:
         raise UserError(
@@ -280,16 +285,15 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     for key, (was, now) in changes.items():
         progress.say(f"changed: {key} {was!r} → {now!r}")
 
-    checkpoints = workdir.checkpoints(config.train.keep_checkpoints)
-    start, best = checkpoints.last() or 0, checkpoints.best()
+    checkpoints = workdir.checkpoints(config.train.keep_checkpoints, progress.say)
+    start, state = checkpoints.last_whole(lambda step: restore(checkpoints, step, program)) or (0, None)
+    best = checkpoints.best()
     best_loss = best[1] if best else math.inf
     if start >= total_steps:
-        checkpoints.close()
         progress.say(f"Nothing to do: {start:,} of {total_steps:,} steps are done in {workdir.path}.")
         return 0
     if start:
         progress.say(f"resuming after step {start:,}")
-        state = restore(checkpoints, start, program)
     else:
         params = origin.restore(program) if origin else None
         with layout.use():
@@ -323,6 +327,7 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
             tensorboard.scalars(step, {"progress/tokens": step * tokens_per_step})
             tensorboard.scalars(step, {f"progress/{name}": value for name, value in speed.rates().items()})
             speed.restart()
+            checkpoints.poll()
         return int(stop_signal)
 
     def evaluate_and_sample(step: int) -> float:
@@ -365,6 +370,7 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
                     with speed.pause():
                         loss = evaluate_and_sample(done) if evaluate_now else None
                         if save_now or loss < best_loss:
+                            tensorboard.flush()  # a run killed after it goes on with the points of all steps
                             checkpoints.save(done, state.params, state.opt_state, loss)
                         best_loss = min(best_loss, loss if evaluate_now else math.inf)
             if done < total_steps and checkpoints.last() != done:
@@ -380,6 +386,8 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
         tensorboard.close()
         if may_wait:
             checkpoints.close()
+    if checkpoints.failure:
+        raise UserError(f"{checkpoints.failure} The same command goes on from there.")
     if done < total_steps:
         name = signal.Signals(stop_signal).name
         what = f"saved after step {done:,} of {total_steps:,}; the same command goes on from there."
@@ -407,7 +415,7 @@ class Origin:
         self.path = workdir.path
         try:
             run = workdir.read()
-            self._checkpoints = workdir.checkpoints(read_only=True)
+            self._checkpoints = workdir.checkpoints()
             self.step = self._checkpoints.find("best")
         except UserError as error:
             raise UserError(f"train.init_from={config.train.init_from}: {error}") from None
@@ -420,9 +428,7 @@ class Origin:
 
     def restore(self, program: Program) -> Any:
         """The parameters, sharded as the program wants them. Raises UserError where a shape differs, by its name."""
-        params = self._checkpoints.restore(self.step, params=program.abstract_state.params)["params"]
-        self._checkpoints.close()
-        return params
+        return self._checkpoints.restore(self.step, params=program.abstract_state.params)["params"]
 
 
 def restore(checkpoints, step: int, program: Program) -> TrainState:
