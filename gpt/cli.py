@@ -1,6 +1,8 @@
 """What the commands share: flags in, one clear sentence out when something is wrong."""
 
 import difflib
+import inspect
+import logging as std_logging
 import re
 import sys
 import traceback
@@ -36,6 +38,14 @@ def run(main: Callable[[], int | None]) -> None:
         stream.reconfigure(errors="replace")
     # Libraries report their routine at level INFO; warnings are for the user too.
     logging.set_verbosity(logging.WARNING)
+    # Errors that they log and raise as well are for us to tell, in a sentence or with their traceback; and where one
+    # array of a checkpoint fails, the tasks of the others have nobody left to complain to.
+    for logger in (logging.get_absl_logger(), std_logging.getLogger("asyncio")):
+        logger.addFilter(lambda record: not record.exc_info)
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda raised: (
+        str(raised.exc_value) == "Event loop is closed" or inspect.iscoroutine(raised.object) or hook(raised)
+    )
     app.run(checked, flags_parser=_parse)
 
 

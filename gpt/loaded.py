@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from gpt import cluster, lora, sharding, tokenizers
-from gpt.checkpoint import Base, Run, Workdir
+from gpt.checkpoint import Base, Run, Workdir, digest
 from gpt.config import Config
 from gpt.data import text
 from gpt.errors import UserError
@@ -28,7 +28,7 @@ class Weights:
 
     def __init__(self, workdir: Workdir, checkpoint: str):
         self.workdir, self.run = workdir, workdir.read()
-        self._checkpoints = workdir.checkpoints(read_only=True)
+        self._checkpoints = workdir.checkpoints()
         self.step = self._checkpoints.find(checkpoint)
         self._base = Weights.of_base(self.run.base) if self.run.base else None
         self._digest: int | None = None  # that the parameters must have
@@ -45,7 +45,7 @@ class Weights:
 
     def as_base(self, params: Any) -> Base:
         """The record of these weights, once restored as `params`, for adapters."""
-        return Base(str(self.workdir.path), self.step, int(lora.digest(params)))
+        return Base(str(self.workdir.path), self.step, int(digest(params)))
 
     def restore(self, program: Program) -> Any:
         """The parameters, adapters merged, sharded as the program wants them.
@@ -62,9 +62,8 @@ class Weights:
             params = own.merge(self._base.restore(program), adapters)
         else:
             params = self._checkpoints.restore(self.step, params=program.abstract_params)["params"]
-        self._checkpoints.close()
         if self._digest is not None:
-            self._check(int(lora.digest(params)))
+            self._check(int(digest(params)))
         return params
 
     def restore_each(self, names: Iterable[str]) -> Iterator[np.ndarray]:
@@ -77,19 +76,19 @@ class Weights:
         scale = self.run.config.model.lora_alpha / max(self.run.config.model.lora_rank, 1)
         targets = tuple(f"/{name}/kernel" for name in self.run.config.model.lora_targets.split(","))
         arrays = (self._base or self._checkpoints).restore_each(*([] if self._base else [self.step]), names)
-        digest = 0
+        total = 0
         for name, array in zip(names, arrays, strict=True):
             if self._base and name.endswith(targets):
                 place = name.removesuffix("kernel")
                 a, b = self._checkpoints.restore_each(self.step, (place + "a", place + "b"))
                 array = array + scale * lora.product({"a": a, "b": b}, array.shape)
-            digest = (digest + int(array.view(np.uint32).sum(dtype=np.uint32))) % 2**32
+            total = (total + int(digest(array))) % 2**32
             yield array
         if self._digest is not None:
-            self._check(digest)
+            self._check(total)
 
-    def _check(self, digest: int) -> None:
-        if digest != self._digest:
+    def _check(self, found: int) -> None:
+        if found != self._digest:
             raise UserError(
                 f"Step {self.step} of {self.workdir.path} has other weights than those that the adapters were trained "
                 "for: put these back, or name their workdir as base.path in run.json."

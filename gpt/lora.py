@@ -8,7 +8,6 @@ W stays as it is, so that a run has to save the adapters alone; merged into W, t
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 
 def merge(params: Any, adapters: Any, scale: float) -> Any:
@@ -25,10 +24,3 @@ def product(adapter: dict[str, Any], shape: tuple[int, ...]) -> Any:
     rank = a.shape[-1]
     with jax.default_matmul_precision("highest"):  # an accelerator would round to bfloat16
         return (a.reshape(*layers, -1, rank) @ b.reshape(*layers, rank, -1)).reshape(shape)
-
-
-@jax.jit
-def digest(params: Any) -> jax.Array:
-    """uint32 that tells weights from others: the sum of their bits, the same on any mesh, layers stacked or not."""
-    bits = [jax.lax.bitcast_convert_type(x, jnp.uint32) for x in jax.tree.leaves(params)]
-    return sum(jnp.sum(x, dtype=jnp.uint32) for x in bits)

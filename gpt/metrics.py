@@ -1,7 +1,10 @@
 """What a person sees of a run: the progress line, TensorBoard, tokens/s and MFU."""
 
 import contextlib
+import itertools
+import os
 import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +14,19 @@ from typing import TextIO
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.compat.tensorflow_stub.io.gfile import GFile
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+FLUSH_EVERY = 120  # seconds; matters for buckets only, where the whole file is written again
+MOST_WAITING = 100_000  # events that are kept for a storage that takes none
+_FILES = itertools.count()  # numbers the files of this process
 
 
 class TensorBoard:
     """Writes TensorBoard events, without TensorFlow.
+
+    What the storage refuses to take (a full disk) is kept and tried again with the next event, in another file, for the
+    first one may end within an event.
 
     Args:
       path: the folder of the events file.
@@ -25,7 +36,9 @@ class TensorBoard:
     """
 
     def __init__(self, path: Path, start_step: int = 0, enabled: bool = True):
-        self._writer = EventFileWriter(str(path)) if enabled else None
+        self._path, self._enabled = path, enabled
+        self._file, self._name, self._flushed = None, "", 0.0
+        self._waiting: list[bytes] = []
         session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._add(event_pb2.Event(step=start_step + 1, session_log=session))
 
@@ -58,20 +71,43 @@ class TensorBoard:
         self._summary(step, [summary_pb2.Summary.Value(tag=tag, histo=histogram)])
 
     def flush(self) -> None:
-        if self._writer:
-            self._writer.flush()
+        """Hands all events to the storage."""
+        self._flushed = 0.0
+        self._write()
 
     def close(self) -> None:
-        if self._writer:
-            self._writer.close()
+        self.flush()
 
     def _summary(self, step: int, values: list[summary_pb2.Summary.Value]) -> None:
         self._add(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=values)))
 
     def _add(self, event: event_pb2.Event) -> None:
-        if self._writer:
-            event.wall_time = time.time()
-            self._writer.add_event(event)
+        if not self._enabled:
+            return
+        event.wall_time = time.time()
+        self._waiting.append(event.SerializeToString())
+        self._write()
+
+    def _write(self) -> None:
+        if not self._enabled:
+            return
+        try:
+            if not self._file:
+                now = time.time()
+                host = f"{socket.gethostname()}.{os.getpid()}"
+                self._name = self._name or f"events.out.tfevents.{int(now):010d}.{host}.{next(_FILES)}"
+                file = GFile(os.path.join(self._path, self._name), "wb")
+                version = event_pb2.Event(wall_time=now, file_version="brain.Event:2")
+                RecordWriter(file).write(version.SerializeToString())
+                self._file, self._name = file, ""
+            while self._waiting:
+                RecordWriter(self._file).write(self._waiting[0])
+                self._waiting.pop(0)
+            if time.time() > self._flushed + FLUSH_EVERY:
+                self._file.flush()
+                self._flushed = time.time()
+        except OSError:
+            self._file, self._waiting = None, self._waiting[-MOST_WAITING:]
 
 
 def read_scalars(path: Path, tags: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:

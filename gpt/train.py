@@ -67,11 +67,16 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
       The exit code: 0 when the run is complete, 128 + the number of the signal that ended it.
 
     Raises:
-      UserError: the config, the data or the workdir do not allow it, or the loss is not finite.
+      UserError: the config, the data or the workdir do not allow it, another run is at work there, all checkpoints are
+        damaged, the last save failed, or the loss is not finite.
     """
+    with workdir.lock():
+        return _train(config, workdir, allow_config_change, profile)
+
+
+def _train(config: Config, workdir: Workdir, allow_config_change: bool, profile: bool) -> int:
     layout = sharding.make_layout(config.mesh)
     pipeline.check_batch(config.train.batch_size, layout, config.train.micro_batches)
-    cluster.share("workdir", workdir.create)
     before = workdir.read() if workdir.has_begun else None
     if before and before.fingerprint is None:
         raise UserError(
@@ -105,16 +110,16 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     for key, (was, now) in changes.items():
         progress.say(f"changed: {key} {was!r} → {now!r}")
 
-    checkpoints = workdir.checkpoints(config.train.keep_checkpoints)
-    start, best = checkpoints.last() or 0, checkpoints.best()
+    checkpoints = workdir.checkpoints(config.train.keep_checkpoints, progress.say)
+    start, state = checkpoints.last_whole(lambda step: restore(checkpoints, step, program)) or (0, None)
+    best = checkpoints.best()
     best_loss = best[1] if best else math.inf
     if start >= total_steps:
-        checkpoints.close()
         progress.say(f"Nothing to do: {start:,} of {total_steps:,} steps are done in {workdir.path}.")
         return 0
     if start:
         progress.say(f"resuming after step {start:,}")
-        state = restore(checkpoints, start, program, frozen=first_params)
+        state = state.replace(frozen=first_params if config.model.lora_rank else {})
     else:
         with layout.use():
             state = program.begin(first_params) if origin else program.init()
@@ -148,6 +153,7 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
             tensorboard.scalars(step, {"progress/tokens": step * tokens_per_step})
             tensorboard.scalars(step, {f"progress/{name}": value for name, value in speed.rates().items()})
             speed.restart()
+            checkpoints.poll()
         return int(stop_signal)
 
     def evaluate_and_sample(step: int) -> float:
@@ -191,6 +197,7 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
                     with speed.pause():
                         loss = evaluate_and_sample(done) if evaluate_now else None
                         if save_now or loss < best_loss:
+                            tensorboard.flush()  # a run killed after it goes on with the points of all steps
                             checkpoints.save(done, state.params, state.opt_state, loss)
                         best_loss = min(best_loss, loss if evaluate_now else math.inf)
             if done < total_steps and checkpoints.last() != done:
@@ -206,6 +213,8 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
         tensorboard.close()
         if may_wait:
             checkpoints.close()
+    if checkpoints.failure:
+        raise UserError(f"{checkpoints.failure} The same command goes on from there.")
     if done < total_steps:
         name = signal.Signals(stop_signal).name
         what = f"saved after step {done:,} of {total_steps:,}; the same command goes on from there."
@@ -245,12 +254,12 @@ def first_weights(config: Config, before: Run | None) -> Weights | None:
     return weights
 
 
-def restore(checkpoints: Checkpoints, step: int, program: Program, frozen: Any = None) -> TrainState:
-    """The state after a step, sharded as the program wants it; `frozen` as in TrainState."""
+def restore(checkpoints: Checkpoints, step: int, program: Program) -> TrainState:
+    """The state after a step, sharded as the program wants it, without what is frozen."""
     abstract = program.abstract_state
     restored = checkpoints.restore(step, params=abstract.params, optimizer=abstract.opt_state)
     counter = jax.device_put(np.int32(step), abstract.step.sharding)
-    return TrainState(counter, restored["params"], restored["optimizer"], frozen or {})
+    return TrainState(counter, restored["params"], restored["optimizer"])
 
 
 def describe(

@@ -117,7 +117,7 @@ RESTORE = """
     def main():
         cluster.start()
         run = loaded.load(Workdir(flags.FLAGS.workdir), "last")
-        state = train.restore(run.workdir.checkpoints(read_only=True), run.step, run.program)
+        state = train.restore(run.workdir.checkpoints(), run.step, run.program)
         held = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)):
             for shard in leaf.addressable_shards:

@@ -180,7 +180,7 @@ def arrays(workdir, step="last"):
 
 def adapters_of(workdir, step):
     abstract = loaded.load(workdir, str(step)).program.abstract_state.params
-    restored = workdir.checkpoints(read_only=True).restore(step, params=abstract)["params"]
+    restored = workdir.checkpoints().restore(step, params=abstract)["params"]
     return {"/".join(name): np.asarray(x) for name, x in flatten_dict(restored).items()}
 
 

@@ -28,9 +28,8 @@ def change(config, section, **values):
 def checkpoint_arrays(workdir, step):
     """Every array of a checkpoint on one device, by name."""
     run = loaded.load(workdir, str(step))
-    checkpoints = workdir.checkpoints(read_only=True)
+    checkpoints = workdir.checkpoints()
     state = train.restore(checkpoints, step, run.program)
-    checkpoints.close()
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
 
 
@@ -97,11 +96,11 @@ def test_resuming_on_another_mesh_goes_on_the_same(tiny, whole, tmp_path, monkey
     with monkeypatch.context() as patch:
         StopAfter(patch, 9, signal.SIGTERM)
         train.train(tiny, workdir)
-    step = workdir.checkpoints(read_only=True).last()
+    step = workdir.checkpoints().last()
     before = checkpoint_arrays(workdir, step)
     other = change(tiny, "mesh", rules="fsdp_tp", data=2, fsdp=2, model=2)
     program = program_lib.build(other, workdir.read().tokenizer.vocab_size, sharding.make_layout(other.mesh), 20)
-    checkpoints = workdir.checkpoints(read_only=True)
+    checkpoints = workdir.checkpoints()
     after = train.restore(checkpoints, step, program)
     for (path, x), (name, y) in zip(jax.tree_util.tree_leaves_with_path(after), before.items(), strict=True):
         assert jax.tree_util.keystr(path) == name
@@ -142,7 +141,7 @@ def test_finished_run_has_nothing_to_do_and_more_steps_go_on(tiny, tmp_path, cap
     out = capsys.readouterr().out
     assert "changed: train.steps 5 → 8" in out
     assert "resuming after step 5" in out
-    assert workdir.checkpoints(read_only=True).last() == 8
+    assert workdir.checkpoints().last() == 8
 
 
 def test_another_config_is_refused_with_the_differences(tiny, tmp_path, play):
@@ -177,7 +176,7 @@ def test_best_and_newest_checkpoints_are_kept(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *args: real(*args) | {"loss": next(losses)})
     workdir = Workdir(tmp_path)
     train.train(change(tiny, "train", steps=10, eval_every=2, checkpoint_every=3, keep_checkpoints=1), workdir)
-    checkpoints = workdir.checkpoints(read_only=True)
+    checkpoints = workdir.checkpoints()
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [4, 10]
     assert checkpoints.best() == (4, 2.0)
     assert checkpoints.find("best") == 4
@@ -195,7 +194,7 @@ def test_nan_loss_stops_and_names_the_step(tiny, tmp_path):
     broken = change(change(tiny, "optimizer", learning_rate=1e30, clip_norm=0.0), "train", checkpoint_every=1)
     with pytest.raises(UserError, match=r"^Step (6|7|8) gave loss .*checkpoint of step \d+ is kept"):
         train.train(broken, workdir, allow_config_change=True)
-    last = workdir.checkpoints(read_only=True).last()
+    last = workdir.checkpoints().last()
     assert all(np.isfinite(array).all() for array in checkpoint_arrays(workdir, last).values())
     after = checkpoint_arrays(workdir, 5)
     assert all((before[name] == after[name]).all() for name in before)
