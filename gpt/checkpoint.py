@@ -1,6 +1,7 @@
 """What a workdir holds, and the only code that reads and writes it.
 
-    run.json         the resolved config, the fingerprint of the data and the versions of the libraries
+    run.json         the resolved config, the fingerprint of the data, the batches that are left out and the versions
+                     of the libraries
     tokenizer.json
     checkpoints/     one folder a step: parameters and optimizer apart, with orbax's metadata
     events.out.*     TensorBoard
@@ -46,6 +47,9 @@ HARMLESS = (
     "train.keep_checkpoints",
     "train.sample_prompt",
     "train.sample_tokens",
+    "train.on_nonfinite",  # it makes a difference only where the run would have ended
+    "train.max_skipped",
+    "train.spike_factor",
     "data.path",  # the text itself is compared by its fingerprint
     "data.validation_path",
     "data.cache_dir",
@@ -72,6 +76,7 @@ class Run:
     config: config_lib.Config
     tokenizer: tokenizers.Tokenizer
     fingerprint: str | None  # of the data; None for weights that were converted, whose data is not known
+    skipped: tuple[int, ...] = ()  # numbers of the batches that are left out: see `train.on_nonfinite`
 
 
 class Workdir:
@@ -110,7 +115,7 @@ class Workdir:
         Raises:
           UserError: this process does not see what process 0 wrote, or has another config or other data.
         """
-        cluster.share("record", lambda: self._write(run))
+        cluster.share(f"record {len(run.skipped)}", lambda: self._write(run))
         if cluster.is_first():
             return
         if not self.has_run:
@@ -125,6 +130,7 @@ class Workdir:
         record = {
             "config": dataclasses.asdict(run.config),
             "data_fingerprint": run.fingerprint,
+            "skipped_batches": run.skipped,
             "versions": {name: importlib.metadata.version(name) for name in libraries},
         }
         # The record last, in one move: a folder with a run.json is complete.
@@ -140,7 +146,8 @@ class Workdir:
         try:
             record = json.loads((self.path / "run.json").read_text())
             tokenizer = tokenizers.from_json((self.path / "tokenizer.json").read_text())
-            return Run(config_lib.from_tree(record["config"]), tokenizer, record["data_fingerprint"])
+            skipped = tuple(map(int, record["skipped_batches"]))
+            return Run(config_lib.from_tree(record["config"]), tokenizer, record["data_fingerprint"], skipped)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--workdir={self.path}: run.json or tokenizer.json is damaged ({error}).") from None
 
@@ -178,14 +185,28 @@ class Checkpoints:
         loss, step = min(losses, default=(math.inf, None))
         return (step, loss) if math.isfinite(loss) else None
 
-    def save(self, step: int, params: Any, optimizer: Any, validation_loss: float | None = None) -> None:
+    def mean_loss(self, step: int) -> float | None:
+        """The running mean of the training loss that a step was saved with."""
+        return self._manager.metrics(step)["mean_loss"]
+
+    def save(
+        self,
+        step: int,
+        params: Any,
+        optimizer: Any,
+        validation_loss: float | None = None,
+        mean_loss: float | None = None,
+    ) -> None:
         """Starts to save in the background; the arrays may be donated once this returns."""
         items = {"params": params, "optimizer": optimizer}
         stacked = jax.jit(stack_layers, out_shardings=_shardings(_stacked(items)))(items)
         self._manager.save(
             step,
             args=ocp.args.Composite(**{name: ocp.args.StandardSave(tree) for name, tree in stacked.items()}),
-            metrics={"validation_loss": math.inf if validation_loss is None else validation_loss},
+            metrics={
+                "validation_loss": math.inf if validation_loss is None else validation_loss,
+                "mean_loss": mean_loss,
+            },
             force=True,
         )
 
@@ -268,9 +289,13 @@ class Checkpoints:
             return int(which)
         raise UserError(f"--checkpoint={which}: choose best, last or one of {', '.join(map(str, steps))}.")
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits for what is being saved."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for what is being saved, and ends."""
+        self.wait()
         self._manager.close()
 
 

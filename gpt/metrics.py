@@ -26,8 +26,12 @@ class TensorBoard:
 
     def __init__(self, path: Path, start_step: int = 0, enabled: bool = True):
         self._writer = EventFileWriter(str(path)) if enabled else None
+        self.restart(start_step)
+
+    def restart(self, step: int) -> None:
+        """Drops events of later steps than `step` from view."""
         session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(event_pb2.Event(step=start_step + 1, session_log=session))
+        self._add(event_pb2.Event(step=step + 1, session_log=session))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._summary(step, [summary_pb2.Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])

@@ -204,7 +204,7 @@ def gradients(config, layout):
     """Parameters after one step of plain gradient descent, which show the gradient."""
     corpus = text.load(config.data, config.tokenizer, config.model.block_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.optimizer, "make_optimizer", lambda *_: optax.sgd(1.0))
+        patch.setattr(train.optimizer, "make_optimizer", lambda *_: optax.sgd(lambda _: 1.0))
         program = train.build(config, corpus.tokenizer.vocab_size, layout, 1)
         source = text.TrainingWindows(corpus.train, config.model.block_size, 0)
         rows = range(16)
