@@ -17,7 +17,7 @@ import importlib.metadata
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ from orbax.checkpoint import checkpoint_managers, type_handlers
 
 from gpt import cluster, tokenizers
 from gpt import config as config_lib
-from gpt.errors import UserError
+from gpt.errors import UserError, read_json
 from gpt.models.layers import stack_layers, unstack_layers
 from gpt.sharding import path_name
 
@@ -100,6 +100,7 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".write-test"
+            probe.unlink(missing_ok=True)  # in a stranger's workdir it may be a link to anywhere
             probe.write_text("")
             probe.unlink()
         except OSError as error:
@@ -144,12 +145,14 @@ class Workdir:
         if not self.has_run:
             raise UserError(f"--workdir={self.path} holds no run: there is no run.json in it.")
         try:
-            record = json.loads((self.path / "run.json").read_text())
-            tokenizer = tokenizers.from_json((self.path / "tokenizer.json").read_text())
+            record = read_json(self.path / "run.json")
+            tokenizer = tokenizers.from_tree(read_json(self.path / "tokenizer.json"))
             skipped = tuple(map(int, record["skipped_batches"]))
             return Run(config_lib.from_tree(record["config"]), tokenizer, record["data_fingerprint"], skipped)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--workdir={self.path}: run.json or tokenizer.json is damaged ({error}).") from None
+        except UserError as error:
+            raise UserError(f"--workdir={self.path}: run.json: {error}") from None
 
     def checkpoints(self, keep: int = 1, read_only: bool = False) -> "Checkpoints":
         return Checkpoints(self.path / "checkpoints", keep, read_only)
@@ -173,7 +176,10 @@ class Checkpoints:
             create=not read_only,
             cleanup_tmp_directories=not read_only,
         )
-        self._manager = ocp.CheckpointManager(path, item_names=("params", "optimizer"), options=options)
+        try:
+            self._manager = ocp.CheckpointManager(path, item_names=("params", "optimizer"), options=options)
+        except (OSError, ValueError) as error:  # of the metrics that it reads
+            raise UserError(f"Cannot read {path}: {' '.join(str(error).split())[:300]}") from error
 
     def last(self) -> int | None:
         """Newest step saved, or None."""
@@ -224,7 +230,7 @@ class Checkpoints:
         args = {name: ocp.args.StandardRestore(tree) for name, tree in stacked.items()}
         try:
             for name, tree in stacked.items():
-                self._check_shapes(step, name, tree)
+                self._check_shapes(step, name, _shapes(tree))
             restored = self._manager.restore(step, args=ocp.args.Composite(**args))
         except (OSError, ValueError, KeyError) as error:
             raise self._damaged(step, error) from error
@@ -233,16 +239,20 @@ class Checkpoints:
             return items
         return jax.jit(unstack_layers, out_shardings=_shardings(abstract))(items)
 
-    def restore_each(self, step: int, names: Iterable[str]) -> Iterator[np.ndarray]:
+    def restore_each(self, step: int, shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
         """The parameters of these names, like "blocks/mlp/up/kernel", one after the other, whole and on the host.
 
         No more than one of them is in memory for this.
 
         Raises:
-          UserError: one is missing, or the checkpoint is damaged.
+          UserError: one is missing or has another shape, or the checkpoint is damaged.
         """
         handler = ocp.PyTreeCheckpointHandler()
-        for name in names:
+        try:
+            self._check_shapes(step, "params", shapes)
+        except (OSError, ValueError, KeyError) as error:
+            raise self._damaged(step, error) from error
+        for name in shapes:
             leaf: Any = ocp.RestoreArgs(restore_type=np.ndarray)
             item: Any = 0
             for key in reversed(name.split("/")):
@@ -259,10 +269,15 @@ class Checkpoints:
         reason = " ".join(str(error).split())[:300]
         return UserError(f"Cannot restore {self._path / str(step)}: {reason}")
 
-    def _check_shapes(self, step: int, item: str, wanted: Any) -> None:
-        """Raises UserError unless an item of a step has the arrays of the tree `wanted`, and no others."""
+    def _check_shapes(self, step: int, item: str, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raises UserError unless an item of a step has arrays of these names and shapes, and no others."""
         saved = ocp.PyTreeCheckpointHandler().metadata(self._path / str(step) / item)
-        found, expected = _shapes(saved.tree), _shapes(wanted)
+        found = _shapes(saved.tree)
+        for leaf in jax.tree.leaves(saved.tree, is_leaf=_is_array):
+            # TensorStore takes the memory of a piece before it looks for one, and ends the process where there is none.
+            pieces = leaf.storage.chunk_shape if leaf.storage else None
+            if pieces and math.prod(pieces) > max(math.prod(leaf.shape), 1):
+                raise ValueError(f"{leaf.name} is in pieces of {_shape(pieces)}, larger than itself")
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
                 there, here = (_shape(shapes.get(name)) for shapes in (found, expected))
@@ -344,12 +359,14 @@ def _options(**more: Any) -> ocp.CheckpointManagerOptions:
     return ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["validation_loss"], best_mode="min", **more)
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    def is_array(x: Any) -> bool:  # orbax's metadata of one may be no leaf to JAX
-        return hasattr(x, "shape")
+def _is_array(x: Any) -> bool:
+    """Whether this is an array or orbax's metadata of one, which may be no leaf to JAX."""
+    return hasattr(x, "shape")
 
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_array)
-    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves if is_array(leaf)}
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_array)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves if _is_array(leaf)}
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -397,5 +414,6 @@ def _differences(a: Run, b: Run, sign: str, besides: tuple[str, ...] = ()) -> li
 
 def _replace(path: epath.Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # in a stranger's workdir it may be a link to anywhere
     partial.write_text(text)
     partial.replace(path)

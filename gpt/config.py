@@ -149,9 +149,13 @@ def _build(cls, values: dict, prefix: str):
                 raise UserError(f"{key} is a group of keys and cannot be set to {value!r}.")
             arguments[name] = _build(expected, dict(value.items()), f"{key}.")
         else:
-            if expected is float and type(value) is int:
+            if expected is float and type(value) is int and abs(value) < 2**1000:
                 value = float(value)
             if type(value) is not expected:
                 raise UserError(f"{key}={value!r} has to be of type {expected.__name__}.")
+            if expected is int and not abs(value) < 2**31:
+                raise UserError(f"{key} has to be less than 2³¹, with which devices count.")
+            if expected is float and not abs(value) < 3e38:
+                raise UserError(f"{key}={value} has to be a finite number that float32 can hold.")
             arguments[name] = value
     return cls(**arguments)

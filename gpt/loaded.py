@@ -43,6 +43,9 @@ class Loaded:
         if own and self.run.fingerprint is None:
             raise UserError(f"--workdir={self.workdir.path} holds converted weights and no text; name one by --data.")
         data, block_size = data or self.run.config.data, self.model_config.block_size if own else None
+        data = dataclasses.replace(
+            data, cache_dir=""
+        )  # a workdir may be a stranger's, who is not to say where to write
         corpus = cluster.first_before_others("corpus", lambda: text.load(data, self.tokenizer, block_size))
         if own and corpus.fingerprint != self.run.fingerprint:
             raise UserError(
@@ -71,6 +74,7 @@ def load(workdir: Workdir, checkpoint: str, batch_size: int | None = None) -> Lo
         layout = sharding.make_layout(sharding.MeshConfig())
     batch_size = -(-(batch_size or run.config.train.batch_size) // layout.batch_shards) * layout.batch_shards
     program = train.build(with_batch(run.config, batch_size), run.tokenizer.vocab_size, layout, total_steps=1)
+    program.check_memory(program.abstract_state.params)
     params = checkpoints.restore(step, params=program.abstract_state.params)["params"]
     checkpoints.close()
     return Loaded(workdir, run, step, program, params, batch_size)

@@ -76,6 +76,15 @@ class Program:
     def num_parameters(self) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract_state.params))
 
+    def check_memory(self, tree: Any) -> None:
+        """Raises UserError if a device has too little memory to hold its part of a tree alone."""
+        needed, there = sharding.bytes_per_device(tree), hardware.memory(self.layout.mesh.local_devices[0])
+        if needed > there:
+            raise UserError(
+                f"The {needed / 1e9:,.1f} GB of parameters and optimizer state that are for each device are more than "
+                f"its {there / 1e9:,.1f} GB; choose a smaller model, or shard it over more devices (mesh.rules)."
+            )
+
 
 def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps: int) -> Program:
     """The program of a run on a mesh; nothing is compiled or allocated yet.
@@ -290,6 +299,7 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
     tokens_per_step = batch_size * block_size
     total_steps = config.train.total_steps(block_size, len(training))
     program = build(config, corpus.tokenizer.vocab_size, layout, total_steps)
+    program.check_memory(program.abstract_state)
     sample = Sampler(program, run)
     workdir.record(run)
 

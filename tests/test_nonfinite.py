@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_cluster import MODEL, Processes
 from test_train import StopAfter, change, checkpoint_arrays, scalars
 
 from gpt import sharding, train
@@ -127,7 +128,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=SLOW if name in ("inf", "gradient", "sharded") else ()) for name in VARIANTS]
+)
 def test_a_skipped_update_is_one_left_out_by_hand(small, tmp_path, monkeypatch, capsys, devices, variant):
     kind, train_options, mesh_options = VARIANTS[variant]
     devices(8 if mesh_options else 1)
@@ -168,7 +174,9 @@ def test_a_skipped_update_is_one_left_out_by_hand(small, tmp_path, monkeypatch, 
     assert rates[8] == rates[7]
 
 
-@pytest.mark.parametrize("variant", ["nan", "gradient", "zero1", "sharded"])
+@pytest.mark.parametrize(
+    "variant", ["nan", pytest.param("gradient", marks=SLOW), pytest.param("zero1", marks=SLOW), "sharded"]
+)
 def test_a_run_rolled_back_is_one_that_never_saw_those_batches(small, tmp_path, monkeypatch, capsys, devices, variant):
     kind, train_options, mesh_options = VARIANTS[variant]
     devices(8 if mesh_options else 1)
@@ -195,7 +203,7 @@ def test_a_run_rolled_back_is_one_that_never_saw_those_batches(small, tmp_path, 
     assert run.read().skipped == (2, 6, 7, 11)
 
 
-@pytest.mark.parametrize("stop_at", [3, 6, 8])
+@pytest.mark.parametrize("stop_at", [pytest.param(3, marks=SLOW), 6, pytest.param(8, marks=SLOW)])
 def test_rolled_back_stopped_and_resumed_is_the_same(small, tmp_path, monkeypatch, stop_at):
     """Stopped before, between and after the batches that are left out."""
     config = change(small, "train", on_nonfinite="rollback")
@@ -311,6 +319,34 @@ def test_a_spike_of_the_loss_is_rolled_back_or_stops(small, tmp_path, monkeypatc
     assert scalars(run, "train/loss") == scalars(by_hand, "train/loss")
     ends = [workdir.checkpoints(read_only=True).mean_loss(14) for workdir in (run, by_hand)]
     assert ends[0] == ends[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("choice", ["skip", "rollback"])
+def test_several_processes_decide_alike(play, tmp_path, choice):
+    """Two of two devices each, and one of four, on the same mesh with zero1."""
+    found = []
+    for count in (2, 1):
+        flags = (
+            *MODEL,
+            f"--config.data.path={play}",
+            f"--workdir={tmp_path}/{count}",
+            f"--config.train.on_nonfinite={choice}",
+            "--config.train.batch_size=8",
+            "--config.train.steps=8",
+            "--config.train.checkpoint_every=2",
+            "--config.mesh.zero1",
+        )
+        processes = Processes(count, "tests.poisoned", *flags, devices=4 // count).wait()
+        assert processes.codes == [0] * count, processes.err
+        said = re.findall(r"Step (\d+) gave .*?: (.*)\.", processes.out[0])
+        workdir = Workdir(tmp_path / str(count))
+        found.append((said, workdir.read().skipped, scalars(workdir, "train/loss")))
+        assert all("gave" not in out for out in processes.out[1:])
+    assert found[0][:2] == found[1][:2]
+    assert len(found[0][0]) == 2
+    assert found[0][1] == ((3, 6) if choice == "rollback" else ())
+    np.testing.assert_allclose(list(found[0][2].values()), list(found[1][2].values()), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
