@@ -1,6 +1,7 @@
 """What a workdir holds, and the only code that reads and writes it.
 
-    run.json         the resolved config, the fingerprint of the data and the versions of the libraries
+    run.json         the resolved config, the fingerprint of the data, the batches that are left out and the versions
+                     of the libraries
     tokenizer.json
     checkpoints/     one folder a step: parameters (or LoRA's adapters) and optimizer apart, with orbax's metadata and
                      a digest of each array
@@ -23,7 +24,7 @@ import os
 import re
 import socket
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ from orbax.checkpoint import checkpoint_managers, type_handlers
 
 from gpt import cluster, tokenizers
 from gpt import config as config_lib
-from gpt.errors import UserError
+from gpt.errors import UserError, read_json
 from gpt.models.layers import stack_layers, unstack_layers
 from gpt.sharding import path_name
 
@@ -55,6 +56,9 @@ HARMLESS = (
     "train.keep_checkpoints",
     "train.sample_prompt",
     "train.sample_tokens",
+    "train.on_nonfinite",  # it makes a difference only where the run would have ended
+    "train.max_skipped",
+    "train.spike_factor",
     "data.path",  # the text itself is compared by its fingerprint
     "data.validation_path",
     "data.cache_dir",
@@ -82,6 +86,7 @@ class Run:
     tokenizer: tokenizers.Tokenizer
     fingerprint: str | None  # of the data; None for weights that were converted, whose data is not known
     base: "Base | None" = None  # of a run that trains adapters
+    skipped: tuple[int, ...] = ()  # numbers of the batches that are left out: see `train.on_nonfinite`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +156,7 @@ class Workdir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / ".write-test"
+            probe.unlink(missing_ok=True)  # in a stranger's workdir it may be a link to anywhere
             probe.write_text("")
             probe.unlink()
         except OSError as error:
@@ -166,7 +172,7 @@ class Workdir:
         Raises:
           UserError: this process does not see what process 0 wrote, or has another config or other data.
         """
-        cluster.share("record", lambda: self._write(run))
+        cluster.share(f"record {len(run.skipped)}", lambda: self._write(run))
         if cluster.is_first():
             return
         if not self.has_run:
@@ -182,6 +188,7 @@ class Workdir:
             "config": dataclasses.asdict(run.config),
             "data_fingerprint": run.fingerprint,
             "base": run.base and dataclasses.asdict(run.base),
+            "skipped_batches": run.skipped,
             "versions": {name: importlib.metadata.version(name) for name in libraries},
         }
         # The record last, in one move: a folder with a run.json is complete.
@@ -195,12 +202,18 @@ class Workdir:
         if not self.has_run:
             raise UserError(f"--workdir={self.path} holds no run: there is no run.json in it.")
         try:
-            record = json.loads((self.path / "run.json").read_text())
-            tokenizer = tokenizers.from_json((self.path / "tokenizer.json").read_text())
-            base = Base(**record["base"]) if record["base"] else None
-            return Run(config_lib.from_tree(record["config"]), tokenizer, record["data_fingerprint"], base)
+            record = read_json(self.path / "run.json")
+            return Run(
+                config_lib.from_tree(record["config"]),
+                tokenizers.from_tree(read_json(self.path / "tokenizer.json")),
+                record["data_fingerprint"],
+                Base(**record["base"]) if record["base"] else None,
+                tuple(map(int, record["skipped_batches"])),
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--workdir={self.path}: run.json or tokenizer.json is damaged ({error}).") from None
+        except UserError as error:
+            raise UserError(f"--workdir={self.path}: run.json: {error}") from None
 
     def checkpoints(self, keep: int = 1, say: Callable[[str], None] = print) -> "Checkpoints":
         return Checkpoints(self.path / "checkpoints", keep, say)
@@ -229,14 +242,15 @@ class Checkpoints:
         self._saving: int | None = None
         self.failure: str | None = None
         self._losses: dict[int, float] = {}  # of validation; inf where there was none
+        self._means: dict[int, float | None] = {}  # of the training loss
         self._damaged: dict[int, Damaged] = {}  # those whose loss cannot be read
         for step in ocp.utils.checkpoint_steps(path) if path.exists() else ():
             try:
-                metrics = json.loads((path / str(step) / "metrics" / "metrics").read_text())
+                metrics = read_json(path / str(step) / "metrics" / "metrics")
                 noted = self._digests(step)
                 if noted and noted["metrics"] != _digest_json(metrics):
                     raise ValueError("not the numbers that were saved")
-                self._losses[step] = float(metrics["validation_loss"])
+                self._losses[step], self._means[step] = float(metrics["validation_loss"]), metrics["mean_loss"]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 self._damaged[step] = self._damage(step, f"metrics: {_reason(error)}")
 
@@ -249,7 +263,18 @@ class Checkpoints:
         loss, step = min(((loss, step) for step, loss in self._losses.items()), default=(math.inf, None))
         return (step, loss) if math.isfinite(loss) else None
 
-    def save(self, step: int, params: Any, optimizer: Any, validation_loss: float | None = None) -> None:
+    def mean_loss(self, step: int) -> float | None:
+        """The running mean of the training loss that a step was saved with."""
+        return self._means[step]
+
+    def save(
+        self,
+        step: int,
+        params: Any,
+        optimizer: Any,
+        validation_loss: float | None = None,
+        mean_loss: float | None = None,
+    ) -> None:
         """Starts to save in the background; the arrays may be donated once this returns.
 
         Where that fails (a full disk), a line says so and `failure` is set; the checkpoints before stay as they are,
@@ -261,13 +286,14 @@ class Checkpoints:
         stacked, digests = jax.jit(_stack_and_digest, out_shardings=(_shardings(_stacked(items)), replicated))(items)
         args = {name: ocp.args.StandardSave(tree) for name, tree in stacked.items()}
         digests = {name: int(digest) for name, digest in jax.device_get(digests).items()}
-        metrics = {"validation_loss": math.inf if validation_loss is None else validation_loss}
+        validation_loss = math.inf if validation_loss is None else validation_loss
+        metrics = {"validation_loss": validation_loss, "mean_loss": mean_loss}
         digests["metrics"] = _digest_json(metrics)
         with self._may_fail(step):
             if not (self._path.parent / "run.json").exists():  # orbax would make the folder again, without a record
                 raise FileNotFoundError(0, "the workdir is gone")
             self._manager = self._manager or self._open()
-            self._losses[step], self._saving = metrics["validation_loss"], step
+            self._losses[step], self._means[step], self._saving = validation_loss, mean_loss, step
             self._manager.save(
                 step,
                 args=ocp.args.Composite(**args, digests=ocp.args.JsonSave(digests)),
@@ -369,7 +395,7 @@ class Checkpoints:
         try:
             digests = self._digests(step)
             for name, tree in stacked.items():
-                self._check_shapes(step, name, tree, digests)
+                self._check_shapes(step, name, _shapes(tree), digests)
             handler = ocp.StandardCheckpointHandler()
             restored = {
                 name: handler.restore(self._path / str(step) / name, args=ocp.args.StandardRestore(tree))
@@ -388,16 +414,21 @@ class Checkpoints:
             return restored
         return jax.jit(unstack_layers, out_shardings=_shardings(abstract))(restored)
 
-    def restore_each(self, step: int, names: Iterable[str]) -> Iterator[np.ndarray]:
+    def restore_each(self, step: int, shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
         """The parameters of these names, like "blocks/mlp/up/kernel", one after the other, whole and on the host.
 
         No more than one of them is in memory for this.
 
         Raises:
-          UserError: one is missing, or the checkpoint is damaged.
+          UserError: one is missing or has another shape, or the checkpoint is damaged.
         """
         handler = ocp.PyTreeCheckpointHandler()
-        for name in names:
+        try:
+            digests = self._digests(step)
+            self._check_shapes(step, "params", shapes, digests)
+        except Exception as error:
+            raise self._cannot_read(step, error) from error
+        for name in shapes:
             leaf: Any = ocp.RestoreArgs(restore_type=np.ndarray)
             item: Any = 0
             for key in reversed(name.split("/")):
@@ -408,7 +439,7 @@ class Checkpoints:
             except Exception as error:
                 raise self._cannot_read(step, error) from error
             (array,) = jax.tree.leaves(restored)
-            self._compare(step, {f"params/{name}": jax.jit(_digest)(array)}, self._digests(step))
+            self._compare(step, {f"params/{name}": jax.jit(_digest)(array)}, digests)
             yield array
 
     def _digests(self, step: int) -> dict[str, int] | None:
@@ -433,12 +464,19 @@ class Checkpoints:
             return UserError(f"Cannot read {self._path / str(step)}: {_reason(error)}")
         return self._damage(step, _reason(error))
 
-    def _check_shapes(self, step: int, item: str, wanted: Any, digests: dict[str, int] | None) -> None:
-        """Raises UserError unless an item of a step has the arrays of the tree `wanted`, and no others."""
+    def _check_shapes(
+        self, step: int, item: str, expected: dict[str, tuple[int, ...]], digests: dict[str, int] | None
+    ) -> None:
+        """Raises UserError unless an item of a step has arrays of these names and shapes, and no others."""
         saved = ocp.PyTreeCheckpointHandler().metadata(self._path / str(step) / item)
-        found, expected = _shapes(saved.tree), _shapes(wanted)
+        found = _shapes(saved.tree)
         if digests and {f"{item}/{name}" for name in found} - digests.keys():
             raise self._damage(step, f"{item}/_METADATA: not the arrays that were saved")
+        for leaf in jax.tree.leaves(saved.tree, is_leaf=_is_array):
+            # TensorStore takes the memory of a piece before it looks for one, and ends the process where there is none.
+            pieces = leaf.storage.chunk_shape if leaf.storage else None
+            if pieces and math.prod(pieces) > max(math.prod(leaf.shape), 1):
+                raise ValueError(f"{leaf.name} is in pieces of {_shape(pieces)}, larger than itself")
         for name in sorted(found.keys() | expected.keys()):
             if found.get(name) != expected.get(name):
                 there, here = (_shape(shapes.get(name)) for shapes in (found, expected))
@@ -555,12 +593,14 @@ def _reason(error: Exception) -> str:
     return system[1] if system else " ".join(text.split())[:200]
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    def is_array(x: Any) -> bool:  # orbax's metadata of one may be no leaf to JAX
-        return hasattr(x, "shape")
+def _is_array(x: Any) -> bool:
+    """Whether this is an array or orbax's metadata of one, which may be no leaf to JAX."""
+    return hasattr(x, "shape")
 
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_array)
-    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves if is_array(leaf)}
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_array)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves if _is_array(leaf)}
 
 
 def _shape(shape: tuple[int, ...] | None) -> str:
@@ -608,5 +648,6 @@ def _differences(a: Run, b: Run, sign: str, besides: tuple[str, ...] = ()) -> li
 
 def _replace(path: epath.Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
+    partial.unlink(missing_ok=True)  # in a stranger's workdir it may be a link to anywhere
     partial.write_text(text)
     partial.replace(path)

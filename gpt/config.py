@@ -13,7 +13,7 @@ from typing import Any
 import ml_collections
 
 from gpt.data.text import DataConfig
-from gpt.errors import UserError, check_positive
+from gpt.errors import UserError, check_choice, check_positive
 from gpt.models.gpt import GPTConfig
 from gpt.optimizer import OptimizerConfig
 from gpt.sharding import MeshConfig
@@ -36,10 +36,22 @@ class TrainConfig:
     keep_checkpoints: int = 2  # newest ones, besides the best
     sample_prompt: str = ""  # text that the sample at each evaluation continues; "": a line feed
     sample_tokens: int = 256  # its length; 0: no samples
+    on_nonfinite: str = (
+        "stop"  # a loss or gradient that is not finite: stop, skip (the update), rollback (see gpt.train)
+    )
+    max_skipped: int = 10  # updates or batches that a run may leave out; one more stops it
+    spike_factor: float = 0.0  # a loss above this times its running mean counts as not finite; 0: none does
 
     def __post_init__(self):
         check_positive("train", self, "batch_size", "micro_batches", "log_every", "checkpoint_every")
-        check_positive("train", self, "keep_checkpoints")
+        check_positive("train", self, "keep_checkpoints", "max_skipped")
+        check_choice("train.on_nonfinite", self.on_nonfinite, ("stop", "skip", "rollback"))
+        if self.spike_factor and not self.spike_factor > 1:
+            raise UserError(f"train.spike_factor={self.spike_factor} has to be greater than 1, or 0 for none.")
+        if self.spike_factor and self.on_nonfinite == "skip":
+            raise UserError(
+                "train.spike_factor needs train.on_nonfinite=stop or rollback: a spike is seen when its update is made."
+            )
         for name in ("steps", "epochs", "tokens", "eval_every", "sample_tokens"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"train.{name}={getattr(self, name)} must not be negative.")
@@ -137,9 +149,13 @@ def _build(cls, values: dict, prefix: str):
                 raise UserError(f"{key} is a group of keys and cannot be set to {value!r}.")
             arguments[name] = _build(expected, dict(value.items()), f"{key}.")
         else:
-            if expected is float and type(value) is int:
+            if expected is float and type(value) is int and abs(value) < 2**1000:
                 value = float(value)
             if type(value) is not expected:
                 raise UserError(f"{key}={value!r} has to be of type {expected.__name__}.")
+            if expected is int and not abs(value) < 2**31:
+                raise UserError(f"{key} has to be less than 2³¹, with which devices count.")
+            if expected is float and not abs(value) < 3e38:
+                raise UserError(f"{key}={value} has to be a finite number that float32 can hold.")
             arguments[name] = value
     return cls(**arguments)

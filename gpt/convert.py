@@ -19,7 +19,7 @@ from absl import flags
 from gpt import cli, tokenizers
 from gpt.checkpoint import Deferred, Run, Workdir, write_params
 from gpt.config import Config
-from gpt.errors import UsageError, UserError
+from gpt.errors import UsageError, UserError, read_json
 from gpt.loaded import Weights
 from gpt.models.gpt import GPTConfig
 
@@ -151,9 +151,9 @@ class Folder:
             names = _read_json(self._path / INDEX).get("weight_map")
             if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
                 raise UserError(f"{self._path / INDEX} has no weight_map that names files.")
-            files = sorted(set(names.values()))
+            files, there = sorted(set(names.values())), {path.name for path in self._path.iterdir() if path.is_file()}
             for file in files:
-                if Path(file).name != file or not (self._path / file).is_file():
+                if Path(file).name != file or file not in there:
                     raise UserError(f"{self._path / INDEX} names {file}, which is not in the folder.")
             return files
         pickles = sorted(file.name for file in self._path.glob("*.bin"))
@@ -203,6 +203,8 @@ def read_config(path: Path, vocab_multiple: int) -> GPTConfig:
         value = theirs.get(key, default)
         if isinstance(value, bool) or not isinstance(value, (int, kind)):
             raise UserError(f"{path}: {key} is {value!r}, and not a number.")
+        if not abs(value) < 2**31:
+            raise UserError(f"{path}: {key} is beyond all models.")
         return value
 
     width = number("n_embd")
@@ -272,8 +274,8 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
         except UserError as error:
             raise UserError(f"--from_hf: no tokenizer: {error}") from None
     try:
-        return tokenizers.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return tokenizers.from_tree(read_json(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}).") from None
 
 
@@ -319,7 +321,7 @@ def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> GPTConfig:
 
     def deferred(name: str, tensor: Tensor) -> Deferred:
         layers = _layers(name, config)
-        lead = (len(layers),) if name.startswith("blocks/") else ()
+        lead = _lead(name, config)
 
         def make() -> np.ndarray:
             array = np.zeros((*lead, *tensor.ours), np.float32)
@@ -380,7 +382,8 @@ def write_safetensors(path: Path, config: GPTConfig, weights: Weights) -> None:
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
-        for (name, tensor), array in zip(wanted.items(), weights.restore_each(wanted), strict=True):
+        shapes = {name: _lead(name, config) + tensor.ours for name, tensor in wanted.items()}
+        for (name, tensor), array in zip(wanted.items(), weights.restore_each(shapes), strict=True):
             for layer in _layers(name, config):
                 ours = array[layer] if name.startswith("blocks/") else array
                 out.write(tensor.write(ours).astype("<f4").tobytes())
@@ -389,6 +392,11 @@ def write_safetensors(path: Path, config: GPTConfig, weights: Weights) -> None:
 
 def _layers(name: str, config: GPTConfig) -> range:
     return range(config.num_layers if name.startswith("blocks/") else 1)
+
+
+def _lead(name: str, config: GPTConfig) -> tuple[int, ...]:
+    """The axis of the layers, for what each of them has."""
+    return (config.num_layers,) if name.startswith("blocks/") else ()
 
 
 def _compare_shapes(folder: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
@@ -412,7 +420,7 @@ def _refuse_to_overwrite(flag: str, path: Any) -> None:
 
 def _read_json(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from None
     if not isinstance(found, dict):

@@ -1,4 +1,7 @@
-"""Exceptions whose message is meant for the person at the keyboard."""
+"""Exceptions whose message is meant for the person at the keyboard, and checks of what others wrote."""
+
+import json
+from typing import Any
 
 
 class UserError(Exception):
@@ -15,6 +18,26 @@ class UsageError(UserError):
     """A UserError about the flags themselves."""
 
     exit_code = 2
+
+
+LARGEST_JSON = 1 << 26  # bytes: a hundred times a real vocabulary, and still parsed in a gigabyte or so
+
+
+def read_json(path: Any) -> Any:
+    """What a JSON file of any author holds.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not JSON, or would fill the memory or the stack.
+    """
+    with path.open("rb") as file:
+        data = file.read(LARGEST_JSON + 1)
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"{path.name} has more than {LARGEST_JSON >> 20} MiB")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
 
 
 def check_choice(key: str, value: str, choices) -> None:

@@ -1,8 +1,10 @@
 """The accelerators that are known, their public figures, and clusters of them that are not there."""
 
 import dataclasses
+import math
 import os
 import re
+import resource
 
 import jax
 
@@ -86,6 +88,15 @@ _CORES = {
 def of_device(device: jax.Device) -> Chip | None:
     """The chip that a device is, or None where it is not known."""
     return next((chip for chip in CHIPS if device.device_kind.startswith(chip.kinds)), None)
+
+
+def memory(device: jax.Device) -> float:
+    """Bytes that a program may take on a device: of the host's memory, all its devices together where it is a CPU."""
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return (whole if limit == resource.RLIM_INFINITY else min(whole, limit)) / jax.local_device_count()
 
 
 def of_topology(name: str) -> Chip:

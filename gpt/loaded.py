@@ -1,9 +1,11 @@
 """A trained model, opened from its workdir alone: for evaluating, sampling, and as the start of another run."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
 
 from gpt import cluster, lora, sharding, tokenizers
@@ -11,7 +13,7 @@ from gpt.checkpoint import Base, Run, Workdir, digest
 from gpt.config import Config
 from gpt.data import text
 from gpt.errors import UserError
-from gpt.models.gpt import GPTConfig
+from gpt.models.gpt import GPT, GPTConfig
 from gpt.program import Program, build
 
 
@@ -66,26 +68,37 @@ class Weights:
             self._check(int(digest(params)))
         return params
 
-    def restore_each(self, names: Iterable[str]) -> Iterator[np.ndarray]:
-        """The parameters of all names, as `Checkpoints.restore_each` gives them, adapters merged.
+    def restore_each(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
+        """All parameters, by name, as `Checkpoints.restore_each` gives them, adapters merged.
 
         Raises:
           UserError: as `restore`.
         """
-        names = list(names)
-        scale = self.run.config.model.lora_alpha / max(self.run.config.model.lora_rank, 1)
-        targets = tuple(f"/{name}/kernel" for name in self.run.config.model.lora_targets.split(","))
-        arrays = (self._base or self._checkpoints).restore_each(*([] if self._base else [self.step]), names)
-        total = 0
-        for name, array in zip(names, arrays, strict=True):
-            if self._base and name.endswith(targets):
-                place = name.removesuffix("kernel")
-                a, b = self._checkpoints.restore_each(self.step, (place + "a", place + "b"))
-                array = array + scale * lora.product({"a": a, "b": b}, array.shape)
+        adapters, total = self._adapters(), 0
+        arrays = self._base.restore_each(shapes) if self._base else self._checkpoints.restore_each(self.step, shapes)
+        for name, array in zip(shapes, arrays, strict=True):
+            if name in adapters:
+                scale = self.run.config.model.lora_alpha / self.run.config.model.lora_rank
+                array = array + scale * lora.product(adapters[name], array.shape)
             total = (total + int(digest(array))) % 2**32
             yield array
         if self._digest is not None:
             self._check(total)
+
+    def _adapters(self) -> dict[str, dict[str, np.ndarray]]:
+        """The matrices of each adapter, by the name of its kernel, layers stacked."""
+        if not self._base:
+            return {}
+        config = self.run.config.model.resolve(self.run.tokenizer.vocab_size, "cpu")
+        model = GPT(dataclasses.replace(config, scan_layers=True))
+        abstract = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["lora"]
+        leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(abstract))
+        shapes = {sharding.path_name(path): leaf.shape for path, leaf in leaves}
+        found = {}
+        for name, array in zip(shapes, self._checkpoints.restore_each(self.step, shapes), strict=True):
+            place, _, matrix = name.rpartition("/")
+            found.setdefault(f"{place}/kernel", {})[matrix] = array
+        return found
 
     def _check(self, found: int) -> None:
         if found != self._digest:
@@ -127,6 +140,9 @@ class Loaded:
         if own and self.run.fingerprint is None:
             raise UserError(f"--workdir={self.workdir.path} holds converted weights and no text; name one by --data.")
         data, block_size = data or self.run.config.data, self.model_config.block_size if own else None
+        data = dataclasses.replace(
+            data, cache_dir=""
+        )  # a workdir may be a stranger's, who is not to say where to write
         corpus = cluster.first_before_others("corpus", lambda: text.load(data, self.tokenizer, block_size))
         if own and corpus.fingerprint != self.run.fingerprint:
             raise UserError(
@@ -154,6 +170,7 @@ def load(workdir: Workdir, checkpoint: str, batch_size: int | None = None) -> Lo
         layout = sharding.make_layout(sharding.MeshConfig())
     batch_size = -(-(batch_size or run.config.train.batch_size) // layout.batch_shards) * layout.batch_shards
     program = build(with_batch(run.config, batch_size), run.tokenizer.vocab_size, layout, total_steps=1)
+    program.check_memory(program.abstract_params)
     return Loaded(workdir, run, weights.step, program, weights.restore(program), batch_size)
 
 

@@ -39,8 +39,12 @@ class TensorBoard:
         self._path, self._enabled = path, enabled
         self._file, self._name, self._flushed = None, "", 0.0
         self._waiting: list[bytes] = []
+        self.restart(start_step)
+
+    def restart(self, step: int) -> None:
+        """Drops events of later steps than `step` from view."""
         session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(event_pb2.Event(step=start_step + 1, session_log=session))
+        self._add(event_pb2.Event(step=step + 1, session_log=session))
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         self._summary(step, [summary_pb2.Summary.Value(tag=tag, simple_value=v) for tag, v in values.items()])

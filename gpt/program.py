@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt import lora, optimizer, sharding
+from gpt import hardware, lora, optimizer, sharding
 from gpt.config import Config
 from gpt.data import pipeline, text
+from gpt.errors import UserError
 from gpt.models.gpt import GPT
 
 HISTOGRAM_POSITIONS, HISTOGRAM_BINS = 64, 64
@@ -81,6 +82,15 @@ class Program:
         """Of the model, without adapters."""
         return count(self.abstract_params)
 
+    def check_memory(self, tree: Any) -> None:
+        """Raises UserError if a device has too little memory to hold its part of a tree alone."""
+        needed, there = sharding.bytes_per_device(tree), hardware.memory(self.layout.mesh.local_devices[0])
+        if needed > there:
+            raise UserError(
+                f"The {needed / 1e9:,.1f} GB of parameters and optimizer state that are for each device are more than "
+                f"its {there / 1e9:,.1f} GB; choose a smaller model, or shard it over more devices (mesh.rules)."
+            )
+
 
 def variables(params: Any, frozen: Any) -> dict[str, Any]:
     """Flax's collections for the model, of what is trained and what is not."""
@@ -141,13 +151,21 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         )
         if layout.zero1:  # each device updates the part of the parameters that its optimizer state is for
             grads = jax.lax.with_sharding_constraint(grads, layout.spread(abstract.params, shardings.params))
+        gradient_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        measured = {
+        skipped = {}
+        if config.train.on_nonfinite == "skip":
+            is_finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            )
+            skipped = {"skipped": state.step + 1 - opt_state[-1].count}
+        measured = skipped | {
             "loss": loss,
-            "gradient_norm": optax.tree.norm(grads),
+            "gradient_norm": gradient_norm,
             "parameter_norm": optax.tree.norm(params),
-            "learning_rate": learning_rate(state.step),
+            "learning_rate": learning_rate(state.opt_state[-1].count),
         }
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), measured
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from gpt.errors import UserError, check_choice
+from gpt.errors import UserError, check_choice, read_json
 
 KINDS = ("char", "byte", "bpe", "gpt2")
 SEPARATOR = "<|endoftext|>"  # GPT-2's name of the token between documents
@@ -108,7 +108,10 @@ class CharTokenizer:
 
     @classmethod
     def from_dict(cls, saved: dict) -> "CharTokenizer":
-        return cls(saved["alphabet"])
+        alphabet = saved["alphabet"]
+        if not alphabet.encode() or cls.from_text(alphabet).alphabet != alphabet:
+            raise ValueError("the alphabet is not sorted characters")
+        return cls(alphabet)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +124,10 @@ class ByteTokenizer:
     byte_lengths: ClassVar[np.ndarray] = np.ones(256, int)
 
     def encode(self, text: str) -> np.ndarray:
-        return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+        try:
+            return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
+        except UnicodeEncodeError as error:
+            raise UserError(f"{error.object[error.start]!r} is half a character, and stands for no bytes.") from None
 
     def encode_stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         return map(self.encode, pieces)
@@ -179,13 +185,13 @@ class BPETokenizer:
         try:
             for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
                 if (folder / vocabulary).is_file() and (folder / merges).is_file():
-                    ids = json.loads((folder / vocabulary).read_text(encoding="utf-8"))
+                    ids = read_json(folder / vocabulary)
                     lines = (folder / merges).read_text(encoding="utf-8").split("\n")
                     if lines[0].startswith("#version"):
                         del lines[0]
                     return cls._from_vocabulary(ids, [line for line in lines if line])
             if (folder / "tokenizer.json").is_file():
-                return cls._from_tokenizer_json(json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+                return cls._from_tokenizer_json(read_json(folder / "tokenizer.json"))
         except OSError as error:
             raise UserError(f"cannot read {error.filename}: {error.strerror}.") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -222,6 +228,7 @@ class BPETokenizer:
     @classmethod
     def _from_vocabulary(cls, ids: dict[str, int], merges: list[str]) -> "BPETokenizer":
         """Raises ValueError where ids, bytes or tokens are missing, for then some text could not be encoded."""
+        "".join(ids).encode()  # half characters stand for no bytes
         if sorted(ids.values()) != list(range(len(ids))):
             raise ValueError(f"the {len(ids)} ids are not 0 to {len(ids) - 1}")
         if missing := _LETTERS.keys() - ids.keys():
@@ -297,7 +304,7 @@ class BPETokenizer:
 
     @classmethod
     def from_dict(cls, saved: dict) -> "BPETokenizer":
-        return cls(tuple(saved["tokens"]), tuple(saved["merges"]))
+        return cls._from_vocabulary({token: i for i, token in enumerate(saved["tokens"])}, list(saved["merges"]))
 
 
 def gpt2(path: str = "") -> BPETokenizer:
@@ -332,9 +339,12 @@ class UnknownCharacters(UserError):
 TOKENIZERS = {cls.name: cls for cls in (CharTokenizer, ByteTokenizer, BPETokenizer)}
 
 
-def from_json(text: str) -> Tokenizer:
-    """The tokenizer that `to_json` saved."""
-    saved = json.loads(text)
+def from_tree(saved: dict) -> Tokenizer:
+    """The tokenizer that `to_json` saved, of what its JSON holds.
+
+    Raises:
+      ValueError, KeyError, TypeError, AttributeError: it is none.
+    """
     return TOKENIZERS[saved["name"]].from_dict(saved)
 
 

@@ -1,4 +1,14 @@
-"""The training loop: build the program, restore, step, log, evaluate, save."""
+"""The training loop: build the program, restore, step, log, evaluate, save.
+
+A step whose loss, gradient or parameters are not finite (or whose loss is a spike, where these are looked for) ends the
+run, unless `train.on_nonfinite` says otherwise:
+
+- `skip`: the devices leave the update out, and nothing waits for that. Parameters and optimizer state, with the count
+  that the learning rate goes by, stay what they were; the step counts.
+- `rollback`: back to the newest checkpoint, and on without the batch, whose number is recorded in the workdir. So the
+  run is, to the bit, one that never saw it. (Metrics are read a step late: the step after it goes too, its batch comes
+  again.)
+"""
 
 import contextlib
 import dataclasses
@@ -18,11 +28,13 @@ from jax.sharding import PartitionSpec as P
 
 from gpt import cluster, generate, hardware, metrics, sharding
 from gpt.checkpoint import Checkpoints, Run, Workdir, refuse_changes
-from gpt.config import Config
+from gpt.config import Config, TrainConfig
 from gpt.data import pipeline, text
 from gpt.errors import UserError
 from gpt.loaded import Weights
 from gpt.program import Program, TrainState, build, count, evaluate
+
+MEAN_OVER = 50  # steps that the running mean of the loss looks back, about
 
 
 class Interrupted:
@@ -89,7 +101,9 @@ def _train(config: Config, workdir: Workdir, allow_config_change: bool, profile:
     corpus = cluster.first_before_others(
         "corpus", lambda: text.load(config.data, tokenizer, config.model.block_size, progress.say, progress.status)
     )
-    run = Run(config, corpus.tokenizer, corpus.fingerprint, before and before.base)
+    run = Run(config, corpus.tokenizer, corpus.fingerprint)
+    if before:
+        run = dataclasses.replace(run, base=before.base, skipped=before.skipped)
     changes = refuse_changes(before, run, workdir.path, allow_config_change) if before else {}
 
     block_size, batch_size = config.model.block_size, config.train.batch_size
@@ -98,9 +112,10 @@ def _train(config: Config, workdir: Workdir, allow_config_change: bool, profile:
     tokens_per_step = batch_size * block_size
     total_steps = config.train.total_steps(block_size, len(training))
     program = build(config, corpus.tokenizer.vocab_size, layout, total_steps)
-    first_params = origin.restore(program) if origin else None
+    program.check_memory(program.abstract_state)
+    first = [origin.restore(program)] if origin else []  # used up by `begin`
     if config.model.lora_rank and not run.base:
-        run = dataclasses.replace(run, base=origin.as_base(first_params))
+        run = dataclasses.replace(run, base=origin.as_base(first[0]))
     sample = Sampler(program, run)
     workdir.record(run)
 
@@ -110,8 +125,24 @@ def _train(config: Config, workdir: Workdir, allow_config_change: bool, profile:
     for key, (was, now) in changes.items():
         progress.say(f"changed: {key} {was!r} → {now!r}")
 
-    checkpoints = workdir.checkpoints(config.train.keep_checkpoints, progress.say)
-    start, state = checkpoints.last_whole(lambda step: restore(checkpoints, step, program)) or (0, None)
+    checkpoints, rows = workdir.checkpoints(config.train.keep_checkpoints, progress.say), layout.local_rows(batch_size)
+
+    def begin() -> tuple[int, TrainState, Iterator[dict[str, jax.Array]], float | None]:
+        """The newest step saved, or 0, and state, batches and running mean of the loss after it."""
+        step, state = checkpoints.last_whole(lambda step: restore(checkpoints, step, program)) or (0, None)
+        params = None
+        if origin and (config.model.lora_rank or not step):
+            params = first.pop() if first else origin.restore(program)
+        if step:
+            state = state.replace(frozen=params or {})
+        else:
+            with layout.use():
+                state = program.begin(params) if origin else program.init()
+        numbers = training, batch_size, config.seed, rows, step, config.data.prefetch, run.skipped
+        batches = pipeline.to_devices(pipeline.training_batches(*numbers), layout, rows, batch_size)
+        return step, state, batches, checkpoints.mean_loss(step) if step else None
+
+    start, state, batches, mean_loss = begin()
     best = checkpoints.best()
     best_loss = best[1] if best else math.inf
     if start >= total_steps:
@@ -119,42 +150,70 @@ def _train(config: Config, workdir: Workdir, allow_config_change: bool, profile:
         return 0
     if start:
         progress.say(f"resuming after step {start:,}")
-        state = state.replace(frozen=first_params if config.model.lora_rank else {})
-    else:
-        with layout.use():
-            state = program.begin(first_params) if origin else program.init()
-        if origin:
-            progress.say(f"starting from step {origin.step:,} of {origin.workdir.path}")
-    del first_params  # now part of the state
+    elif origin:
+        progress.say(f"starting from step {origin.step:,} of {origin.workdir.path}")
 
     tensorboard = metrics.TensorBoard(workdir.path, start, enabled=cluster.is_first())
     tensorboard.text(start, "config", f"```json\n{json.dumps(dataclasses.asdict(config), indent=1)}\n```")
     chip = hardware.of_device(layout.mesh.devices.flat[0])
     flops_per_step = tokens_per_step * program.model.config.flops_per_token()
     speed = metrics.Speed(tokens_per_step, flops_per_step, chip and chip.flops * layout.mesh.size)
-    rows = layout.local_rows(batch_size)
-    local_batches = pipeline.training_batches(training, batch_size, config.seed, rows, start, config.data.prefetch)
-    batches = pipeline.to_devices(local_batches, layout, rows, batch_size)
+
+    def left_out(step: int, text: str, count: int) -> None:
+        """Shows that a step's update or batch is left out."""
+        text = f"Step {step:,} {text} ({count} of at most {config.train.max_skipped})."
+        progress.say(text)
+        tensorboard.text(step, "skipped", text)
 
     def report(step: int, measured: dict[str, jax.Array], stop_signal: jax.Array | int) -> int:
-        """Waits for the step, checks and shows its metrics; returns the signal to stop on, or 0."""
+        """Waits for the step, checks and shows its metrics; returns the signal to stop on, or 0.
+
+        Raises:
+          BadStep: it is one, and its update was made.
+        """
+        nonlocal mean_loss
         values = {name: float(value) for name, value in jax.device_get(measured).items()}
+        skipped = int(values.pop("skipped", len(run.skipped)))
         speed.step()
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["gradient_norm"]):
-            saved = checkpoints.last()
-            kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
-            raise UserError(
-                f"Step {step} gave loss {values['loss']} and gradient norm {values['gradient_norm']}; {kept} in "
-                f"{workdir.path}. Try a lower optimizer.learning_rate or a longer optimizer.warmup_tokens."
-            )
+        if wrong := fault(values, config.train, mean_loss):
+            is_skipped = not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]))
+            if config.train.on_nonfinite != "skip" or not is_skipped or skipped > config.train.max_skipped:
+                raise BadStep(step, wrong)
+            left_out(step, f"{wrong}: its update is left out", skipped)
+        else:
+            mean_loss = values["loss"] if mean_loss is None else mean_loss + (values["loss"] - mean_loss) / MEAN_OVER
         progress.update(step, values["loss"], speed.rates(), milestone=step % config.train.log_every == 0)
         if step % config.train.log_every == 0:
             tensorboard.scalars(step, {f"train/{name}": value for name, value in values.items()})
-            tensorboard.scalars(step, {"progress/tokens": step * tokens_per_step})
+            tensorboard.scalars(step, {"progress/tokens": step * tokens_per_step, "progress/skipped": skipped})
             tensorboard.scalars(step, {f"progress/{name}": value for name, value in speed.rates().items()})
             speed.restart()
             checkpoints.poll()
         return int(stop_signal)
+
+    def leave_out(bad: BadStep) -> int:
+        """Records that the batch of a step is left out from now on; returns its number.
+
+        Raises:
+          UserError: that is not wanted, or was done too often.
+        """
+        nonlocal run
+        checkpoints.wait()
+        saved = checkpoints.last()
+        if config.train.on_nonfinite != "rollback" or len(run.skipped) >= config.train.max_skipped:
+            kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
+            hint = "train.on_nonfinite=rollback"
+            if config.train.on_nonfinite != "stop":
+                hint = "a larger train.max_skipped"
+                kept = f"train.max_skipped={config.train.max_skipped} were left out already; {kept}"
+            raise UserError(
+                f"Step {bad.step} {bad.what}; {kept} in {workdir.path}. Try a lower optimizer.learning_rate, a longer "
+                f"optimizer.warmup_tokens, or {hint}."
+            )
+        number = pipeline.batch_number(bad.step - 1, run.skipped)
+        run = dataclasses.replace(run, skipped=(*run.skipped, number))
+        workdir.record(run)
+        return number
 
     def evaluate_and_sample(step: int) -> float:
         params = program.whole(state)
@@ -170,39 +229,48 @@ def _train(config: Config, workdir: Workdir, allow_config_change: bool, profile:
         return result["loss"]
 
     tracer, may_wait = Tracer(workdir.path, start) if profile else None, True
-    batch, pending, done, stop_signal, began = next(batches), None, start, 0, time.perf_counter()
+    batch, pending, done, stop_signal, began, compiled = next(batches), None, start, 0, time.perf_counter(), False
     try:
         with Interrupted(layout) as interrupted:
             while done < total_steps and not stop_signal:
-                if tracer:
-                    tracer.before_step(done)
-                if done == start:
-                    progress.say("compiling the training step …")
-                with speed.pause() if done == start else contextlib.nullcontext(), layout.use():
-                    state, measured = program.train_step(state, batch)
-                done += 1
-                # While the device works on this step, the host fetches the next batch and reads the last metrics.
-                with speed.waiting(device_is_idle=measured["loss"].is_ready):
-                    batch = next(batches)
-                if pending:
-                    stop_signal = report(*pending)
-                pending = done, measured, interrupted.agreed()
+                try:
+                    if tracer:
+                        tracer.before_step(done)
+                    if not compiled:
+                        progress.say("compiling the training step …")
+                    with contextlib.nullcontext() if compiled else speed.pause(), layout.use():
+                        state, measured = program.train_step(state, batch)
+                    done, compiled = done + 1, True
+                    # While the device works on this step, the host fetches the next batch and reads the last metrics.
+                    with speed.waiting(device_is_idle=measured["loss"].is_ready):
+                        batch = next(batches)
+                    if pending:
+                        stop_signal = report(*pending)
+                    pending = done, measured, interrupted.agreed()
 
-                is_last = done == total_steps
-                evaluate_now = is_last or (config.train.eval_every and done % config.train.eval_every == 0)
-                save_now = is_last or done % config.train.checkpoint_every == 0 or stop_signal
-                if evaluate_now or save_now:
-                    stop_signal = report(*pending) or stop_signal
-                    pending = None
+                    is_last = done == total_steps
+                    evaluate_now = is_last or (config.train.eval_every and done % config.train.eval_every == 0)
+                    save_now = is_last or done % config.train.checkpoint_every == 0 or stop_signal
+                    if evaluate_now or save_now:
+                        stop_signal = report(*pending) or stop_signal
+                        pending = None
+                        with speed.pause():
+                            loss = evaluate_and_sample(done) if evaluate_now else None
+                            if save_now or loss < best_loss:
+                                checkpoints.save(done, state.params, state.opt_state, loss, mean_loss)
+                            best_loss = min(best_loss, loss if evaluate_now else math.inf)
+                except BadStep as bad:
                     with speed.pause():
-                        loss = evaluate_and_sample(done) if evaluate_now else None
-                        if save_now or loss < best_loss:
-                            tensorboard.flush()  # a run killed after it goes on with the points of all steps
-                            checkpoints.save(done, state.params, state.opt_state, loss)
-                        best_loss = min(best_loss, loss if evaluate_now else math.inf)
+                        number = leave_out(bad)
+                        state = batch = pending = measured = None  # room for the state of before
+                        done, state, batches, mean_loss = begin()
+                        batch = next(batches)
+                        tensorboard.restart(done)
+                        back = f"back to step {done:,} and on without batch {number:,}"
+                        left_out(bad.step, f"{bad.what}: {back}", len(run.skipped))
             if done < total_steps and checkpoints.last() != done:
                 # All agreed on the signal only with the metrics of an evaluation that saved nothing.
-                checkpoints.save(done, state.params, state.opt_state)
+                checkpoints.save(done, state.params, state.opt_state, mean_loss=mean_loss)
     except Exception as error:
         # Other processes may be gone, and what they have a part in would never end.
         may_wait = isinstance(error, UserError) or not cluster.is_several()
@@ -223,6 +291,25 @@ def _train(config: Config, workdir: Workdir, allow_config_change: bool, profile:
     seconds = metrics.duration(time.perf_counter() - began)
     progress.say(f"Done: {total_steps:,} steps in {seconds}, best validation loss {best_loss:.4f}, in {workdir.path}")
     return 0
+
+
+class BadStep(Exception):
+    """A step that cannot stand: `step`, and in words `what` it gave."""
+
+    def __init__(self, step: int, what: str):
+        super().__init__(step, what)
+        self.step, self.what = step, what
+
+
+def fault(values: dict[str, float], config: TrainConfig, mean_loss: float | None) -> str:
+    """What is wrong with a step, by its metrics and the running mean of the losses before; "" if nothing is."""
+    if not all(math.isfinite(values[name]) for name in ("loss", "gradient_norm", "parameter_norm")):
+        return "gave " + " and ".join(
+            f"{name.replace('_', ' ')} {values[name]}" for name in ("loss", "gradient_norm", "parameter_norm")
+        )
+    if config.spike_factor and mean_loss is not None and values["loss"] > config.spike_factor * mean_loss:
+        return f"gave loss {values['loss']:.4f}, more than train.spike_factor={config.spike_factor} × {mean_loss:.4f}"
+    return ""
 
 
 def first_weights(config: Config, before: Run | None) -> Weights | None:
@@ -319,7 +406,7 @@ class Tracer:
         self._running = False
 
     def before_step(self, step: int) -> None:
-        if step == self._first:
+        if step == self._first and not self._running:
             jax.profiler.start_trace(str(self._path))
             self._running = True
         elif step == self._after:

@@ -1,8 +1,11 @@
 """Batches that depend on (seed, step) alone, and corpora: read, cached, split and refused."""
 
+import itertools
 import os
+import re
 import subprocess
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import numpy as np
 import pytest
 
 from gpt import sharding
+from gpt.checkpoint import Run, refuse_changes
+from gpt.config import Config
 from gpt.data import pipeline, text
 from gpt.data.text import DataConfig, EvaluationWindows, TrainingWindows
 from gpt.errors import UserError
@@ -694,3 +699,81 @@ def test_every_target_counts_once_with_all_the_context_that_the_stride_leaves(le
 def test_a_split_of_a_corpus():
     corpus = text.Corpus(np.arange(6), np.arange(6, 9), None, "", None)
     assert [corpus.split(name).tolist() for name in ("train", "val", "all")] == [[*range(6)], [6, 7, 8], [*range(9)]]
+
+
+# Texts that are odd.
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe", "gpt2"])
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])
+def test_texts_of_few_bytes_are_refused_or_long_enough(load, write, tokenizer, mark):
+    """From none to more than both splits need, with and without a byte-order mark: a sentence, or rows to train on."""
+    accepted = 0
+    for size in (*range(BLOCK + 2), 10 * BLOCK, 30 * BLOCK):
+        path = write(f"{size}.txt", mark + (b"ab\r\nc" * size)[:size])
+        try:
+            corpus = load(
+                path, TokenizerConfig(tokenizer, 257 if tokenizer == "bpe" else 8192), validation_fraction=0.4
+            )
+        except UserError as error:
+            assert re.search(rf"{size}\.txt", str(error))  # noqa: PT017  the file is named
+            continue
+        accepted += 1
+        for windows in (
+            text.TrainingWindows(corpus.train, BLOCK, 0),
+            text.EvaluationWindows(corpus.validation, BLOCK),
+        ):
+            for i in range(len(windows)):
+                assert windows.row(0, i)["inputs"].shape == (BLOCK,)
+    assert accepted
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe", "gpt2"])
+@pytest.mark.parametrize(
+    "content", ["one\r\ntwo\r\n" * 50, "old\rMac\r" * 50, "a\u2028b\x85c\x0b\x0c\r\r\n" * 50, "a \n" * 300]
+)
+def test_line_ends_count_in_bits_per_byte(load, write, tokenizer, content):
+    """The tokens stand for the bytes of the file, line ends and all; the byte-order mark is none of them."""
+    corpus = load(write("a.txt", b"\xef\xbb\xbf" + content.encode()), TokenizerConfig(tokenizer, 300))
+    tokens = corpus.split("all")
+    assert corpus.tokenizer.byte_lengths[tokens].sum() == len(content.encode())
+    assert corpus.tokenizer.decode(tokens).removeprefix("<|endoftext|>").removesuffix("<|endoftext|>") == content
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_a_single_giant_line(load, write, tokenizer):
+    """20 MB without a line end."""
+    content = b"the cat sat on the mat " * 870_000
+    corpus = load(write("line.txt", content), TokenizerConfig(tokenizer))
+    assert corpus.tokenizer.byte_lengths[corpus.split("all")].sum() == len(content)
+
+
+# Input that fails or is slow.
+
+
+class Failing(TrainingWindows):
+    def row(self, epoch, index):
+        if index == 3:
+            raise OSError(5, "Input/output error")
+        return super().row(epoch, index)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 4])
+def test_a_failure_in_the_thread_that_reads_ends_the_run(prefetch):
+    """It comes out of `next` with its own words, and nothing hangs."""
+    found = pipeline.training_batches(
+        Failing(np.arange(94, dtype=np.uint16), BLOCK, 0), BATCH, 0, range(BATCH), 0, prefetch
+    )
+    began = time.monotonic()
+    with pytest.raises(OSError, match="Input/output error"):
+        list(itertools.islice(found, 100))
+    assert time.monotonic() - began < 10
+
+
+def test_another_text_at_a_resume_is_refused_with_both_fingerprints(load, write):
+    known, other = load(write("a.txt", "abc" * 20)), load(write("b.txt", "acb" * 20))
+    runs = [Run(Config(), corpus.tokenizer, corpus.fingerprint) for corpus in (known, other)]
+    with pytest.raises(
+        UserError, match=rf"fingerprint of the data {known.fingerprint} → {other.fingerprint}\. .*--allow_config_change"
+    ):
+        refuse_changes(*runs, "runs/x", False)

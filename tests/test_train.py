@@ -1,10 +1,13 @@
 """The loop: resuming to the bit, accumulation, evaluation, checkpoints, stopping."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
+import re
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +207,7 @@ def gradients(config, layout):
     """Parameters after one step of plain gradient descent, which show the gradient."""
     corpus = text.load(config.data, config.tokenizer, config.model.block_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program_lib.optimizer, "make_optimizer", lambda *_: optax.sgd(1.0))
+        patch.setattr(program_lib.optimizer, "make_optimizer", lambda *_: optax.sgd(lambda _: 1.0))
         program = program_lib.build(config, corpus.tokenizer.vocab_size, layout, 1)
         source = text.TrainingWindows(corpus.train, config.model.block_size, 0)
         rows = range(16)
@@ -320,3 +323,37 @@ def test_loss_falls_and_the_model_learns_a_pattern(tiny, tmp_path):
 def test_unknown_sample_prompt_is_refused_before_training(tiny, tmp_path):
     with pytest.raises(UserError, match=r"train\.sample_prompt: unknown characters 'ж'"):
         train.train(change(tiny, "train", sample_prompt="ж"), Workdir(tmp_path))
+
+
+def test_slow_input_is_seen(tiny, tmp_path, monkeypatch, capsys):
+    """In the log, once every `log_every` steps, and on TensorBoard."""
+    real = text.TrainingWindows.row
+
+    def slow(*args):
+        time.sleep(0.05)
+        return real(*args)
+
+    monkeypatch.setattr(text.TrainingWindows, "row", slow)
+    monkeypatch.setattr(sharding, "make_layout", lambda mesh, make=sharding.make_layout: make(mesh, jax.devices()[:1]))
+    config = change(tiny, "model", num_layers=1, embed_dim=16)
+    train.train(change(config, "train", steps=12, log_every=4, eval_every=0), Workdir(tmp_path))
+    shares = [re.search(r"waiting for input (\d+)%", line) for line in capsys.readouterr().out.splitlines()]
+    assert [int(share[1]) > 50 for share in shares if share][-1:] == [True]
+    assert scalars(Workdir(tmp_path), "progress/input_wait")[12] > 0.5
+
+
+@pytest.mark.parametrize("prefetch", [0, 4])
+def test_input_that_fails_ends_the_run_with_its_own_words(tiny, tmp_path, monkeypatch, prefetch):
+    """Raised in the thread that reads ahead, and no checkpoint of steps before is lost."""
+    real, count = text.TrainingWindows.row, itertools.count()
+
+    def failing(*args):
+        if next(count) == 12 * 16:
+            raise OSError(5, "Input/output error")
+        return real(*args)
+
+    monkeypatch.setattr(text.TrainingWindows, "row", failing)
+    config = change(change(tiny, "data", prefetch=prefetch), "train", eval_every=0)
+    with pytest.raises(OSError, match="Input/output error"):
+        train.train(config, Workdir(tmp_path))
+    assert Workdir(tmp_path).checkpoints().last() in (5, 10)

@@ -2,6 +2,8 @@
 
 It is the same for any number of processes, devices or workers, so the only state of the data is
 the step, and a run may go on with another number of hosts. grain does the shuffling and the prefetching.
+A run may leave out batches that did harm: then these numbers are part of that state, and step `s` takes the `s`-th
+of the others.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,27 +28,42 @@ class Source(Protocol):
 
 
 def training_batches(
-    source: Source, batch_size: int, seed: int, rows: Sequence[int], start: int = 0, prefetch: int = 0
-) -> Iterator[dict[str, np.ndarray]]:
-    """This process's rows of the global batches `start`, `start + 1`, … without end.
+    source: Source,
+    batch_size: int,
+    seed: int,
+    rows: Sequence[int],
+    start: int = 0,
+    prefetch: int = 0,
+    skipped: Sequence[int] = (),
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """This process's rows of the batches of the steps `start`, `start + 1`, … without end.
 
     Args:
       batch_size: rows of a global batch.
       seed: of the shuffle; each epoch is shuffled anew.
       rows: the rows of a global batch that are wanted here; no others are read.
       prefetch: batches prepared ahead by a thread; 0: none.
+      skipped: numbers of global batches that are left out.
     """
     epoch_length = len(source)
     shuffled = grain.MapDataset.range(epoch_length).seed(seed).shuffle().repeat(None)
     every_row = shuffled.map_with_index(lambda position, index: source.row(position // epoch_length, int(index)))
 
     def batch(step: int, _) -> dict[str, np.ndarray]:
-        return _stack([every_row[step * batch_size + row] for row in rows])
+        first = batch_number(step, skipped) * batch_size
+        return _stack([every_row[first + row] for row in rows])
 
     options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
     batches = iter(grain.MapDataset.range(1).repeat(None).map_with_index(batch).to_iter_dataset(options))
     batches.set_state({"next_index": start})
     return batches
+
+
+def batch_number(step: int, skipped: Sequence[int]) -> int:
+    """Number of the global batch that a step takes, both counted from 0, where some are left out."""
+    for number in sorted(skipped):
+        step += number <= step
+    return step
 
 
 def evaluation_batches(

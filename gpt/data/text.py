@@ -24,7 +24,7 @@ from typing import IO
 import numpy as np
 
 from gpt import tokenizers
-from gpt.errors import UserError
+from gpt.errors import UserError, read_json
 from gpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, TokenizerConfig, UnknownCharacters
 
 CHUNK = 1 << 22  # characters read at a time
@@ -113,9 +113,10 @@ def load(
     validation_key = "data.validation_path" if validation_files else "data.path"
     for name, tokens, key in (("training", train, "data.path"), ("validation", validation, validation_key)):
         if block_size is not None and len(tokens) <= block_size:
+            value = config.validation_path if key == "data.validation_path" else config.path
             raise UserError(
                 f"The {name} text has {len(tokens)} tokens, but model.block_size={block_size} needs at least "
-                f"{block_size + 1}; give more text in {key} or a smaller block."
+                f"{block_size + 1}; give more text in {key}={value} or a smaller block."
             )
     digests = [file.sha256 for file in train_files], [file.sha256 for file in validation_files]
     fingerprint = _digest(tokenizer.to_json(), digests, len(train))
@@ -158,7 +159,7 @@ def _train_bpe(files: list["_File"], vocab_size: int, cache: Path, say: Callable
         texts = (chunk for file in files for chunk in (tokenizers.SEPARATOR, *_read_chunks(file.path)))
         tokenizer = BPETokenizer.train(texts, vocab_size)
         write_atomically(known, lambda out: out.write(tokenizer.to_json().encode()))
-    return tokenizers.from_json(known.read_text(encoding="utf-8"))
+    return tokenizers.from_tree(read_json(known))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,10 +312,14 @@ def _read_chunks(path: Path) -> Iterator[str]:
         with open(path, encoding="utf-8-sig", newline="") as file:  # without the byte-order mark of some editors
             while chunk := file.read(CHUNK):
                 if "\0" in chunk:
-                    raise UserError(f"{path} is not a text file: it has NUL bytes.")
+                    raise UserError(
+                        f"{path} is not a text file: it has NUL bytes; take them out, or name another file."
+                    )
                 yield chunk
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x}; convert it.") from None
+        raise UserError(
+            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x}; convert it to UTF-8."
+        ) from None
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from None
 
@@ -323,7 +328,7 @@ def _scan(path: Path, cache: Path, say: Callable[[str], object]) -> _File:
     """Hash and alphabet of a file, from the cache if the file has not changed since."""
     stat = path.stat()
     if stat.st_size == 0:
-        raise UserError(f"{path} is empty.")
+        raise UserError(f"{path} is empty; put text into it, or leave it out of data.path.")
     known = cache / f"file-{_digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)}.json"
     if not known.exists():
         if stat.st_size > LARGE:

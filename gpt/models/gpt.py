@@ -28,6 +28,9 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "gpt-nano": (3, 3, 48),
 }
 
+# A model beyond these is a slip, or a stranger's trap: a trace of it would not end.
+MAX_LAYERS, MAX_PARAMETERS = 10_000, 1e14
+
 REMAT_POLICIES: dict[str, Any] = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -85,8 +88,16 @@ class GPTConfig:
             raise UserError(f"model.lora_rank={self.lora_rank} has to be 0 (no LoRA) or more.")
         if not set(self.lora_targets.split(",")) <= set(LORA_TARGETS):
             raise UserError(f"model.lora_targets={self.lora_targets!r} has to name some of {','.join(LORA_TARGETS)}.")
-        if self.mlp_dim < 1:
-            raise UserError(f"model.mlp_factor={self.mlp_factor} leaves the MLP without a hidden unit.")
+        if not 1 <= self.mlp_factor * self.embed_dim < 2**31:
+            raise UserError(
+                f"model.mlp_factor={self.mlp_factor} gives an MLP without a hidden unit, or one beyond all bounds."
+            )
+        if self.num_layers > MAX_LAYERS or self.num_parameters() > MAX_PARAMETERS:
+            raise UserError(
+                f"model.num_layers={self.num_layers} and model.embed_dim={self.embed_dim}, with a vocabulary of "
+                f"{self.padded_vocab_size} and the other sizes under model, are beyond {MAX_LAYERS:,} layers or "
+                f"{MAX_PARAMETERS:.0e} parameters."
+            )
         if self.vocab_size < 0:
             raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the tokenizer's) or more.")
         if self.embed_dim % self.num_heads:

@@ -1,0 +1,22 @@
+"""`gpt.main` with batches 3 and 6 poisoned, for `test_nonfinite.py` to run as several processes."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt import cli, config
+from gpt import main as gpt_main
+
+sys.path.insert(0, str(Path(__file__).parent))
+from test_nonfinite import poison
+
+
+def main() -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        poison(patch, config.from_tree(gpt_main._CONFIG.value), {3, 6})
+        return gpt_main.main()
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,389 @@
+"""Workdirs, weights and prompts of strangers: they run no code, write nowhere else, and take no memory by a number."""
+
+import dataclasses
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import pytest
+import tensorstore
+
+from gpt import convert, generate, loaded, metrics, sharding, tokenizers, train
+from gpt.checkpoint import Workdir
+from gpt.config import Config, TrainConfig
+from gpt.errors import UserError
+from gpt.models.gpt import GPTConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def config(play) -> Config:
+    return Config(
+        model=GPTConfig(num_layers=1, num_heads=2, embed_dim=16, block_size=16),
+        data=dataclasses.replace(Config().data, path=str(play)),
+        train=TrainConfig(batch_size=16, steps=2, log_every=1, sample_tokens=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def made(config, tmp_path_factory) -> Path:
+    """A workdir of two steps."""
+    path = tmp_path_factory.mktemp("made") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_layout", lambda mesh: LAYOUT(mesh, jax.devices()[:1]))
+        train.train(config, Workdir(path))
+    return path
+
+
+LAYOUT = sharding.make_layout
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    monkeypatch.setattr(sharding, "make_layout", lambda mesh: LAYOUT(mesh, jax.devices()[:1]))
+
+
+@pytest.fixture
+def stranger(made, tmp_path) -> Path:
+    """A copy of the workdir, to be changed."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+@pytest.fixture
+def folder(made, tmp_path) -> Path:
+    """A folder in the layout of transformers, to be changed."""
+    convert.to_hf(Workdir(made), "last", tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+class Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self._marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self._marker,)
+
+
+@pytest.fixture
+def payload(tmp_path) -> bytes:
+    return pickle.dumps(Payload(tmp_path / "marker"), protocol=4)
+
+
+def refused_or_done(function, *arguments) -> bool:
+    """Whether it was refused, by a sentence and no other error."""
+    try:
+        function(*arguments)
+    except UserError:
+        return True
+    return False
+
+
+def edit_json(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+# Code.
+
+
+def test_the_payload_is_one(payload, tmp_path):
+    pickle.loads(payload)
+    assert (tmp_path / "marker").exists()
+
+
+def test_no_file_of_a_workdir_is_unpickled(made, payload, config, tmp_path):
+    """Each in turn is a pickle: opening, evaluating, converting, plotting and going on to train run no code."""
+    files = [path.relative_to(made) for path in sorted(made.rglob("*")) if path.is_file()]
+    assert len(files) > 20
+    refused = 0
+    for name in files:
+        if "optimizer/d" in str(name) or "ocdbt.process" in str(name):  # like params/d
+            continue
+        path = Path(shutil.copytree(made, tmp_path / "run", dirs_exist_ok=True))
+        (path / name).write_bytes(payload)
+        for extra in ("pytorch_model.bin", "checkpoint.pkl", "arrays.npy", "checkpoints/2/params/checkpoint"):
+            (path / extra).write_bytes(payload)
+        workdir = Workdir(path)
+
+        def open_it(workdir=workdir, name=name):
+            if name.parts[0].startswith("events"):
+                metrics.read_scalars(workdir.path, ["train/loss"])
+                return
+            run = loaded.load(workdir, "last")
+            run.corpus()
+            if "optimizer" in name.parts:
+                train.restore(workdir.checkpoints(), 2, run.program)
+
+        refused += refused_or_done(open_it)
+        assert not (tmp_path / "marker").exists(), name
+        shutil.rmtree(path)
+    assert refused > 5
+
+
+def test_no_file_of_weights_is_unpickled_or_imported(folder, payload, tmp_path):
+    (folder / "modeling.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    edit_json(
+        folder / "config.json",
+        lambda c: c.update(auto_map={"AutoModelForCausalLM": "modeling.Model"}, trust_remote_code=1),
+    )
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "tokenizer.pkl"):
+        (folder / name).write_bytes(payload)
+    assert not refused_or_done(convert.from_hf, folder, Workdir(tmp_path / "fine"), 1)
+    whole = {path: path.read_bytes() for path in folder.iterdir()}
+    read = {"config.json", "model.safetensors", convert.OUR_TOKENIZER, "vocab.json", "tokenizer.json", convert.INDEX}
+    for name in sorted(read | {path.name for path in whole}):
+        if name == convert.INDEX:
+            (folder / "model.safetensors").unlink()
+        if name in ("vocab.json", "tokenizer.json"):  # without them
+            (folder / convert.OUR_TOKENIZER).unlink(missing_ok=True)
+        (folder / name).write_bytes(payload)
+        refused = refused_or_done(convert.from_hf, folder, Workdir(tmp_path / f"run-{name}"), 1)
+        assert refused == (name in read), name
+        assert not (tmp_path / "marker").exists(), name
+        (folder / name).unlink()
+        for path, content in whole.items():
+            path.write_bytes(content)
+
+
+# Places.
+
+
+def test_a_workdir_does_not_say_where_to_write(stranger, tmp_path, monkeypatch):
+    outside = tmp_path / "outside"
+    edit_json(
+        stranger / "run.json",
+        lambda record: (
+            record["config"]["data"].update(cache_dir=str(outside)),
+            record["config"]["train"].update(init_from=str(outside)),
+            record["config"]["tokenizer"].update(name="gpt2", path=str(outside)),
+        ),
+    )
+    before = sorted(stranger.rglob("*"))
+    run = loaded.load(Workdir(stranger), "last")
+    run.corpus()
+    assert not outside.exists()
+    assert sorted(stranger.rglob("*")) == before
+
+
+def test_links_in_a_workdir_are_not_written_through(stranger, tmp_path):
+    outside = tmp_path / "outside"
+    outside.write_text("dear")
+    for name in (".write-test", "run.json.partial", "tokenizer.json.partial"):
+        (stranger / name).symlink_to(outside)
+    workdir = Workdir(stranger)
+    workdir.create()
+    workdir.record(workdir.read())
+    assert not (stranger / "run.json").is_symlink()
+    assert outside.read_text() == "dear"
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "..", "", "a/b", "x" * 5000, "a\0b", "\ud800"])
+def test_an_index_names_files_of_its_folder_alone(folder, tmp_path, name):
+    shutil.copy(folder / "model.safetensors", tmp_path / "x.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / convert.INDEX).write_text(json.dumps({"weight_map": {"wte.weight": name}}))
+    with pytest.raises(UserError, match=r"names .*, which is not in the folder"):
+        convert.from_hf(folder, Workdir(tmp_path / "new"), 1)
+    assert not (tmp_path / "new").exists()
+
+
+# Numbers.
+
+ZARR = b"token_embedding.embedding/.zarray"
+
+
+def _zarr(path, **values):
+    base = f"file://{path}/checkpoints/2/params/"
+    store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+    store.write(ZARR, json.dumps(json.loads(store.read(ZARR).result().value) | values).encode()).result()
+
+
+def _model(path, **values):
+    edit_json(path / "run.json", lambda record: record["config"]["model"].update(values))
+
+
+def _tokenizer(path, content):
+    (path / "tokenizer.json").write_text(content)
+
+
+def _sparse(path):
+    os.truncate(path, 1 << 40)
+
+
+ABSURD = {
+    "an array": (
+        lambda path: _zarr(path, shape=[10**12, 16]),
+        "does not fit the config: token_embedding/embedding is 10",
+    ),
+    "its pieces": (lambda path: _zarr(path, chunks=[10**9, 16]), "is in pieces of 1000000000 × 16, larger than itself"),
+    "negative": (lambda path: _zarr(path, shape=[-1, 16]), "Cannot restore|does not fit"),
+    "vocabulary": (lambda path: _model(path, vocab_multiple=10**9), "GB of parameters .* are more than its"),
+    "vocabulary beyond": (lambda path: _model(path, vocab_multiple=10**12), r"vocab_multiple has to be less than 2³¹"),
+    "layers": (lambda path: _model(path, num_layers=10**9), "run.json: model.num_layers=1000000000 .* beyond 10,000"),
+    "width": (lambda path: _model(path, embed_dim=2 * 10**9), r"model\.embed_dim=2000000000.* beyond|mlp_factor"),
+    "block": (lambda path: _model(path, block_size=2 * 10**9), "GB of parameters .* are more than its"),
+    "both agree": (
+        lambda path: (_model(path, vocab_multiple=10**9), _zarr(path, shape=[10**9, 16])),
+        "GB of parameters .* are more than its",
+    ),
+    "a number without end": (
+        lambda path: (path / "run.json").write_text('{"config": ' + "9" * 10_000),
+        r"run\.json or tokenizer\.json is damaged",
+    ),
+    "infinity": (
+        lambda path: _model(path, mlp_factor=float("inf")),
+        r"model\.mlp_factor=inf has to be a finite number",
+    ),
+    "deep": (lambda path: (path / "run.json").write_text("[" * 10**6), "run.json is nested too deeply"),
+    "deep tokenizer": (lambda path: _tokenizer(path, '{"a":' * 10**6), "tokenizer.json is nested too deeply"),
+    "long": (lambda path: _sparse(path / "run.json"), "run.json has more than 64 MiB"),
+    "long tokenizer": (lambda path: _sparse(path / "tokenizer.json"), "tokenizer.json has more than 64 MiB"),
+    "tokenizer of nothing": (lambda path: _tokenizer(path, '{"name": "char", "alphabet": ""}'), "damaged"),
+    "tokenizer of no text": (lambda path: _tokenizer(path, '{"name": "char", "alphabet": 7}'), "damaged"),
+    "tokenizer unsorted": (lambda path: _tokenizer(path, '{"name": "char", "alphabet": "ba"}'), "damaged"),
+    "tokenizer of halves": (lambda path: _tokenizer(path, r'{"name": "char", "alphabet": "a\ud800"}'), "damaged"),
+    "tokenizer elsewhere": (lambda path: _tokenizer(path, '{"name": "../../x"}'), "damaged"),
+    "tokenizer of a list": (lambda path: _tokenizer(path, '{"name": ["char"]}'), "damaged"),
+    "bpe without bytes": (lambda path: _tokenizer(path, '{"name": "bpe", "tokens": ["a"], "merges": []}'), "256 bytes"),
+    "bpe of numbers": (lambda path: _tokenizer(path, '{"name": "bpe", "tokens": [1, 2], "merges": []}'), "damaged"),
+    "skipped batches": (
+        lambda path: edit_json(path / "run.json", lambda record: record.update(skipped_batches="x")),
+        "damaged",
+    ),
+}
+
+
+def _header(folder, header: bytes, size=None):
+    size = len(header) if size is None else size
+    (folder / "model.safetensors").write_bytes(size.to_bytes(8, "little") + header)
+
+
+def _shaped(shape, end):
+    return json.dumps({"wte.weight": {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}}).encode()
+
+
+ABSURD_WEIGHTS = {
+    "header": (lambda folder: _header(folder, b"{}", 2**63), "model.safetensors is damaged or cut off"),
+    "header of all bits": (lambda folder: _header(folder, b"{}", 2**64 - 1), "is damaged or cut off"),
+    "shape": (lambda folder: _header(folder, _shaped([10**12, 10**12], 4)), "is damaged or cut off"),
+    "shape and place": (lambda folder: _header(folder, _shaped([10**12], 4 * 10**12)), "is damaged or cut off"),
+    "vocabulary": (
+        lambda folder: edit_json(folder / "config.json", lambda c: c.update(vocab_size=10**12)),
+        "vocab_size is beyond all models",
+    ),
+    "layers": (
+        lambda folder: edit_json(folder / "config.json", lambda c: c.update(n_layer=10**9)),
+        "model.num_layers=1000000000 .* beyond 10,000 layers",
+    ),
+    "hidden": (
+        lambda folder: edit_json(folder / "config.json", lambda c: c.update(n_inner=10**400)),
+        "n_inner is beyond all models",
+    ),
+    "dropout": (
+        lambda folder: edit_json(folder / "config.json", lambda c: c.update(embd_pdrop=float("nan"))),
+        "embd_pdrop is beyond all models",
+    ),
+    "deep": (lambda folder: (folder / "config.json").write_text("[" * 10**6), "nested too deeply"),
+    "long": (lambda folder: _sparse(folder / "config.json"), "more than 64 MiB"),
+    "deep tokenizer": (lambda folder: (folder / convert.OUR_TOKENIZER).write_text("[" * 10**6), "nested too deeply"),
+    "tokenizer of a list": (lambda folder: (folder / convert.OUR_TOKENIZER).write_text("[1]"), "is damaged"),
+}
+
+
+@pytest.fixture(scope="module")
+def attempts(made, tmp_path_factory):
+    """{case: (what was said, GB of memory at most)}, all by a process that may take 12 GB of addresses."""
+    tmp, cases = tmp_path_factory.mktemp("absurd"), {}
+    convert.to_hf(Workdir(made), "last", tmp / "hf")
+    for source, wanted, way in ((made, ABSURD, "load"), (tmp / "hf", ABSURD_WEIGHTS, "from_hf")):
+        for i, (name, (damage, _)) in enumerate(wanted.items()):
+            path = Path(shutil.copytree(source, tmp / f"{way}-{i}"))
+            damage(path)
+            cases[f"{way} {name}"] = way, str(path)
+    script = """
+        import json, resource, sys
+        resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
+        from pathlib import Path
+        from gpt import convert, errors, loaded
+        from gpt.checkpoint import Workdir
+
+        ways = {
+            "load": lambda path: loaded.load(Workdir(path), "last"),
+            "from_hf": lambda path: convert.from_hf(Path(path), Workdir(path + "-run"), 1),
+        }
+        for name, (way, path) in json.loads(sys.argv[1]).items():
+            try:
+                ways[way](path)
+                said = "nothing"
+            except errors.UserError as error:
+                said = str(error)
+            except BaseException as error:
+                said = f"TRACEBACK {error!r}"
+            print(json.dumps([name, said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]), flush=True)
+    """
+    env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", textwrap.dedent(script), json.dumps(cases)]
+    result = subprocess.run(command, env=env, cwd=tmp, capture_output=True, text=True, timeout=300)
+    found = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(found) == len(cases), (found[-1:], result.stderr[-2000:])
+    return {name: (said, peak) for name, said, peak in found}
+
+
+@pytest.mark.parametrize("case", [f"load {name}" for name in ABSURD] + [f"from_hf {name}" for name in ABSURD_WEIGHTS])
+def test_absurd_sizes_are_refused_before_memory_is_taken(attempts, case):
+    said, peak = attempts[case]
+    way, _, name = case.partition(" ")
+    assert re.search({"load": ABSURD, "from_hf": ABSURD_WEIGHTS}[way][name][1], said), said
+    assert len(said) < 700
+    assert "\n" not in said
+    assert peak < 2  # GB, of all cases so far, JAX included
+
+
+# Prompts.
+
+
+@pytest.mark.parametrize("name", ["char", "byte", "bpe"])
+@pytest.mark.parametrize(
+    "prompt",
+    [os.fsdecode(b"caf\xe9 \xff\xfe"), "\0", "\ud800", "a" * 100_000, "\r\n\x1b[31m\u202e", "🙂" * 1000],
+    ids=["latin-1", "nul", "half", "long", "controls", "emoji"],
+)
+def test_prompts_of_any_bytes_are_tokens_or_one_sentence(name, prompt):
+    tokenizer = {
+        "char": lambda: tokenizers.CharTokenizer.from_text("abc \n"),
+        "byte": tokenizers.ByteTokenizer,
+        "bpe": tokenizers.gpt2,
+    }[name]()
+    if name == "char" or prompt == "\ud800" or (name == "bpe" and "\udce9" in prompt):
+        if name == "char" and prompt[0] == "a":
+            assert len(generate.encode_prompt(tokenizer, prompt, "--prompt")) == 100_000
+            return
+        with pytest.raises(UserError, match=r"^--prompt: .*\.$"):
+            generate.encode_prompt(tokenizer, prompt, "--prompt")
+        return
+    tokens = generate.encode_prompt(tokenizer, prompt, "--prompt")
+    assert 0 < len(tokens) <= len(prompt) * 4
+    assert tokens.max() < tokenizer.vocab_size
+
+
+def test_prompts_of_a_command_line(made, command):
+    """100 kB, which are cut to what the model sees, and bytes that are no text."""
+    sample = f"--workdir={made}", "--num_tokens=3"
+    long = command("sample", *sample, "--prompt=" + "the " * 25_000)
+    assert long.returncode == 0, long.stderr
+    assert "note: the prompt has 100000 tokens; the model sees the last 16." in long.stderr
+    broken = command("sample", *sample, os.fsdecode(b"--prompt=caf\xe9"))
+    assert broken.returncode == 1
+    assert broken.stderr.count("\n") == 1
+    assert broken.stderr.startswith("error: --prompt: unknown characters '\\udce9'")
