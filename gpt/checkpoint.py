@@ -250,7 +250,7 @@ class Checkpoints:
                 noted = self._digests(step)
                 if noted and noted["metrics"] != _digest_json(metrics):
                     raise ValueError("not the numbers that were saved")
-                self._losses[step], self._means[step] = float(metrics["validation_loss"]), metrics["mean_loss"]
+                self._losses[step], self._means[step] = float(metrics["validation_loss"]), metrics.get("mean_loss")
             except (OSError, ValueError, KeyError, TypeError) as error:
                 self._damaged[step] = self._damage(step, f"metrics: {_reason(error)}")
 

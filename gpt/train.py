@@ -257,6 +257,7 @@ def _train(config: Config, workdir: Workdir, allow_config_change: bool, profile:
                         with speed.pause():
                             loss = evaluate_and_sample(done) if evaluate_now else None
                             if save_now or loss < best_loss:
+                                tensorboard.flush()  # a run killed after it goes on with the points of all steps
                                 checkpoints.save(done, state.params, state.opt_state, loss, mean_loss)
                             best_loss = min(best_loss, loss if evaluate_now else math.inf)
                 except BadStep as bad:
