@@ -109,6 +109,7 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
     }
     model_flops = config.train.batch_size * config.model.block_size * program.model.config.flops_per_token()
     report |= {"memory": memory, "model_flops": model_flops / len(devices)}
+    report["attention"] = program.model.config.attention  # what `auto` is there
     try:
         compiled = compile_step(config, program)
     except DoesNotFit as error:
@@ -171,6 +172,7 @@ def _head(config: Config, topology: str, num_devices: int) -> dict[str, Any]:
         "batch_size": config.train.batch_size,
         "micro_batches": config.train.micro_batches,
         "block_size": config.model.block_size,
+        "attention": config.model.attention,
         "remat": config.model.remat,
         "scan_layers": config.model.scan_layers,
         "steps": None if config.train.epochs else config.train.total_steps(config.model.block_size, 1),
