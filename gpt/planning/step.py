@@ -52,7 +52,12 @@ def build(config: Config, devices: list[jax.Device]) -> program_lib.Program:
         raise UserError("Set model.vocab_size: a plan reads no data and no tokenizer that would tell it.")
     layout = sharding.make_layout(config.mesh, devices)
     # The length of the run is a constant of the learning rate, and costs nothing.
-    return program_lib.build(config, model.vocab_size, layout, config.train.total_steps(model.block_size, 1))
+    try:
+        return program_lib.build(config, model.vocab_size, layout, config.train.total_steps(model.block_size, 1))
+    except RuntimeError as error:
+        if "cuDNN not found" in str(error):
+            raise UserError('cuDNN is not installed: pip install "gpt-spmd[plan-cuda]".') from error
+        raise
 
 
 def compile_step(config: Config, program: program_lib.Program) -> Compiled:
