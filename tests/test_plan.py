@@ -148,13 +148,12 @@ def assert_kernels_are_counted(plan, products):
 
 @needs_libtpu
 def test_splash_attention_is_counted_and_spares_the_scores():
-    splash, dense = (plan_of_long_blocks("v5e:2x2", attention) for attention in ("auto", "dense"))
-    assert (splash["attention"], dense["attention"]) == ("splash", "dense")
-    assert_kernels_are_counted(splash, 2 + 3 + 4)  # forward; gradients of queries; of keys and values
-    assert splash["memory"]["temporaries"] < dense["memory"]["temporaries"] / 2
-    assert splash["memory_traffic"] < dense["memory_traffic"]
-    assert splash["seconds"]["compiler"] >= splash["seconds"]["roofline"]
-    assert "attention splash" in "".join(report.text(splash))
+    plan = plan_of_long_blocks("v5e:2x2", "auto")
+    assert plan["attention"] == "splash"
+    assert_kernels_are_counted(plan, 2 + 3 + 4)  # forward; gradients of queries; of keys and values
+    scores = MODEL.num_layers * (8 * 2 * 1024**2) * 2  # of a device's rows and heads, as the backward pass would want
+    assert plan["memory"]["temporaries"] < scores
+    assert "attention splash" in "".join(report.text(plan))
 
 
 PEAK_MEMORY = """
