@@ -263,20 +263,10 @@ def _multiply_32(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     return x_hi * s_hi + (middle >> 16) + (middle_2 >> 16), x * jnp.uint32(size)
 
 
-def cudnn(
-    q_BxTxHxK: jax.Array,
-    k_BxTxHxK: jax.Array,
-    v_BxTxHxK: jax.Array,
-    starts_BxT: jax.Array | None = None,
-    *,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """`dense` by cuDNN's flash attention (arXiv 2307.08691), in bfloat16 or float16, on NVIDIA GPUs.
+def cudnn(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, dropout_rate: float = 0.0, dropout_key=None):
+    """`dense` by cuDNN's flash attention (arXiv 2307.08691), in bfloat16 on NVIDIA GPUs; same arguments and result.
 
     Memory is linear in the length, but with document borders: these are a [B, 1, T, T] mask.
-
-    Args, Returns: as of `dense`.
 
     Raises:
       ValueError: there is dropout.
@@ -294,22 +284,15 @@ def cudnn(
 
 
 def splash(
-    q_BxTxHxK: jax.Array,
-    k_BxTxHxK: jax.Array,
-    v_BxTxHxK: jax.Array,
-    starts_BxT: jax.Array | None = None,
-    *,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-    interpret: bool = False,
+    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, dropout_rate=0.0, dropout_key=None, interpret: bool = False
 ) -> jax.Array:
-    """`dense` by JAX's splash attention, a flash attention (arXiv 2307.08691) in Pallas that skips what is masked.
+    """`dense` by JAX's splash attention, a flash attention (arXiv 2307.08691) in Pallas; same arguments and result.
 
-    Memory is linear in the length. A length that is no multiple of 128 is made up to one, as of a prompt.
+    Memory is linear in the length. A length that is no multiple of 128, as of a prompt, is padded to one: what is
+    added lies in the future. The largest block of 512, 256 or 128 tokens that divides a device's part is taken.
 
     Args:
       interpret: run it where there is no TPU, slowly.
-      starts_BxT, dropout_rate, dropout_key: as of `dense`.
 
     Raises:
       ValueError: there is dropout, or the mesh divides the length into parts that are no multiple of 128.

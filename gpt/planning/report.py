@@ -47,9 +47,9 @@ def text(report: Report, price: float | None = None) -> Iterator[str]:
     yield (
         f"  compiled        {compiled / 1e12:10.3f} TFLOP   {compiled / model:.2f} × the model's: "
         f"with what the backward pass computes again (remat={report['remat']})"
-        + ", and of attention what its mask leaves"
-        * (report["attention"] in KERNELS)
     )
+    if report["attention"] in KERNELS:
+        yield f"{'':41}of attention by {report['attention']}, what the mask leaves and no more"
     yield f"  memory traffic  {report['memory_traffic'] / 1e9:10.1f} GB"
     yield ""
     yield "COMMUNICATION, a device and step"
