@@ -345,7 +345,7 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[GPTConfig, i
       UserError: there is no such checkpoint, transformers has no such model, or there is something in the folder.
     """
     run = workdir.read()
-    config = run.config.model.resolve(run.tokenizer.vocab_size, "cpu")
+    config = run.config.model.without_kernel().resolve(run.tokenizer.vocab_size, "cpu")
     theirs = write_config(config, run.tokenizer.separator)
     weights = Weights(workdir, checkpoint)
     _refuse_to_overwrite("to_hf", folder)

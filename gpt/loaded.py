@@ -175,5 +175,6 @@ def load(workdir: Workdir, checkpoint: str, batch_size: int | None = None) -> Lo
 
 
 def with_batch(config: Config, batch_size: int) -> Config:
-    """The config with batches of another size, in one part."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=batch_size, micro_batches=1))
+    """The config with batches of another size, in one part, and no kernel that this platform may lack."""
+    train = dataclasses.replace(config.train, batch_size=batch_size, micro_batches=1)
+    return dataclasses.replace(config, train=train, model=config.model.without_kernel())

@@ -109,7 +109,8 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
       UserError: the mesh does not divide the batch or a parameter.
     """
     pipeline.check_batch(config.train.batch_size, layout, config.train.micro_batches)
-    model_config = config.model.resolve(vocab_size, layout.mesh.devices.flat[0].platform)
+    platform = layout.mesh.devices.flat[0].platform
+    model_config = config.model.resolve(vocab_size, platform, layout.length_shards)
     layout.check_length(model_config.block_size)
     model = GPT(model_config)
     tokens_per_step = config.train.batch_size * model_config.block_size

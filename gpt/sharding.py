@@ -150,6 +150,11 @@ class Layout:
         """Number of parts that a batch is split into."""
         return math.prod(self.mesh.shape[axis] for axis in dict(self.rules)["batch"])
 
+    @functools.cached_property
+    def length_shards(self) -> int:
+        """Number of parts that the length of activations is split into."""
+        return self._size(self.spec("length")[0])
+
     def local_rows(self, batch_size: int) -> np.ndarray:
         """The rows of a global batch that the devices of this process need, in ascending order."""
         indices = self.batch.addressable_devices_indices_map((batch_size,)).values()

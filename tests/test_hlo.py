@@ -244,3 +244,35 @@ def test_of_cublas_the_two_factors_count():
         '"rhs_contracting_dimensions":["0"]}}}',
     )
     assert matmul_flops(text) == 2 * 8 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    ("call", "products", "queries"),
+    [
+        (
+            '%splash_mha_fwd_residuals.1 = bf16[2,4,Q,16]{3,2,1,0} custom-call(%m, %q, %k, %k), "tpu_custom_call"',
+            2,
+            256,
+        ),
+        ('%splash_mha_dq_segmented.3 = bf16[2,4,Q,16]{3,2,1,0} custom-call(%m, %q, %k, %k), "tpu_custom_call"', 3, 256),
+        ('%splash_mha_dkv.3.clone = bf16[2,4,Q,16]{3,2,1,0} custom-call(%m, %q, %k, %k), "tpu_custom_call"', 4, 128),
+        ('%x.1 = bf16[2,4,Q,16]{3,1,2,0} custom-call(%q, %k, %k), "__cudnn$fmhaSoftmax"', 2, 256),
+        ('%x.1 = bf16[2,4,Q,16]{3,1,2,0} custom-call(%q, %k, %k, %m), "__cudnn$fmhaScaleBiasSoftmax"', 2, 256),
+        ('%x.1 = bf16[2,4,Q,16]{3,1,2,0} custom-call(%q, %k, %k), "__cudnn$fmhaSoftmaxBackward"', 5, 256),
+        ('%other.1 = bf16[2,4,Q,16]{3,2,1,0} custom-call(%m, %q, %k, %k), "tpu_custom_call"', 0, 256),
+    ],
+)
+def test_of_attention_kernels_what_the_causal_mask_leaves_counts(call, products, queries):
+    """For the last half of the queries that is three quarters of the scores; the compiler breaks such lines."""
+    shape = "[2,4,{},16]{{3,2,1,0}}" if "tpu_" in call else "[2,{},4,16]{{3,2,1,0}}"
+    call = call.replace("Q", str(queries)).replace('"', 'custom_call_target="', 1)
+    text = (
+        "ENTRY %main (q: bf16[]) -> bf16[] {\n"
+        f"  %q = bf16{shape.format(queries)} parameter(0)\n  %k = bf16{shape.format(256)} parameter(1)\n"
+        "  %m = s8[1,2,2]{2,1,0} parameter(2)\n"
+        f"  {call}, frontend_attributes={{kernel_metadata={{\n" + '"block": 128\n}}, metadata={}\n}\n'
+    )
+    (kernel,) = hlo.operations(text)
+    left = {256: 0.5 * 256 * 256, 128: 0.75 * 128 * 256}[queries]
+    assert kernel.flops == products * 2 * (2 * 4) * left * 16
+    assert kernel.opaque == (products > 0)

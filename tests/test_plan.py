@@ -132,6 +132,38 @@ def test_weak_scaling_leaves_flops_and_memory_of_a_device_alone(planned):
     assert moved(large, "all-reduce") == pytest.approx(moved(small, "all-reduce"), rel=0.05)
 
 
+def plan_of_blocks(topology, block_size, attention, document_borders=False):
+    """A device's share of 16 rows, with batch and heads sharded."""
+    model = dataclasses.replace(MODEL, block_size=block_size, attention=attention)
+    data = dataclasses.replace(Config().data, document_borders=document_borders)
+    mesh = MeshConfig("fsdp_tp", model=2)
+    return step.measure(Config(model=model, data=data, train=TrainConfig(batch_size=16), mesh=mesh), topology)
+
+
+def assert_kernels_are_counted(plan, products):
+    """Each product of attention is 2·layers·width·length a token, of which the mask leaves half; the model counts 6."""
+    tokens = 16 * plan["block_size"] / plan["devices"]
+    one_product = 2 * MODEL.num_layers * MODEL.embed_dim * plan["block_size"] * tokens
+    assert plan["hardware_flops"] == pytest.approx(plan["model_flops"] - (6 - products / 2) * one_product, rel=1e-3)
+
+
+@needs_libtpu
+def test_splash_attention_is_counted():
+    plan = plan_of_blocks("v5e:2x2", 128, "auto")
+    assert plan["attention"] == "splash"
+    assert_kernels_are_counted(plan, 2 + 3 + 4)  # forward; gradients of queries; of keys and values
+    assert "attention splash" in "".join(report.text(plan))
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_splash_attention_spares_the_scores():
+    splash, dense = (plan_of_blocks("v5e:2x2", 1024, attention) for attention in ("splash", "dense"))
+    assert_kernels_are_counted(splash, 2 + 3 + 4)
+    assert splash["memory"]["temporaries"] < dense["memory"]["temporaries"] / 2
+    assert splash["memory_traffic"] < dense["memory_traffic"] / 2
+
+
 PEAK_MEMORY = """
 import re, sys
 from pathlib import Path
@@ -264,6 +296,16 @@ def test_plans_for_gpus(planned, topology, mesh):
         between_hosts = topology.startswith("4x") and c["axes"] == ("data",)
         assert c["bandwidth"] <= chip.link
         assert (c["bandwidth"] == chip.network) == between_hosts
+
+
+@pytest.mark.slow
+@needs_cuda
+@pytest.mark.parametrize("borders", [False, True], ids=["gpu", "gpu, borders"])
+def test_cudnns_attention_is_counted_and_spares_the_scores(borders):
+    cudnn, dense = (plan_of_blocks("h100:4", 1024, attention, borders) for attention in ("auto", "dense"))
+    assert cudnn["attention"] == "cudnn"
+    assert_kernels_are_counted(cudnn, 2 + 5)
+    assert cudnn["memory"]["temporaries"] < dense["memory"]["temporaries"] / 2
 
 
 @pytest.mark.slow

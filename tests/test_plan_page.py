@@ -29,6 +29,7 @@ def plan(**changes) -> dict[str, Any]:
         "batch_size": 32,
         "micro_batches": 2,
         "block_size": 1000,
+        "attention": "dense",
         "remat": "dots",
         "scan_layers": True,
         "steps": 36000,

@@ -81,6 +81,8 @@ def test_the_compilers_estimate_counts_where_it_covers_the_program():
     assert seconds["roofline"] == pytest.approx(10 + 0.1 + 4)
     uncovered = dataclasses.replace(unknown, bytes=100)
     assert roofline.estimate([known, uncovered], [], LINE, chip, 1)["compiler"] is None
+    kernel = dataclasses.replace(uncovered, opaque=True)  # of attention: the least takes the place of an estimate
+    assert roofline.estimate([known, kernel], [], LINE, chip, 1)["compiler"] == 16 + 10
     assert roofline.estimate([known], [], LINE, CHIP, 1)["compiler"] is None  # a chip without a clock
 
 

@@ -1,11 +1,12 @@
-"""Causal self-attention over [batch, length, heads, kv] tensors, three ways, chosen by name.
+"""Causal self-attention over [batch, length, heads, kv] tensors, five ways, chosen by name.
 
-All three compute the same function, dropout bits included, so that one can be exchanged for
-another in the middle of a run:
+All compute the same function, so that one can be exchanged for another in the middle of a run; the first three
+dropout bits included, and the kernels without dropout:
 
 - `dense`: written from scratch; the whole [length, length] score matrix in memory.
 - `flax`: Flax's own `nn.dot_product_attention`, as an independent reference.
 - `chunked`: queries and keys in blocks with a running softmax; memory linear in the length.
+- `cudnn`, `splash`: the same as `chunked` as one kernel, of NVIDIA's for its GPUs, and in Pallas for TPUs.
 
 Beside them is `decode`, for the queries of one new token a row, with the keys and values of those before it
 in a cache.
@@ -21,11 +22,14 @@ import flax.linen as nn
 import jax
 import jax.extend.random
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from gpt.models.layers import mesh_axes
 
 # Finite, so that a fully masked row gives numbers and not NaN; far below any real score.
 MASKED = -1e30
+# The lanes of a TPU: the length that `splash` computes has to be a multiple.
+LANES = 128
 
 
 def causal_mask(q_positions_T: jax.Array, k_positions_S: jax.Array) -> jax.Array:
@@ -259,6 +263,91 @@ def _multiply_32(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     return x_hi * s_hi + (middle >> 16) + (middle_2 >> 16), x * jnp.uint32(size)
 
 
+def cudnn(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, dropout_rate: float = 0.0, dropout_key=None):
+    """`dense` by cuDNN's flash attention (arXiv 2307.08691), in bfloat16 on NVIDIA GPUs; same arguments and result.
+
+    Memory is linear in the length, but with document borders: these are a [B, 1, T, T] mask.
+
+    Raises:
+      ValueError: there is dropout.
+    """
+    _refuse_dropout(dropout_rate, dropout_key)
+    batch_axes, heads_axes = mesh_axes("batch", "heads")
+
+    def attend(q, k, v, starts):
+        mask = None if starts is None else starts[:, None, :, None] == starts[:, None, None, :]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+
+    rows = jax.P(batch_axes, None, heads_axes)
+    mapped = _on_each_device(attend, (rows, rows, rows, jax.P(batch_axes)), rows)
+    return mapped(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT)
+
+
+def splash(
+    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, dropout_rate=0.0, dropout_key=None, interpret: bool = False
+) -> jax.Array:
+    """`dense` by JAX's splash attention, a flash attention (arXiv 2307.08691) in Pallas; same arguments and result.
+
+    Memory is linear in the length. A length that is no multiple of 128, as of a prompt, is padded to one: what is
+    added lies in the future. The largest block of 512, 256 or 128 tokens that divides a device's part is taken.
+
+    Args:
+      interpret: run it where there is no TPU, slowly.
+
+    Raises:
+      ValueError: there is dropout, or the mesh divides the length into parts that are no multiple of 128.
+    """
+    _refuse_dropout(dropout_rate, dropout_key)
+    batch_axes, length_axes, heads_axes = mesh_axes("batch", "length", "heads")
+    sizes = jax.sharding.get_abstract_mesh().shape
+    parts, heads_parts = (math.prod(sizes[axis] for axis in axes) for axes in (length_axes, heads_axes))
+    real_length, heads, kv = q_BxTxHxK.shape[1:]
+    length = -(-real_length // LANES) * LANES
+    block = next((size for size in (512, 256, 128) if length % (parts * size) == 0), None)
+    if block is None:
+        raise ValueError(f"splash attention needs a multiple of {LANES} tokens a device, not {length} / {parts}")
+    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
+    causal = splash_attention.CausalMask((length, length), shard_count=parts)
+    kernel = splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([causal] * heads),
+        block_sizes=splash_attention.BlockSizes(**dict.fromkeys(names, block)),
+        head_shards=heads_parts,
+        q_seq_shards=parts,
+        interpret=interpret,
+    )
+
+    def attend(kernel, q, k, v, q_starts, k_starts):
+        q, k, v = (x.swapaxes(1, 2) for x in (q / math.sqrt(kv), k, v))
+        documents = None if q_starts is None else splash_attention.SegmentIds(q_starts, k_starts)
+        return jax.vmap(kernel)(q, k, v, documents).swapaxes(1, 2)
+
+    queries, keys = jax.P(batch_axes, length_axes, heads_axes), jax.P(batch_axes, None, heads_axes)
+    starts = jax.P(batch_axes, length_axes), jax.P(batch_axes, None)
+    parts_of_kernel = None
+    if sizes:
+        of_mask = jax.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(heads_axes, length_axes))
+        parts_of_kernel = kernel.manual_sharding_spec(of_mask)
+    mapped = _on_each_device(attend, (parts_of_kernel, queries, keys, keys, *starts), queries)
+
+    def padded(x):
+        return x if x is None else jnp.pad(x, ((0, 0), (0, length - real_length)) + ((0, 0),) * (x.ndim - 2))
+
+    q, k, v, starts_BxT = map(padded, (q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT))
+    return mapped(kernel, q, k, v, starts_BxT, starts_BxT)[:, :real_length]
+
+
+def _refuse_dropout(rate: float, key: jax.Array | None) -> None:
+    if key is not None and rate > 0:
+        raise ValueError("kernels of attention have no dropout")
+
+
+def _on_each_device(attend: Callable, in_specs: tuple, out_specs: jax.P) -> Callable:
+    """`attend` for the part that a device has, which the compiler cannot tell from a kernel."""
+    if not jax.sharding.get_abstract_mesh().shape:
+        return attend
+    return jax.shard_map(attend, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
 def cache_axes(rows: int) -> tuple[str | None, ...]:
     """Logical names of the axes of a cache of keys or values, [B, H, S, K]: see `cache_shape`."""
     return ("batch", "heads", None, "kv")[rows == 1 :]
@@ -315,7 +404,14 @@ def decode(
     return out_HxK[None], keys, values
 
 
-ATTENTION: dict[str, Callable[..., jax.Array]] = {"dense": dense, "flax": flax, "chunked": chunked}
+ATTENTION: dict[str, Callable[..., jax.Array]] = {
+    "dense": dense,
+    "flax": flax,
+    "chunked": chunked,
+    "cudnn": cudnn,
+    "splash": splash,
+}
+KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # and the platform of each
 
 
 def by_name(name: str, *, query_chunk: int, key_chunk: int) -> Callable[..., jax.Array]:

@@ -61,7 +61,9 @@ class GPTConfig:
     embed_dropout: float = 0.1
     residual_dropout: float = 0.1
     attention_dropout: float = 0.1
-    attention: str = "dense"  # or flax, chunked
+    # Or flax, chunked, or a kernel without dropout: cudnn (NVIDIA GPUs), splash (TPUs). auto is the kernel where it is
+    # possible (see `GPTConfig.resolve`), else dense.
+    attention: str = "dense"
     query_chunk: int = 128  # block sizes of chunked attention, in tokens
     key_chunk: int = 128
     dtype: str = "auto"  # of the computation: float32, bfloat16; auto is float32 on CPU, bfloat16 elsewhere
@@ -80,7 +82,7 @@ class GPTConfig:
         check_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
         check_choice("model.activation", self.activation, ACTIVATIONS)
         check_choice("model.positions", self.positions, ("learned", "rotary"))
-        check_choice("model.attention", self.attention, attention.ATTENTION)
+        check_choice("model.attention", self.attention, ("auto", *attention.ATTENTION))
         check_choice("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         check_choice("model.remat", self.remat, REMAT_POLICIES)
         check_positive("model", self, "lora_alpha")
@@ -119,12 +121,53 @@ class GPTConfig:
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
-    def resolve(self, vocab_size: int, platform: str) -> "GPTConfig":
-        """This config with what `0` and `auto` stand for filled in, on a JAX platform like "cpu"."""
+    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> "GPTConfig":
+        """This config with what `0` and `auto` stand for filled in.
+
+        Args:
+          platform: JAX's name of it, like "cpu".
+          length_shards: parts into which the mesh divides the length.
+
+        Raises:
+          UserError: it is for another vocabulary, or its attention is a kernel that cannot compute this.
+        """
         if self.vocab_size not in (0, vocab_size):
             raise UserError(f"model.vocab_size={self.vocab_size}, but the tokenizer has {vocab_size} tokens; set 0.")
         dtype = self.dtype if self.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
-        return dataclasses.replace(self, vocab_size=vocab_size, dtype=dtype)
+        resolved = dataclasses.replace(self, vocab_size=vocab_size, dtype=dtype)
+        kernel = self.attention
+        if kernel == "auto":
+            kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "dense")
+        if why_not := resolved._lacks(kernel, platform, length_shards):
+            if self.attention != "auto":
+                raise UserError(f"model.attention={kernel} {why_not}; choose dense or chunked, or auto.")
+            kernel = "dense"
+        return dataclasses.replace(resolved, attention=kernel)
+
+    def without_kernel(self) -> "GPTConfig":
+        """This config with `auto` in the place of a kernel of attention, to be used on whatever platform."""
+        return dataclasses.replace(self, attention="auto") if self.attention in attention.KERNELS else self
+
+    def _lacks(self, kernel: str, platform: str, length_shards: int) -> str | None:
+        """Why a kernel of attention cannot compute this; None if it can."""
+        if kernel not in attention.KERNELS:
+            return None
+        if platform != (wanted := attention.KERNELS[kernel]):
+            return f"runs on a {wanted.upper()}, and this is a {platform.upper()}"
+        if self.attention_dropout:
+            return f"has no dropout, but model.attention_dropout={self.attention_dropout}"
+        if kernel == "splash":
+            size, parts = self.block_size, f" in {length_shards} parts" * (length_shards > 1)
+            whole = size % (attention.LANES * length_shards) == 0
+            return (
+                None if whole else f"needs a multiple of {attention.LANES} tokens, not model.block_size={size}{parts}"
+            )
+        if self.dtype == "float32":
+            return "computes in bfloat16, not in model.dtype=float32"
+        if self.head_dim % 8 or self.head_dim > 128:
+            size = f"model.embed_dim/model.num_heads={self.head_dim}"
+            return f"takes head sizes that are multiples of 8 up to 128, not {size}"
+        return "does not take a part of the length, which mesh.sequence divides" if length_shards > 1 else None
 
     def num_parameters(self) -> int:
         """Number of parameters, embeddings included, from the shapes alone."""

@@ -17,6 +17,14 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragg
 # What takes no time of a device, or whose time another instruction stands for: the -done of a -start, for one.
 _FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
 _FREE |= {"opt-barrier", "optimization-barrier", "while", "call", "conditional", "async-start", "async-update"}
+# Kernels of attention, and how many products as large as that of queries and keys each does.
+_ATTENTION_PRODUCTS = {
+    r"splash_mha_fwd": 2,
+    r"splash_mha_dq": 3,
+    r"splash_mha_dkv": 4,
+    r"__cudnn\$fmha(ScaleBias)?Softmax$": 2,
+    r"__cudnn\$fmha(ScaleBias)?SoftmaxBackward$": 5,
+}
 # The TPU compiler's cycles for what it gives no estimate of.
 _NO_ESTIMATE = 2**63 - 1
 
@@ -51,6 +59,7 @@ class Operation:
       bytes: read from and written to the device's main memory, once.
       cycles: the compiler's own estimate of its length, once; None where it gives none.
       overlaps: a copy that runs beside other operations.
+      opaque: a kernel of attention, which the compiler knows nothing of.
     """
 
     name: str
@@ -59,6 +68,7 @@ class Operation:
     bytes: int
     cycles: int | None = None
     overlaps: bool = False
+    opaque: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,19 +270,36 @@ def operations(text: str) -> list[Operation]:
                 module.traffic(computation, instruction),
                 cycles if cycles < _NO_ESTIMATE else None,
                 overlaps=opcode.endswith("-start"),
+                opaque=_attention_products(instruction) > 0,
             )
         )
     return found
 
 
 def _flops(module: Module, computation: str, product: Instruction) -> int:
-    """FLOPs of an instruction if it is a matrix product, else 0."""
+    """FLOPs of an instruction if it is a matrix product or a kernel of attention, else 0."""
+    if products := _attention_products(product):
+        return products * _attention_flops(product, module.shapes(computation, product))
     cublas = product.opcode == "custom-call" and product.get(r'custom_call_target="(__cublas)')
     if not cublas and product.opcode not in ("dot", "convolution"):
         return 0
     left, right = map(_sizes, module.shapes(computation, product)[:2])  # a third one of cuBLAS is added
     flops = _convolution_flops if product.opcode == "convolution" else _dot_flops
     return flops(product, left, right, _sizes(product.shape))
+
+
+def _attention_products(kernel: Instruction) -> int:
+    target = kernel.opcode == "custom-call" and kernel.get(r'custom_call_target="([^"]*)"')
+    name = kernel.name if target == "tpu_custom_call" else target or ""
+    return next((number for pattern, number in _ATTENTION_PRODUCTS.items() if re.match(pattern, name)), 0)
+
+
+def _attention_flops(kernel: Instruction, shapes: list[str]) -> int:
+    """FLOPs of a product of queries and keys, T·(S - T/2) of each head: those that the causal mask leaves, for the last
+    T of S tokens, which are the most. What a kernel computes beyond them, in blocks on the diagonal, is not counted."""
+    q, k = [sizes for sizes in map(_sizes, shapes) if len(sizes) == 4][:2]
+    length = 2 if kernel.name.startswith("splash") else 1  # [B, H, T, K], or of cuDNN [B, T, H, K]
+    return math.prod(q) * (2 * k[length] - q[length])
 
 
 def _dot_flops(dot: Instruction, left: list[int], _, result: list[int]) -> int:

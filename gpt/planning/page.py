@@ -7,6 +7,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from gpt.metrics import duration
+from gpt.models.attention import KERNELS
 from gpt.planning.report import ASSUMPTIONS, BINDS, MEMORY_PARTS, Report, duration_ms, mesh_name, model_name
 from gpt.sharding import MeshConfig
 
@@ -348,7 +349,9 @@ def _time(report: Report) -> Iterator[str]:
     )
     model, compiled = report["model_flops"], report["hardware_flops"]
     yield f"<p>Work: {model / 1e12:,.3f} TFLOP of the model; compiled {compiled / 1e12:,.3f}, {compiled / model:.2f} ×,"
-    yield f"with what the backward pass computes again; {report['memory_traffic'] / 1e9:,.1f} GB of memory traffic.</p>"
+    masked = ", and of attention what its mask leaves" * (report["attention"] in KERNELS)
+    yield f"with what the backward pass computes again{masked}; "
+    yield f"{report['memory_traffic'] / 1e9:,.1f} GB of memory traffic.</p>"
 
 
 def _comparison(plans: list[Report]) -> Iterator[str]:

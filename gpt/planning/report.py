@@ -6,6 +6,7 @@ from typing import Any
 from gpt import hardware
 from gpt.hardware import Chip
 from gpt.metrics import duration
+from gpt.models.attention import KERNELS
 
 Report = dict[str, Any]
 
@@ -47,6 +48,8 @@ def text(report: Report, price: float | None = None) -> Iterator[str]:
         f"  compiled        {compiled / 1e12:10.3f} TFLOP   {compiled / model:.2f} × the model's: "
         f"with what the backward pass computes again (remat={report['remat']})"
     )
+    if report["attention"] in KERNELS:
+        yield f"{'':41}of attention by {report['attention']}, what the mask leaves and no more"
     yield f"  memory traffic  {report['memory_traffic'] / 1e9:10.1f} GB"
     yield ""
     yield "COMMUNICATION, a device and step"
@@ -61,7 +64,8 @@ def _title(report: Report) -> Iterator[str]:
     yield f"{model}{report['topology']}: {report['devices']:,} × {report['chip']}, {mesh_name(report)}"
     yield (
         f"{rows:,} rows of {report['block_size']:,} tokens a step{f', in {parts} parts' if parts > 1 else ''}; "
-        f"remat {report['remat']}, layers {'scanned' if report['scan_layers'] else 'unrolled'}"
+        f"attention {report['attention']}, remat {report['remat']}, "
+        f"layers {'scanned' if report['scan_layers'] else 'unrolled'}"
     )
     yield ""
 

@@ -7,6 +7,7 @@ The assumptions, all towards a step that is too short:
   NVLink and, where a group spans hosts, through the network card of each GPU; links reach their public bandwidth.
 - A collective that the compiler made asynchronous, or fused with products, costs only what is longer than all kernels
   together; any other is waited for.
+- Kernels of attention compute what the causal mask leaves, and read and write their operands and results once.
 - Both branches of a condition run (the parts of chunked attention that lie in the future are such branches).
 - The input is there in time, and nothing is evaluated or saved.
 """
@@ -76,17 +77,21 @@ def estimate(
 
 
 def compiler_seconds(operations: list[Operation], chip: Chip) -> float | None:
-    """The compiler's own estimate of all kernels, or None if it does not cover nearly all of the traffic and FLOPs."""
+    """The compiler's own estimate of all kernels, or None if it does not cover nearly all of the traffic and FLOPs.
+
+    Kernels of attention, of which it has none, stand in it as in the roofline.
+    """
     if not chip.clock:
         return None
-    known = [operation for operation in operations if operation.cycles is not None or operation.overlaps]
+    opaque = [operation for operation in operations if operation.opaque]
+    known = [o for o in operations if o.cycles is not None or o.overlaps or o.opaque]
 
     def roofline(of: list[Operation]) -> float:
         return sum(o.times * max(o.flops / chip.flops, o.bytes / chip.bandwidth) for o in of)
 
     if roofline(known) < 0.95 * roofline(operations):
         return None
-    return sum(operation.times * (operation.cycles or 0) for operation in known) / chip.clock
+    return sum(operation.times * (operation.cycles or 0) for operation in known) / chip.clock + roofline(opaque)
 
 
 def network_seconds(collective: Collective, mesh: jax.sharding.Mesh, chip: Chip) -> float:

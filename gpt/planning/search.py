@@ -21,7 +21,8 @@ from gpt.config import Config, differences
 from gpt.errors import UserError
 from gpt.hardware import Chip
 from gpt.metrics import Progress, duration
-from gpt.models.gpt import REMAT_POLICIES
+from gpt.models.attention import KERNELS
+from gpt.models.gpt import REMAT_POLICIES, GPTConfig
 from gpt.planning import roofline
 from gpt.sharding import AXES, MeshConfig
 
@@ -83,7 +84,8 @@ def candidates(config: Config, devices: list[jax.Device], chip: Chip) -> list[Ca
         mesh = _shortest(MeshConfig(rules, data, fsdp, sequence, model_axis), len(devices))
         try:
             layout = sharding.make_layout(mesh, devices)
-        except UserError:  # slices do not go into it
+            _resolved(model, layout)
+        except UserError:  # slices do not go into it, or the kernel of attention takes no part of the length
             continue
         rows = batch_size // (data * fsdp)
         parts_of_rows = [parts for parts in range(1, rows + 1) if rows % parts == 0]
@@ -108,9 +110,13 @@ def _shortest(mesh: MeshConfig, num_devices: int) -> MeshConfig:
     return mesh
 
 
+def _resolved(model: GPTConfig, layout: sharding.Layout) -> GPTConfig:
+    return model.resolve(model.vocab_size, layout.mesh.devices.flat[0].platform, layout.length_shards)
+
+
 def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
     """Arithmetic: the memory of a device and the time of a step."""
-    model, sizes = config.model, layout.mesh.shape
+    model, sizes = _resolved(config.model, layout), layout.mesh.shape
     data, fsdp, sequence, tensor = (sizes[axis] for axis in AXES)
     parts, width, heads, layers = config.train.micro_batches, model.embed_dim, model.num_heads, model.num_layers
     rows = config.train.batch_size / (data * fsdp)
@@ -125,7 +131,8 @@ def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
     gathered = 0 if held * tensor == weights else 4 * weights / layers / tensor
 
     # Activations that a layer keeps for the backward pass, and what is alive while one layer is worked on.
-    scores = 0 if model.attention == "chunked" else part_rows * heads / tensor * length * model.block_size
+    linear = model.attention in ("chunked", *KERNELS)  # no scores in the main memory
+    scores = 0 if linear else part_rows * heads / tensor * length * model.block_size
     wide = (3 * width + model.mlp_dim) / tensor + 3 * width
     kept = {"full": 2 * tokens * width, "dots": 2 * tokens * (wide + width)}
     kept["none"] = kept["dots"] + 6 * scores + 2 * tokens * (2 * model.mlp_dim / tensor + 6 * width)

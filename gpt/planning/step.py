@@ -52,7 +52,12 @@ def build(config: Config, devices: list[jax.Device]) -> program_lib.Program:
         raise UserError("Set model.vocab_size: a plan reads no data and no tokenizer that would tell it.")
     layout = sharding.make_layout(config.mesh, devices)
     # The length of the run is a constant of the learning rate, and costs nothing.
-    return program_lib.build(config, model.vocab_size, layout, config.train.total_steps(model.block_size, 1))
+    try:
+        return program_lib.build(config, model.vocab_size, layout, config.train.total_steps(model.block_size, 1))
+    except RuntimeError as error:
+        if "cuDNN not found" in str(error):
+            raise UserError('cuDNN is not installed: pip install "gpt-spmd[plan-cuda]".') from error
+        raise
 
 
 def compile_step(config: Config, program: program_lib.Program) -> Compiled:
@@ -109,6 +114,7 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
     }
     model_flops = config.train.batch_size * config.model.block_size * program.model.config.flops_per_token()
     report |= {"memory": memory, "model_flops": model_flops / len(devices)}
+    report["attention"] = program.model.config.attention  # what `auto` is there
     try:
         compiled = compile_step(config, program)
     except DoesNotFit as error:
@@ -171,6 +177,7 @@ def _head(config: Config, topology: str, num_devices: int) -> dict[str, Any]:
         "batch_size": config.train.batch_size,
         "micro_batches": config.train.micro_batches,
         "block_size": config.model.block_size,
+        "attention": config.model.attention,
         "remat": config.model.remat,
         "scan_layers": config.model.scan_layers,
         "steps": None if config.train.epochs else config.train.total_steps(config.model.block_size, 1),
