@@ -26,8 +26,9 @@ from gpt.models.gpt import GPT, init_cache
 from gpt.sharding import Layout
 from gpt.tokenizers import Tokenizer
 
-# Each length of a prompt and of a cache is a program to compile, so they are rounded up to powers of two.
-MIN_PROMPT, MIN_CAPACITY = 16, 256
+# Each length of a prompt and of a cache is a program to compile, so they are rounded up to powers of two; a new token
+# reads all of its cache, filled or not.
+MIN_PROMPT, MIN_CAPACITY = 16, 64
 
 
 @dataclasses.dataclass(frozen=True)

@@ -227,7 +227,7 @@ ABSURD = {
         "does not fit the config: token_embedding/embedding is 10",
     ),
     "its pieces": (lambda path: _zarr(path, chunks=[10**9, 16]), "is in pieces of 1000000000 × 16, larger than itself"),
-    "negative": (lambda path: _zarr(path, shape=[-1, 16]), "Cannot restore|does not fit"),
+    "negative": (lambda path: _zarr(path, shape=[-1, 16]), "is damaged|does not fit"),
     "vocabulary": (lambda path: _model(path, vocab_multiple=10**9), "GB of parameters .* are more than its"),
     "vocabulary beyond": (lambda path: _model(path, vocab_multiple=10**12), r"vocab_multiple has to be less than 2³¹"),
     "layers": (lambda path: _model(path, num_layers=10**9), "run.json: model.num_layers=1000000000 .* beyond 10,000"),

@@ -20,7 +20,7 @@ import torch
 import transformers
 from flax import linen as nn
 
-from gpt import sharding
+from gpt import backend, sharding
 from gpt.generate import Generator, Sampling
 from gpt.models.gpt import GPT, GPTConfig
 
@@ -112,6 +112,7 @@ def timed(run: Run) -> Callable[[np.ndarray, int], tuple[float, float]]:
 
 
 def main() -> None:
+    backend.set_xla_options()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16])
