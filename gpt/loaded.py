@@ -140,9 +140,7 @@ class Loaded:
         if own and self.run.fingerprint is None:
             raise UserError(f"--workdir={self.workdir.path} holds converted weights and no text; name one by --data.")
         data, block_size = data or self.run.config.data, self.model_config.block_size if own else None
-        data = dataclasses.replace(
-            data, cache_dir=""
-        )  # a workdir may be a stranger's, who is not to say where to write
+        data = dataclasses.replace(data, cache_dir="")  # a stranger's workdir is not to say where to write
         corpus = cluster.first_before_others("corpus", lambda: text.load(data, self.tokenizer, block_size))
         if own and corpus.fingerprint != self.run.fingerprint:
             raise UserError(

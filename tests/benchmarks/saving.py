@@ -3,8 +3,8 @@
 python tests/benchmarks/saving.py [--config=configs/char.py] [--steps=9]
 
 Trains a few steps with a checkpoint every third, and measures by the wall clock: a step, the time that the loop stands
-still for a save (device to host, and the wait for the save before), the time of the save in the background, and what
-the steps beside it take longer. From these follows the share of the time at the config's own train.checkpoint_every.
+still for a save (device to host, and the wait for the save before), and what the steps beside it take longer. From these
+follows the share of the time at the config's own train.checkpoint_every.
 Then it starts the same command with an empty and with a filled compilation cache (JAX_COMPILATION_CACHE_DIR).
 """
 
@@ -36,7 +36,7 @@ def measure_saves(file: str, steps: int) -> dict[str, float]:
     tree = module.get_config()
     interval = tree.train.checkpoint_every
     tree.train.update({"checkpoint_every": 3, "eval_every": 0, "sample_tokens": 0, "log_every": 1})
-    reported, stood, waited, began, background = {}, [], [], {}, []
+    reported, stood, waited = {}, [], []
     update, save, wait = metrics.Progress.update, Checkpoints.save, Checkpoints.wait
 
     def timed_update(self, step, *args, **kwargs):
@@ -47,18 +47,15 @@ def measure_saves(file: str, steps: int) -> dict[str, float]:
 
     def timed_wait(self):
         if self._saving is not None:
-            thread = self._manager._finalize_thread.get_not_none()
             since = time.perf_counter()
             wait(self)
             waited.append(time.perf_counter() - since)
-            background.append(thread)
 
     def timed_save(self, step, *args):
         timed_wait(self)
         since = time.perf_counter()
         save(self, step, *args)
         stood.append(time.perf_counter() - since)
-        began[step] = time.perf_counter()
 
     metrics.Progress.update, Checkpoints.save, Checkpoints.wait = timed_update, timed_save, timed_wait
     with tempfile.TemporaryDirectory() as folder:
