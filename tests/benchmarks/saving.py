@@ -2,9 +2,9 @@
 
 python tests/benchmarks/saving.py [--config=configs/char.py] [--steps=9]
 
-Trains a few steps with a checkpoint every third, and measures by the wall clock: a step, the time that the loop stands
-still for a save (device to host, and the wait for the save before), and what the steps beside it take longer. From these
-follows the share of the time at the config's own train.checkpoint_every.
+Trains a few steps with a checkpoint every third, and measures by the wall clock: a step, the time that the loop
+stands still for a save (device to host, and the wait for the save before), and what the steps beside it take longer.
+From these follows the share of the time at the config's own train.checkpoint_every.
 Then it starts the same command with an empty and with a filled compilation cache (JAX_COMPILATION_CACHE_DIR).
 """
 
