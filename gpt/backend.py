@@ -25,37 +25,43 @@ MAX_CPU_DEVICES = 8  # each holds the parameters, and more of them gain little
 STATE_BYTES = 16  # of a parameter: itself, its gradient and Adam's two moments, in float32
 
 
-def prepare(config: Config, rows: int) -> None:
-    """Makes the settings and joins the other processes of this job, if there are any.
-
-    Args:
-      rows: to be divided evenly among devices, of a batch or of a part of it; 0: as many as will be needed.
+def start() -> None:
+    """Makes the settings, and joins the other processes of this job, if there are any.
 
     Raises:
       UserError, UsageError: as `cluster.start`; the cache cannot be written to.
     """
     import jax
 
-    given = set_xla_options()
+    set_xla_options()
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
         jax.config.update("jax_compilation_cache_max_size", CACHE_SIZE)
     cluster.start()
-    if not cluster.is_several() and "host_platform_device_count" not in given:
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", cpu_devices(config, rows, cores, memory))
 
 
-def set_xla_options() -> str:
-    """Adds XLA_OPTIONS to XLA_FLAGS, before JAX is first used; returns what was there before."""
+def set_xla_options() -> None:
+    """Adds XLA_OPTIONS to XLA_FLAGS."""
     import jaxlib
 
     given = os.environ.get("XLA_FLAGS", "")
     if jaxlib.__version__.startswith(OPTIONS_KNOWN_TO):
         options = (f"{name}={value}" for name, value in XLA_OPTIONS.items() if name not in given)
         os.environ["XLA_FLAGS"] = " ".join([given, *options]).strip()
-    return given
+
+
+def divide_cpu(config: Config, rows: int) -> None:
+    """Makes devices of the cores, where one process has them all.
+
+    Args:
+      rows: to be divided evenly among devices, of a batch or of a part of it; 0: as many as will be needed.
+    """
+    import jax
+
+    if not cluster.is_several() and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", cpu_devices(config, rows, cores, memory))
 
 
 def cpu_devices(config: Config, rows: int, cores: int, memory: float) -> int:

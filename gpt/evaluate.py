@@ -33,8 +33,9 @@ def main() -> int:
     from gpt import backend, loaded, program  # after the flags: mistakes in them need not wait for it
     from gpt.data import text
 
+    backend.start()
     workdir = Workdir(_WORKDIR.value)
-    backend.prepare(workdir.read().config, rows=0)
+    backend.divide_cpu(workdir.read().config, rows=0)
     run = loaded.load(workdir, _CHECKPOINT.value, _BATCH_SIZE.value)
     block_size = run.model_config.block_size
     if _STRIDE.value and _STRIDE.value > block_size:

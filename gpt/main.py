@@ -34,7 +34,8 @@ def main() -> int:
     from gpt import backend, train  # after the flags: help and mistakes in them need not wait for it
 
     settings = config.from_tree(_CONFIG.value)
-    backend.prepare(settings, settings.train.batch_size // settings.train.micro_batches)
+    backend.start()
+    backend.divide_cpu(settings, settings.train.batch_size // settings.train.micro_batches)
     file, _, argument = flags.FLAGS["config"].config_filename.partition(":")
     name = "-".join(filter(None, (Path(file).stem, Path(argument).name)))  # the argument may be a path
     workdir = Workdir(_WORKDIR.value or Path("runs") / name)

@@ -41,8 +41,9 @@ flags.adopt_module_key_flags(cluster)
 def main() -> int:
     from gpt import backend, generate, loaded  # after the flags: mistakes in them need not wait for it
 
+    backend.start()
     workdir = Workdir(_WORKDIR.value)
-    backend.prepare(workdir.read().config, rows=max(len(_PROMPT.value or []), 1) * _NUM_SAMPLES.value)
+    backend.divide_cpu(workdir.read().config, rows=max(len(_PROMPT.value or []), 1) * _NUM_SAMPLES.value)
     sampling = generate.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value)
     run = loaded.load(workdir, _CHECKPOINT.value)
     sampling.check(run.tokenizer.vocab_size)

@@ -186,6 +186,8 @@ def processes(tmp_path, monkeypatch):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Where the tests run in the background, it is ignored, and bash cannot change that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
         wait_until(lambda: all((tmp_path / f"pids{index}").exists() for index in range(count)), 20)
@@ -256,7 +258,9 @@ def test_local_mistakes(arguments, env):
 
 def test_gpu_host(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHON", sys.executable)
-    show = ("-c", "import os, sys; print(os.environ['JAX_PLATFORMS'], os.getenv('CUDA_VISIBLE_DEVICES'), sys.argv[1:])")
+    # In one piece, for two processes write.
+    words = "{os.environ['JAX_PLATFORMS']} {os.getenv('CUDA_VISIBLE_DEVICES')} {sys.argv[1:]}"
+    show = ("-c", f'import os, sys; os.write(1, f"{words}\\n".encode())')
     result = run(LAUNCH / "gpu_host.sh", *show, "a b", env=os.environ | {"CUDA_VISIBLE_DEVICES": "4,6"})
     assert result.stdout == "cuda 4,6 ['a b']\n"
     several = os.environ | {"CUDA_VISIBLE_DEVICES": "4,6", "PROCESSES": "2"}

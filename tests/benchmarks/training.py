@@ -36,7 +36,6 @@ Work = Callable[[], None]
 def ours(size: str, dropout: float, forward: bool) -> Work:
     import jax
     import numpy as np
-    from absl import flags
 
     from gpt import backend, config, program, sharding
     from gpt.models.gpt import GPTConfig
@@ -45,8 +44,8 @@ def ours(size: str, dropout: float, forward: bool) -> Work:
     rates = dict.fromkeys(("embed_dropout", "residual_dropout", "attention_dropout"), dropout)
     model = GPTConfig(vocab, 1, length, layers, heads, width, **rates)
     settings = config.Config(model=model, train=config.TrainConfig(batch_size=rows))
-    flags.FLAGS(["benchmark"])  # those of gpt.cluster
-    backend.prepare(settings, rows)
+    backend.set_xla_options()
+    backend.divide_cpu(settings, rows)
     built = program.build(settings, vocab, sharding.make_layout(settings.mesh), 1000)
     tokens = np.random.default_rng(0).integers(0, vocab, (rows, length + 1), np.int32)
     with built.layout.use():
