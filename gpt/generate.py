@@ -26,7 +26,7 @@ from gpt.models.gpt import GPT, init_cache
 from gpt.sharding import Layout
 from gpt.tokenizers import Tokenizer
 
-# Each length of a prompt and of a cache is a program to compile, so they are rounded up to powers of two; a new token
+# Each length of a prompt and of a cache is a program to compile, so they are rounded up to one in a few; a new token
 # reads all of its cache, filled or not.
 MIN_PROMPT, MIN_CAPACITY = 16, 64
 
@@ -84,9 +84,10 @@ def kept(block_size: int) -> int:
 
 
 def _round_up(size: int, smallest: int, largest: int) -> int:
-    """The least `smallest`·2ⁿ that is at least `size`, and `largest` if that is less."""
+    """The least `smallest`·2ⁿ or half as much again that is at least `size`, and `largest` if that is less."""
     while smallest < size:
-        smallest *= 2
+        half = smallest // 2
+        smallest = smallest + half if smallest + half >= size else 2 * smallest
     return min(smallest, largest)
 
 
