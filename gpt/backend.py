@@ -73,10 +73,8 @@ def cpu_devices(config: Config, rows: int, cores: int, memory: float) -> int:
     vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
     state = STATE_BYTES * dataclasses.replace(config.model, vocab_size=vocab_size).num_parameters()
     most = max(1, min(cores, MAX_CPU_DEVICES, int(memory / 4 / state)))
-    for count in (
-        *range(most, 0, -1),
-        *range(most + 1, 65),
-    ):  # a mesh can be tried where there are too few cores for it
+    # Beyond the cores: so a mesh can be tried where there are too few of them.
+    for count in (*range(most, 0, -1), *range(most + 1, 65)):
         try:
             shape = config.mesh.shape(count)
         except UserError:

@@ -36,9 +36,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # newest ones, besides the best
     sample_prompt: str = ""  # text that the sample at each evaluation continues; "": a line feed
     sample_tokens: int = 256  # its length; 0: no samples
-    on_nonfinite: str = (
-        "stop"  # a loss or gradient that is not finite: stop, skip (the update), rollback (see gpt.train)
-    )
+    on_nonfinite: str = "stop"  # where a loss or gradient is not finite; or skip (the update), rollback
     max_skipped: int = 10  # updates or batches that a run may leave out; one more stops it
     spike_factor: float = 0.0  # a loss above this times its running mean counts as not finite; 0: none does
 

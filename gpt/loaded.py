@@ -78,9 +78,9 @@ class Weights:
         arrays = self._base.restore_each(shapes) if self._base else self._checkpoints.restore_each(self.step, shapes)
         for name, array in zip(shapes, arrays, strict=True):
             if name in adapters:
-                scale = self.run.config.model.lora_alpha / self.run.config.model.lora_rank
-                array = array + scale * lora.product(adapters[name], array.shape)
-            total = (total + int(digest(array))) % 2**32
+                array = array + self.run.config.model.lora_scale * lora.product(adapters[name], array.shape)
+            if self._digest is not None:
+                total = (total + int(digest(array))) % 2**32
             yield array
         if self._digest is not None:
             self._check(total)

@@ -181,7 +181,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         }
 
     def merge(params, adapters):
-        return lora.merge(params, adapters, model_config.lora_alpha / model_config.lora_rank)
+        return lora.merge(params, adapters, model_config.lora_scale)
 
     abstract_boxed = jax.eval_shape(init_boxed)
     abstract = nn.unbox(abstract_boxed)

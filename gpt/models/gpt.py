@@ -114,6 +114,11 @@ class GPTConfig:
         return self.embed_dim // self.num_heads
 
     @property
+    def lora_scale(self) -> float:
+        """Of what adapters add."""
+        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
+
+    @property
     def mlp_dim(self) -> int:
         return int(self.mlp_factor * self.embed_dim)
 
@@ -401,7 +406,7 @@ def linear(config: GPTConfig, name: str, in_shape: tuple, out_shape: tuple, axes
     onto_residual = (0.0 if config.zero_init else 0.02) / (2 * config.num_layers) ** 0.5
     scale = onto_residual if name in ("out", "down") else 0.02
     rank = config.lora_rank if name in config.lora_targets.split(",") else 0
-    lora = {"lora_rank": rank, "lora_scale": config.lora_alpha / max(rank, 1)}
+    lora = {"lora_rank": rank, "lora_scale": config.lora_scale}
     init, dtype = nn.initializers.normal(scale), jnp.dtype(config.dtype)
     return Linear(in_shape, out_shape, axes, init, config.bias, dtype, name=name, **lora)
 
