@@ -95,7 +95,7 @@ def test_a_config_builds(name):
     assert program.model.config.flops_per_token() > 0
     with layout.use():
         batch = step.batch(config, program)
-        state, measured = jax.eval_shape(program.train_step, program.abstract_state, batch)
+        _, measured = jax.eval_shape(program.train_step, program.abstract_state, batch)
     assert measured["loss"].shape == ()
     assert program.model.config.summary() in next(train.describe(program, config, None, 1, 1))
 
