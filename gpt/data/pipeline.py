@@ -63,7 +63,8 @@ def evaluation_batches(source: Source, batch_size: int, rows: Sequence[int]) -> 
     """
     blank = {name: np.full_like(array, IGNORED if name == "targets" else 0) for name, array in source.row(0, 0).items()}
     for first in range(0, len(source), batch_size):
-        yield _stack([source.row(0, first + row) if first + row < len(source) else blank for row in rows])
+        places = [first + int(row) for row in rows]
+        yield _stack([source.row(0, place) if place < len(source) else blank for place in places])
 
 
 def to_devices(
