@@ -4,8 +4,11 @@ A new config is listed by itself. `SMALL` says how a family or kind is made smal
 """
 
 import dataclasses
+import re
 import runpy
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -13,13 +16,14 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt import loaded, sharding, train
+from gpt import data, loaded, sharding, train
 from gpt import program as program_lib
 from gpt.checkpoint import Workdir
-from gpt.config import Config, from_tree
+from gpt.config import Config, TrainConfig, from_tree
+from gpt.models.gpt import GPTConfig
 from gpt.planning import step
 from gpt.sharding import MeshConfig
-from gpt.tokenizers import TokenizerConfig
+from gpt.tokenizers import Labels, TokenizerConfig
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
 CONFIGS.remove("finetune")  # it takes the config of a workdir
@@ -148,3 +152,20 @@ def test_it_is_planned(trained):
     program = step.build(config, jax.devices()[:2])
     used = step.compile_step(config, program).executable.memory_analysis()
     assert used.argument_size_in_bytes > 4 * program.num_parameters()
+
+
+def test_the_kind_that_the_page_on_data_writes_trains(tmp_path, monkeypatch):
+    """The blocks of Python in gpt/data/README.md are a kind of data, as they stand."""
+    page = (Path(data.__file__).parent / "README.md").read_text()
+    names = {name: getattr(data, name) for name in ("IGNORED", "Dataset", "DataConfig")}
+    module = types.ModuleType("parity")
+    monkeypatch.setitem(sys.modules, "parity", module)
+    vars(module).update(names | {"dataclasses": dataclasses, "np": np, "Labels": Labels})
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        exec(block, vars(module))
+    monkeypatch.setitem(data.KINDS, "parity", "parity:ParityConfig")
+    model = GPTConfig(num_layers=1, num_heads=2, embed_dim=16, block_size=8)
+    config = Config(model=model, data=module.ParityConfig(), train=TrainConfig(**TRAIN))
+    assert train.train(config, Workdir(tmp_path)) == 0
+    assert loaded.load(Workdir(tmp_path), "best").dataset().describe().startswith("100,000 training")
+    assert 0 <= scalars(Workdir(tmp_path), "validation/accuracy")[-1] <= 1
