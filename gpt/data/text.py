@@ -45,7 +45,7 @@ LARGE = 1e8  # bytes of a file that takes long enough to say so
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig(DataConfig):
-    kind: str = dataclasses.field(default="text", kw_only=True)
+    kind: str = dataclasses.field(default="text", kw_only=True)  # see gpt/data/__init__.py
     path: str = ""  # a file (text, .jsonl, .parquet), several joined by commas, or a folder; "": Shakespeare's plays
     validation_path: str = ""  # the same, for validation; "": the last part of `path`
     validation_fraction: float = 0.1  # that part, as a fraction of the tokens
