@@ -73,6 +73,22 @@ def decay_mask(params: Any) -> Any:
     )
 
 
+def global_norm(tree: Any) -> jax.Array:
+    """Root of the sum of squares of all numbers in a tree, as products: several times faster than sums on a CPU."""
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.sqrt(sum(jnp.tensordot(x, x, x.ndim, precision=highest) for x in jax.tree.leaves(tree)))
+
+
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """Scales gradients down to a global norm of `largest` where theirs is greater."""
+
+    def update(grads, state, params=None):
+        scale = largest / jnp.maximum(global_norm(grads), largest)
+        return jax.tree.map(lambda g: scale * g, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
 def make_optimizer(
     config: OptimizerConfig, learning_rate: optax.Schedule, logical_axes: Any
 ) -> optax.GradientTransformation:
@@ -91,7 +107,7 @@ def make_optimizer(
         masked = jax.tree.map(lambda kind, names: names if kind == "muon" else optax.MaskedNode(), kinds, logical_axes)
         scale = optax.partition({"adam": scale, "muon": scale_by_muon(config.momentum, masked)}, kinds)
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         scale,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate),

@@ -142,19 +142,21 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         # A key for each (seed, step), so that a run resumed draws what it would have drawn.
         dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
 
         def loss_of(params, batch, key):
             rngs = {"dropout": key}
             logits = logits_of(variables(params, state.frozen), batch, deterministic=False, rngs=rngs)
-            return weight * token_losses(logits, batch["targets"]).sum()
+            return token_losses(logits, batch["targets"]).sum()
 
         loss, grads = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches)(
             state.params, batch, dropout_key
         )
+        # Last, as a sum over the devices' tokens before the model would have them all wait there for each other.
+        weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
+        loss, grads = jax.tree.map(lambda total: weight * total, (loss, grads))
         if layout.zero1:  # each device updates the part of the parameters that its optimizer state is for
             grads = jax.lax.with_sharding_constraint(grads, layout.spread(abstract.params, shardings.params))
-        gradient_norm = optax.tree.norm(grads)
+        gradient_norm = optimizer.global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         skipped = {}
@@ -167,7 +169,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         measured = skipped | {
             "loss": loss,
             "gradient_norm": gradient_norm,
-            "parameter_norm": optax.tree.norm(params),
+            "parameter_norm": optimizer.global_norm(params),
             "learning_rate": learning_rate(state.opt_state[-1].count),
         }
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), measured

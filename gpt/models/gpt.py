@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from gpt.errors import UserError, check_choice, check_fraction, check_positive
 from gpt.models import ModelConfig, attention
-from gpt.models.layers import ACTIVATIONS, Embedding, Linear, Norm, rotary, unit_rms
+from gpt.models.layers import ACTIVATIONS, Embedding, Linear, Norm, merged_rows, rotary, unit_rms
 
 # Name: (layers, heads, width). The GPT-2 family is from Radford et al. 2019, gopher-44m from
 # arXiv 2112.11446, and the three smallest are minGPT's.
@@ -288,7 +288,8 @@ class MLP(nn.Module):
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         c = self.config
         h_BxTxF = linear(c, "up", (c.embed_dim,), (c.mlp_dim,), ("embed", "mlp"))(x_BxTxD)
-        h_BxTxF = nn.with_logical_constraint(ACTIVATIONS[c.activation](h_BxTxF), ("batch", "length", "mlp"))
+        h_BxTxF = ACTIVATIONS[c.activation](merged_rows(h_BxTxF)).reshape(h_BxTxF.shape)
+        h_BxTxF = nn.with_logical_constraint(h_BxTxF, ("batch", "length", "mlp"))
         return linear(c, "down", (c.mlp_dim,), (c.embed_dim,), ("mlp", "embed"))(h_BxTxF)
 
 
