@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt.errors import UserError, check_choice, check_fraction, check_positive
-from gpt.models import attention
+from gpt.models import ModelConfig, attention
 from gpt.models.layers import ACTIVATIONS, Embedding, Linear, Norm, merged_rows, rotary, unit_rms
 
 # Name: (layers, heads, width). The GPT-2 family is from Radford et al. 2019, gopher-44m from
@@ -41,9 +41,10 @@ LORA_TARGETS = ("qkv", "out", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(ModelConfig):
     """Shape and options of the model. The defaults are a GPT-2 for characters."""
 
+    family: str = dataclasses.field(default="gpt", kw_only=True)  # see gpt/models/__init__.py
     vocab_size: int = 0  # 0: the tokenizer's
     vocab_multiple: int = 1  # pad the table of embeddings to a multiple, so that a mesh axis divides it
     block_size: int = 128  # longest context, in tokens
@@ -110,6 +111,10 @@ class GPTConfig:
             )
 
     @property
+    def length(self) -> int:
+        return self.block_size
+
+    @property
     def head_dim(self) -> int:
         return self.embed_dim // self.num_heads
 
@@ -173,6 +178,12 @@ class GPTConfig:
             size = f"model.embed_dim/model.num_heads={self.head_dim}"
             return f"takes head sizes that are multiples of 8 up to 128, not {size}"
         return "does not take a part of the length, which mesh.sequence divides" if length_shards > 1 else None
+
+    def module(self) -> "GPT":
+        return GPT(self)
+
+    def summary(self) -> str:
+        return f"{self.num_layers} layers, {self.num_heads} heads, {self.embed_dim} wide, block {self.block_size}"
 
     def num_parameters(self) -> int:
         """Number of parameters, embeddings included, from the shapes alone."""
