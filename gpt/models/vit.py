@@ -37,7 +37,7 @@ class ViTConfig(BlockConfig):
     image_size: int = 224  # height and width of an image, in pixels
     channels: int = 3  # 3: red, green, blue; 1: grey
     patch_size: int = 16  # height and width of a patch, in pixels
-    num_classes: int = 0  # 0: the data's
+    vocab_size: int = 0  # classes; 0: the data's
     pooling: str = "class_token"  # what the head reads: a token of its own, or the mean of the patches'
     pixel_mean: str = "0.5"  # subtracted from pixels, which go from 0 to 1; "0.485,0.456,0.406": one for each channel
     pixel_std: str = "0.5"  # and what the difference is divided by
@@ -49,8 +49,8 @@ class ViTConfig(BlockConfig):
     def __post_init__(self):
         check_positive("model", self, "image_size", "channels", "patch_size")
         check_choice("model.pooling", self.pooling, ("class_token", "mean"))
-        if self.num_classes < 0:
-            raise UserError(f"model.num_classes={self.num_classes} has to be 0 (the data's) or more.")
+        if self.vocab_size < 0:
+            raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the data's) or more.")
         super().__post_init__()
         if self.image_size % self.patch_size:
             raise UserError(f"model.patch_size={self.patch_size} does not divide model.image_size={self.image_size}.")
@@ -81,7 +81,7 @@ class ViTConfig(BlockConfig):
             raise UserError(f"model.pixel_std={self.pixel_std} has to be greater than 0.")
         return found[0], found[1]
 
-    def resolve(self, num_classes: int, platform: str, length_shards: int = 1) -> "ViTConfig":
+    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> "ViTConfig":
         """This config with what `0` and `auto` stand for filled in.
 
         Args:
@@ -91,8 +91,8 @@ class ViTConfig(BlockConfig):
         Raises:
           UserError: it is for another number of classes, or the mesh does not divide the tokens of an image.
         """
-        if self.num_classes not in (0, num_classes):
-            raise UserError(f"model.num_classes={self.num_classes}, but the data has {num_classes} classes; set 0.")
+        if self.vocab_size not in (0, vocab_size):
+            raise UserError(f"model.vocab_size={self.vocab_size}, but the data has {vocab_size} classes; set 0.")
         if self.length % length_shards:
             raise UserError(
                 f"mesh.sequence={length_shards} does not divide the {self.length} tokens of an image, with "
@@ -100,19 +100,19 @@ class ViTConfig(BlockConfig):
             )
         attention = "dense" if self.attention == "auto" else self.attention
         dtype = self.resolved_dtype(platform)
-        return dataclasses.replace(self, num_classes=num_classes, attention=attention, dtype=dtype)
+        return dataclasses.replace(self, vocab_size=vocab_size, attention=attention, dtype=dtype)
 
     def num_parameters(self) -> int:
         """Number of parameters, from the shapes alone."""
         d, learned, token = self.embed_dim, self.positions == "learned", self.pooling == "class_token"
         patches = self.channels * self.patch_size**2 * d + self.bias * d
-        head = d * self.num_classes + self.bias * self.num_classes
+        head = d * self.vocab_size + self.bias * self.vocab_size
         return patches + (learned * self.length + token) * d + self.block_parameters() + head
 
     def flops_per_row(self) -> float:
         """Model FLOPs of forward and backward pass for one image: see `BlockConfig.flops`."""
         patches = self.channels * self.patch_size**2 * self.embed_dim
-        return self.length * self.flops(self.length, patches) + 6 * self.embed_dim * self.num_classes
+        return self.length * self.flops(self.length, patches) + 6 * self.embed_dim * self.vocab_size
 
 
 class ViT(nn.Module):
@@ -161,7 +161,7 @@ class ViT(nn.Module):
         x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed"))
         x_BxTxD = apply_blocks(c, x_BxTxD, None, None, deterministic)
         x_BxD = x_BxTxD[:, 0] if c.pooling == "class_token" else x_BxTxD.mean(axis=1)
-        head = (c.embed_dim,), (c.num_classes,), ("embed", "classes"), nn.initializers.zeros, c.bias, dtype
+        head = (c.embed_dim,), (c.vocab_size,), ("embed", "classes"), nn.initializers.zeros, c.bias, dtype
         return Linear(*head, name="head")(x_BxD).astype(jnp.float32)
 
 
