@@ -52,7 +52,6 @@ class ImagesConfig(DataConfig):
         if self.threads < 1:
             raise UserError(f"data.threads={self.threads} has to be at least 1.")
 
-
     gives = "images"
 
     def load(

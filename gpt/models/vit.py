@@ -29,6 +29,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 class ViTConfig(BlockConfig):
     """Shape and options of the model. The defaults are a ViT-Ti/16 for photographs, but for the classes."""
 
+    family: str = dataclasses.field(default="vit", kw_only=True)
     num_layers: int = 12
     num_heads: int = 3
     embed_dim: int = 192
@@ -42,6 +43,7 @@ class ViTConfig(BlockConfig):
     pixel_mean: str = "0.5"  # subtracted from pixels, which go from 0 to 1; "0.485,0.456,0.406": one for each channel
     pixel_std: str = "0.5"  # and what the difference is divided by
 
+    reads = "images"
     causal = False
     position_kinds = ("learned", "sincos")
     attention_kinds = ("auto", "dense", "flax")
@@ -62,6 +64,18 @@ class ViTConfig(BlockConfig):
     def length(self) -> int:
         """Tokens of an image: the patches, and the class token if there is one."""
         return (self.image_size // self.patch_size) ** 2 + (self.pooling == "class_token")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.vocab_size
+
+    @property
+    def kernel_scale(self) -> float:
+        return self.embed_dim**-0.5
+
+    def row(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = self.image_size, self.image_size, self.channels
+        return {"inputs": jax.ShapeDtypeStruct(shape, jnp.uint8), "targets": jax.ShapeDtypeStruct((), jnp.int32)}
 
     def pixel_scale(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of pixels, float32 of [C] or [1]. Raises UserError where they are none."""
@@ -86,18 +100,13 @@ class ViTConfig(BlockConfig):
 
         Args:
           platform: JAX's name of it, like "cpu".
-          length_shards: parts into which the mesh divides the length.
+          length_shards: is of no concern: no kernel is used.
 
         Raises:
-          UserError: it is for another number of classes, or the mesh does not divide the tokens of an image.
+          UserError: it is for another number of classes.
         """
         if self.vocab_size not in (0, vocab_size):
             raise UserError(f"model.vocab_size={self.vocab_size}, but the data has {vocab_size} classes; set 0.")
-        if self.length % length_shards:
-            raise UserError(
-                f"mesh.sequence={length_shards} does not divide the {self.length} tokens of an image, with "
-                f"model.pooling={self.pooling}."
-            )
         attention = "dense" if self.attention == "auto" else self.attention
         dtype = self.resolved_dtype(platform)
         return dataclasses.replace(self, vocab_size=vocab_size, attention=attention, dtype=dtype)
@@ -109,10 +118,16 @@ class ViTConfig(BlockConfig):
         head = d * self.vocab_size + self.bias * self.vocab_size
         return patches + (learned * self.length + token) * d + self.block_parameters() + head
 
-    def flops_per_row(self) -> float:
-        """Model FLOPs of forward and backward pass for one image: see `BlockConfig.flops`."""
+    def flops_per_token(self) -> float:
+        """Model FLOPs of forward and backward pass for one of the `length` tokens: see `BlockConfig.flops`."""
         patches = self.channels * self.patch_size**2 * self.embed_dim
-        return self.length * self.flops(self.length, patches) + 6 * self.embed_dim * self.vocab_size
+        return self.flops(self.length, patches) + 6 * self.embed_dim * self.vocab_size / self.length
+
+    def module(self) -> "ViT":
+        return ViT(self)
+
+    def summary(self) -> str:
+        return f"{super().summary()}, {self.length} tokens of patches of {self.patch_size} × {self.patch_size} pixels"
 
 
 class ViT(nn.Module):
