@@ -21,6 +21,8 @@ if TYPE_CHECKING:  # data is unaware of JAX
 KINDS = {
     "text": "gpt.data.text:TextConfig",
     "images": "gpt.data.images:ImagesConfig",
+    "arithmetic": "gpt.data.arithmetic:ArithmeticConfig",
+    "sort": "gpt.data.arithmetic:SortConfig",
 }
 
 IGNORED = -1  # a target that does not count in the loss

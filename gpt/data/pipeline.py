@@ -37,7 +37,7 @@ def training_batches(
     """
     epoch_length = len(source)
     shuffled = grain.MapDataset.range(epoch_length).seed(seed).shuffle().repeat(None)
-    every_row = shuffled.map_with_index(lambda position, index: source.row(position // epoch_length, int(index)))
+    every_row = shuffled.map_with_index(lambda position, index: source.row(int(position) // epoch_length, int(index)))
 
     def batch(step: int, _) -> dict[str, np.ndarray]:
         first = batch_number(step, skipped) * batch_size
