@@ -1,10 +1,10 @@
 """A vision transformer (arXiv 2010.11929) for a folder of images with a subfolder for each class. For an accelerator.
 
-Takes a size by name as an argument, Ti, S, B, L or H: --config=configs/vit.py:S (see SIZES in gpt/models/vit.py); without, it
-is Ti. Name the folder by --config.data.path; `pip install -e ".[images]"`.
+Takes a size by name as an argument: --config=configs/vit.py:S (see SIZES in gpt/models/vit.py); without, it is Ti. Name
+the folder by --config.data.path; `pip install -e ".[images]"`.
 
-The recipe is that of the simple ViT (arXiv 2205.01580) as far as it goes here: mean of the patches, sines and cosines for
-positions, crops and mirror images, batches of 1,024, 90 epochs.
+The recipe is that of the simple ViT (arXiv 2205.01580) as far as it goes here: mean of the patches, sines and cosines
+for positions, crops and mirror images, batches of 1,024, 90 epochs. A plan wants --config.model.vocab_size=CLASSES.
 """
 
 from gpt.config import default_config

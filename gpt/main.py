@@ -26,6 +26,11 @@ flags.adopt_module_key_flags(cluster)
 __doc__ += "\n" + "\n".join(
     f"    {key}={value!r}" for key, value in config.flatten(config.default_config().to_dict()).items()
 )
+__doc__ += f"""
+
+Each family of models ({", ".join(config.FAMILIES)}) and kind of data ({", ".join(config.KINDS)}) has its own keys under
+model and data: those of its class in gpt/models or gpt/data.
+"""
 
 
 def main() -> int:

@@ -196,7 +196,7 @@ class SortConfig(QuestionConfig):
         return "".join(found) + "=", "".join(sorted(found))
 
     def read(self, question: str) -> str | None:
-        digits = re.fullmatch(rf"([{self.alphabet[2:]}]{{{self.size}}})=?", re.sub(r"[\s,]", "", question))
+        digits = re.fullmatch(rf"([0-{self.digits - 1}]{{{self.size}}})=?", re.sub(r"[\s,]", "", question))
         return digits and digits[1] + "="
 
 

@@ -64,7 +64,7 @@ def evaluation_batches(source: Source, batch_size: int, rows: Sequence[int]) -> 
     blank = {name: np.full_like(array, IGNORED if name == "targets" else 0) for name, array in source.row(0, 0).items()}
 
     def batch(number: int) -> dict[str, np.ndarray]:
-        places = [number * batch_size + row for row in rows]
+        places = [number * batch_size + int(row) for row in rows]
         return _stack([source.row(0, place) if place < len(source) else blank for place in places])
 
     threads = _threads(source)

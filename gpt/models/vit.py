@@ -30,7 +30,7 @@ MAX_SIZE = 1 << 14  # pixels; more is a slip
 class ViTConfig(BlockConfig):
     """Shape and options of the model. The defaults are a ViT-Ti/16 for photographs, but for the classes."""
 
-    family: str = dataclasses.field(default="vit", kw_only=True)
+    family: str = dataclasses.field(default="vit", kw_only=True)  # see gpt/models/__init__.py
     num_layers: int = 12
     num_heads: int = 3
     embed_dim: int = 192
