@@ -15,7 +15,6 @@ from gpt.models.vit import ViTConfig, named_size
 def get_config(size: str = "Ti"):
     config = default_config(ViTConfig(), ImagesConfig())
     config.model.update(named_size(size))
-    config.model.vocab_size = 1000  # classes, written down for `gpt.plan`; 0: as many as there are subfolders
     config.model.pooling = "mean"
     config.model.positions = "sincos"
     config.model.embed_dropout = 0.0
