@@ -33,8 +33,9 @@ PRESETS: dict[str, Rules] = {
     "sp": (*_BATCH, ("length", ("sequence",)), *_TENSOR, ("embed", ("fsdp", "sequence")), *_EMBED),
 }
 # Names that a rule of the user's may have: those above, `kv` (the size of a head), `layers` (the axis
-# of scanned layers), `keys` (the length on the side of attention's keys and values) and `rank` (of LoRA).
-LOGICAL_AXES = ("batch", "length", "keys", "embed", "heads", "kv", "mlp", "vocab", "layers", "rank")
+# of scanned layers), `keys` (the length on the side of attention's keys and values), `rank` (of LoRA), and `patch` and
+# `classes` (pixels of a patch and outputs of a classifier: too few to shard).
+LOGICAL_AXES = ("batch", "length", "keys", "embed", "heads", "kv", "mlp", "vocab", "layers", "rank", "patch", "classes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +183,11 @@ class Layout:
 
     def check_length(self, length: int) -> None:
         """Raises UserError unless the mesh divides the tokens of a row."""
-        self._check_divides(self.spec("length")[0], length, f"the {length} tokens of a row (model.block_size)")
+        self._check_divides(
+            self.spec("length")[0],
+            length,
+            f"the {length} tokens of a row (model.block_size, or the patches of an image)",
+        )
 
     def spread(self, abstract: Any, shardings: Any) -> Any:
         """Shardings of the same arrays over `data` as well, along the first axis of each that can be divided."""

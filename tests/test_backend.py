@@ -24,7 +24,7 @@ def test_the_devices_of_a_cpu_divide_the_rows(rows, cores, expected):
 
 
 def test_the_devices_of_a_cpu_leave_memory():
-    config = dataclasses.replace(CONFIG, model=GPTConfig(50257, num_layers=12, num_heads=12, embed_dim=768))
+    config = dataclasses.replace(CONFIG, model=GPTConfig(vocab_size=50257, num_layers=12, num_heads=12, embed_dim=768))
     assert backend.cpu_devices(config, 128, 8, 16 * GB) == 2  # of 2 GB each
     assert backend.cpu_devices(config, 128, 8, 64 * GB) == 8
     assert backend.cpu_devices(config, 128, 8, 2 * GB) == 1

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 FAMILIES = {
     "gpt": "gpt.models.gpt:GPTConfig",
+    "vit": "gpt.models.vit:ViTConfig",
 }
 
 
@@ -23,7 +24,7 @@ class ModelConfig:
     `padded_vocab_size`.
 
     Attributes:
-      reads: what the inputs are: "tokens", int32 [length], or "images", float32 [height, width, channels].
+      reads: what the inputs are: "tokens", int32 [length], or "images", uint8 [height, width, channels].
       length: tokens of a row: what warmup, speed and `train.tokens` count, and the mesh's `sequence` divides.
       num_targets: how many of the last tokens of a row have a target.
     """

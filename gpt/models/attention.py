@@ -48,6 +48,7 @@ def dense(
     v_BxTxHxK: jax.Array,
     starts_BxT: jax.Array | None = None,
     *,
+    causal: bool = True,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
@@ -55,6 +56,7 @@ def dense(
 
     Args:
       starts_BxT: where the document of each token begins, which sees no other; None: there is but one.
+      causal: False: every token sees all, without that mask.
       dropout_rate: probability of dropping an attention weight.
       dropout_key: key of the dropout mask; None means no dropout.
 
@@ -66,7 +68,7 @@ def dense(
     scores_BxHxTxS = jnp.einsum(
         "bthk,bshk->bhts", q_BxTxHxK / math.sqrt(kv), k_BxTxHxK, preferred_element_type=jnp.float32
     )
-    mask = causal_mask(positions, positions)
+    mask = causal_mask(positions, positions) if causal else 0.0
     if starts_BxT is not None:
         mask = mask + document_mask(starts_BxT, starts_BxT)
     weights_BxHxTxS = jax.nn.softmax(scores_BxHxTxS + mask, axis=-1)
@@ -76,10 +78,12 @@ def dense(
     return jnp.einsum("bhts,bshk->bthk", weights_BxHxTxS.astype(v_BxTxHxK.dtype), v_BxTxHxK)
 
 
-def flax(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, dropout_rate: float = 0.0, dropout_key=None) -> jax.Array:
+def flax(
+    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, causal: bool = True, dropout_rate=0.0, dropout_key=None
+) -> jax.Array:
     """`dense` by `flax.linen.dot_product_attention`; same arguments and result."""
     length = q_BxTxHxK.shape[1]
-    mask = jnp.tril(jnp.ones((1, 1, length, length), bool))
+    mask = jnp.tril(jnp.ones((1, 1, length, length), bool)) if causal else None
     if starts_BxT is not None:
         mask = nn.combine_masks(mask, nn.make_attention_mask(starts_BxT, starts_BxT, jnp.equal), dtype=bool)
     out_BxTxHxK = nn.dot_product_attention(

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T length, D width, H heads, K size of a head, V vocabul
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -41,22 +42,23 @@ LORA_TARGETS = ("qkv", "out", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTConfig(ModelConfig):
-    """Shape and options of the model. The defaults are a GPT-2 for characters."""
+class BlockConfig(ModelConfig):
+    """Shape and options of the blocks, which the families share: what `Block` reads."""
 
-    family: str = dataclasses.field(default="gpt", kw_only=True)  # see gpt/models/__init__.py
-    vocab_size: int = 0  # 0: the tokenizer's
-    vocab_multiple: int = 1  # pad the table of embeddings to a multiple, so that a mesh axis divides it
-    block_size: int = 128  # longest context, in tokens
+    # Of a family, and no fields of the config: whether a token sees only those before it, and what it can choose from.
+    causal = True
+    position_kinds = ("learned", "rotary")
+    attention_kinds = ("auto", *attention.ATTENTION)
+
     num_layers: int = 8
     num_heads: int = 8
     embed_dim: int = 512
     mlp_factor: float = 4.0  # hidden width of the MLP, as a multiple of embed_dim
-    tie_embeddings: bool = True  # output head = transposed token embedding, as in GPT-2
     bias: bool = True  # biases in linear layers and LayerNorm
     norm: str = "layernorm"  # or rmsnorm
+    norm_epsilon: float = 1e-5  # added to the variance
     activation: str = "gelu_tanh"  # or gelu (exact), relu, relu_squared, silu
-    positions: str = "learned"  # or rotary
+    positions: str = "learned"  # or rotary (gpt), sincos (vit)
     qk_norm: bool = False  # queries and keys of root mean square 1 (arXiv 2302.05442, 2010.04245)
     zero_init: bool = False  # kernels onto the residual stream begin with zeros: each block as the identity
     embed_dropout: float = 0.1
@@ -65,8 +67,6 @@ class GPTConfig(ModelConfig):
     # Or flax, chunked, or a kernel without dropout: cudnn (NVIDIA GPUs), splash (TPUs). auto is the kernel where it is
     # possible (see `GPTConfig.resolve`), else dense.
     attention: str = "dense"
-    query_chunk: int = 128  # block sizes of chunked attention, in tokens
-    key_chunk: int = 128
     dtype: str = "auto"  # of the computation: float32, bfloat16; auto is float32 on CPU, bfloat16 elsewhere
     scan_layers: bool = False  # one compiled block in a loop: compiles faster, on for deep models
     remat: str = "none"  # what the backward pass recomputes: none, dots (keep products), full
@@ -75,15 +75,12 @@ class GPTConfig(ModelConfig):
     lora_targets: str = "qkv"  # which kernels have one, of qkv, out, up, down: "qkv,out"
 
     def __post_init__(self):
-        check_positive(
-            "model", self, "vocab_multiple", "block_size", "num_layers", "num_heads", "embed_dim", "mlp_factor"
-        )
-        check_positive("model", self, "query_chunk", "key_chunk")
+        check_positive("model", self, "num_layers", "num_heads", "embed_dim", "mlp_factor", "norm_epsilon")
         check_fraction("model", self, "embed_dropout", "residual_dropout", "attention_dropout")
         check_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
         check_choice("model.activation", self.activation, ACTIVATIONS)
-        check_choice("model.positions", self.positions, ("learned", "rotary"))
-        check_choice("model.attention", self.attention, ("auto", *attention.ATTENTION))
+        check_choice("model.positions", self.positions, self.position_kinds)
+        check_choice("model.attention", self.attention, self.attention_kinds)
         check_choice("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         check_choice("model.remat", self.remat, REMAT_POLICIES)
         check_positive("model", self, "lora_alpha")
@@ -97,22 +94,11 @@ class GPTConfig(ModelConfig):
             )
         if self.num_layers > MAX_LAYERS or self.num_parameters() > MAX_PARAMETERS:
             raise UserError(
-                f"model.num_layers={self.num_layers} and model.embed_dim={self.embed_dim}, with a vocabulary of "
-                f"{self.padded_vocab_size} and the other sizes under model, are beyond {MAX_LAYERS:,} layers or "
-                f"{MAX_PARAMETERS:.0e} parameters."
+                f"model.num_layers={self.num_layers} and model.embed_dim={self.embed_dim}, with the other sizes under "
+                f"model, are beyond {MAX_LAYERS:,} layers or {MAX_PARAMETERS:.0e} parameters."
             )
-        if self.vocab_size < 0:
-            raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the tokenizer's) or more.")
         if self.embed_dim % self.num_heads:
             raise UserError(f"model.num_heads={self.num_heads} does not divide model.embed_dim={self.embed_dim}.")
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise UserError(
-                f"model.positions=rotary needs an even head size, but model.embed_dim/model.num_heads={self.head_dim}."
-            )
-
-    @property
-    def length(self) -> int:
-        return self.block_size
 
     @property
     def head_dim(self) -> int:
@@ -126,6 +112,75 @@ class GPTConfig(ModelConfig):
     @property
     def mlp_dim(self) -> int:
         return int(self.mlp_factor * self.embed_dim)
+
+    @property
+    def kernel_scale(self) -> float:
+        """Standard deviation of the values that kernels begin with: GPT-2's."""
+        return 0.02
+
+    def summary(self) -> str:
+        return f"{self.num_layers} layers, {self.num_heads} heads, {self.embed_dim} wide"
+
+    def resolved_dtype(self, platform: str) -> str:
+        """The dtype, with what `auto` stands for on a platform."""
+        return self.dtype if self.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+
+    def without_kernel(self) -> "BlockConfig":
+        """This config with `auto` in the place of a kernel of attention, to be used on whatever platform."""
+        return dataclasses.replace(self, attention="auto") if self.attention in attention.KERNELS else self
+
+    def block_parameters(self) -> int:
+        """Number of parameters of all blocks and of the norm after them, from the shapes alone."""
+        d, bias = self.embed_dim, int(self.bias)
+        norm = d * (1 + (bias if self.norm == "layernorm" else 0))
+        attention_ = 4 * d * d + bias * 4 * d
+        mlp = 2 * d * self.mlp_dim + bias * (self.mlp_dim + d)
+        return self.num_layers * (attention_ + mlp + 2 * norm) + norm
+
+    def flops(self, length: int, other_weights: int) -> float:
+        """Model FLOPs of forward and backward pass for one token of a row that is `length` tokens long.
+
+        6 for each parameter that multiplies an activation (4 if it is frozen), plus 12·layers·width·length for the
+        attention scores and values (PaLM's convention, arXiv 2204.02311 appendix B).
+
+        Args:
+          other_weights: those outside of the blocks.
+        """
+        d, f = self.embed_dim, self.mlp_dim
+        weights = self.num_layers * (4 * d**2 + 2 * d * f) + other_weights
+        scores = 12 * self.num_layers * d * length
+        if not self.lora_rank:
+            return 6 * weights + scores
+        widths = {"qkv": d + 3 * d, "out": d + d, "up": d + f, "down": f + d}
+        adapters = self.num_layers * self.lora_rank * sum(widths[name] for name in self.lora_targets.split(","))
+        return 4 * weights + 6 * adapters + scores
+
+
+@dataclasses.dataclass(frozen=True)
+class GPTConfig(BlockConfig):
+    """Shape and options of the model. The defaults are a GPT-2 for characters."""
+
+    family: str = dataclasses.field(default="gpt", kw_only=True)  # see gpt/models/__init__.py
+    vocab_size: int = 0  # 0: the tokenizer's
+    vocab_multiple: int = 1  # pad the table of embeddings to a multiple, so that a mesh axis divides it
+    block_size: int = 128  # longest context, in tokens
+    tie_embeddings: bool = True  # output head = transposed token embedding, as in GPT-2
+    query_chunk: int = 128  # block sizes of chunked attention, in tokens
+    key_chunk: int = 128
+
+    def __post_init__(self):
+        check_positive("model", self, "vocab_multiple", "block_size", "query_chunk", "key_chunk")
+        if self.vocab_size < 0:
+            raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the tokenizer's) or more.")
+        super().__post_init__()
+        if self.positions == "rotary" and self.head_dim % 2:
+            raise UserError(
+                f"model.positions=rotary needs an even head size, but model.embed_dim/model.num_heads={self.head_dim}."
+            )
+
+    @property
+    def length(self) -> int:
+        return self.block_size
 
     @property
     def padded_vocab_size(self) -> int:
@@ -143,8 +198,7 @@ class GPTConfig(ModelConfig):
         """
         if self.vocab_size not in (0, vocab_size):
             raise UserError(f"model.vocab_size={self.vocab_size}, but the tokenizer has {vocab_size} tokens; set 0.")
-        dtype = self.dtype if self.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
-        resolved = dataclasses.replace(self, vocab_size=vocab_size, dtype=dtype)
+        resolved = dataclasses.replace(self, vocab_size=vocab_size, dtype=self.resolved_dtype(platform))
         kernel = self.attention
         if kernel == "auto":
             kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "dense")
@@ -153,10 +207,6 @@ class GPTConfig(ModelConfig):
                 raise UserError(f"model.attention={kernel} {why_not}; choose dense or chunked, or auto.")
             kernel = "dense"
         return dataclasses.replace(resolved, attention=kernel)
-
-    def without_kernel(self) -> "GPTConfig":
-        """This config with `auto` in the place of a kernel of attention, to be used on whatever platform."""
-        return dataclasses.replace(self, attention="auto") if self.attention in attention.KERNELS else self
 
     def _lacks(self, kernel: str, platform: str, length_shards: int) -> str | None:
         """Why a kernel of attention cannot compute this; None if it can."""
@@ -183,46 +233,31 @@ class GPTConfig(ModelConfig):
         return GPT(self)
 
     def summary(self) -> str:
-        return f"{self.num_layers} layers, {self.num_heads} heads, {self.embed_dim} wide, block {self.block_size}"
+        return f"{super().summary()}, block {self.block_size}"
 
     def num_parameters(self) -> int:
         """Number of parameters, embeddings included, from the shapes alone."""
-        d, bias = self.embed_dim, int(self.bias)
-        norm = d * (1 + (bias if self.norm == "layernorm" else 0))
-        attention_ = 4 * d * d + bias * 4 * d
-        mlp = 2 * d * self.mlp_dim + bias * (self.mlp_dim + d)
-        tables = self.padded_vocab_size * d * (1 if self.tie_embeddings else 2)
-        positions = self.block_size * d if self.positions == "learned" else 0
-        return tables + positions + self.num_layers * (attention_ + mlp + 2 * norm) + norm
+        tables = self.padded_vocab_size * (1 if self.tie_embeddings else 2)
+        positions = self.block_size if self.positions == "learned" else 0
+        return (tables + positions) * self.embed_dim + self.block_parameters()
 
     def flops_per_token(self) -> float:
-        """Model FLOPs of forward and backward pass for one trained token, at full block size.
-
-        6 for each parameter that multiplies an activation (4 if it is frozen), plus 12·layers·width·length for the
-        attention scores and values (PaLM's convention, arXiv 2204.02311 appendix B).
-        """
-        d, f = self.embed_dim, self.mlp_dim
-        weights = self.num_layers * (4 * d**2 + 2 * d * f) + self.vocab_size * d
-        scores = 12 * self.num_layers * d * self.block_size
-        if not self.lora_rank:
-            return 6 * weights + scores
-        widths = {"qkv": d + 3 * d, "out": d + d, "up": d + f, "down": f + d}
-        adapters = self.num_layers * self.lora_rank * sum(widths[name] for name in self.lora_targets.split(","))
-        return 4 * weights + 6 * adapters + scores
+        """Model FLOPs of forward and backward pass for one trained token, at full block size: see `BlockConfig`."""
+        return self.flops(self.block_size, self.vocab_size * self.embed_dim)
 
 
 class SelfAttention(nn.Module):
-    """Causal self-attention with one packed projection for queries, keys and values."""
+    """Self-attention, causal where the family is, with one packed projection for queries, keys and values."""
 
-    config: GPTConfig
+    config: BlockConfig
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, positions: jax.Array, starts_BxT: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, positions: jax.Array | None, starts_BxT: jax.Array | None) -> jax.Array:
         """[B, T, D] from [B, T, D].
 
         Args:
-          positions: of the tokens: [T], or [B, T] where rows differ.
+          positions: of the tokens, for rotary ones and a cache: [T], or [B, T] where rows differ.
           starts_BxT: see `GPT`.
         """
         c = self.config
@@ -252,7 +287,10 @@ class SelfAttention(nn.Module):
         k_BxTxHxK = nn.with_logical_constraint(k_BxTxHxK, ("batch", "keys", "heads", "kv"))
         v_BxTxHxK = nn.with_logical_constraint(v_BxTxHxK, ("batch", "keys", "heads", "kv"))
         use_dropout = c.attention_dropout > 0 and not self.deterministic
-        attend = attention.by_name(c.attention, query_chunk=c.query_chunk, key_chunk=c.key_chunk)
+        if c.causal:
+            attend = attention.by_name(c.attention, query_chunk=c.query_chunk, key_chunk=c.key_chunk)
+        else:
+            attend = functools.partial(attention.ATTENTION[c.attention], causal=False)
         return attend(
             q_BxTxHxK,
             k_BxTxHxK,
@@ -282,7 +320,7 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers with an activation between them."""
 
-    config: GPTConfig
+    config: BlockConfig
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
@@ -296,15 +334,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)): the pre-norm block of GPT-2."""
 
-    config: GPTConfig
+    config: BlockConfig
     deterministic: bool
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, positions: jax.Array, starts_BxT: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, positions: jax.Array | None, starts_BxT: jax.Array | None) -> jax.Array:
         c = self.config
 
         def norm(name):
-            return Norm(c.norm, c.bias, jnp.dtype(c.dtype), name=name)
+            return Norm(c.norm, c.bias, jnp.dtype(c.dtype), c.norm_epsilon, name=name)
 
         def residual(x, y):
             y = nn.Dropout(c.residual_dropout, deterministic=self.deterministic)(y)
@@ -313,6 +351,37 @@ class Block(nn.Module):
         attend = SelfAttention(c, self.deterministic, name="attention")
         x_BxTxD = residual(x_BxTxD, attend(norm("norm_1")(x_BxTxD), positions, starts_BxT))
         return residual(x_BxTxD, MLP(c, name="mlp")(norm("norm_2")(x_BxTxD)))
+
+
+def apply_blocks(
+    config: BlockConfig,
+    x_BxTxD: jax.Array,
+    positions: jax.Array | None,
+    starts_BxT: jax.Array | None,
+    deterministic: bool,
+) -> jax.Array:
+    """The blocks, as modules of the model that calls this, one after the other or in a loop, and the norm after them.
+
+    Args:
+      positions, starts_BxT: as of `SelfAttention`.
+    """
+    c, block = config, Block
+    if c.remat != "none":
+        # Inside a scan, XLA cannot undo the recomputation, so nothing has to prevent it.
+        block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
+    if c.scan_layers:
+        scan = nn.scan(
+            lambda module, x, _: (module(x, positions, starts_BxT), None),
+            variable_axes={"params": 0, "lora": 0, "cache": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=c.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x_BxTxD, _ = scan(block(c, deterministic, name="blocks"), x_BxTxD, None)
+    else:
+        for i in range(c.num_layers):
+            x_BxTxD = block(c, deterministic, name=f"block_{i}")(x_BxTxD, positions, starts_BxT)
+    return Norm(c.norm, c.bias, jnp.dtype(c.dtype), c.norm_epsilon, name="final_norm")(x_BxTxD)
 
 
 class GPT(nn.Module):
@@ -366,24 +435,7 @@ class GPT(nn.Module):
         x_BxTxD = nn.Dropout(c.embed_dropout, deterministic=deterministic)(x_BxTxD)
         x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed"))
 
-        block = Block
-        if c.remat != "none":
-            # Inside a scan, XLA cannot undo the recomputation, so nothing has to prevent it.
-            block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
-        if c.scan_layers:
-            scan = nn.scan(
-                lambda module, x, _: (module(x, positions, starts_BxT), None),
-                variable_axes={"params": 0, "lora": 0, "cache": 0},
-                split_rngs={"params": True, "dropout": True},
-                length=c.num_layers,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            x_BxTxD, _ = scan(block(c, deterministic, name="blocks"), x_BxTxD, None)
-        else:
-            for i in range(c.num_layers):
-                x_BxTxD = block(c, deterministic, name=f"block_{i}")(x_BxTxD, positions, starts_BxT)
-
-        x_BxTxD = Norm(c.norm, c.bias, dtype, name="final_norm")(x_BxTxD)
+        x_BxTxD = apply_blocks(c, x_BxTxD, positions, starts_BxT, deterministic)
         if c.tie_embeddings:
             logits_BxTxV = token_embedding.attend(x_BxTxD)
         else:
@@ -413,10 +465,10 @@ def init_cache(config: GPTConfig, rows: int, capacity: int) -> dict[str, Any]:
     }
 
 
-def linear(config: GPTConfig, name: str, in_shape: tuple, out_shape: tuple, axes: tuple) -> Linear:
+def linear(config: BlockConfig, name: str, in_shape: tuple, out_shape: tuple, axes: tuple) -> Linear:
     """A linear layer of a block, initialised like GPT-2's: the smaller the more layers add to the residual stream."""
-    onto_residual = (0.0 if config.zero_init else 0.02) / (2 * config.num_layers) ** 0.5
-    scale = onto_residual if name in ("out", "down") else 0.02
+    onto_residual = (0.0 if config.zero_init else config.kernel_scale) / (2 * config.num_layers) ** 0.5
+    scale = onto_residual if name in ("out", "down") else config.kernel_scale
     rank = config.lora_rank if name in config.lora_targets.split(",") else 0
     lora = {"lora_rank": rank, "lora_scale": config.lora_scale}
     init, dtype = nn.initializers.normal(scale), jnp.dtype(config.dtype)

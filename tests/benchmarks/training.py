@@ -42,7 +42,8 @@ def ours(size: str, dropout: float, forward: bool) -> Work:
 
     layers, heads, width, vocab, length, rows = SIZES[size]
     rates = dict.fromkeys(("embed_dropout", "residual_dropout", "attention_dropout"), dropout)
-    model = GPTConfig(vocab, 1, length, layers, heads, width, **rates)
+    shape = {"num_layers": layers, "num_heads": heads, "embed_dim": width}
+    model = GPTConfig(vocab_size=vocab, block_size=length, **shape, **rates)
     settings = config.Config(model=model, train=config.TrainConfig(batch_size=rows))
     backend.set_xla_options()
     backend.divide_cpu(settings, rows)
