@@ -1,13 +1,11 @@
 """Fine-tuning: a short run that starts from the weights of another, of GPT-2 for instance.
 
-Takes the workdir with these weights as an argument: --config=configs/finetune.py:runs/gpt2. The model and the kind of
-tokenizer are those of that run. `python -m gpt.convert` makes such a workdir of GPT-2's weights.
+Takes the workdir with these weights as an argument: --config=configs/finetune.py:runs/gpt2. The model and the kinds of
+data and tokenizer are those of that run. `python -m gpt.convert` makes such a workdir of GPT-2's weights.
 
 The recipe is nanoGPT's for GPT-2: a tenth of the learning rate of training and less, constant, for few steps. A text of
 a million tokens is learnt by heart soon, so watch the validation loss; the best checkpoint is kept.
 """
-
-import dataclasses
 
 from gpt.checkpoint import Workdir
 from gpt.config import default_config
@@ -18,8 +16,7 @@ def get_config(workdir: str = ""):
     if not workdir:
         raise UserError("Name the workdir to start from: --config=configs/finetune.py:WORKDIR.")
     run = Workdir(workdir).read()
-    config = default_config()
-    config.model.update(dataclasses.asdict(run.config.model))
+    config = default_config(run.config.model, type(run.config.data)())
     config.tokenizer.name = run.config.tokenizer.name
     config.train.init_from = workdir
     config.train.batch_size = 32

@@ -2,7 +2,7 @@
 
     run.json         the resolved config, the fingerprint of the data, the batches that are left out and the versions
                      of the libraries
-    tokenizer.json
+    tokenizer.json   or the names of the classes
     checkpoints/     one folder a step: parameters (or LoRA's adapters) and optimizer apart, with orbax's metadata and
                      a digest of each array
     events.out.*     TensorBoard
@@ -203,9 +203,10 @@ class Workdir:
             raise UserError(f"--workdir={self.path} holds no run: there is no run.json in it.")
         try:
             record = read_json(self.path / "run.json")
+            config = config_lib.from_tree(record["config"])
             return Run(
-                config_lib.from_tree(record["config"]),
-                tokenizers.from_tree(read_json(self.path / "tokenizer.json")),
+                config,
+                config.data.tokenizer(read_json(self.path / "tokenizer.json")),
                 record["data_fingerprint"],
                 Base(**record["base"]) if record["base"] else None,
                 tuple(map(int, record["skipped_batches"])),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from absl import app, flags, logging
 
 from gpt import cluster
-from gpt.config import default_config, flatten, unknown_key
+from gpt.config import default_config, known_keys, unknown_key
 from gpt.errors import UserError
 
 
@@ -77,7 +77,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _config_error(argv: list[str], error: Exception) -> str | UserError:
     """What to say of an error that came while the config file or its overrides were read."""
-    known = flatten(default_config().to_dict())
+    known = known_keys()
     for argument in argv:
         override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
         if override and override[1] not in known and override[1] not in default_config():

@@ -6,14 +6,17 @@ which is typed and locked, so a misspelt key or a wrong type is refused.
 
 import dataclasses
 import difflib
+import importlib
 import math
 import typing
 from typing import Any
 
 import ml_collections
 
-from gpt.data.text import DataConfig
+from gpt.data import KINDS, DataConfig
+from gpt.data.text import TextConfig
 from gpt.errors import UserError, check_choice, check_positive
+from gpt.models import FAMILIES, ModelConfig
 from gpt.models.gpt import GPTConfig
 from gpt.optimizer import OptimizerConfig
 from gpt.sharding import MeshConfig
@@ -24,7 +27,7 @@ from gpt.tokenizers import TokenizerConfig
 class TrainConfig:
     """Length and rhythm of a run. Just one of `steps`, `epochs` and `tokens` is set."""
 
-    batch_size: int = 128  # rows of block_size tokens in one step, over all devices
+    batch_size: int = 128  # rows in one step, over all devices
     init_from: str = ""  # workdir whose best parameters the run starts from; "": random ones
     micro_batches: int = 1  # the gradient is accumulated over this many parts of the batch
     steps: int = 5000
@@ -62,11 +65,11 @@ class TrainConfig:
                 f"Set just one of train.steps, train.epochs and train.tokens, and the others to 0; {found} set."
             )
 
-    def total_steps(self, block_size: int, rows_per_epoch: int) -> int:
-        """Length of the run in steps; a last partial step counts as one."""
+    def total_steps(self, row_length: int, rows_per_epoch: int) -> int:
+        """Length of the run in steps, for rows of so many tokens; a last partial step counts as one."""
         if self.steps:
             return self.steps
-        rows = self.epochs * rows_per_epoch if self.epochs else self.tokens / block_size
+        rows = self.epochs * rows_per_epoch if self.epochs else self.tokens / row_length
         return math.ceil(rows / self.batch_size)
 
 
@@ -75,9 +78,9 @@ class Config:
     """Everything that a run is made of; see the classes of its parts."""
 
     seed: int = 0
-    model: GPTConfig = GPTConfig()
+    model: ModelConfig = GPTConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
-    data: DataConfig = DataConfig()
+    data: DataConfig = TextConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
@@ -85,11 +88,21 @@ class Config:
     def __post_init__(self):
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must not be negative.")
+        if self.model.reads != self.data.gives:
+            raise UserError(
+                f"model.family={self.model.family} reads {self.model.reads}, but data.kind={self.data.kind} gives "
+                f"{self.data.gives}."
+            )
 
 
-def default_config() -> ml_collections.ConfigDict:
-    """A typed, locked tree of all options with their defaults, for a config file to change."""
-    return ml_collections.ConfigDict(dataclasses.asdict(Config())).lock()
+# What is one of several classes: the field that tells which, and where they are.
+CHOICES = {ModelConfig: ("family", FAMILIES), DataConfig: ("kind", KINDS)}
+
+
+def default_config(model: ModelConfig | None = None, data: DataConfig | None = None) -> ml_collections.ConfigDict:
+    """A typed, locked tree of all options for a config file to change; with the defaults of a GPT on text."""
+    config = Config(model=model or GPTConfig(), data=data or TextConfig())
+    return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
 
 
 def from_tree(tree: ml_collections.ConfigDict | dict) -> Config:
@@ -115,9 +128,17 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
 
 
+def known_keys() -> list[str]:
+    """The config keys that there are, of all families and kinds."""
+    keys = list(flatten(dataclasses.asdict(Config())))
+    for section, places in (("model", FAMILIES), ("data", KINDS)):
+        keys += [f"{section}.{field.name}" for place in places.values() for field in dataclasses.fields(_load(place))]
+    return list(dict.fromkeys(keys))
+
+
 def nearest_keys(key: str) -> list[str]:
     """Known config keys that `key` may have meant, best first."""
-    known = flatten(default_config().to_dict())
+    known = known_keys()
     by_leaf = {}
     for name in known:
         by_leaf.setdefault(name.split(".")[-1], []).append(name)
@@ -132,9 +153,28 @@ def unknown_key(key: str) -> UserError:
     return UserError(f"There is no config key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else "."))
 
 
+def _chosen_class(expected, values, key: str):
+    """The dataclass for a part of the config."""
+    if expected not in CHOICES:
+        return expected
+    field, classes = CHOICES[expected]
+    name = values.get(field)
+    if not isinstance(name, str):
+        raise UserError(f"{key}.{field}={name!r} has to be of type str.")
+    check_choice(f"{key}.{field}", name, classes)
+    return _load(classes[name])
+
+
+def _load(place: str):
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 def _build(cls, values: dict, prefix: str):
     types = typing.get_type_hints(cls)
     for name in values.keys() - types.keys():
+        if prefix + name in known_keys():  # of another family or kind
+            raise UserError(f"{prefix}{name} is no option of {cls.__name__}; start from a config file that is for it.")
         raise unknown_key(prefix + name)
     arguments = {}
     for name, expected in types.items():
@@ -142,10 +182,10 @@ def _build(cls, values: dict, prefix: str):
         if name not in values:
             raise UserError(f"The config has no key {key!r}.")
         value = values[name]
-        if dataclasses.is_dataclass(expected):
+        if dataclasses.is_dataclass(expected) or expected in CHOICES:
             if not hasattr(value, "items"):
                 raise UserError(f"{key} is a group of keys and cannot be set to {value!r}.")
-            arguments[name] = _build(expected, dict(value.items()), f"{key}.")
+            arguments[name] = _build(_chosen_class(expected, value, key), dict(value.items()), f"{key}.")
         else:
             if expected is float and type(value) is int and abs(value) < 2**1000:
                 value = float(value)

@@ -345,6 +345,8 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[GPTConfig, i
       UserError: there is no such checkpoint, transformers has no such model, or there is something in the folder.
     """
     run = workdir.read()
+    if run.config.model.family != "gpt":
+        raise UserError(f"--workdir={workdir.path} holds a model.family={run.config.model.family}, and no GPT-2.")
     config = run.config.model.without_kernel().resolve(run.tokenizer.vocab_size, "cpu")
     theirs = write_config(config, run.tokenizer.separator)
     weights = Weights(workdir, checkpoint)
@@ -440,8 +442,7 @@ def _tree(leaves: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe(config: GPTConfig) -> str:
-    shape = f"{config.num_layers} layers, {config.num_heads} heads, {config.embed_dim} wide, block {config.block_size}"
-    return f"model  {config.num_parameters():,} parameters: {shape}, vocabulary {config.vocab_size}"
+    return f"model  {config.num_parameters():,} parameters: {config.summary()}, vocabulary {config.vocab_size}"
 
 
 def main() -> int:

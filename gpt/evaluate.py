@@ -1,22 +1,20 @@
-"""Prints the loss, perplexity and bits per byte of a checkpoint, over a whole split of its corpus or of another text.
+"""Prints how good a checkpoint is, over a whole split of its data or of other data: for a text loss, perplexity and
+bits per byte, for others loss, accuracy and exact match, with examples of mistakes.
 
 python -m gpt.evaluate --workdir=runs/char
 python -m gpt.evaluate --workdir=runs/char --data=my.txt --split=all --stride=32
 """
 
-import dataclasses
 import json
-import math
 
 from absl import flags
 
 from gpt import cli, cluster
 from gpt.checkpoint import Workdir
-from gpt.errors import UsageError, UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
-_SPLIT = flags.DEFINE_enum("split", "val", ["val", "train", "all"], "Part of the corpus.")
-_DATA = flags.DEFINE_string("data", None, "Another text in place of the run's, as in data.path, and split as it is.")
+_SPLIT = flags.DEFINE_enum("split", "val", ["val", "train", "all"], "Part of the data.")
+_DATA = flags.DEFINE_string("data", None, "Other data in place of the run's, as in data.path, and split as it is.")
 _STRIDE = flags.DEFINE_integer(
     "stride",
     None,
@@ -31,42 +29,27 @@ flags.adopt_module_key_flags(cluster)
 
 def main() -> int:
     from gpt import backend, loaded, program  # after the flags: mistakes in them need not wait for it
-    from gpt.data import text
 
     backend.start()
     workdir = Workdir(_WORKDIR.value)
     backend.divide_cpu(workdir.read().config, rows=0)
     run = loaded.load(workdir, _CHECKPOINT.value, _BATCH_SIZE.value)
-    block_size = run.model_config.block_size
-    if _STRIDE.value and _STRIDE.value > block_size:
-        raise UsageError(f"--stride={_STRIDE.value} is more than model.block_size={block_size}: it would leave gaps.")
-    data = dataclasses.replace(run.run.config.data, path=_DATA.value, validation_path="") if _DATA.value else None
-    corpus = run.corpus(data)
-    tokens = corpus.split(_SPLIT.value)
-    if len(tokens) < 2:
-        raise UserError(f"The {_SPLIT.value} split has {len(tokens)} tokens: too few to predict any; try --split=all.")
-    windows = text.EvaluationWindows(tokens, block_size, corpus.border, _STRIDE.value)
-    result = program.evaluate(run.program, run.params, windows, run.batch_size)
-    loss, nats = result["loss"], result["loss"] * result["tokens"]
-    size = sum(run.tokenizer.byte_lengths[tokens[i : i + 2**20]].sum() for i in range(1, len(tokens), 2**20))
-    report = {
-        "workdir": str(run.workdir.path),
-        "split": _SPLIT.value,
-        "step": run.step,
-        "tokens": result["tokens"],
-        "loss": loss,
-        "perplexity": math.exp(loss),
-        "bits_per_byte": nats / math.log(2) / int(size),
-    }
+    dataset = run.dataset(_DATA.value)
+    source = dataset.evaluation(_SPLIT.value, run.model_config, _STRIDE.value)
+    result = program.evaluate(run.program, run.params, source, run.batch_size)
+    report = dataset.report(source, result)
     if not cluster.is_first():
         return 0
     if _JSON.value:
-        print(json.dumps(report))
-    else:
-        of = f" of {_DATA.value}" if _DATA.value else ""
-        print(f"{run.workdir.path}, step {run.step:,}, {_SPLIT.value} split{of}, {result['tokens']:,} tokens")
-        for name in ("loss", "perplexity", "bits_per_byte"):
-            print(f"{name.replace('_', ' '):14}{report[name]:.4f}")
+        print(json.dumps({"workdir": str(run.workdir.path), "split": _SPLIT.value, "step": run.step} | report))
+        return 0
+    (what, count), *measures = report.items()
+    of = f" of {_DATA.value}" if _DATA.value else ""
+    print(f"{run.workdir.path}, step {run.step:,}, {_SPLIT.value} split{of}, {count:,} {what}")
+    for name, value in measures:
+        print(f"{name.replace('_', ' '):14}{value:.4f}")
+    if examples := dataset.examples(source, result).text:
+        print(examples)
     return 0
 
 

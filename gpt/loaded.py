@@ -11,9 +11,9 @@ import numpy as np
 from gpt import cluster, lora, sharding, tokenizers
 from gpt.checkpoint import Base, Run, Workdir, digest
 from gpt.config import Config
-from gpt.data import text
+from gpt.data import Dataset
 from gpt.errors import UserError
-from gpt.models.gpt import GPT, GPTConfig
+from gpt.models import ModelConfig
 from gpt.program import Program, build
 
 
@@ -90,8 +90,8 @@ class Weights:
         if not self._base:
             return {}
         config = self.run.config.model.resolve(self.run.tokenizer.vocab_size, "cpu")
-        model = GPT(dataclasses.replace(config, scan_layers=True))
-        abstract = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["lora"]
+        config = dataclasses.replace(config, scan_layers=True)
+        abstract = jax.eval_shape(lambda: config.module().init(jax.random.key(0), config.blank(1)))["lora"]
         leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(abstract))
         shapes = {sharding.path_name(path): leaf.shape for path, leaf in leaves}
         found = {}
@@ -131,23 +131,21 @@ class Loaded:
         return self.run.tokenizer
 
     @property
-    def model_config(self) -> GPTConfig:
+    def model_config(self) -> ModelConfig:
         return self.program.model.config
 
-    def corpus(self, data: text.DataConfig | None = None) -> text.Corpus:
-        """The corpus of the run, or another. Raises UserError where that of the run has changed, or it has none."""
-        own = data is None
-        if own and self.run.fingerprint is None:
+    def dataset(self, path: str | None = None) -> Dataset:
+        """The data of the run, or other data of its kind. Raises UserError where that has changed, or there is none."""
+        if path is None and self.run.fingerprint is None:
             raise UserError(f"--workdir={self.workdir.path} holds converted weights and no text; name one by --data.")
-        data, block_size = data or self.run.config.data, self.model_config.block_size if own else None
-        data = dataclasses.replace(data, cache_dir="")  # a stranger's workdir is not to say where to write
-        corpus = cluster.first_before_others("corpus", lambda: text.load(data, self.tokenizer, block_size))
-        if own and corpus.fingerprint != self.run.fingerprint:
+        config, model = self.run.config.data.opened(path), self.model_config if path is None else None
+        dataset = cluster.first_before_others("data", lambda: config.load(self.tokenizer, model))
+        if path is None and dataset.fingerprint != self.run.fingerprint:
             raise UserError(
-                f"The text in data.path={self.run.config.data.path!r} has changed since the training began: its "
-                f"fingerprint is {corpus.fingerprint}, that of the run {self.run.fingerprint}."
+                f"The data of the run in {self.workdir.path} has changed since the training began: its fingerprint is "
+                f"{dataset.fingerprint}, that of the run {self.run.fingerprint}."
             )
-        return corpus
+        return dataset
 
 
 def load(workdir: Workdir, checkpoint: str, batch_size: int | None = None) -> Loaded:

@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,6 +59,12 @@ class TensorBoard:
         plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name="text")
         metadata = summary_pb2.SummaryMetadata(plugin_data=plugin)
         self._summary(step, [summary_pb2.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)])
+
+    def image(self, step: int, tag: str, png: bytes) -> None:
+        """Writes a picture; its size stands where every PNG file has it."""
+        width, height = struct.unpack(">II", png[16:24])
+        image = summary_pb2.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        self._summary(step, [summary_pb2.Summary.Value(tag=tag, image=image)])
 
     def histogram(self, step: int, tag: str, counts: np.ndarray, edges: np.ndarray) -> None:
         """Writes a histogram of `counts` between `edges`, of which there is one more."""
@@ -201,10 +208,12 @@ class Progress:
         parts.append(f"eta {duration((self.total_steps - step) / max(rates['steps_per_second'], 1e-9))}")
         self._line("  ".join(parts), keep=not self._terminal)
 
-    def evaluated(self, step: int, loss: float, best: bool) -> None:
-        """Shows the result of an evaluation."""
-        self._validation_loss = loss
-        self._line(f"step {step:,}/{self.total_steps:,}  validation loss {loss:.4f}{'  (best)' if best else ''}")
+    def evaluated(self, step: int, measures: dict[str, float], best: bool) -> None:
+        """Shows the result of an evaluation: its loss, and accuracy and exact match where there are such measures."""
+        self._validation_loss = measures["loss"]
+        parts = [f"step {step:,}/{self.total_steps:,}", f"validation loss {measures['loss']:.4f}"]
+        parts += [f"{n.replace('_', ' ')} {measures[n]:.2%}" for n in ("accuracy", "exact_match") if n in measures]
+        self._line("  ".join([*parts, *(["(best)"] if best else [])]))
 
     def status(self, text: str) -> None:
         """Shows a line that the next one replaces, on a terminal only."""

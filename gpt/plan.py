@@ -104,7 +104,7 @@ def plan(config: Config, topology: str) -> report.Report:
     code = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
     key = json.dumps([dataclasses.asdict(config), topology, versions])
     name = hashlib.sha256(b"\0".join([key.encode(), *code])).hexdigest()
-    path = text.cache_dir(config.data.cache_dir) / "plans" / f"{name}.json"
+    path = text.cache_dir() / "plans" / f"{name}.json"
     if path.exists():
         return json.loads(path.read_text())
     planned = step.measure(config, topology)

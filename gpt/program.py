@@ -9,15 +9,16 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gpt import hardware, lora, optimizer, sharding
 from gpt.config import Config
-from gpt.data import pipeline, text
+from gpt.data import IGNORED, Source, pipeline
 from gpt.errors import UserError
-from gpt.models.gpt import GPT
 
 HISTOGRAM_POSITIONS, HISTOGRAM_BINS = 64, 64
+MOST_MISTAKES = 8  # rows that an evaluation keeps to be shown
 
 
 @flax.struct.dataclass
@@ -40,7 +41,7 @@ class Program:
 
     Attributes:
       layout: the mesh and the rules.
-      model: the module that maps tokens to logits.
+      model: the module that maps inputs to logits; its config is resolved.
       abstract_state: TrainState of jax.ShapeDtypeStruct, with shardings.
       logical_axes: of each parameter, by collection, the names of its axes, as a PartitionSpec.
       init: () -> TrainState, each array made on the devices that hold it.
@@ -51,7 +52,7 @@ class Program:
     """
 
     layout: sharding.Layout
-    model: GPT
+    model: nn.Module
     abstract_state: TrainState
     logical_axes: Any
     init: Callable[[], TrainState]
@@ -105,21 +106,27 @@ def count(tree: Any) -> int:
 def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps: int) -> Program:
     """The program of a run on a mesh; nothing is compiled or allocated yet.
 
+    Args:
+      vocab_size: of the tokenizer, or the number of classes.
+
     Raises:
       UserError: the mesh does not divide the batch or a parameter.
     """
     pipeline.check_batch(config.train.batch_size, layout, config.train.micro_batches)
     platform = layout.mesh.devices.flat[0].platform
     model_config = config.model.resolve(vocab_size, platform, layout.length_shards)
-    layout.check_length(model_config.block_size)
-    model = GPT(model_config)
-    tokens_per_step = config.train.batch_size * model_config.block_size
+    layout.check_length(model_config.length)
+    model = model_config.module()
+    tokens_per_step = config.train.batch_size * model_config.length
     learning_rate = optimizer.schedule(config.optimizer, tokens_per_step, total_steps)
 
     def init_variables() -> dict[str, Any]:
         # Parameters do not depend on the batch, so the smallest that the mesh divides will do.
-        tokens = jnp.zeros((layout.batch_shards, model_config.block_size), jnp.int32)
-        return model.init(jax.random.key(config.seed), tokens)
+        return model.init(jax.random.key(config.seed), model_config.blank(layout.batch_shards))
+
+    def logits_of(variables: dict[str, Any], batch: dict[str, jax.Array], **options: Any) -> jax.Array:
+        starts = (batch["starts"],) if "starts" in batch else ()  # of documents, where these have borders
+        return model.apply(variables, batch["inputs"], *starts, **options)
 
     logical_axes = nn.get_partition_spec(jax.eval_shape(init_variables))
     trained_axes = logical_axes["lora" if model_config.lora_rank else "params"]
@@ -135,16 +142,11 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         # A key for each (seed, step), so that a run resumed draws what it would have drawn.
         dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-        weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != text.IGNORED), 1)
+        weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
 
         def loss_of(params, batch, key):
-            logits = model.apply(
-                variables(params, state.frozen),
-                batch["inputs"],
-                batch.get("starts"),
-                deterministic=False,
-                rngs={"dropout": key},
-            )
+            rngs = {"dropout": key}
+            logits = logits_of(variables(params, state.frozen), batch, deterministic=False, rngs=rngs)
             return weight * token_losses(logits, batch["targets"]).sum()
 
         loss, grads = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches)(
@@ -171,11 +173,18 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), measured
 
     def eval_step(params, batch):
-        logits = model.apply({"params": params}, batch["inputs"], batch.get("starts"))
-        counts, edges = jnp.histogram(logits[0, :HISTOGRAM_POSITIONS, : model_config.vocab_size], HISTOGRAM_BINS)
+        logits, targets = logits_of({"params": params}, batch), batch["targets"]
+        first = logits[0].reshape(-1, logits.shape[-1])[:HISTOGRAM_POSITIONS, :vocab_size]
+        counts, edges = jnp.histogram(first, HISTOGRAM_BINS)
+        counted, said = targets != IGNORED, logits.argmax(axis=-1)
+        within_row = tuple(range(1, targets.ndim))
         return {
-            "loss": token_losses(logits, batch["targets"]).sum(),
-            "tokens": jnp.sum(batch["targets"] != text.IGNORED),
+            "loss": token_losses(logits, targets).sum(),
+            "targets": counted.sum(),
+            "correct": jnp.sum(counted & (said == targets)),
+            "rows": counted.any(axis=within_row),
+            "mistaken": jnp.any(counted & (said != targets), axis=within_row),
+            "said": said,
             "logits_counts": counts,
             "logits_edges": edges,
         }
@@ -212,12 +221,12 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
 
 
 def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
-    """[B, T] cross-entropies in nats; 0 where the target is `text.IGNORED`."""
+    """[B, T] cross-entropies in nats; 0 where the target is `IGNORED`. For classes, [B] of [B, V]."""
     # A comparison and a sum instead of an index: no gather across a sharded vocabulary.
     is_target_BxTxV = targets_BxT[..., None] == jnp.arange(logits_BxTxV.shape[-1])
     target_logits_BxT = jnp.sum(jnp.where(is_target_BxTxV, logits_BxTxV, 0), axis=-1)
     losses_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - target_logits_BxT
-    return jnp.where(targets_BxT != text.IGNORED, losses_BxT, 0)
+    return jnp.where(targets_BxT != IGNORED, losses_BxT, 0)
 
 
 def accumulate(value_and_grad: Callable, parts: int) -> Callable:
@@ -242,24 +251,40 @@ def accumulate(value_and_grad: Callable, parts: int) -> Callable:
     return accumulated
 
 
-def evaluate(program: Program, params: Any, source: pipeline.Source, batch_size: int) -> dict[str, Any]:
-    """Means over every token of a source.
+def evaluate(program: Program, params: Any, source: Source, batch_size: int) -> dict[str, Any]:
+    """Means over every target of a source.
+
+    Greedy decoding of what a row asks for gives all of its targets just where each of them is the likeliest after
+    those before it. So `exact_match` needs no decoding.
 
     Returns:
-      {"loss": nats per token, "tokens": how many, "logits_counts", "logits_edges": a histogram of
-      the logits of the first tokens}.
+      {"loss": nats per target, "targets", "rows": how many, "accuracy": part of the targets that the model holds for
+      the likeliest, "exact_match": part of the rows in which that is so of every target, "mistakes": of the first
+      other rows the number and the likeliest in the place of each target, "logits_counts", "logits_edges": a
+      histogram of the logits of the first tokens}.
     """
     rows = program.layout.local_rows(batch_size)
-    padding = {"inputs": 0, "targets": text.IGNORED, "starts": 0}
+    total, mistaken, mistakes, pending, first = {}, 0, [], None, {}
+
+    def add(number: int, sums: dict[str, Any]) -> None:
+        nonlocal mistaken, first
+        sums = jax.device_get(sums)
+        wrong, said = np.flatnonzero(sums.pop("mistaken")), sums.pop("said")
+        mistaken += len(wrong)
+        mistakes.extend((number * batch_size + int(row), said[row]) for row in wrong[: MOST_MISTAKES - len(mistakes)])
+        first = first or {name: sums[name] for name in ("logits_counts", "logits_edges")}
+        for name in ("loss", "targets", "correct", "rows"):
+            total[name] = total.get(name, 0) + sums[name].sum().item()
+
     with program.layout.use():
-        batches = pipeline.evaluation_batches(source, batch_size, rows, padding)
-        done, pending = [], None
-        for batch in pipeline.to_devices(batches, program.layout, rows, batch_size):
+        batches = pipeline.evaluation_batches(source, batch_size, rows)
+        for number, batch in enumerate(pipeline.to_devices(batches, program.layout, rows, batch_size)):
             # One batch ahead and no more: a long queue would hold memory (and can deadlock CPU collectives).
-            dispatched = program.eval_step(params, batch)
+            dispatched = number, program.eval_step(params, batch)
             if pending:
-                done.append(jax.device_get(pending))
+                add(*pending)
             pending = dispatched
-        done.append(jax.device_get(pending))
-    tokens = sum(int(sums["tokens"]) for sums in done)
-    return done[0] | {"loss": sum(float(sums["loss"]) for sums in done) / tokens, "tokens": tokens}
+        add(*pending)
+    means = {"loss": total["loss"] / total["targets"], "accuracy": total["correct"] / total["targets"]}
+    counts = {"targets": total["targets"], "rows": total["rows"], "exact_match": 1 - mistaken / total["rows"]}
+    return means | counts | {"mistakes": mistakes} | first

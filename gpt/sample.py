@@ -10,18 +10,22 @@ import json
 import sys
 from collections.abc import Callable
 
+import numpy as np
 from absl import flags
 
 from gpt import cli, cluster
 from gpt.checkpoint import Workdir
 from gpt.errors import UserError
+from gpt.tokenizers import Labels
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (lowest validation loss), last, or a step.")
 _PROMPT = flags.DEFINE_multi_string(
     "prompt", None, "Text to continue; several are continued together. Without one, a terminal gets a prompt loop."
 )
-_NUM_TOKENS = flags.DEFINE_integer("num_tokens", 500, "Tokens in a sample.", lower_bound=1)
+_NUM_TOKENS = flags.DEFINE_integer(
+    "num_tokens", None, "Tokens in a sample. Default: 500 of a text, all of an answer or a picture.", lower_bound=1
+)
 _NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of one prompt, made together.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: always the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens only.")
@@ -35,6 +39,7 @@ _LOGPROBS = flags.DEFINE_bool(
 _SEED = flags.DEFINE_integer("seed", 0, "Equal seeds give equal samples.", lower_bound=0)
 _STOP = flags.DEFINE_string("stop", "", "End a sample before this text.")
 _STOP_NEWLINES = flags.DEFINE_integer("stop_newlines", 0, "End a sample with its n-th line feed.", lower_bound=0)
+_OUT = flags.DEFINE_string("out", "samples.png", "File for the samples of a model that draws; it must not exist.")
 flags.adopt_module_key_flags(cluster)
 
 
@@ -44,6 +49,8 @@ def main() -> int:
     backend.start()
     workdir = Workdir(_WORKDIR.value)
     backend.divide_cpu(workdir.read().config, rows=max(len(_PROMPT.value or []), 1) * _NUM_SAMPLES.value)
+    if isinstance(workdir.read().tokenizer, Labels):
+        raise UserError(f"--workdir={workdir.path} holds a classifier, which continues nothing; see gpt.evaluate.")
     sampling = generate.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value)
     run = loaded.load(workdir, _CHECKPOINT.value)
     sampling.check(run.tokenizer.vocab_size)
@@ -52,9 +59,21 @@ def main() -> int:
         run.program.model, run.program.layout, sampling, stop_token=separator, logprobs=_LOGPROBS.value
     )
 
+    num_tokens = _NUM_TOKENS.value or run.tokenizer.sample_length
+
     def show(text: str, end: str = "\n") -> None:
         if cluster.is_first():
             print(text, end=end, flush=True)
+
+    def draw(png: bytes) -> None:
+        if not cluster.is_first():
+            return
+        try:
+            with open(_OUT.value, "xb") as file:
+                file.write(png)
+        except OSError as error:
+            raise UserError(f"Cannot write --out={_OUT.value}: {error.strerror}.") from None
+        print(_OUT.value)
 
     def write(prompts: list[str], seed: int) -> None:
         """Prints the samples of the prompts; a single one as it comes."""
@@ -65,11 +84,17 @@ def main() -> int:
         steps = generate.continuations(
             generator.start(run.params, tokens, _NUM_SAMPLES.value, seed),
             run.tokenizer.decode,
-            _NUM_TOKENS.value,
+            num_tokens,
             stop_token=separator,
             stop_text=_STOP.value,
             stop_newlines=_STOP_NEWLINES.value,
         )
+        if run.tokenizer.picture(tokens):
+            *_, finished = steps
+            prompted = [prompt for prompt in tokens for _ in range(_NUM_SAMPLES.value)]
+            samples = [np.append(prompt, made.tokens) for prompt, made in zip(prompted, finished, strict=True)]
+            draw(run.tokenizer.picture(samples))
+            return
         labelled = [(prompt, sample) for prompt in prompts for sample in range(1, _NUM_SAMPLES.value + 1)]
         if len(labelled) == 1 and not _LOGPROBS.value:
             shown = 0

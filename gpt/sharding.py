@@ -181,9 +181,13 @@ class Layout:
         jax.tree_util.tree_map_with_path(check, nn.unbox(abstract_state), shardings, logical)
         return shardings
 
-    def check_length(self, block_size: int) -> None:
-        """Raises UserError unless the mesh divides the length of a block."""
-        self._check_divides(self.spec("length")[0], block_size, f"model.block_size={block_size}")
+    def check_length(self, length: int) -> None:
+        """Raises UserError unless the mesh divides the tokens of a row."""
+        self._check_divides(
+            self.spec("length")[0],
+            length,
+            f"the {length} tokens of a row (model.block_size, or the patches of an image)",
+        )
 
     def spread(self, abstract: Any, shardings: Any) -> Any:
         """Shardings of the same arrays over `data` as well, along the first axis of each that can be divided."""

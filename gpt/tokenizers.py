@@ -5,7 +5,7 @@ import functools
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -40,14 +40,22 @@ class TokenizerConfig:
 
 
 class Tokenizer(Protocol):
-    """What the rest of the program knows of a tokenizer."""
+    """What the rest of the program knows of a tokenizer.
+
+    Attributes:
+      separator: the token before, between and after documents, with which a sample ends; None: there is none.
+      sample_length: tokens in a sample of `gpt.sample`, if not told otherwise.
+    """
+
+    separator: int | None = None
+    sample_length: int = 500
 
     @property
     def vocab_size(self) -> int: ...
 
-    @property
-    def separator(self) -> int | None:
-        """The token before, between and after documents; None: there is none."""
+    def picture(self, samples: Sequence[np.ndarray]) -> bytes | None:
+        """A PNG file of samples, each with its prompt's tokens; None: tokens are no pictures."""
+        return None
 
     @property
     def byte_lengths(self) -> np.ndarray:
@@ -66,11 +74,10 @@ class Tokenizer(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """One token per character (Unicode code point) of a fixed, sorted alphabet."""
 
     name: ClassVar[str] = "char"
-    separator: ClassVar[int | None] = None
     alphabet: str
 
     @classmethod
@@ -115,11 +122,10 @@ class CharTokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """One token per byte of the text's UTF-8 form; knows every text."""
 
     name: ClassVar[str] = "byte"
-    separator: ClassVar[int | None] = None
     vocab_size: ClassVar[int] = 256
     byte_lengths: ClassVar[np.ndarray] = np.ones(256, int)
 
@@ -144,7 +150,7 @@ class ByteTokenizer:
 
 
 @dataclasses.dataclass(frozen=True)
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """Byte-level byte-pair encoding as GPT-2 has it (Radford et al. 2019, section 2.2); knows every text.
 
     The text is split into words by GPT-2's pattern, and the bytes of a word are joined by the merges, the earliest
@@ -327,6 +333,28 @@ def gpt2(path: str = "") -> BPETokenizer:
     return BPETokenizer.from_folder(Path(package.submodule_search_locations[0]) / "data")
 
 
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """The names of classes, in the place of a tokenizer."""
+
+    name: ClassVar[str] = "labels"
+    names: tuple[str, ...]
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.names)
+
+    def to_json(self) -> str:
+        return json.dumps({"name": self.name, "names": self.names})
+
+    @classmethod
+    def from_dict(cls, saved: dict) -> "Labels":
+        names = tuple(saved["names"])
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("the names of the classes are no texts")
+        return cls(names)
+
+
 class UnknownCharacters(UserError):
     """A text has characters that are not in the tokenizer's alphabet."""
 
@@ -336,7 +364,7 @@ class UnknownCharacters(UserError):
         super().__init__(f"unknown characters {shown}{more}: not in the model's alphabet of {vocab_size}.")
 
 
-TOKENIZERS = {cls.name: cls for cls in (CharTokenizer, ByteTokenizer, BPETokenizer)}
+TOKENIZERS = {cls.name: cls for cls in (CharTokenizer, ByteTokenizer, BPETokenizer, Labels)}
 
 
 def from_tree(saved: dict) -> Tokenizer:

@@ -18,7 +18,6 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +25,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt import cluster, generate, hardware, metrics, sharding
+from gpt import cluster, hardware, metrics, sharding
 from gpt.checkpoint import Checkpoints, Run, Workdir, refuse_changes
 from gpt.config import Config, TrainConfig
-from gpt.data import pipeline, text
+from gpt.data import Dataset, pipeline
 from gpt.errors import UserError
 from gpt.loaded import Weights
 from gpt.program import Program, TrainState, build, count, evaluate
@@ -98,29 +97,28 @@ def _train(config: Config, workdir: Workdir, allow_config_change: bool, profile:
     origin = first_weights(config, before)
     progress = metrics.Progress(enabled=cluster.is_first())
     tokenizer = before.tokenizer if before else origin.run.tokenizer if origin else config.tokenizer
-    corpus = cluster.first_before_others(
-        "corpus", lambda: text.load(config.data, tokenizer, config.model.block_size, progress.say, progress.status)
+    dataset = cluster.first_before_others(
+        "data", lambda: config.data.load(tokenizer, config.model, progress.say, progress.status)
     )
-    run = Run(config, corpus.tokenizer, corpus.fingerprint)
+    run = Run(config, dataset.tokenizer, dataset.fingerprint)
     if before:
         run = dataclasses.replace(run, base=before.base, skipped=before.skipped)
     changes = refuse_changes(before, run, workdir.path, allow_config_change) if before else {}
 
-    block_size, batch_size = config.model.block_size, config.train.batch_size
-    training = text.TrainingWindows(corpus.train, block_size, config.seed, corpus.border)
-    validation = text.EvaluationWindows(corpus.validation, block_size, corpus.border)
-    tokens_per_step = batch_size * block_size
-    total_steps = config.train.total_steps(block_size, len(training))
-    program = build(config, corpus.tokenizer.vocab_size, layout, total_steps)
+    batch_size = config.train.batch_size
+    training, validation = dataset.training(config.model, config.seed), dataset.evaluation("val", config.model)
+    tokens_per_step = batch_size * config.model.length
+    total_steps = config.train.total_steps(config.model.length, len(training))
+    program = build(config, dataset.tokenizer.vocab_size, layout, total_steps)
     program.check_memory(program.abstract_state)
     first = [origin.restore(program)] if origin else []  # used up by `begin`
     if config.model.lora_rank and not run.base:
         run = dataclasses.replace(run, base=origin.as_base(first[0]))
-    sample = Sampler(program, run)
+    preview = dataset.preview(program, config, validation)
     workdir.record(run)
 
     progress.total_steps = total_steps
-    for line in describe(program, config, corpus, total_steps, len(training)):
+    for line in describe(program, config, dataset, total_steps, len(training)):
         progress.say(line)
     for key, (was, now) in changes.items():
         progress.say(f"changed: {key} {was!r} → {now!r}")
@@ -218,13 +216,16 @@ def _train(config: Config, workdir: Workdir, allow_config_change: bool, profile:
     def evaluate_and_sample(step: int) -> float:
         params = program.whole(state)
         result = evaluate(program, params, validation, batch_size)
-        progress.evaluated(step, result["loss"], best=result["loss"] < best_loss)
-        tensorboard.scalars(step, {"validation/loss": result["loss"]})
+        measures = dataset.report(validation, result)
+        progress.evaluated(step, measures, best=result["loss"] < best_loss)
+        tensorboard.scalars(step, {f"validation/{name}": value for name, value in measures.items()})
         tensorboard.histogram(step, "validation/logits", result["logits_counts"], result["logits_edges"])
-        if config.train.sample_tokens:
-            written = sample(params, step)
-            progress.say("\n".join("  │ " + line for line in written.splitlines()))
-            tensorboard.text(step, "sample", "    " + written.replace("\n", "\n    "))
+        shown = preview(params, step, result)
+        if shown.text:
+            progress.say("\n".join("  │ " + line for line in shown.text.splitlines()))
+            tensorboard.text(step, "sample", "    " + shown.text.replace("\n", "\n    "))
+        for name, png in shown.images.items():
+            tensorboard.image(step, name, png)
         tensorboard.flush()
         return result["loss"]
 
@@ -351,19 +352,15 @@ def restore(checkpoints: Checkpoints, step: int, program: Program) -> TrainState
 
 
 def describe(
-    program: Program, config: Config, corpus: text.Corpus, total_steps: int, rows_per_epoch: int
+    program: Program, config: Config, dataset: Dataset, total_steps: int, rows_per_epoch: int
 ) -> Iterator[str]:
     """What is about to be trained, on what and where, a line each."""
     c, mesh, batch_size = program.model.config, program.layout.mesh, config.train.batch_size
-    shape = f"{c.num_layers} layers, {c.num_heads} heads, {c.embed_dim} wide, block {c.block_size}"
-    yield f"model  {program.num_parameters():,} parameters: {shape}, {c.dtype}"
+    yield f"model  {program.num_parameters():,} parameters: {c.summary()}, {c.dtype}"
     state = program.abstract_state
     if c.lora_rank:
         yield f"lora   {count(state.params):,} parameters are trained: rank {c.lora_rank} at {c.lora_targets}"
-    yield (
-        f"data   {len(corpus.train):,} training and {len(corpus.validation):,} validation tokens, "
-        f"vocabulary {corpus.tokenizer.vocab_size}"
-    )
+    yield f"data   {dataset.describe()}"
     trees = (state.params, state.frozen), state.opt_state
     held = [sharding.bytes_per_device(tree) / 1e6 for tree in trees]
     whole = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e6 for tree in trees]
@@ -375,28 +372,9 @@ def describe(
         f"(of {whole[0]:,.1f} and {whole[1]:,.1f} in all)"
     )
     yield from ("       " + line for line in sharding.table(program.parameters()))
-    tokens = batch_size * c.block_size
+    tokens = batch_size * c.length
     epochs = total_steps * batch_size / rows_per_epoch
     yield f"run    {total_steps:,} steps × {tokens:,} tokens = {total_steps * tokens:,} tokens, {epochs:.1f} epochs"
-
-
-class Sampler:
-    """Samples of text during training."""
-
-    def __init__(self, program: Program, run: Run):
-        self._tokenizer, self._train = run.tokenizer, run.config.train
-        self._prompt = generate.encode_prompt(run.tokenizer, run.config.train.sample_prompt, "train.sample_prompt")
-        self._separator = run.tokenizer.separator  # of documents: the sample is one
-        sampling = generate.Sampling(temperature=0.8)
-        self._generator = generate.Generator(program.model, program.layout, sampling, stop_token=self._separator)
-
-    def __call__(self, params: Any, seed: int) -> str:
-        """The prompt and what the model makes of it."""
-        decoding = self._generator.start(params, [self._prompt], seed=seed)
-        *_, (sample,) = generate.continuations(
-            decoding, self._tokenizer.decode, self._train.sample_tokens, stop_token=self._separator
-        )
-        return (self._train.sample_prompt or "\n") + sample.text
 
 
 class Tracer:

@@ -360,4 +360,4 @@ def test_changed_corpus_is_noticed_after_training(tiny, tmp_path, play):
     train.train(config, Workdir(tmp_path / "run"))
     text.write_text(play.read_text()[::-1])
     with pytest.raises(Exception, match="has changed since the training began"):
-        loaded.load(Workdir(tmp_path / "run"), "best").corpus()
+        loaded.load(Workdir(tmp_path / "run"), "best").dataset()

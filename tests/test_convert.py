@@ -347,12 +347,12 @@ def test_a_run_starts_from_weights_on_any_mesh_and_goes_on_without_them(base, pl
     np.testing.assert_allclose(losses[1], losses[0], atol=2e-4)
     # The first step sees the weights as they were.
     first = loaded.load(origin, "best")
-    rows = text.TrainingWindows(first.corpus(config.data).train, 32, 0)
+    rows = text.TrainingWindows(first.dataset(config.data.path).train, 32, 0)
     batch = next(pipeline.training_batches(rows, 16, 0, range(16)))
     expected = program_lib.token_losses(logits_of(first, batch["inputs"]), batch["targets"]).mean()
     assert losses[0][0] == pytest.approx(float(expected), abs=1e-4)
     with pytest.raises(UserError, match="holds converted weights and no text; name one by --data"):
-        first.corpus()
+        first.dataset()
 
     shutil.rmtree(origin.path)
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=3))

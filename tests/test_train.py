@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gpt import loaded, metrics, sharding, train
 from gpt import program as program_lib
 from gpt.checkpoint import Workdir
-from gpt.data import pipeline, text
+from gpt.data import IGNORED, pipeline, text
 from gpt.errors import UserError
 from gpt.sharding import MeshConfig
 
@@ -214,7 +214,7 @@ def gradients(config, layout):
         batch = next(pipeline.to_devices(pipeline.training_batches(source, 16, 0, rows), layout, rows, 16))
         # Targets that do not count, unevenly: a mean of means would be wrong.
         targets = np.array(batch["targets"])
-        targets[:5, 3:] = text.IGNORED
+        targets[:5, 3:] = IGNORED
         batch["targets"] = jax.device_put(targets, batch["targets"].sharding)
         with layout.use():
             state, measured = program.train_step(program.init(), batch)
@@ -249,7 +249,7 @@ def test_evaluation_with_a_stride_gives_each_target_its_context(tiny):
     logits = logits[np.arange(59), np.array(lengths) - 1]
     losses = jax.nn.logsumexp(logits, axis=-1) - logits[np.arange(59), tokens[1:]]
     result = program_lib.evaluate(program, params, text.EvaluationWindows(tokens, 16, stride=stride), 16)
-    assert result["tokens"] == 59
+    assert result["targets"] == 59
     assert result["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
 
 
@@ -271,7 +271,7 @@ def test_evaluation_is_the_exact_mean_over_tokens(tiny):
     source = text.EvaluationWindows(validation, 16)
     for batch_size in (8, 24, 40, 80):
         result = program_lib.evaluate(program, params, source, batch_size)
-        assert result["tokens"] == 1002
+        assert result["targets"] == 1002
         assert result["loss"] == pytest.approx(total / 1002, rel=1e-5)
 
 
@@ -280,7 +280,7 @@ def test_evaluation_is_the_exact_mean_over_tokens(tiny):
 )
 def test_length_in_steps_epochs_or_tokens(tiny, length, steps):
     config = change(tiny, "train", **({"steps": 0} | length))
-    assert config.train.total_steps(block_size=16, rows_per_epoch=64) == steps
+    assert config.train.total_steps(row_length=16, rows_per_epoch=64) == steps
 
 
 def test_what_tensorboard_shows(tiny, whole):

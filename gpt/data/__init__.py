@@ -1,1 +1,147 @@
-"""Where batches come from: sources of rows, and the pipeline that shuffles and batches them."""
+"""The kinds of data, and what the rest of the program asks of one.
+
+A kind is a file here with a configuration, a subclass of `DataConfig`, that loads a `Dataset`; and its line in `KINDS`.
+`config.data.kind` chooses it. README.md beside this file tells how to write one.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import numpy as np
+
+from gpt import tokenizers
+from gpt.errors import UserError
+
+if TYPE_CHECKING:  # data is unaware of JAX
+    from gpt.config import Config
+    from gpt.models import ModelConfig
+    from gpt.program import Program
+
+KINDS = {
+    "text": "gpt.data.text:TextConfig",
+    "images": "gpt.data.images:ImagesConfig",
+}
+
+IGNORED = -1  # a target that does not count in the loss
+
+Say = Callable[[str], object]
+
+
+class Source(Protocol):
+    """Rows to train or evaluate on: a pure function of (epoch, index), unaware of JAX."""
+
+    def __len__(self) -> int:
+        """Rows in an epoch."""
+
+    def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+        """One row: arrays that have the same shapes for every index."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What a person is shown: text, and PNG files by their name on TensorBoard."""
+
+    text: str = ""
+    images: dict[str, bytes] = dataclasses.field(default_factory=dict)
+
+
+class Dataset:
+    """Data, ready to be read.
+
+    Attributes:
+      tokenizer: what targets stand for; its `vocab_size` is the width of the logits. It stays in the workdir. For
+        classes, `gpt.tokenizers.Labels`.
+      fingerprint: changes with the rows, whatever they depend on.
+    """
+
+    tokenizer: tokenizers.Tokenizer
+    fingerprint: str
+
+    def training(self, model: "ModelConfig", seed: int) -> Source:
+        """Rows to train on, of the shapes of `model.row`; targets that do not count are `IGNORED`."""
+        raise NotImplementedError
+
+    def evaluation(self, split: str, model: "ModelConfig", stride: int | None = None) -> Source:
+        """Every row of "train", "val" or "all" once, where training has them again and again, changed or shuffled.
+
+        Args:
+          stride: of windows over a text.
+
+        Raises:
+          UserError: there are no windows, or too little to evaluate.
+        """
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """How much of what there is, in a few words."""
+        raise NotImplementedError
+
+    def report(self, source: Source, result: dict[str, Any]) -> dict[str, float]:
+        """What to tell of a result of `gpt.program.evaluate`, and before it how many rows (tokens, images, …) it is of.
+
+        Where it has `accuracy` or `exact_match`, the line of an evaluation shows them.
+        """
+        return {"rows": result["rows"]} | {name: result[name] for name in ("loss", "accuracy", "exact_match")}
+
+    def examples(self, source: Source, result: dict[str, Any]) -> Shown:
+        """Some rows that the model had wrong: `result["mistakes"]`, of (row, what it said in the place of targets)."""
+        return Shown()
+
+    def preview(
+        self, program: "Program", config: "Config", source: Source
+    ) -> Callable[[Any, int, dict[str, Any]], Shown]:
+        """What a run shows at each evaluation, by the parameters, the step and the result.
+
+        Args:
+          program, config: the run's `gpt.program.Program` and `gpt.config.Config`.
+          source: what is evaluated.
+        """
+        return lambda params, step, result: self.examples(source, result)
+
+
+class DataConfig:
+    """Options of the data: the base of a frozen dataclass for each kind, with `kind`, `prefetch` and its own fields.
+
+    Attributes:
+      gives: what the inputs are, as `ModelConfig.reads`.
+      vocab_size: width of the logits, where that is known before the data is read; else 0.
+    """
+
+    gives = "tokens"
+    vocab_size = 0
+
+    def load(
+        self,
+        tokenizer: tokenizers.Tokenizer | tokenizers.TokenizerConfig,
+        model: "ModelConfig | None",
+        say: Say = lambda line: None,
+        status: Say = lambda line: None,
+    ) -> Dataset:
+        """The data, read now or found in the cache.
+
+        Args:
+          tokenizer: one that exists (of a workdir), or `config.tokenizer`: what a text's is to be made by.
+          model: that the rows are for; None: rows of any length will do.
+          say: called with a line for the user where there is something to say.
+          status: called with lines that each replace the one before, while something takes long.
+
+        Raises:
+          UserError: the data is not there, or does not fit.
+        """
+        raise NotImplementedError
+
+    def tokenizer(self, saved: dict) -> tokenizers.Tokenizer:
+        """That of a workdir, of what its tokenizer.json holds. Raises ValueError and the like where that is none."""
+        return tokenizers.from_tree(saved)
+
+    def opened(self, path: str | None = None) -> Self:
+        """As a command opens it for a workdir of whatever author: other data if `path` names some."""
+        if path is not None:
+            raise UserError(f"--data={path}: data.kind={self.kind} takes no data from elsewhere.")
+        return self
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """Names of what a row has beside inputs and targets, of the shape of the inputs: ("starts",), or nothing."""
+        return ()

@@ -7,24 +7,14 @@ of the others.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import grain
 import jax
 import numpy as np
 
+from gpt.data import IGNORED, Source
 from gpt.errors import UserError
 from gpt.sharding import Layout
-
-
-class Source(Protocol):
-    """Rows to train or evaluate on: a pure function of (epoch, index), unaware of JAX."""
-
-    def __len__(self) -> int:
-        """Rows in an epoch."""
-
-    def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-        """One row: arrays that have the same shapes for every index."""
 
 
 def training_batches(
@@ -66,15 +56,12 @@ def batch_number(step: int, skipped: Sequence[int]) -> int:
     return step
 
 
-def evaluation_batches(
-    source: Source, batch_size: int, rows: Sequence[int], padding: dict[str, int]
-) -> Iterator[dict[str, np.ndarray]]:
+def evaluation_batches(source: Source, batch_size: int, rows: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the batches that hold every row of the source once, in order.
 
-    Args:
-      padding: for each array of a row, the value that fills the last batch up to `batch_size`.
+    Rows whose targets are all `IGNORED` fill the last batch up to `batch_size`.
     """
-    blank = {name: np.full_like(array, padding[name]) for name, array in source.row(0, 0).items()}
+    blank = {name: np.full_like(array, IGNORED if name == "targets" else 0) for name, array in source.row(0, 0).items()}
     for first in range(0, len(source), batch_size):
         yield _stack([source.row(0, first + row) if first + row < len(source) else blank for row in rows])
 

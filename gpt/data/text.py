@@ -13,28 +13,35 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpt import tokenizers
-from gpt.errors import UserError, read_json
+from gpt.data import IGNORED, DataConfig, Dataset, Shown, Source
+from gpt.errors import UsageError, UserError, read_json
 from gpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, TokenizerConfig, UnknownCharacters
+
+if TYPE_CHECKING:
+    from gpt.config import Config
+    from gpt.models import ModelConfig
+    from gpt.program import Program
 
 CHUNK = 1 << 22  # characters read at a time
 PLAYS_FORMAT = 1  # goes up when the plays are made into plain text another way
 LARGE = 1e8  # bytes of a file that takes long enough to say so
-IGNORED = -1  # a target that does not count in the loss
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class TextConfig(DataConfig):
+    kind: str = dataclasses.field(default="text", kw_only=True)
     path: str = ""  # a text file, several joined by commas, or a folder; "": Shakespeare's plays
     validation_path: str = ""  # the same, for validation; "": the last part of `path`
     validation_fraction: float = 0.1  # that part, as a fraction of the tokens
@@ -48,9 +55,20 @@ class DataConfig:
         if self.prefetch < 0:
             raise UserError(f"data.prefetch={self.prefetch} must not be negative.")
 
+    def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Corpus":
+        return load(self, tokenizer, model and model.length, say, status)
+
+    def opened(self, path: str | None = None) -> "TextConfig":
+        other = {} if path is None else {"path": path, "validation_path": ""}
+        return dataclasses.replace(self, cache_dir="", **other)  # a stranger is not to say where to write
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        return ("starts",) if self.document_borders else ()
+
 
 @dataclasses.dataclass(frozen=True)
-class Corpus:
+class Corpus(Dataset):
     """A tokenised corpus.
 
     Attributes:
@@ -70,9 +88,50 @@ class Corpus:
             return np.concatenate([self.train, self.validation])
         return {"train": self.train, "val": self.validation}[name]
 
+    def training(self, model: "ModelConfig", seed: int) -> Source:
+        return TrainingWindows(self.train, model.length, seed, self.border)
+
+    def evaluation(self, split: str, model: "ModelConfig", stride: int | None = None) -> Source:
+        if stride and stride > model.length:
+            raise UsageError(f"--stride={stride} is more than model.block_size={model.length}: it would leave gaps.")
+        tokens = self.split(split)
+        if len(tokens) < 2:
+            raise UserError(f"The {split} split has {len(tokens)} tokens: too few to predict any; try --split=all.")
+        return EvaluationWindows(tokens, model.length, self.border, stride)
+
+    def describe(self) -> str:
+        sizes = f"{len(self.train):,} training and {len(self.validation):,} validation tokens"
+        return f"{sizes}, vocabulary {self.tokenizer.vocab_size}"
+
+    def report(self, source: "EvaluationWindows", result: dict[str, Any]) -> dict[str, float]:
+        loss, tokens, lengths = result["loss"], source.tokens, self.tokenizer.byte_lengths
+        size = sum(lengths[tokens[i : i + 2**20]].sum() for i in range(1, len(tokens), 2**20))
+        bits = loss * result["targets"] / math.log(2)
+        return {"tokens": result["targets"], "loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits / size}
+
+    def preview(
+        self, program: "Program", config: "Config", source: Source
+    ) -> Callable[[Any, int, dict[str, Any]], Shown]:
+        """A text that the model writes from `train.sample_prompt` on."""
+        from gpt import generate
+
+        prompt = generate.encode_prompt(self.tokenizer, config.train.sample_prompt, "train.sample_prompt")
+        separator = self.tokenizer.separator  # of documents: the sample is one
+        sampling = generate.Sampling(temperature=0.8)
+        generator = generate.Generator(program.model, program.layout, sampling, stop_token=separator)
+
+        def write(params: Any, step: int, result: dict[str, Any]) -> Shown:
+            if not config.train.sample_tokens:
+                return Shown()
+            decoding, decode = generator.start(params, [prompt], seed=step), self.tokenizer.decode
+            *_, (sample,) = generate.continuations(decoding, decode, config.train.sample_tokens, stop_token=separator)
+            return Shown((config.train.sample_prompt or "\n") + sample.text)
+
+        return write
+
 
 def load(
-    config: DataConfig,
+    config: TextConfig,
     tokenizer: Tokenizer | TokenizerConfig,
     block_size: int | None,
     say: Callable[[str], object] = lambda line: None,

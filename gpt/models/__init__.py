@@ -1,1 +1,84 @@
-"""The model families, one a file, on shared layers and attention."""
+"""The model families, and what the rest of the program asks of one.
+
+A family is a file here with a configuration, a subclass of `ModelConfig`, and the Flax module that it makes; and its
+line in `FAMILIES`. `config.model.family` chooses it.
+"""
+
+from typing import Self
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+FAMILIES = {
+    "gpt": "gpt.models.gpt:GPTConfig",
+    "vit": "gpt.models.vit:ViTConfig",
+}
+
+
+class ModelConfig:
+    """Shape and options of a model: the base of a frozen dataclass for each family, with its own fields.
+
+    Each has the fields `family`, `vocab_size` (width of the logits: tokens or classes; 0: as the data has), `dtype`,
+    `scan_layers` and `remat`, and for `gpt.plan` the attributes `num_layers`, `num_heads`, `embed_dim`, `mlp_dim` and
+    `padded_vocab_size`.
+
+    Attributes:
+      reads: what the inputs are: "tokens", int32 [length], or "images", uint8 [height, width, channels].
+      length: tokens of a row: what warmup, speed and `train.tokens` count, and the mesh's `sequence` divides.
+      num_targets: how many of the last tokens of a row have a target.
+    """
+
+    reads = "tokens"
+    attention = "dense"
+    lora_rank = 0
+
+    @property
+    def length(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def num_targets(self) -> int:
+        return self.length
+
+    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> Self:
+        """This config with what `0` and `auto` stand for filled in.
+
+        Args:
+          platform: JAX's name of it, like "cpu".
+          length_shards: parts into which the mesh divides the length.
+
+        Raises:
+          UserError: it is for another vocabulary, or cannot be computed there.
+        """
+        raise NotImplementedError
+
+    def without_kernel(self) -> Self:
+        """This config without what only some platforms have, to be used on whatever platform."""
+        return self
+
+    def row(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Shapes and types of a row: "inputs", and "targets", int32. The module's logits are [*targets, V], float32."""
+        tokens = jax.ShapeDtypeStruct((self.length,), jnp.int32)
+        return {"inputs": tokens, "targets": jax.ShapeDtypeStruct((self.num_targets,), jnp.int32)}
+
+    def blank(self, rows: int) -> jax.Array:
+        """Inputs of zeros."""
+        inputs = self.row()["inputs"]
+        return jnp.zeros((rows, *inputs.shape), inputs.dtype)
+
+    def module(self) -> nn.Module:
+        """The model of a resolved config: inputs and `deterministic` to logits; its attribute `config` is this."""
+        raise NotImplementedError
+
+    def num_parameters(self) -> int:
+        """Number of parameters, from the shapes alone."""
+        raise NotImplementedError
+
+    def flops_per_token(self) -> float:
+        """Model FLOPs of forward and backward pass for one of the `length` tokens of a row."""
+        raise NotImplementedError
+
+    def summary(self) -> str:
+        """Its shape in a few words."""
+        raise NotImplementedError

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt.errors import UserError, check_choice, check_fraction, check_positive
-from gpt.models import attention
+from gpt.models import ModelConfig, attention
 from gpt.models.layers import ACTIVATIONS, Embedding, Linear, Norm, rotary, unit_rms
 
 # Name: (layers, heads, width). The GPT-2 family is from Radford et al. 2019, gopher-44m from
@@ -42,7 +42,7 @@ LORA_TARGETS = ("qkv", "out", "up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
-class BlockConfig:
+class BlockConfig(ModelConfig):
     """Shape and options of the blocks, which the families share: what `Block` reads."""
 
     # Of a family, and no fields of the config: whether a token sees only those before it, and what it can choose from.
@@ -113,6 +113,14 @@ class BlockConfig:
     def mlp_dim(self) -> int:
         return int(self.mlp_factor * self.embed_dim)
 
+    @property
+    def kernel_scale(self) -> float:
+        """Standard deviation of the values that kernels begin with: GPT-2's."""
+        return 0.02
+
+    def summary(self) -> str:
+        return f"{self.num_layers} layers, {self.num_heads} heads, {self.embed_dim} wide"
+
     def resolved_dtype(self, platform: str) -> str:
         """The dtype, with what `auto` stands for on a platform."""
         return self.dtype if self.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
@@ -155,6 +163,7 @@ class BlockConfig:
 class GPTConfig(BlockConfig):
     """Shape and options of the model. The defaults are a GPT-2 for characters."""
 
+    family: str = dataclasses.field(default="gpt", kw_only=True)
     vocab_size: int = 0  # 0: the tokenizer's
     vocab_multiple: int = 1  # pad the table of embeddings to a multiple, so that a mesh axis divides it
     block_size: int = 128  # longest context, in tokens
@@ -171,6 +180,10 @@ class GPTConfig(BlockConfig):
             raise UserError(
                 f"model.positions=rotary needs an even head size, but model.embed_dim/model.num_heads={self.head_dim}."
             )
+
+    @property
+    def length(self) -> int:
+        return self.block_size
 
     @property
     def padded_vocab_size(self) -> int:
@@ -218,6 +231,12 @@ class GPTConfig(BlockConfig):
             size = f"model.embed_dim/model.num_heads={self.head_dim}"
             return f"takes head sizes that are multiples of 8 up to 128, not {size}"
         return "does not take a part of the length, which mesh.sequence divides" if length_shards > 1 else None
+
+    def module(self) -> "GPT":
+        return GPT(self)
+
+    def summary(self) -> str:
+        return f"{super().summary()}, block {self.block_size}"
 
     def num_parameters(self) -> int:
         """Number of parameters, embeddings included, from the shapes alone."""
@@ -465,8 +484,8 @@ def init_cache(config: GPTConfig, rows: int, capacity: int) -> dict[str, Any]:
 
 def linear(config: BlockConfig, name: str, in_shape: tuple, out_shape: tuple, axes: tuple) -> Linear:
     """A linear layer of a block, initialised like GPT-2's: the smaller the more layers add to the residual stream."""
-    onto_residual = (0.0 if config.zero_init else 0.02) / (2 * config.num_layers) ** 0.5
-    scale = onto_residual if name in ("out", "down") else 0.02
+    onto_residual = (0.0 if config.zero_init else config.kernel_scale) / (2 * config.num_layers) ** 0.5
+    scale = onto_residual if name in ("out", "down") else config.kernel_scale
     rank = config.lora_rank if name in config.lora_targets.split(",") else 0
     lora = {"lora_rank": rank, "lora_scale": config.lora_scale}
     init, dtype = nn.initializers.normal(scale), jnp.dtype(config.dtype)

@@ -29,6 +29,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 class ViTConfig(BlockConfig):
     """Shape and options of the model. The defaults are a ViT-Ti/16 for photographs, but for the classes."""
 
+    family: str = dataclasses.field(default="vit", kw_only=True)
     num_layers: int = 12
     num_heads: int = 3
     embed_dim: int = 192
@@ -37,11 +38,12 @@ class ViTConfig(BlockConfig):
     image_size: int = 224  # height and width of an image, in pixels
     channels: int = 3  # 3: red, green, blue; 1: grey
     patch_size: int = 16  # height and width of a patch, in pixels
-    num_classes: int = 0  # 0: the data's
+    vocab_size: int = 0  # classes; 0: the data's
     pooling: str = "class_token"  # what the head reads: a token of its own, or the mean of the patches'
     pixel_mean: str = "0.5"  # subtracted from pixels, which go from 0 to 1; "0.485,0.456,0.406": one for each channel
     pixel_std: str = "0.5"  # and what the difference is divided by
 
+    reads = "images"
     causal = False
     position_kinds = ("learned", "sincos")
     pooling_kinds = ("class_token", "mean")
@@ -50,8 +52,8 @@ class ViTConfig(BlockConfig):
     def __post_init__(self):
         check_positive("model", self, "image_size", "channels", "patch_size")
         check_choice("model.pooling", self.pooling, self.pooling_kinds)
-        if self.num_classes < 0:
-            raise UserError(f"model.num_classes={self.num_classes} has to be 0 (the data's) or more.")
+        if self.vocab_size < 0:
+            raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the data's) or more.")
         super().__post_init__()
         if self.image_size % self.patch_size:
             raise UserError(f"model.patch_size={self.patch_size} does not divide model.image_size={self.image_size}.")
@@ -63,6 +65,18 @@ class ViTConfig(BlockConfig):
     def length(self) -> int:
         """Tokens of an image: the patches, and the class token if there is one."""
         return (self.image_size // self.patch_size) ** 2 + (self.pooling == "class_token")
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return self.vocab_size
+
+    @property
+    def kernel_scale(self) -> float:
+        return self.embed_dim**-0.5
+
+    def row(self) -> dict[str, jax.ShapeDtypeStruct]:
+        shape = self.image_size, self.image_size, self.channels
+        return {"inputs": jax.ShapeDtypeStruct(shape, jnp.uint8), "targets": jax.ShapeDtypeStruct((), jnp.int32)}
 
     def pixel_scale(self) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of pixels, float32 of [C] or [1]. Raises UserError where they are none."""
@@ -82,38 +96,39 @@ class ViTConfig(BlockConfig):
             raise UserError(f"model.pixel_std={self.pixel_std} has to be greater than 0.")
         return found[0], found[1]
 
-    def resolve(self, num_classes: int, platform: str, length_shards: int = 1) -> "ViTConfig":
+    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> "ViTConfig":
         """This config with what `0` and `auto` stand for filled in.
 
         Args:
           platform: JAX's name of it, like "cpu".
-          length_shards: parts into which the mesh divides the length.
+          length_shards: is of no concern: no kernel is used.
 
         Raises:
-          UserError: it is for another number of classes, or the mesh does not divide the tokens of an image.
+          UserError: it is for another number of classes.
         """
-        if self.num_classes not in (0, num_classes):
-            raise UserError(f"model.num_classes={self.num_classes}, but the data has {num_classes} classes; set 0.")
-        if self.length % length_shards:
-            raise UserError(
-                f"mesh.sequence={length_shards} does not divide the {self.length} tokens of an image, with "
-                f"model.pooling={self.pooling}."
-            )
+        if self.vocab_size not in (0, vocab_size):
+            raise UserError(f"model.vocab_size={self.vocab_size}, but the data has {vocab_size} classes; set 0.")
         attention = "dense" if self.attention == "auto" else self.attention
         dtype = self.resolved_dtype(platform)
-        return dataclasses.replace(self, num_classes=num_classes, attention=attention, dtype=dtype)
+        return dataclasses.replace(self, vocab_size=vocab_size, attention=attention, dtype=dtype)
 
     def num_parameters(self) -> int:
         """Number of parameters, from the shapes alone."""
         d, learned, token = self.embed_dim, self.positions == "learned", self.pooling == "class_token"
         patches = self.channels * self.patch_size**2 * d + self.bias * d
-        head = d * self.num_classes + self.bias * self.num_classes
+        head = d * self.vocab_size + self.bias * self.vocab_size
         return patches + (learned * self.length + token) * d + self.block_parameters(self.num_layers) + head
 
-    def flops_per_row(self) -> float:
-        """Model FLOPs of forward and backward pass for one image: see `BlockConfig.flops`."""
+    def flops_per_token(self) -> float:
+        """Model FLOPs of forward and backward pass for one of the `length` tokens: see `BlockConfig.flops`."""
         patches = self.channels * self.patch_size**2 * self.embed_dim
-        return self.length * self.flops(self.length, patches) + 6 * self.embed_dim * self.num_classes
+        return self.flops(self.length, patches) + 6 * self.embed_dim * self.vocab_size / self.length
+
+    def module(self) -> "ViT":
+        return ViT(self)
+
+    def summary(self) -> str:
+        return f"{super().summary()}, {self.length} tokens of patches of {self.patch_size} × {self.patch_size} pixels"
 
 
 class ViT(nn.Module):
@@ -161,7 +176,7 @@ class ViT(nn.Module):
         x_BxTxD = nn.Dropout(c.embed_dropout, deterministic=deterministic)(x_BxTxD)
         x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed"))
         x_BxD = self.pooled(x_BxTxD, deterministic)
-        head = (c.embed_dim,), (c.num_classes,), ("embed", "classes"), nn.initializers.zeros, c.bias, dtype
+        head = (c.embed_dim,), (c.vocab_size,), ("embed", "classes"), nn.initializers.zeros, c.bias, dtype
         return Linear(*head, name="head")(x_BxD).astype(jnp.float32)
 
     def pooled(self, x_BxTxD: jax.Array, deterministic: bool) -> jax.Array:

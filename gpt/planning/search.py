@@ -21,8 +21,9 @@ from gpt.config import Config, differences
 from gpt.errors import UserError
 from gpt.hardware import Chip
 from gpt.metrics import Progress, duration
+from gpt.models import ModelConfig
 from gpt.models.attention import KERNELS
-from gpt.models.gpt import REMAT_POLICIES, GPTConfig
+from gpt.models.gpt import REMAT_POLICIES
 from gpt.planning import roofline
 from gpt.sharding import AXES, MeshConfig
 
@@ -74,7 +75,7 @@ def candidates(config: Config, devices: list[jax.Device], chip: Chip) -> list[Ca
     for data, fsdp, sequence, model_axis in factorisations(len(devices), len(AXES)):
         divides = [
             (batch_size, data * fsdp),
-            (model.block_size, sequence),
+            (model.length, sequence),
             (model.embed_dim, fsdp * sequence),
             *((size, model_axis) for size in (model.num_heads, model.mlp_dim, model.padded_vocab_size)),
         ]
@@ -84,7 +85,7 @@ def candidates(config: Config, devices: list[jax.Device], chip: Chip) -> list[Ca
         mesh = _shortest(MeshConfig(rules, data, fsdp, sequence, model_axis), len(devices))
         try:
             layout = sharding.make_layout(mesh, devices)
-            _resolved(model, layout)
+            model = _resolved(config, layout)
         except UserError:  # slices do not go into it, or the kernel of attention takes no part of the length
             continue
         rows = batch_size // (data * fsdp)
@@ -110,17 +111,18 @@ def _shortest(mesh: MeshConfig, num_devices: int) -> MeshConfig:
     return mesh
 
 
-def _resolved(model: GPTConfig, layout: sharding.Layout) -> GPTConfig:
-    return model.resolve(model.vocab_size, layout.mesh.devices.flat[0].platform, layout.length_shards)
+def _resolved(config: Config, layout: sharding.Layout) -> ModelConfig:
+    vocab_size = config.model.vocab_size or config.data.vocab_size
+    return config.model.resolve(vocab_size, layout.mesh.devices.flat[0].platform, layout.length_shards)
 
 
 def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
     """Arithmetic: the memory of a device and the time of a step."""
-    model, sizes = _resolved(config.model, layout), layout.mesh.shape
+    model, sizes = _resolved(config, layout), layout.mesh.shape
     data, fsdp, sequence, tensor = (sizes[axis] for axis in AXES)
     parts, width, heads, layers = config.train.micro_batches, model.embed_dim, model.num_heads, model.num_layers
     rows = config.train.batch_size / (data * fsdp)
-    part_rows, length = rows / parts, model.block_size / sequence
+    part_rows, length = rows / parts, model.length / sequence
     tokens = part_rows * length  # of a device in one micro-batch
 
     # Float32 state, gradients, and the weights that are gathered, in bfloat16.
@@ -132,7 +134,7 @@ def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
 
     # Activations that a layer keeps for the backward pass, and what is alive while one layer is worked on.
     linear = model.attention in ("chunked", *KERNELS)  # no scores in the main memory
-    scores = 0 if linear else part_rows * heads / tensor * length * model.block_size
+    scores = 0 if linear else part_rows * heads / tensor * length * model.length
     wide = (3 * width + model.mlp_dim) / tensor + 3 * width
     kept = {"full": 2 * tokens * width, "dots": 2 * tokens * (wide + width)}
     kept["none"] = kept["dots"] + 6 * scores + 2 * tokens * (2 * model.mlp_dim / tensor + 6 * width)

@@ -47,13 +47,13 @@ def build(config: Config, devices: list[jax.Device]) -> program_lib.Program:
     Raises:
       UserError: the config does not allow it.
     """
-    model = config.model
-    if not model.vocab_size:
+    vocab_size = config.model.vocab_size or config.data.vocab_size
+    if not vocab_size:
         raise UserError("Set model.vocab_size: a plan reads no data and no tokenizer that would tell it.")
     layout = sharding.make_layout(config.mesh, devices)
     # The length of the run is a constant of the learning rate, and costs nothing.
     try:
-        return program_lib.build(config, model.vocab_size, layout, config.train.total_steps(model.block_size, 1))
+        return program_lib.build(config, vocab_size, layout, config.train.total_steps(config.model.length, 1))
     except RuntimeError as error:
         if "cuDNN not found" in str(error):
             raise UserError('cuDNN is not installed: pip install "gpt-spmd[plan-cuda]".') from error
@@ -67,10 +67,8 @@ def compile_step(config: Config, program: program_lib.Program) -> Compiled:
       DoesNotFit: a device has not enough memory.
       UserError: the compiler refuses it.
     """
-    tokens = _tokens(config, program)
     with program.layout.use():
-        names = ("inputs", "targets", "starts") if config.data.document_borders else ("inputs", "targets")
-        lowered = program.train_step.lower(program.abstract_state, dict.fromkeys(names, tokens))
+        lowered = program.train_step.lower(program.abstract_state, _batch(config, program))
     is_tpu = program.layout.mesh.devices.flat[0].platform == "tpu"
     with tempfile.TemporaryDirectory() as folder:
         # libtpu has to write the program down itself: printed from what it returns, a program fails on asynchronous
@@ -89,9 +87,11 @@ def compile_step(config: Config, program: program_lib.Program) -> Compiled:
     return Compiled(executable, hlo_text, [f"{size}: {shapes}" for size, shapes in largest[:3]])
 
 
-def _tokens(config: Config, program: program_lib.Program) -> jax.ShapeDtypeStruct:
-    shape = config.train.batch_size, config.model.block_size
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=program.layout.batch)
+def _batch(config: Config, program: program_lib.Program) -> dict[str, jax.ShapeDtypeStruct]:
+    row = config.model.row()
+    row |= {name: jax.ShapeDtypeStruct(row["inputs"].shape, jnp.int32) for name in config.data.extras}
+    rows, sharding = config.train.batch_size, program.layout.batch
+    return {name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=sharding) for name, x in row.items()}
 
 
 def measure(config: Config, topology: str) -> dict[str, Any]:
@@ -110,9 +110,9 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
     memory = report["memory"] | {
         "parameters": sharding.bytes_per_device((state.params, state.frozen)),
         "optimizer": sharding.bytes_per_device(state.opt_state),
-        "batch": 2 * sharding.bytes_per_device(_tokens(config, program)),
+        "batch": sharding.bytes_per_device(_batch(config, program)),
     }
-    model_flops = config.train.batch_size * config.model.block_size * program.model.config.flops_per_token()
+    model_flops = config.train.batch_size * config.model.length * program.model.config.flops_per_token()
     report |= {"memory": memory, "model_flops": model_flops / len(devices)}
     report["attention"] = program.model.config.attention  # what `auto` is there
     try:
@@ -176,11 +176,11 @@ def _head(config: Config, topology: str, num_devices: int) -> dict[str, Any]:
         "zero1": config.mesh.zero1,
         "batch_size": config.train.batch_size,
         "micro_batches": config.train.micro_batches,
-        "block_size": config.model.block_size,
+        "block_size": config.model.length,
         "attention": config.model.attention,
         "remat": config.model.remat,
         "scan_layers": config.model.scan_layers,
-        "steps": None if config.train.epochs else config.train.total_steps(config.model.block_size, 1),
+        "steps": None if config.train.epochs else config.train.total_steps(config.model.length, 1),
         "memory": {"capacity": chip.memory, "usable": chip.memory * chip.usable},
         "fits": False,
         "compiler_says": None,

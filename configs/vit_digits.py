@@ -1,0 +1,31 @@
+"""A vision transformer that tells the digits of scikit-learn apart, after a few minutes on two CPU cores.
+
+1,797 images of 8 × 8 pixels, of which a fifth, drawn at random, is held out: `pip install -e ".[images]"`.
+"""
+
+from gpt.config import default_config
+from gpt.data.images import ImagesConfig
+from gpt.models.vit import ViTConfig
+
+
+def get_config():
+    config = default_config(ViTConfig(), ImagesConfig())
+    config.model.num_layers = 4
+    config.model.num_heads = 4
+    config.model.embed_dim = 64
+    config.model.image_size = 8
+    config.model.channels = 1
+    config.model.patch_size = 2
+    config.model.pooling = "mean"
+    config.model.positions = "sincos"
+    config.model.embed_dropout = 0.0
+    config.model.residual_dropout = 0.0
+    config.model.attention_dropout = 0.0
+    config.data.shift = 1  # by a pixel to each side: there are few images, and this makes nine of each
+    config.train.batch_size = 64
+    config.train.steps = 1500  # about 67 epochs
+    config.train.log_every = 50
+    config.train.eval_every = 300
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.warmup_tokens = 100 * 64 * 16  # 100 steps
+    return config

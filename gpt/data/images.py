@@ -1,0 +1,299 @@
+"""Images and their classes: scikit-learn's digits, or a folder with a subfolder for each class.
+
+Files are decoded when their row is asked for, by threads that prepare batches ahead. What is cut out of an image in
+training, and whether it is mirrored, is a pure function of (seed, epoch, index).
+"""
+
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gpt.data import DataConfig, Dataset, Shown
+from gpt.errors import UsageError, UserError
+from gpt.tokenizers import Labels, Tokenizer, TokenizerConfig
+
+if TYPE_CHECKING:
+    from gpt.models import ModelConfig
+
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+VALIDATION_FOLDERS = ("val", "validation", "test")  # beside `train`, the first that is there
+RATIOS = (3 / 4, 4 / 3)  # between which the sides of a cut are, as of arXiv 1409.4842
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesConfig(DataConfig):
+    kind: str = dataclasses.field(default="images", kw_only=True)
+    # A folder with a subfolder of images for each class, or with two such folders, `train` and `val`; "": the 1,797
+    # digits of 8 × 8 pixels that come with scikit-learn.
+    path: str = ""
+    validation_fraction: float = 0.2  # part of the images held out, at random but always the same; not where `val` is
+    crop: float = 1.0  # in training, cut out at least this part of an image's area; 1: the square in its middle
+    shift: int = 0  # in training, move an image by up to so many pixels, to each side
+    flip: bool = False  # in training, mirror half of the images
+    threads: int = 2  # that decode images
+    prefetch: int = 4  # batches prepared ahead
+
+    def __post_init__(self):
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"data.validation_fraction={self.validation_fraction} has to lie between 0 and 1.")
+        if not 0 < self.crop <= 1:
+            raise UserError(f"data.crop={self.crop} has to be greater than 0 and at most 1.")
+        for name in ("shift", "prefetch"):
+            if getattr(self, name) < 0:
+                raise UserError(f"data.{name}={getattr(self, name)} must not be negative.")
+        if self.threads < 1:
+            raise UserError(f"data.threads={self.threads} has to be at least 1.")
+
+    gives = "images"
+
+    def load(
+        self, tokenizer: Tokenizer | TokenizerConfig, model: "ModelConfig | None", say: Any = None, status: Any = None
+    ) -> "Folders":
+        return load(self, tokenizer if isinstance(tokenizer, Labels) else None)
+
+    def opened(self, path: str | None = None) -> "ImagesConfig":
+        return self if path is None else dataclasses.replace(self, path=path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Rows of one image and its class each: see `gpt.data.pipeline`.
+
+    Attributes:
+      images: of each row, the file, or uint8 of [H, W] or [H, W, C].
+      classes: of each row, int32.
+      size: height and width that an image is brought to, in pixels.
+      channels: 3 for red, green and blue, 1 for grey.
+      augment: how images are changed in training; None: not at all.
+      seed: of these changes.
+    """
+
+    images: list[Path] | np.ndarray
+    classes: np.ndarray
+    size: int
+    channels: int
+    augment: ImagesConfig | None = None
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+        """{"inputs": uint8 [size, size, channels], "targets": the class, int32}.
+
+        Raises:
+          UserError: the file is no image, or damaged.
+        """
+        if self.augment is None:
+            pixels = fit(decode(self.images[index], self.channels, self.size), self.size)
+        else:
+            rng = np.random.default_rng((self.seed, epoch, index))
+            pixels = _augmented(decode(self.images[index], self.channels, self.size), self.size, self.augment, rng)
+        return {"inputs": pixels.reshape(self.size, self.size, self.channels), "targets": self.classes[index]}
+
+
+def decode(image: Path | np.ndarray, channels: int, size: int):
+    """The image as Pillow has it, of one or three channels, upright. Raises UserError where it is none.
+
+    Args:
+      size: to which it will be brought: of a JPEG no more than twice that is decoded.
+    """
+    from PIL import Image, ImageOps
+
+    mode = {1: "L", 3: "RGB"}[channels]
+    if not isinstance(image, Path):
+        return Image.fromarray(image).convert(mode)
+    try:
+        with Image.open(image) as opened:
+            opened.draft(mode, (2 * size, 2 * size))
+            return ImageOps.exif_transpose(opened).convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).partition(str(image))[0].strip(" '\"") or "unknown format"
+        raise UserError(f"{image} cannot be read as an image ({reason}); mend it, or take it away.") from None
+
+
+def fit(image, size: int) -> np.ndarray:
+    """The largest square in the middle of an image, as uint8 of [size, size] or [size, size, 3]."""
+    side = min(image.size)
+    left, top = ((length - side) / 2 for length in image.size)
+    return _cut(image, size, (left, top, left + side, top + side))
+
+
+def _augmented(image, size: int, config: ImagesConfig, rng: np.random.Generator) -> np.ndarray:
+    if config.crop < 1:  # a part of random area and shape, somewhere (arXiv 1409.4842)
+        area = rng.uniform(config.crop, 1) * math.prod(image.size)
+        ratio = math.exp(rng.uniform(*map(math.log, RATIOS)))
+        sides = min(math.sqrt(area * ratio), image.size[0]), min(math.sqrt(area / ratio), image.size[1])
+        left, top = (rng.uniform(0, whole - part) for whole, part in zip(image.size, sides, strict=True))
+        pixels = _cut(image, size, (left, top, left + sides[0], top + sides[1]))
+    else:
+        pixels = fit(image, size)
+    if config.shift:
+        first_row, first_column = rng.integers(0, 2 * config.shift, 2, endpoint=True)
+        padded = np.pad(pixels, [(config.shift, config.shift)] * 2 + [(0, 0)] * (pixels.ndim - 2))
+        pixels = padded[first_row : first_row + size, first_column : first_column + size]
+    return pixels[:, ::-1] if config.flip and rng.random() < 0.5 else pixels
+
+
+def _cut(image, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
+    from PIL import Image
+
+    if box == (0, 0, size, size):
+        return np.asarray(image.crop(box))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=3.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Folders(Dataset):
+    """Images by their place, with their classes by number, split.
+
+    Attributes:
+      train, validation: images and classes, as of `Images`.
+      tokenizer: the names of the classes.
+      fingerprint: changes with the names, sizes, classes and split of the files.
+    """
+
+    config: "ImagesConfig"
+    train: tuple[Any, np.ndarray]
+    validation: tuple[Any, np.ndarray]
+    tokenizer: Labels
+    fingerprint: str
+
+    def training(self, model: "ModelConfig", seed: int) -> Images:
+        return Images(*self.train, *_shape(model), self.config, seed)
+
+    def evaluation(self, split: str, model: "ModelConfig", stride: int | None = None) -> Images:
+        if stride:
+            raise UsageError("--stride is for windows over a text, not for images.")
+        parts = {"train": [self.train], "val": [self.validation], "all": [self.train, self.validation]}[split]
+        images, classes = (np.concatenate(both) for both in zip(*parts, strict=True))
+        return Images(images, classes, *_shape(model))
+
+    def describe(self) -> str:
+        sizes = f"{len(self.train[1]):,} training and {len(self.validation[1]):,} validation images"
+        return f"{sizes}, {self.tokenizer.vocab_size} classes"
+
+    def report(self, source: Images, result: dict[str, Any]) -> dict[str, float]:
+        return {"images": result["rows"]} | {name: result[name] for name in ("loss", "accuracy")}
+
+    def examples(self, source: Images, result: dict[str, Any]) -> Shown:
+        """The images that the model took for others."""
+        if not result["mistakes"]:
+            return Shown()
+        names, lines, pixels = self.tokenizer.names, [], []
+        for row, said in result["mistakes"]:
+            found = source.row(0, row)
+            place = f" ({source.images[row]})" if isinstance(source.images[row], Path) else ""
+            lines.append(f"{names[int(found['targets'])]} taken for {names[int(said)]}{place}")
+            pixels.append(found["inputs"])
+        return Shown("\n".join(lines), {"mistakes": png(np.concatenate(pixels, axis=1))})
+
+
+def _shape(model: "ModelConfig") -> tuple[int, int]:
+    """Size and channels of the images that a model reads."""
+    _, size, channels = model.row()["inputs"].shape
+    return size, channels
+
+
+def png(pixels_HxWxC: np.ndarray) -> bytes:
+    """A PNG file of uint8 pixels."""
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.fromarray(pixels_HxWxC.squeeze(-1) if pixels_HxWxC.shape[-1] == 1 else pixels_HxWxC).save(out, "PNG")
+    return out.getvalue()
+
+
+def load(config: ImagesConfig, labels: Labels | None) -> Folders:
+    """The images that the config names; files are listed, and not read.
+
+    Args:
+      labels: where there is a model for certain classes already: a folder may lack some of them.
+
+    Raises:
+      UserError: there are none, or of one class only, or of others than `labels`; or a package is missing.
+    """
+    if importlib.util.find_spec("PIL") is None:
+        raise UserError('Images need Pillow: pip install "gpt-spmd[images]".')
+    if config.path:
+        return _load_folder(config, labels)
+    if importlib.util.find_spec("sklearn") is None:
+        raise UserError('data.path="" names scikit-learn\'s digits: pip install "gpt-spmd[images]".')
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    digest = hashlib.sha256(images.tobytes())
+    return _split(config, images, digits.target.astype(np.int32), labels or Labels(tuple("0123456789")), digest)
+
+
+def _load_folder(config: ImagesConfig, labels: Labels | None) -> Folders:
+    root = Path(config.path).expanduser()
+    try:
+        folders = _subfolders(root)
+        if "train" not in folders:
+            names = labels.names if labels else tuple(folders)
+            files, classes = _listed(root, names)
+            return _split(config, files, classes, Labels(names), _digest(root, files))
+        held_out = next((name for name in VALIDATION_FOLDERS if name in folders), None)
+        if held_out is None:
+            raise UserError(f"{root} has a folder train, but none named val, with images for validation.")
+        names = labels.names if labels else tuple(_subfolders(root / "train"))
+        train, validation = _listed(root / "train", names), _listed(root / held_out, names)
+        fingerprint = _digest(root, [*train[0], *validation[0]]).hexdigest()[:32]
+        return Folders(config, train, validation, Labels(names), fingerprint)
+    except OSError as error:
+        raise UserError(f"data.path: cannot read {error.filename}: {error.strerror}.") from None
+
+
+def _subfolders(root: Path) -> list[str]:
+    """Names of the folders in a folder, sorted."""
+    if not root.is_dir():
+        raise UserError(f"data.path: there is no folder {root}.")
+    found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(found) < 2:
+        has = f"only one, {found[0]}" if found else "none"
+        raise UserError(f"{root} needs a folder of images for each of at least two classes, and has {has}.")
+    return found
+
+
+def _listed(root: Path, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The images of a folder and their classes by number, in the order of their names."""
+    files, classes = [], []
+    for name in _subfolders(root):
+        if name not in names:
+            raise UserError(f"{root / name} is none of the {len(names)} classes that training knows.")
+        inside = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not inside:
+            raise UserError(f"{root / name} holds no images ({', '.join(SUFFIXES)}).")
+        files += inside
+        classes += [names.index(name)] * len(inside)
+    return np.array(files, object), np.array(classes, np.int32)
+
+
+def _digest(root: Path, files: Sequence[Path]) -> Any:
+    """Of names and sizes: to read the contents would take hours for a large folder."""
+    listed = [[str(file.relative_to(root)), file.stat().st_size] for file in files]
+    return hashlib.sha256(json.dumps(listed).encode())
+
+
+def _split(config: ImagesConfig, images: np.ndarray, classes: np.ndarray, labels: Labels, digest: Any) -> Folders:
+    """Holds out a part at random, which is the same whatever the seed of a run."""
+    order = np.random.default_rng(0).permutation(len(images))
+    held_out = round(config.validation_fraction * len(images))
+    if not 0 < held_out < len(images):
+        raise UserError(
+            f"data.validation_fraction={config.validation_fraction} of {len(images)} images leaves none on one side."
+        )
+    validation, train = np.sort(order[:held_out]), np.sort(order[held_out:])
+    digest.update(f"{held_out}".encode())
+    parts = ((images[rows], classes[rows]) for rows in (train, validation))
+    return Folders(config, *parts, labels, digest.hexdigest()[:32])
