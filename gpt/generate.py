@@ -103,7 +103,8 @@ class Generator:
     """Continues prompts with a model, on its mesh: rows over the batch axes if these divide them, heads over `model`.
 
     Args:
-      model: a GPT, or what continues texts as it does, with a resolved config; `scan_layers` works, but copies the cache of a layer at each token.
+      model: a GPT, or what continues texts as it does, with a resolved config; `scan_layers` works, but copies the
+        cache of a layer at each token.
       stop_token: a row is over when it has made this one, like the end of a document; None: never.
       logprobs: whether to give the log-probability of each token.
       segment: the most tokens that one call of the compiled program makes.
@@ -318,9 +319,7 @@ class Decoding:
         with layout.use():
             tokens_RxT, first_R = jax.device_put((tokens_RxT, first_R), layout.batch)
             row_R = jax.device_put(row_R, layout.replicated)
-            self._cache = generator.fill(
-                self._params, self._cache, tokens_RxT, first_R, row_R, total, self._capacity
-            )
+            self._cache = generator.fill(self._params, self._cache, tokens_RxT, first_R, row_R, total, self._capacity)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 
 from gpt.errors import UserError
 from gpt.models.gpt import GPT, GPTConfig
-from gpt.models.perceiver import PerceiverAR, PerceiverARConfig, PerceiverIO, PerceiverIOConfig, init_cache
+from gpt.models.perceiver import PerceiverAR, PerceiverARConfig, PerceiverIO, PerceiverIOConfig
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
@@ -216,7 +216,7 @@ def test_a_row_continued_with_a_cache_has_the_logits_that_it_has_without(params,
     filled, first = np.array([6, 3]), np.array([4, 0])
     texts = np.where(np.arange(8) < filled[:, None], TOKENS[:, :8], 0)  # what is after the end does not count
     apply = quick_jit(functools.partial(model.apply, mutable=["cache"]))
-    _, changed = apply({"params": ours, "cache": init_cache(config, jnp.array(first), LENGTH)}, texts)
+    _, changed = apply({"params": ours, "cache": config.init_cache(jnp.array(first), LENGTH)}, texts)
     for step in range(2):
         position = filled + step
         token = np.take_along_axis(TOKENS, position[:, None], axis=1)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # data is unaware of JAX
 KINDS = {
     "text": "gpt.data.text:TextConfig",
     "images": "gpt.data.images:ImagesConfig",
+    "pixels": "gpt.data.pixels:PixelsConfig",
 }
 
 IGNORED = -1  # a target that does not count in the loss

@@ -6,6 +6,7 @@ for any class. So the model draws with or without a class, and completes an imag
 
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -15,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from gpt.data import Dataset, Shown, Source, images
-from gpt.errors import UsageError, UserError, check_choice, check_fraction, check_positive
-from gpt.tokenizers import Tokenizer, TokenizerConfig
+from gpt.errors import UserError, check_choice, check_fraction, check_positive
+from gpt.tokenizers import Labels, Tokenizer, TokenizerConfig
 
 if TYPE_CHECKING:
     from gpt.config import Config
@@ -53,14 +54,18 @@ class PixelsConfig(images.ImagesConfig):
                 f"data.image_size={self.image_size}."
             )
         palette = tokenizer if isinstance(tokenizer, Palette) else None
-        folders = images.load(self, palette and palette.labels)
+        folders = images.load(self, Labels(palette.names) if palette else None)
         if palette is None:
-            sample = images.Images(*folders.train, self.image_size, self.channels)
-            chosen = np.unique(np.linspace(0, len(sample) - 1, FITTED_IMAGES).astype(int))
-            pixels = np.concatenate([sample.row(0, i)["inputs"].reshape(-1, self.channels) for i in chosen])
+            source = folders.evaluation("train", self)
+            chosen = np.unique(np.linspace(0, len(source) - 1, FITTED_IMAGES).astype(int))
+            pixels = np.concatenate([source.row(0, int(i))["inputs"].reshape(-1, self.channels) for i in chosen])
             colors = fit_palette(pixels, self.palette_size)
             palette = Palette(tuple(map(tuple, colors.tolist())), self.image_size, folders.tokenizer.names)
         return Pixels(self, folders, palette)
+
+    def row(self) -> dict[str, np.ndarray]:
+        """An image before it becomes tokens, as `ModelConfig.row` of a model that reads images."""
+        return {"inputs": np.zeros((self.image_size, self.image_size, self.channels), np.uint8)}
 
     def tokenizer(self, saved: dict) -> "Palette":
         return Palette.from_dict(saved)
@@ -122,10 +127,6 @@ class Palette(Tokenizer):
     def any_class(self) -> int:
         """The token before an image of which the class is not told."""
         return len(self.colors)
-
-    @property
-    def labels(self) -> images.Labels:
-        return images.Labels(self.names)
 
     @property
     def channels(self) -> int:
@@ -220,6 +221,10 @@ class Rows:
     class_dropout: float = 0.0
     seed: int = 0
 
+    @property
+    def threads(self) -> int:
+        return self.images.threads
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -242,17 +247,13 @@ class Pixels(Dataset):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        return images.digest(self.folders.fingerprint, self.tokenizer.to_json())
+        return hashlib.sha256((self.folders.fingerprint + self.tokenizer.to_json()).encode()).hexdigest()[:32]
 
     def training(self, model: "ModelConfig", seed: int) -> Rows:
-        size, channels = self.config.image_size, self.config.channels
-        rows = images.Images(*self.folders.train, size, channels, self.config, seed)
-        return Rows(rows, self.tokenizer, self.config.class_dropout, seed)
+        return Rows(self.folders.training(self.config, seed), self.tokenizer, self.config.class_dropout, seed)
 
     def evaluation(self, split: str, model: "ModelConfig", stride: int | None = None) -> Rows:
-        if stride:
-            raise UsageError("--stride is for windows over a text, not for images.")
-        return Rows(self.folders.part(split, self.config.image_size, self.config.channels), self.tokenizer)
+        return Rows(self.folders.evaluation(split, self.config, stride), self.tokenizer)
 
     def describe(self) -> str:
         return f"{self.folders.describe()}, {len(self.tokenizer.colors)} colours"

@@ -186,6 +186,11 @@ class GPTConfig(BlockConfig):
         return self.block_size
 
     @property
+    def length_key(self) -> str:
+        """The config key of how many tokens the blocks work on, `num_targets`."""
+        return "model.block_size"
+
+    @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
@@ -220,11 +225,10 @@ class GPTConfig(BlockConfig):
         if self.attention_dropout:
             return f"has no dropout, but model.attention_dropout={self.attention_dropout}"
         if kernel == "splash":
-            size, parts = self.block_size, f" in {length_shards} parts" * (length_shards > 1)
-            whole = size % (attention.LANES * length_shards) == 0
-            return (
-                None if whole else f"needs a multiple of {attention.LANES} tokens, not model.block_size={size}{parts}"
-            )
+            if self.num_targets % (attention.LANES * length_shards) == 0:
+                return None
+            size, parts = f"{self.length_key}={self.num_targets}", f" in {length_shards} parts" * (length_shards > 1)
+            return f"needs a multiple of {attention.LANES} tokens, not {size}{parts}"
         if self.dtype == "float32":
             return "computes in bfloat16, not in model.dtype=float32"
         if self.head_dim % 8 or self.head_dim > 128:
@@ -234,6 +238,17 @@ class GPTConfig(BlockConfig):
 
     def module(self) -> "GPT":
         return GPT(self)
+
+    def init_cache(self, first_latent_B: jax.Array, capacity: int) -> dict[str, Any]:
+        """An empty "cache" collection for the module: room for the keys and values of `capacity` tokens in each row.
+
+        Args:
+          first_latent_B: int32, the position from which on the tokens of each row are latents, where a model has these.
+        """
+        rows = len(first_latent_B)
+        if self.scan_layers:
+            return {"blocks": block_cache(self, rows, capacity, self.num_layers)}
+        return {f"block_{i}": block_cache(self, rows, capacity) for i in range(self.num_layers)}
 
     def summary(self) -> str:
         return f"{super().summary()}, block {self.block_size}"
@@ -422,9 +437,9 @@ def token_logits(config: GPTConfig, x_BxTxD: jax.Array, token_embedding: Embeddi
 class GPT(nn.Module):
     """Token logits from tokens. `config` has to be resolved: see `GPTConfig.resolve`.
 
-    Applied with a "cache" collection, as `init_cache` makes it, to be returned changed (`mutable=["cache"]`), it
-    leaves the keys and values of the tokens there. So a text is continued: first its tokens at once, from position
-    0 on, and then one token at a time, each with its position.
+    Applied with a "cache" collection, as `GPTConfig.init_cache` makes it, to be returned changed
+    (`mutable=["cache"]`), it leaves the keys and values of the tokens there. So a text is continued: first its tokens
+    at once, from position 0 on, and then one token at a time, each with its position.
     """
 
     config: GPTConfig
@@ -465,21 +480,14 @@ class GPT(nn.Module):
         return token_logits(c, x_BxTxD, token_embedding)
 
 
-def init_cache(config: GPTConfig, rows: int, capacity: int) -> dict[str, Any]:
-    """An empty "cache" collection for `GPT`: room for the keys and values of `capacity` tokens in each row."""
+def block_cache(config: GPTConfig, rows: int, capacity: int, layers: int | None = None) -> dict[str, Any]:
+    """Room for the keys and values of a block, or of so many blocks that one loop goes over."""
     axes = attention.cache_axes(rows)
     shape = attention.cache_shape(rows, capacity, config.num_heads, config.head_dim)
-    if config.scan_layers:
-        axes, shape = ("layers", *axes), (config.num_layers, *shape)
-
-    def block():
-        zeros = [nn.with_logical_constraint(jnp.zeros(shape, config.dtype), axes) for _ in range(2)]
-        return {"attention": dict(zip(("keys", "values"), zeros, strict=True))}
-
-    return {
-        name: block()
-        for name in (["blocks"] if config.scan_layers else map("block_{}".format, range(config.num_layers)))
-    }
+    if layers:
+        axes, shape = ("layers", *axes), (layers, *shape)
+    zeros = [nn.with_logical_constraint(jnp.zeros(shape, config.dtype), axes) for _ in range(2)]
+    return {"attention": dict(zip(("keys", "values"), zeros, strict=True))}
 
 
 def linear(config: BlockConfig, name: str, in_shape: tuple, out_shape: tuple, axes: tuple) -> Linear:

@@ -27,6 +27,7 @@ from gpt.models.vit import ViT, ViTConfig
 class PerceiverARConfig(GPTConfig):
     """Shape and options of the model; `num_layers` are the blocks on the latents, after the one that reads."""
 
+    family: str = dataclasses.field(default="perceiver_ar", kw_only=True)
     block_size: int = 512  # longest context, in tokens
     num_latents: int = 128  # the last tokens of the context, which the blocks work on and which are predicted from
     # Of the rows in training, whose context is cut to begin at a random place before the latents, so that short
@@ -43,14 +44,44 @@ class PerceiverARConfig(GPTConfig):
                 f"model.num_latents={self.num_latents} must not be more than model.block_size={self.block_size}."
             )
 
+    @property
+    def num_targets(self) -> int:
+        return self.num_latents
+
+    @property
+    def length_key(self) -> str:
+        return "model.num_latents"
+
+    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> "PerceiverARConfig":
+        """As of a GPT; `mesh.sequence` has to divide the latents too."""
+        check_latents(self.num_latents, length_shards)
+        return super().resolve(vocab_size, platform, length_shards)
+
+    def module(self) -> "PerceiverAR":
+        return PerceiverAR(self)
+
+    def init_cache(self, first_latent_B: jax.Array, capacity: int) -> dict[str, Any]:
+        blocks = super().init_cache(first_latent_B, min(capacity, self.num_latents))
+        read = gpt.block_cache(self, len(first_latent_B), capacity)
+        return blocks | {"read": read, "first_latent": first_latent_B}
+
+    def summary(self) -> str:
+        return f"{super().summary()}, {self.num_latents} latents"
+
     def num_parameters(self) -> int:
         """As of a GPT with one block more, which has another norm, for the context."""
         return super().num_parameters() + cross_parameters(self)
 
-    def flops_per_row(self) -> float:
-        """Model FLOPs of forward and backward pass for one row, by the convention of `BlockConfig.flops`."""
+    def flops_per_token(self) -> float:
+        """Model FLOPs of forward and backward pass for one token of a whole context: see `BlockConfig.flops`."""
         latents = self.num_latents * self.flops(self.num_latents, self.vocab_size * self.embed_dim)
-        return latents + cross_flops(self, self.num_latents, self.block_size)
+        return (latents + cross_flops(self, self.num_latents, self.block_size)) / self.block_size
+
+
+def check_latents(latents: int, length_shards: int) -> None:
+    """Raises UserError unless the mesh divides the latents where it divides the length."""
+    if latents % length_shards:
+        raise UserError(f"mesh.sequence={length_shards} does not divide model.num_latents={latents}.")
 
 
 def cross_parameters(config: BlockConfig) -> int:
@@ -140,8 +171,8 @@ class PerceiverAR(nn.Module):
     The last `num_latents` tokens (all, if they are fewer) attend to all tokens up to themselves, and then in each block
     to the latents up to themselves. With `num_latents` = `block_size` it is a GPT of one block more.
 
-    Applied with a "cache" collection, as `init_cache` makes it, it leaves there what `GPT` does. There `first_latent`
-    [B] says for each row at what position its latents begin, which need not be the last tokens then.
+    Applied with a "cache" collection, as `PerceiverARConfig.init_cache` makes it, it leaves there what `GPT` does.
+    There `first_latent` [B] says for each row at what position its latents begin: they need not be the last tokens.
     """
 
     config: PerceiverARConfig
@@ -208,18 +239,11 @@ class PerceiverAR(nn.Module):
         return jnp.where(jnp.arange(length) >= place_Bx1, jnp.maximum(starts_BxT, place_Bx1), starts_BxT)
 
 
-def init_cache(config: PerceiverARConfig, first_latent_B: jax.Array, capacity: int) -> dict[str, Any]:
-    """An empty "cache" collection for `PerceiverAR`: room for `capacity` tokens in each row, and for all latents."""
-    rows = len(first_latent_B)
-    (_, read), *_ = gpt.init_cache(dataclasses.replace(config, scan_layers=False), rows, capacity).items()
-    blocks = gpt.init_cache(config, rows, min(capacity, config.num_latents))
-    return blocks | {"read": read, "first_latent": first_latent_B}
-
-
 @dataclasses.dataclass(frozen=True)
 class PerceiverIOConfig(ViTConfig):
     """Shape and options of the model; `num_layers` are the blocks on the latents, between reading and answering."""
 
+    family: str = dataclasses.field(default="perceiver_io", kw_only=True)
     image_size: int = 32
     patch_size: int = 1  # single pixels
     num_latents: int = 64
@@ -231,22 +255,27 @@ class PerceiverIOConfig(ViTConfig):
         check_positive("model", self, "num_latents")
         super().__post_init__()
 
-    def resolve(self, num_classes: int, platform: str, length_shards: int = 1) -> "PerceiverIOConfig":
-        """As a ViT's; `mesh.sequence` has to divide the latents too."""
-        if self.num_latents % length_shards:
-            raise UserError(f"mesh.sequence={length_shards} does not divide model.num_latents={self.num_latents}.")
-        return super().resolve(num_classes, platform, length_shards)
+    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> "PerceiverIOConfig":
+        """As of a ViT; `mesh.sequence` has to divide the latents too."""
+        check_latents(self.num_latents, length_shards)
+        return super().resolve(vocab_size, platform, length_shards)
+
+    def module(self) -> "PerceiverIO":
+        return PerceiverIO(self)
+
+    def summary(self) -> str:
+        return f"{super().summary()}, {self.num_latents} latents"
 
     def num_parameters(self) -> int:
         """As of a ViT with two blocks more, each with another norm; latents and query."""
         return super().num_parameters() + 2 * cross_parameters(self) + (self.num_latents + 1) * self.embed_dim
 
-    def flops_per_row(self) -> float:
-        """Model FLOPs of forward and backward pass for one image, by the convention of `BlockConfig.flops`."""
+    def flops_per_token(self) -> float:
+        """Model FLOPs of forward and backward pass for one patch of an image: see `BlockConfig.flops`."""
         d, latents = self.embed_dim, self.num_latents
-        pixels = 6 * self.length * self.channels * self.patch_size**2 * d
+        patch = 6 * self.channels * self.patch_size**2 * d
         cross = cross_flops(self, latents, self.length) + cross_flops(self, 1, latents)
-        return pixels + cross + latents * self.flops(latents, 0) + 6 * d * self.num_classes
+        return patch + (cross + latents * self.flops(latents, 0) + 6 * d * self.vocab_size) / self.length
 
 
 class PerceiverIO(ViT):
