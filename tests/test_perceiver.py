@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt import sharding
+from gpt.data.text import EvaluationWindows, TrainingWindows
 from gpt.errors import UserError
+from gpt.generate import Generator, Sampling, kept
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.models.perceiver import PerceiverAR, PerceiverARConfig, PerceiverIO, PerceiverIOConfig
 
@@ -44,6 +47,12 @@ def random_params(model, *inputs, seed=1):
 
     variables = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), *inputs))
     return jax.tree_util.tree_map_with_path(draw, variables["params"])
+
+
+def stacked(params):
+    """As a model with scan_layers wants them."""
+    blocks = jax.tree.map(lambda *x: np.stack(x), params["block_0"], params["block_1"])
+    return {name: params[name] for name in ("token_embedding", "read", "final_norm")} | {"blocks": blocks}
 
 
 def logits_of(config, params, tokens=TOKENS, *arguments, **options):
@@ -199,6 +208,16 @@ def test_counted_parameters_are_those_made(options):
     assert config.num_parameters() == sum(x.size for x in jax.tree.leaves(variables))
 
 
+def test_flops_with_as_many_latents_as_tokens_are_those_of_a_gpt_of_one_block_more():
+    sizes = {"num_heads": 2, "embed_dim": 16, "block_size": 64, "vocab_size": VOCAB}
+    whole = PerceiverARConfig(num_layers=2, num_latents=64, **sizes).flops_per_token()
+    assert whole == pytest.approx(GPTConfig(num_layers=3, **sizes).flops_per_token())
+    few = PerceiverARConfig(num_layers=2, num_latents=16, **sizes).flops_per_token()
+    # A quarter of everything but the keys and values of the block that reads, and of the scores of blocks a quarter more.
+    keys, scores = 6 * 2 * 16**2, 12 * 2 * 16 * 64
+    assert few == pytest.approx((whole - keys - scores) / 4 + keys + scores / 16)
+
+
 def test_more_latents_than_tokens_are_refused():
     with pytest.raises(UserError, match=r"model.num_latents=13.*model.block_size=12"):
         make(num_latents=13)
@@ -208,10 +227,7 @@ def test_more_latents_than_tokens_are_refused():
 def test_a_row_continued_with_a_cache_has_the_logits_that_it_has_without(params, scan_layers):
     """Rows of several lengths, filled at once, whose latents begin where it is said and grow token by token."""
     config = make(scan_layers=scan_layers)
-    ours = params
-    if scan_layers:
-        stacked = jax.tree.map(lambda *x: np.stack(x), params["block_0"], params["block_1"])
-        ours = {name: params[name] for name in ("token_embedding", "read", "final_norm")} | {"blocks": stacked}
+    ours = stacked(params) if scan_layers else params
     model = PerceiverAR(config)
     filled, first = np.array([6, 3]), np.array([4, 0])
     texts = np.where(np.arange(8) < filled[:, None], TOKENS[:, :8], 0)  # what is after the end does not count
@@ -225,6 +241,90 @@ def test_a_row_continued_with_a_cache_has_the_logits_that_it_has_without(params,
             seen = TOKENS[row : row + 1, : position[row] + 1]
             alone = make(num_latents=int(position[row] + 1 - first[row]))
             assert_close(logits[row, 0], logits_of(alone, params, seen)[0, -1])
+
+
+def naive(params, config, prompt, num_tokens):
+    """Greedy tokens by the independent pass over the window, anew for each token, and how often it began anew."""
+    window, found, anew = list(prompt[-config.block_size :]), [], 0
+    room = max(1, config.num_latents // 4)  # latents that there is room for when they begin
+    first = max(0, len(window) - 1 - (config.num_latents - room))
+    for _ in range(num_tokens):
+        latents = dataclasses.replace(config, num_latents=len(window) - first)
+        logits = reference(params, np.array(window), latents)[-1]
+        second, best = np.sort(logits)[-2:]
+        assert best - second > 1e-3  # no tie that rounding could decide
+        found.append(int(logits.argmax()))
+        window.append(found[-1])
+        if len(window) > min(first + config.num_latents, config.block_size):
+            window = window[-kept(config) :]
+            first = max(0, len(window) - 1 - (config.num_latents - room))
+            anew += 1
+    return found, anew
+
+
+@pytest.mark.parametrize(("scan_layers", "mesh"), [(False, (1, 1, 1, 1)), (True, (2, 2, 1, 2))], ids=["1", "2x2x2"])
+def test_prompts_are_continued_as_by_running_the_model_on_the_window_for_each_token(params, scan_layers, mesh):
+    """Prompts shorter than the latents, than the context, and longer, together, past the end of the context."""
+    config = make(scan_layers=scan_layers)
+    prompts = [np.random.default_rng(length).integers(0, VOCAB, length) for length in (1, 4, LENGTH - 3, LENGTH + 2)]
+    devices = jax.devices()[: np.prod(mesh)]
+    layout = sharding.make_layout(sharding.MeshConfig("fsdp_tp", *mesh), devices)
+    decoding = Generator(PerceiverAR(config), layout, Sampling(0.0)).start(
+        stacked(params) if scan_layers else params, prompts
+    )
+    tokens = np.zeros((len(prompts), 0), int)
+    while tokens.shape[1] < 14:
+        tokens = np.concatenate([tokens, decoding.advance(14 - tokens.shape[1]).tokens_BxN], axis=1)
+    for prompt, found in zip(prompts, tokens, strict=True):
+        expected, anew = naive(params, make(), prompt, 14)
+        assert found.tolist() == expected
+        assert anew >= 3
+
+
+# Rows of a text, of whose tokens only the last have targets.
+
+
+def pairs(row):
+    """Of each target that counts: the tokens that it is predicted from, and itself."""
+    inputs, targets = row["inputs"], row["targets"]
+    starts = row.get("starts", np.zeros(len(inputs), int))
+    ends = range(len(inputs) - len(targets) + 1, len(inputs) + 1)
+    return [
+        (inputs[starts[end - 1] : end].tolist(), int(target))
+        for end, target in zip(ends, targets, strict=True)
+        if target >= 0
+    ]
+
+
+@pytest.mark.parametrize("size", [2, 5, 6, 12, 13, 40, 41])
+@pytest.mark.parametrize("stride", [None, 1, 3])
+def test_evaluation_predicts_each_token_once_from_all_that_there_is_before_it(size, stride):
+    tokens = np.arange(100, 100 + size, dtype=np.uint16)
+    windows = EvaluationWindows(tokens, LENGTH, None, stride, LATENTS)
+    found = [pair for index in range(len(windows)) for pair in pairs(windows.row(0, index))]
+    assert [target for _, target in found] == tokens[1:].tolist()
+    for context, target in found:
+        before = list(range(100, target))
+        assert len(context) >= min(len(before), LENGTH - (stride or LATENTS) + 1)
+        assert context == before[len(before) - len(context) :]
+
+
+def test_targets_of_training_tile_the_text_anew_in_each_epoch():
+    tokens = np.arange(100, 161, dtype=np.uint16)
+    windows = TrainingWindows(tokens, LENGTH, 0, None, LATENTS)
+    assert len(windows) == (61 - LENGTH) // LATENTS
+    first_targets = set()
+    for epoch in range(20):
+        rows = [windows.row(epoch, index) for index in range(len(windows))]
+        assert {(row["inputs"].shape, row["targets"].shape) for row in rows} == {((LENGTH,), (LATENTS,))}
+        targets = [target for row in rows for _, target in pairs(row)]
+        assert targets == list(range(targets[0], targets[0] + len(windows) * LATENTS))
+        assert all(
+            context == list(range(target - len(context), target)) for row in rows for context, target in pairs(row)
+        )
+        first_targets.add(targets[0])
+    assert len(first_targets) > 1
+    assert min(first_targets) > 100 + LENGTH - LATENTS
 
 
 # Perceiver IO.

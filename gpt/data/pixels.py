@@ -54,6 +54,11 @@ class PixelsConfig(images.ImagesConfig):
                 f"data.image_size={self.image_size}."
             )
         palette = tokenizer if isinstance(tokenizer, Palette) else None
+        if palette and (palette.size, palette.channels) != (self.image_size, self.channels):
+            raise UserError(
+                f"data.image_size={self.image_size} and data.channels={self.channels}, but the palette is for "
+                f"{palette.size} and {palette.channels}."
+            )
         folders = images.load(self, Labels(palette.names) if palette else None)
         if palette is None:
             source = folders.evaluation("train", self)
@@ -132,9 +137,8 @@ class Palette(Tokenizer):
     def channels(self) -> int:
         return len(self.colors[0])
 
-    @property
-    def sample_length(self) -> int:
-        return self.size**2
+    def sample_length(self, prompts: Sequence[np.ndarray]) -> int:
+        return self.size**2 + 1 - min(map(len, prompts))
 
     @functools.cached_property
     def _colors_KxC(self) -> np.ndarray:
@@ -279,8 +283,7 @@ class Pixels(Dataset):
 
         def draw(params: Any, step: int, prompts: list[np.ndarray], number: int) -> list[np.ndarray]:
             decoding = generator.start(params, prompts, number, seed=step)
-            length = palette.size**2 + 1 - min(map(len, prompts))
-            *_, made = generate.continuations(decoding, palette.decode, length)
+            *_, made = generate.continuations(decoding, palette.decode, palette.sample_length(prompts))
             prompted = [prompt for prompt in prompts for _ in range(number)]
             return [np.append(prompt, found.tokens) for prompt, found in zip(prompted, made, strict=True)]
 
