@@ -213,7 +213,7 @@ def test_flops_with_as_many_latents_as_tokens_are_those_of_a_gpt_of_one_block_mo
     whole = PerceiverARConfig(num_layers=2, num_latents=64, **sizes).flops_per_token()
     assert whole == pytest.approx(GPTConfig(num_layers=3, **sizes).flops_per_token())
     few = PerceiverARConfig(num_layers=2, num_latents=16, **sizes).flops_per_token()
-    # A quarter of everything but the keys and values of the block that reads, and of the scores of blocks a quarter more.
+    # A quarter of everything, but for the keys and values that are read, and of the scores in blocks a sixteenth.
     keys, scores = 6 * 2 * 16**2, 12 * 2 * 16 * 64
     assert few == pytest.approx((whole - keys - scores) / 4 + keys + scores / 16)
 
@@ -356,7 +356,7 @@ def test_class_logits_are_those_of_an_independent_pass():
         z = cross_block(p["read"], p["latents"], x, [16] * 3)
         for layer in range(2):
             z = self_block(p[f"block_{layer}"], z, [3] * 3)
-        (y,) = cross_block(p["answer"], p["query"], norm(p["final_norm"], z), [3])
+        (y,) = cross_block(p["answer"], p["query"][None], norm(p["final_norm"], z), [3])
         assert_close(logits[row], y @ p["head"]["kernel"] + p["head"]["bias"])
 
 

@@ -297,5 +297,5 @@ class PerceiverIO(ViT):
         latents_BxLxD = learned("latents", ("length", "embed"), (c.num_latents, c.embed_dim))
         latents_BxLxD = CrossBlock(c, deterministic, name="read")(latents_BxLxD, x_BxTxD)
         latents_BxLxD = apply_blocks(c, latents_BxLxD, None, None, deterministic)
-        query_Bx1xD = learned("query", (None, "embed"), (1, c.embed_dim))
-        return CrossBlock(c, deterministic, name="answer")(query_Bx1xD, latents_BxLxD)[:, 0]
+        query_BxD = learned("query", ("embed",), (c.embed_dim,))
+        return CrossBlock(c, deterministic, name="answer")(query_BxD[:, None], latents_BxLxD)[:, 0]
