@@ -31,6 +31,7 @@ def test_few_colours_are_all_kept_and_rows_are_the_images(digits):
     """17 greys of the digits, so that bits per dimension are those of the images themselves."""
     assert len(digits.tokenizer.colors) == 17
     assert "17 colours" in digits.describe()
+    assert digits.tokenizer.vocab_size == digits.config.vocab_size == 28
     rows, images = digits.evaluation("all", None), digits.folders.evaluation("all", digits.config)
     assert len(rows) == len(images) == 1797
     for index in (0, 500, 1796):

@@ -45,6 +45,12 @@ class PixelsConfig(images.ImagesConfig):
         check_choice("data.channels", self.channels, (1, 3))
         check_fraction("data", self, "class_dropout")
 
+    @property
+    def vocab_size(self) -> int:
+        """Of the digits as they are: 17 greys, any class, and 10 classes. Of other images it is not known before."""
+        as_they_are = (self.path, self.image_size, self.channels) == ("", 8, 1) and self.palette_size >= 17
+        return 28 if as_they_are else 0
+
     def load(
         self, tokenizer: Tokenizer | TokenizerConfig, model: "ModelConfig | None", say: Any = None, status: Any = None
     ) -> "Pixels":
@@ -288,6 +294,8 @@ class Pixels(Dataset):
             return [np.append(prompt, found.tokens) for prompt, found in zip(prompted, made, strict=True)]
 
         def show(params: Any, step: int, result: dict[str, Any]) -> Shown:
+            if not config.train.sample_tokens:
+                return Shown()
             drawn = draw(params, step, begun, PREVIEW_ROWS)
             by_row = [drawn[i] for row in range(PREVIEW_ROWS) for i in range(row, len(drawn), PREVIEW_ROWS)]
             number = PREVIEW_COLUMNS - 2
