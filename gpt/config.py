@@ -125,7 +125,8 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """{key: (old value, new value)} where two configs differ."""
     before, after = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
-    return {key: (before[key], after[key]) for key in after if before[key] != after[key]}
+    keys = dict.fromkeys([*before, *after])  # families and kinds have their own
+    return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
 def known_keys() -> list[str]:
@@ -158,11 +159,12 @@ def _chosen_class(expected, values, key: str):
     if expected not in CHOICES:
         return expected
     field, classes = CHOICES[expected]
-    name = values.get(field)
-    if not isinstance(name, str):
-        raise UserError(f"{key}.{field}={name!r} has to be of type str.")
-    check_choice(f"{key}.{field}", name, classes)
-    return _load(classes[name])
+    if field not in values:
+        raise UserError(f"The config has no key '{key}.{field}'.")
+    if not isinstance(values[field], str):
+        raise UserError(f"{key}.{field}={values[field]!r} has to be of type str.")
+    check_choice(f"{key}.{field}", values[field], classes)
+    return _load(classes[values[field]])
 
 
 def _load(place: str):
@@ -171,7 +173,8 @@ def _load(place: str):
 
 
 def _build(cls, values: dict, prefix: str):
-    types = typing.get_type_hints(cls)
+    hints = typing.get_type_hints(cls)
+    types = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
     for name in values.keys() - types.keys():
         if prefix + name in known_keys():  # of another family or kind
             raise UserError(f"{prefix}{name} is no option of {cls.__name__}; start from a config file that is for it.")

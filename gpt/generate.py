@@ -406,18 +406,12 @@ def _end(text: str, stop_text: str, stop_newlines: int) -> tuple[str, bool]:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str) -> np.ndarray:
-    """Tokens of a prompt; for an empty one the separator, with which documents begin, where there is one.
-
-    Else a line feed, or the first token where that is unknown.
+    """Tokens of a prompt, also of an empty one.
 
     Raises:
       UserError: unknown characters, with `name` as the flag or key that they came by.
     """
-    if not prompt and tokenizer.separator is not None:
-        return np.array([tokenizer.separator], np.int32)
     try:
-        return tokenizer.encode(prompt or "\n")
+        return tokenizer.encode(prompt) if prompt else tokenizer.opening()
     except UserError as error:
-        if not prompt:
-            return np.zeros(1, np.int32)
         raise UserError(f"{name}: {error}") from None

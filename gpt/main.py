@@ -26,6 +26,11 @@ flags.adopt_module_key_flags(cluster)
 __doc__ += "\n" + "\n".join(
     f"    {key}={value!r}" for key, value in config.flatten(config.default_config().to_dict()).items()
 )
+__doc__ += f"""
+
+Other families of models ({", ".join(config.FAMILIES)}) and kinds of data ({", ".join(config.KINDS)}) have keys of their own
+under model and data: those of their classes in gpt/models and gpt/data.
+"""
 
 
 def main() -> int:

@@ -55,6 +55,15 @@ class Tokenizer(Protocol):
         """Tokens that `gpt.sample` adds to prompts if not told otherwise."""
         return 500
 
+    def opening(self) -> np.ndarray:
+        """Tokens of an empty prompt: the separator, with which documents begin; else a line feed or the first token."""
+        if self.separator is not None:
+            return np.array([self.separator], np.int32)
+        try:
+            return self.encode("\n")
+        except UserError:
+            return np.zeros(1, np.int32)
+
     def picture(self, samples: Sequence[np.ndarray]) -> bytes | None:
         """A PNG file of samples, each with its prompt's tokens; None: tokens are no pictures."""
         return None

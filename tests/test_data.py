@@ -471,7 +471,7 @@ def test_interrupted_tokenising_leaves_nothing(load, write, tmp_path, monkeypatc
         patch.setattr(CharTokenizer, "encode", failing_midway(error))
         with pytest.raises(error):
             load(path)
-    assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.startswith("file-")] == []
+    assert [p.name for p in (tmp_path / "cache").iterdir() if not p.name.startswith("scan-")] == []
     assert decoded(load(path)) == "hello world " * 9
 
 
@@ -498,7 +498,7 @@ def test_what_a_killed_process_leaves_is_not_taken_for_whole(load, write, tmp_pa
         patch.setattr(os, "unlink", lambda path: None)
         with pytest.raises(KeyboardInterrupt):
             load(path)
-    (left,) = (p for p in (tmp_path / "cache").iterdir() if not p.name.startswith("file-"))
+    (left,) = (p for p in (tmp_path / "cache").iterdir() if not p.name.startswith("scan-"))
     assert left.stat().st_size > 0
     assert decoded(load(path)) == "hello world " * 9
 

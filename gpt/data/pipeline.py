@@ -37,7 +37,7 @@ def training_batches(
     """
     epoch_length = len(source)
     shuffled = grain.MapDataset.range(epoch_length).seed(seed).shuffle().repeat(None)
-    every_row = shuffled.map_with_index(lambda position, index: source.row(position // epoch_length, int(index)))
+    every_row = shuffled.map_with_index(lambda position, index: source.row(int(position) // epoch_length, int(index)))
 
     def batch(step: int, _) -> dict[str, np.ndarray]:
         first = batch_number(step, skipped) * batch_size
@@ -63,7 +63,8 @@ def evaluation_batches(source: Source, batch_size: int, rows: Sequence[int]) -> 
     """
     blank = {name: np.full_like(array, IGNORED if name == "targets" else 0) for name, array in source.row(0, 0).items()}
     for first in range(0, len(source), batch_size):
-        yield _stack([source.row(0, first + row) if first + row < len(source) else blank for row in rows])
+        places = [first + int(row) for row in rows]
+        yield _stack([source.row(0, place) if place < len(source) else blank for place in places])
 
 
 def to_devices(

@@ -2,7 +2,9 @@
 
 A corpus is read once to learn its hash and alphabet and once to tokenise it, both as a stream (and once more where BPE
 is to be trained on it). Its documents are the files and, within a file, what `<|endoftext|>` divides; where the
-tokenizer has a separator, it stands before, between and after them.
+tokenizer has a separator, it stands before, between and after them. In JSONL and Parquet (`gpt.data.records`) each
+record is a document, with a line feed after it where there is no separator; of a prompt and its completion, only the
+second counts in the loss.
 What was learnt is kept in a cache, keyed by path, size and modification time (the hash) and by
 content (the tokens), so that the next start reads neither the text nor more tokens than it needs.
 """
@@ -12,20 +14,21 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import math
 import os
 import re
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
 from gpt import tokenizers
-from gpt.data import IGNORED, DataConfig, Dataset, Shown, Source
+from gpt.data import IGNORED, DataConfig, Dataset, Shown, Source, records
 from gpt.errors import UsageError, UserError, read_json
 from gpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, TokenizerConfig, UnknownCharacters
 
@@ -36,13 +39,14 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 22  # characters read at a time
 PLAYS_FORMAT = 1  # goes up when the plays are made into plain text another way
+RECORD_END = "\n"  # after a record, where the tokenizer has no separator
 LARGE = 1e8  # bytes of a file that takes long enough to say so
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig(DataConfig):
-    kind: str = dataclasses.field(default="text", kw_only=True)
-    path: str = ""  # a text file, several joined by commas, or a folder; "": Shakespeare's plays
+    kind: str = dataclasses.field(default="text", kw_only=True)  # see gpt/data/__init__.py
+    path: str = ""  # a file (text, .jsonl, .parquet), several joined by commas, or a folder; "": Shakespeare's plays
     validation_path: str = ""  # the same, for validation; "": the last part of `path`
     validation_fraction: float = 0.1  # that part, as a fraction of the tokens
     document_borders: bool = False  # each token sees its own document only, and positions count from its beginning
@@ -74,6 +78,7 @@ class Corpus(Dataset):
     Attributes:
       fingerprint: changes with the text, the tokenizer and the split.
       border: the token that begins another document, if documents are not to see each other; else None.
+      train_counts, validation_counts: for each token whether it counts in the loss; None: all do.
     """
 
     train: np.ndarray
@@ -81,6 +86,8 @@ class Corpus(Dataset):
     tokenizer: Tokenizer
     fingerprint: str
     border: int | None
+    train_counts: np.ndarray | None = None
+    validation_counts: np.ndarray | None = None
 
     def split(self, name: str) -> np.ndarray:
         """The tokens of "train", of "val", or of both one after the other, "all"."""
@@ -88,26 +95,38 @@ class Corpus(Dataset):
             return np.concatenate([self.train, self.validation])
         return {"train": self.train, "val": self.validation}[name]
 
+    def counts(self, name: str) -> np.ndarray | None:
+        """Which of the tokens of `split` count."""
+        if self.train_counts is None and self.validation_counts is None:
+            return None
+        sides = {"train": (self.train, self.train_counts), "val": (self.validation, self.validation_counts)}
+        sides = [sides[side] for side in (("train", "val") if name == "all" else (name,))]
+        return np.concatenate([np.ones(len(tokens), bool) if counts is None else counts for tokens, counts in sides])
+
     def training(self, model: "ModelConfig", seed: int) -> Source:
-        return TrainingWindows(self.train, model.length, seed, self.border, model.num_targets)
+        return TrainingWindows(self.train, model.length, seed, self.border, self.train_counts, model.num_targets)
 
     def evaluation(self, split: str, model: "ModelConfig", stride: int | None = None) -> Source:
         if stride and stride > model.num_targets:
             raise UsageError(
                 f"--stride={stride} is more than {model.length_key}={model.num_targets}: it would leave gaps."
             )
-        tokens = self.split(split)
+        tokens, counts = self.split(split), self.counts(split)
         if len(tokens) < 2:
             raise UserError(f"The {split} split has {len(tokens)} tokens: too few to predict any; try --split=all.")
-        return EvaluationWindows(tokens, model.length, self.border, stride, model.num_targets)
+        if counts is not None and not counts[1:].any():
+            raise UserError(f"The {split} split has no completions, only prompts; try --split=all.")
+        return EvaluationWindows(tokens, model.length, self.border, stride, counts, model.num_targets)
 
     def describe(self) -> str:
         sizes = f"{len(self.train):,} training and {len(self.validation):,} validation tokens"
         return f"{sizes}, vocabulary {self.tokenizer.vocab_size}"
 
     def report(self, source: "EvaluationWindows", result: dict[str, Any]) -> dict[str, float]:
-        loss, tokens, lengths = result["loss"], source.tokens, self.tokenizer.byte_lengths
-        size = sum(lengths[tokens[i : i + 2**20]].sum() for i in range(1, len(tokens), 2**20))
+        loss, targets, lengths = result["loss"], source.tokens[1:], self.tokenizer.byte_lengths
+        if source.counts is not None:
+            targets = targets[source.counts[1:]]
+        size = sum(lengths[targets[i : i + 2**20]].sum() for i in range(0, len(targets), 2**20))
         bits = loss * result["targets"] / math.log(2)
         return {"tokens": result["targets"], "loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits / size}
 
@@ -165,12 +184,14 @@ def load(
             "data.document_borders needs a tokenizer with a separator of documents: tokenizer.name=bpe or gpt2."
         )
 
-    train = _tokenise(train_files, tokenizer, cache, status)
+    train, train_counts = _tokenise(train_files, tokenizer, cache, status)
     if validation_files:
-        validation = _tokenise(validation_files, tokenizer, cache, status)
+        validation, validation_counts = _tokenise(validation_files, tokenizer, cache, status)
     else:
         split = int(len(train) * (1 - config.validation_fraction))
-        train, validation = train[:split], train[split:]
+        train, validation, validation_counts = train[:split], train[split:], None
+        if train_counts is not None:
+            train_counts, validation_counts = train_counts[:split], train_counts[split:]
     validation_key = "data.validation_path" if validation_files else "data.path"
     for name, tokens, key in (("training", train, "data.path"), ("validation", validation, validation_key)):
         if block_size is not None and len(tokens) <= block_size:
@@ -182,7 +203,7 @@ def load(
     digests = [file.sha256 for file in train_files], [file.sha256 for file in validation_files]
     fingerprint = _digest(tokenizer.to_json(), digests, len(train))
     border = tokenizer.separator if config.document_borders else None
-    return Corpus(train, validation, tokenizer, fingerprint, border)
+    return Corpus(train, validation, tokenizer, fingerprint, border, train_counts, validation_counts)
 
 
 def _make_tokenizer(
@@ -217,7 +238,7 @@ def _train_bpe(files: list["_File"], vocab_size: int, cache: Path, say: Callable
     if not known.exists():
         size = sum(file.path.stat().st_size for file in files)
         say(f"training BPE of {vocab_size:,} tokens on {size / 1e6:,.1f} MB, once …")
-        texts = (chunk for file in files for chunk in (tokenizers.SEPARATOR, *_read_chunks(file.path)))
+        texts = (text for _, text, _ in _pieces(files, tokenizers.SEPARATOR))
         tokenizer = BPETokenizer.train(texts, vocab_size)
         write_atomically(known, lambda out: out.write(tokenizer.to_json().encode()))
     return tokenizers.from_tree(read_json(known))
@@ -237,6 +258,7 @@ class TrainingWindows:
     block_size: int
     seed: int
     border: int | None = None
+    counts: np.ndarray | None = None  # whether a token counts as a target; None: all do
     num_targets: int | None = None
 
     def __len__(self) -> int:
@@ -251,8 +273,10 @@ class TrainingWindows:
         num_targets = self.num_targets or self.block_size
         slack = len(self.tokens) - (self.block_size - num_targets) - len(self) * num_targets
         start = _epoch_offset(self.seed, epoch, slack) + index * num_targets
-        window = self.tokens[start : start + self.block_size + 1].astype(np.int32)
-        return _with_starts({"inputs": window[:-1], "targets": window[-num_targets:]}, self.border)
+        end = start + self.block_size + 1
+        window = self.tokens[start:end].astype(np.int32)
+        targets = window[1:] if self.counts is None else np.where(self.counts[start + 1 : end], window[1:], IGNORED)
+        return _with_starts({"inputs": window[:-1], "targets": targets[-num_targets:]}, self.border)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,6 +296,7 @@ class EvaluationWindows:
     block_size: int
     border: int | None = None
     stride: int | None = None
+    counts: np.ndarray | None = None
     num_targets: int | None = None
 
     @property
@@ -286,10 +311,11 @@ class EvaluationWindows:
         """As in `TrainingWindows`, with "starts" also where rows are filled up; every epoch is the same."""
         stride = self.stride or self._targets
         start = index * stride - (self.block_size - self._targets)
-        window = self.tokens[max(0, start) : start + self.block_size + 1].astype(np.int32)
-        before = max(0, -start)
+        before, start, end = max(0, -start), max(0, start), start + self.block_size + 1
+        window = self.tokens[start:end].astype(np.int32)
         padding = (before, self.block_size + 1 - before - len(window))
-        targets = np.pad(window[1:], padding, constant_values=IGNORED)[-self._targets :]
+        targets = window[1:] if self.counts is None else np.where(self.counts[start + 1 : end], window[1:], IGNORED)
+        targets = np.pad(targets, padding, constant_values=IGNORED)[-self._targets :]
         if index > 0:
             targets[: self._targets - stride] = IGNORED
         row = _with_starts({"inputs": np.pad(window[:-1], padding), "targets": targets}, self.border)
@@ -323,6 +349,7 @@ class _File:
     path: Path
     sha256: str
     alphabet: frozenset[str]
+    has_prompts: bool
 
 
 def cache_dir(configured: str = "") -> Path:
@@ -401,61 +428,92 @@ def _read_chunks(path: Path) -> Iterator[str]:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from None
 
 
+def _read_file(path: Path, end: str) -> Iterator[tuple[str, bool]]:
+    """The text of a file in pieces, each with whether it counts in the loss; records end with `end`."""
+    if not records.is_for(path):
+        yield from ((chunk, True) for chunk in _read_chunks(path))
+        return
+    for prompt, text in records.read(path):
+        if prompt:
+            yield prompt, False
+        yield text + end, True
+
+
+def _pieces(files: list["_File"], separator: str | None) -> Iterator[tuple["_File", str, bool]]:
+    """The text of the files in pieces, each with its file and whether it counts, separators between documents."""
+    if separator:
+        yield files[0], separator, True
+    for file in files:
+        for text, counts in _read_file(file.path, separator or RECORD_END):
+            yield file, text, counts
+        if separator and not records.is_for(file.path):
+            yield file, separator, True
+
+
 def _scan(path: Path, cache: Path, say: Callable[[str], object]) -> _File:
     """Hash and alphabet of a file, from the cache if the file has not changed since."""
     stat = path.stat()
     if stat.st_size == 0:
         raise UserError(f"{path} is empty; put text into it, or leave it out of data.path.")
-    known = cache / f"file-{_digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)}.json"
+    known = cache / f"scan-{_digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)}.json"
     if not known.exists():
         if stat.st_size > LARGE:
             say(f"reading and tokenising {path} ({stat.st_size / 1e9:.1f} GB), once …")
-        sha256, alphabet = hashlib.sha256(), set()
-        for chunk in _read_chunks(path):
-            sha256.update(chunk.encode())
-            alphabet |= set(chunk)
-        found = json.dumps({"sha256": sha256.hexdigest(), "alphabet": "".join(sorted(alphabet))})
-        write_atomically(known, lambda out: out.write(found.encode()))
+        sha256, alphabet, has_prompts = hashlib.sha256(), set(), False
+        for text, counts in _read_file(path, RECORD_END):
+            sha256.update(text.encode() if counts else b"\0" + text.encode() + b"\0")
+            alphabet |= set(text)
+            has_prompts |= not counts
+        found = {"sha256": sha256.hexdigest(), "alphabet": "".join(sorted(alphabet)), "has_prompts": has_prompts}
+        write_atomically(known, lambda out: out.write(json.dumps(found).encode()))
     found = json.loads(known.read_text())
-    return _File(path, found["sha256"], frozenset(found["alphabet"]))
+    return _File(path, found["sha256"], frozenset(found["alphabet"]), found["has_prompts"])
 
 
-def _tokenise(files: list[_File], tokenizer: Tokenizer, cache: Path, status: Callable[[str], object]) -> np.ndarray:
-    """The tokens of the files, one after the other, as a read-only memory map."""
-    tokens_file = cache / f"tokens-{_digest(tokenizer.to_json(), [file.sha256 for file in files])}.npy"
+def _tokenise(
+    files: list[_File], tokenizer: Tokenizer, cache: Path, status: Callable[[str], object]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The tokens of the files, one after the other, and which of them count, as read-only memory maps."""
+    digest = _digest(tokenizer.to_json(), [file.sha256 for file in files])
+    tokens_file, counts_file = cache / f"tokens-{digest}.npy", cache / f"counts-{digest}.npy"
+    has_prompts = any(file.has_prompts for file in files)
     if not tokens_file.exists():
         dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+        separator = None if tokenizer.separator is None else tokenizers.SEPARATOR
         reading = files[0]
 
-        def pieces() -> Iterator[str]:
+        def text_of(pieces: Iterable[tuple[_File, str, bool]], progress: _Bar) -> Iterator[str]:
             nonlocal reading
-            progress = _Bar(sum(file.path.stat().st_size for file in files), status)
-            for reading in files:
-                if tokenizer.separator is not None:
-                    yield tokenizers.SEPARATOR
-                for chunk in _read_chunks(reading.path):
-                    yield chunk
-                    progress.advance(len(chunk.encode()))
-            if tokenizer.separator is not None:
-                yield tokenizers.SEPARATOR
+            for file, text, _ in pieces:
+                reading = file
+                yield text
+                progress.advance(len(text.encode()))
 
         def write(out: IO[bytes]):
             header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
             # NumPy leaves room in the header for the length, which is known only at the end.
             np.lib.format.write_array_header_1_0(out, header | {"shape": (0,)})
-            start, count = out.tell(), 0
+            start, runs = out.tell(), []  # of tokens that count, or do not
+            progress = _Bar(sum(file.path.stat().st_size for file in files), status)
             try:
-                for tokens in tokenizer.encode_stream(pieces()):
-                    out.write(tokens.astype(dtype).tobytes())
-                    count += len(tokens)
+                # A prompt is encoded by itself, as it will be when there is only a prompt.
+                for counts, pieces in itertools.groupby(_pieces(files, separator), lambda piece: piece[2]):
+                    length = 0
+                    for tokens in tokenizer.encode_stream(text_of(pieces, progress)):
+                        out.write(tokens.astype(dtype).tobytes())
+                        length += len(tokens)
+                    runs.append((counts, length))
             except UnknownCharacters as error:
                 raise UserError(f"{reading.path}: {error}") from None
+            counts, lengths = zip(*runs, strict=True)
+            if has_prompts:
+                write_atomically(counts_file, lambda file: np.save(file, np.repeat(counts, lengths)))
             out.seek(0)
-            np.lib.format.write_array_header_1_0(out, header | {"shape": (count,)})
+            np.lib.format.write_array_header_1_0(out, header | {"shape": (sum(lengths),)})
             assert out.tell() == start, "the header has to keep its length"
 
         write_atomically(tokens_file, write)
-    return np.load(tokens_file, mmap_mode="r")
+    return np.load(tokens_file, mmap_mode="r"), np.load(counts_file, mmap_mode="r") if has_prompts else None
 
 
 class _Bar:

@@ -27,7 +27,7 @@ from gpt.models.vit import ViT, ViTConfig
 class PerceiverARConfig(GPTConfig):
     """Shape and options of the model; `num_layers` are the blocks on the latents, after the one that reads."""
 
-    family: str = dataclasses.field(default="perceiver_ar", kw_only=True)
+    family: str = dataclasses.field(default="perceiver_ar", kw_only=True)  # see gpt/models/__init__.py
     block_size: int = 512  # longest context, in tokens
     num_latents: int = 128  # the last tokens of the context, which the blocks work on and which are predicted from
     # Of the rows in training, whose context is cut to begin at a random place before the latents, so that short
@@ -243,7 +243,7 @@ class PerceiverAR(nn.Module):
 class PerceiverIOConfig(ViTConfig):
     """Shape and options of the model; `num_layers` are the blocks on the latents, between reading and answering."""
 
-    family: str = dataclasses.field(default="perceiver_io", kw_only=True)
+    family: str = dataclasses.field(default="perceiver_io", kw_only=True)  # see gpt/models/__init__.py
     image_size: int = 32
     patch_size: int = 1  # single pixels
     num_latents: int = 64

@@ -72,12 +72,13 @@ def candidates(config: Config, devices: list[jax.Device], chip: Chip) -> list[Ca
     where it means something, every remat policy, and every division into micro-batches.
     """
     model, batch_size, found = config.model, config.train.batch_size, []
+    vocabulary = dataclasses.replace(model, vocab_size=model.vocab_size or config.data.vocab_size).padded_vocab_size
     for data, fsdp, sequence, model_axis in factorisations(len(devices), len(AXES)):
         divides = [
             (batch_size, data * fsdp),
             (model.length, sequence),
             (model.embed_dim, fsdp * sequence),
-            *((size, model_axis) for size in (model.num_heads, model.mlp_dim, model.padded_vocab_size)),
+            *((size, model_axis) for size in (model.num_heads, model.mlp_dim, vocabulary)),
         ]
         if any(size % parts for size, parts in divides):
             continue
@@ -85,7 +86,7 @@ def candidates(config: Config, devices: list[jax.Device], chip: Chip) -> list[Ca
         mesh = _shortest(MeshConfig(rules, data, fsdp, sequence, model_axis), len(devices))
         try:
             layout = sharding.make_layout(mesh, devices)
-            model = _resolved(config, layout)
+            _resolved(config, layout)
         except UserError:  # slices do not go into it, or the kernel of attention takes no part of the length
             continue
         rows = batch_size // (data * fsdp)

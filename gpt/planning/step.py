@@ -68,7 +68,7 @@ def compile_step(config: Config, program: program_lib.Program) -> Compiled:
       UserError: the compiler refuses it.
     """
     with program.layout.use():
-        lowered = program.train_step.lower(program.abstract_state, _batch(config, program))
+        lowered = program.train_step.lower(program.abstract_state, batch(config, program))
     is_tpu = program.layout.mesh.devices.flat[0].platform == "tpu"
     with tempfile.TemporaryDirectory() as folder:
         # libtpu has to write the program down itself: printed from what it returns, a program fails on asynchronous
@@ -87,11 +87,12 @@ def compile_step(config: Config, program: program_lib.Program) -> Compiled:
     return Compiled(executable, hlo_text, [f"{size}: {shapes}" for size, shapes in largest[:3]])
 
 
-def _batch(config: Config, program: program_lib.Program) -> dict[str, jax.ShapeDtypeStruct]:
+def batch(config: Config, program: program_lib.Program) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of the arrays of a batch."""
     row = config.model.row()
     row |= {name: jax.ShapeDtypeStruct(row["inputs"].shape, jnp.int32) for name in config.data.extras}
-    rows, sharding = config.train.batch_size, program.layout.batch
-    return {name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=sharding) for name, x in row.items()}
+    rows, layout = config.train.batch_size, program.layout
+    return {name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=layout.batch) for name, x in row.items()}
 
 
 def measure(config: Config, topology: str) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
     memory = report["memory"] | {
         "parameters": sharding.bytes_per_device((state.params, state.frozen)),
         "optimizer": sharding.bytes_per_device(state.opt_state),
-        "batch": sharding.bytes_per_device(_batch(config, program)),
+        "batch": sharding.bytes_per_device(batch(config, program)),
     }
     model_flops = config.train.batch_size * config.model.length * program.model.config.flops_per_token()
     report |= {"memory": memory, "model_flops": model_flops / len(devices)}

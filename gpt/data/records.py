@@ -1,0 +1,79 @@
+"""Records of JSONL and Parquet files: each a `text`, or a `prompt` and its `completion`."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from gpt.errors import LARGEST_JSON, UserError
+
+COLUMNS = ("text", "prompt", "completion")
+FORM = 'has to hold a "text", or a "prompt" and a "completion", each a string'
+
+
+def is_for(path: Path) -> bool:
+    """Whether the name of a file says that it holds records."""
+    return path.suffix.lower() in (".jsonl", ".parquet")
+
+
+def read(path: Path) -> Iterator[tuple[str | None, str]]:
+    """(prompt, completion) of each record, or (None, text).
+
+    Raises:
+      UserError: the file or a record is not what it has to be; it names file and line (of Parquet, the row, from 1 on).
+    """
+    is_jsonl, place = path.suffix.lower() == ".jsonl", 0
+    try:
+        for place, record in _jsonl(path) if is_jsonl else _parquet(path):
+            yield _texts(record, f"{path}, {'line' if is_jsonl else 'row'} {place:,}")
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
+    if not place:
+        raise UserError(f"{path} holds no records: each {FORM}.")
+
+
+def _texts(record: Any, where: str) -> tuple[str | None, str]:
+    found = {name: record.get(name) for name in COLUMNS} if isinstance(record, dict) else {}
+    given = {name for name, value in found.items() if value is not None}
+    if given not in ({"text"}, {"prompt", "completion"}) or not all(isinstance(found[name], str) for name in given):
+        raise UserError(f"{where} {FORM}.")
+    try:
+        "".join(found[name] for name in given).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} has {error.object[error.start]!r}, half a character.") from None
+    return (None, found["text"]) if "text" in given else (found["prompt"], found["completion"])
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(iter(lambda: file.readline(LARGEST_JSON + 1), b""), start=1):
+            where = f"{path}, line {number:,}"
+            if len(line) > LARGEST_JSON:
+                raise UserError(f"{where} has more than {LARGEST_JSON >> 20} MiB.")
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where} is not UTF-8: byte 0x{line[error.start]:02x}.") from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where} is not JSON ({error}); each line {FORM}, in one JSON object.") from None
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f'{path} needs the package pyarrow: pip install -e ".[parquet]".') from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = [name for name in COLUMNS if name in file.schema_arrow.names]
+            if not columns:
+                raise UserError(f"{path}: each row {FORM}, but the columns are {', '.join(file.schema_arrow.names)}.")
+            number = 0
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for number, record in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020
+                    yield number, record
+    except pyarrow.ArrowException as error:
+        raise UserError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}.") from None

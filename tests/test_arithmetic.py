@@ -1,0 +1,183 @@
+"""Questions with answers: what is asked, held out, counted and shown."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+from gpt.config import Config, default_config, from_tree
+from gpt.data import IGNORED
+from gpt.data.arithmetic import ArithmeticConfig, Questions, SortConfig, _scattered
+from gpt.errors import UsageError, UserError
+from gpt.models.gpt import GPTConfig
+from gpt.tokenizers import CharTokenizer, TokenizerConfig
+
+KINDS = [
+    ArithmeticConfig(digits=2),
+    ArithmeticConfig(digits=2, operators="-"),
+    ArithmeticConfig(digits=1, operators="*+-", validation_rows=40),
+    ArithmeticConfig(modulus=23, operators="*", validation_rows=50),
+    ArithmeticConfig(modulus=23, operators="-+", validation_rows=50),
+    SortConfig(size=4, digits=5, validation_rows=100),
+]
+
+
+def load(config, **model) -> tuple[Questions, GPTConfig]:
+    return config.load(TokenizerConfig(), None), GPTConfig(block_size=config.length, **model)
+
+
+def answer(config, question: str) -> str:
+    """By Python's own arithmetic."""
+    if isinstance(config, SortConfig):
+        return "".join(sorted(question.removesuffix("=")))
+    a, operator, b = re.fullmatch(r"(\d+)(\D)(\d+)=", question).groups()
+    value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[operator]
+    return str(value % config.modulus if config.modulus else value)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000, 4097])
+def test_numbers_are_scattered_one_to_one(size):
+    assert sorted(_scattered(i, size) for i in range(size)) == list(range(size))
+
+
+@pytest.mark.parametrize("config", KINDS, ids=str)
+def test_answers_are_right_and_rows_ask_for_them_alone(config):
+    dataset, model = load(config)
+    source = dataset.evaluation("all", model)
+    assert len(source) == config.num_questions
+    for index in range(0, len(source), 7):
+        question, written = source.pose(0, index)
+        assert config.show(written) == answer(config, question)
+        row = source.row(0, index)
+        text = "".join(config.alphabet[i] for i in row["inputs"])
+        assert text == question + written
+        counted = row["targets"] != IGNORED
+        assert counted.tolist() == [False] * (len(question) - 1) + [True] * (len(written) + 1)
+        asked = "".join(config.alphabet[i] for i in row["targets"][counted])
+        assert asked == written + "\n"
+
+
+@pytest.mark.parametrize("config", KINDS, ids=str)
+def test_what_is_held_out_is_never_trained_on(config):
+    """In no epoch and in no order of its numbers; and all the rest is, once an epoch."""
+    dataset, model = load(config)
+    training, held_out = dataset.training(model, seed=3), dataset.evaluation("val", model)
+
+    def questions(source, epoch):
+        return {source.pose(epoch, i)[0] for i in range(len(source))}
+
+    def numbers(question):
+        return (
+            question
+            if config.kind == "sort"
+            else (*sorted(re.findall(r"\d+", question)), *re.findall("[-+*]", question))
+        )
+
+    seen = questions(training, 0) | questions(training, 1)
+    unseen = questions(held_out, 0)
+    assert len(unseen) == config.validation_rows
+    assert not set(map(numbers, seen)) & set(map(numbers, unseen))
+    assert len(questions(training, 0)) == len(training) == config.num_questions - len(unseen)
+
+
+def test_another_epoch_asks_the_other_way_round_by_the_seed():
+    dataset, model = load(ArithmeticConfig())
+    source = dataset.training(model, seed=0)
+    asked = {source.pose(epoch, 5)[0] for epoch in range(20)}
+    assert len(asked) == 2
+    assert source.pose(1, 5) == dataset.training(model, seed=0).pose(1, 5)
+    other = dataset.training(model, seed=1)
+    assert [source.pose(0, i) for i in range(99)] != [other.pose(0, i) for i in range(99)]
+
+
+def test_rows_fill_a_longer_block():
+    config = ArithmeticConfig(digits=1, validation_rows=9)
+    row = config.load(TokenizerConfig(), None).training(GPTConfig(block_size=12), 0).row(0, 0)
+    assert row["inputs"].shape == row["targets"].shape == (12,)
+    assert (row["targets"][7:] == IGNORED).all()
+    assert (row["targets"] != IGNORED).sum() == config.answer_length + 1
+
+
+def test_a_prompt_is_written_as_people_do_and_so_is_the_answer():
+    tokenizer = ArithmeticConfig(operators="+-").tokenizer({})
+    alphabet = tokenizer.alphabet
+    assert "".join(alphabet[i] for i in tokenizer.encode(" 7 + 45= ")) == "007+045="
+
+    def read(written):
+        return tokenizer.decode(np.array([alphabet.index(character) for character in written]))
+
+    assert read("2500") == "52"
+    assert read("833-") == "-338"
+    assert read("0000") == "0"
+    assert read("-3-3") == "3-3-"  # no number: as it is, last character first
+    assert read("250") == "\ufffd" * 3  # not to be shown yet
+    for wrong in ("7+45", "7*45=", "1000+1=", "", "x"):
+        with pytest.raises(UserError, match=r"is no question like \d{3}[+-]\d{3}="):
+            tokenizer.encode(wrong)
+    with pytest.raises(UserError, match="is no question like"):
+        tokenizer.opening()
+    sorting = SortConfig(size=3, digits=3, validation_rows=9).tokenizer({})
+    assert "".join(sorting.alphabet[i] for i in sorting.encode("2, 0 1")) == "201="
+    with pytest.raises(UserError, match="is no question like"):
+        sorting.encode("203")
+
+
+def test_mistakes_are_shown_in_words():
+    dataset, model = load(ArithmeticConfig(digits=1, validation_rows=9))
+    source = dataset.evaluation("val", model)
+    said = source.row(0, 2)["targets"].copy()
+    said[3:5] = [dataset.tokenizer.alphabet.index(character) for character in "99"]
+    question, written = source.pose(0, 2)
+    shown = dataset.examples(source, {"mistakes": [(2, said)]}).text
+    assert shown == f"mistake  {question}99, right is {int(written[::-1])}"
+    assert dataset.examples(source, {"mistakes": []}).text == ""
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: ArithmeticConfig(operators="+/"), r"data\.operators='\+/' has to name"),
+        (lambda: ArithmeticConfig(operators="++"), r"data\.operators"),
+        (lambda: ArithmeticConfig(digits=0), r"data\.digits=0"),
+        (lambda: ArithmeticConfig(digits=1), r"data\.validation_rows=2000 is more than half of the 55 questions"),
+        (lambda: SortConfig(digits=11), r"data\.digits=11"),
+        (lambda: SortConfig(prefetch=-1), r"data\.prefetch=-1"),
+        (lambda: ArithmeticConfig().load(TokenizerConfig("byte"), None), "leave the keys under tokenizer as they are"),
+        (lambda: ArithmeticConfig().load(CharTokenizer("ab"), None), "start from weights for the same kind"),
+        (lambda: ArithmeticConfig().load(TokenizerConfig(), GPTConfig(block_size=8)), r"set model\.block_size=12"),
+        (lambda: ArithmeticConfig().opened("x.txt"), r"--data=x\.txt: data\.kind=arithmetic takes no data"),
+    ],
+)
+def test_mistakes_of_the_user_are_named(make, said):
+    with pytest.raises(UserError, match=said):
+        make()
+
+
+def test_a_stride_is_for_texts():
+    dataset, model = load(ArithmeticConfig())
+    with pytest.raises(UsageError, match="--stride=3 is for texts"):
+        dataset.evaluation("val", model, 3)
+
+
+def test_other_questions_have_another_fingerprint():
+    prints = [load(config)[0].fingerprint for config in KINDS]
+    assert len(set(prints)) == len(KINDS)
+    assert load(dataclasses.replace(KINDS[0], prefetch=0))[0].fingerprint == prints[0]
+
+
+def test_the_config_chooses_family_and_kind_by_name():
+    config = from_tree(default_config(data=SortConfig()))
+    assert config == Config(data=SortConfig())
+    tree = default_config(data=SortConfig()).to_dict()
+    for key, field, value, said in (
+        ("data", "kind", "sorts", r"data\.kind='sorts' is not known; choose one of .*sort"),
+        ("data", "kind", "text", r"data\.(size|digits|validation_rows) is no option of TextConfig"),
+        ("data", "kind", 3, r"data\.kind=3 has to be of type str"),
+        ("model", "family", "rnn", r"model\.family='rnn' is not known"),
+    ):
+        with pytest.raises(UserError, match=said):
+            from_tree(tree | {key: tree[key] | {field: value}})
+    del tree["model"]["family"]
+    with pytest.raises(UserError, match=r"no key 'model\.family'"):
+        from_tree(tree)

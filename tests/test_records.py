@@ -1,0 +1,179 @@
+"""JSONL and Parquet: documents, prompts whose tokens do not count, and what is wrong with a file in one sentence."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from gpt.data import IGNORED, text
+from gpt.data.text import TextConfig
+from gpt.errors import UserError
+from gpt.models.gpt import GPTConfig
+from gpt.tokenizers import TokenizerConfig
+
+PAIRS = [{"prompt": f"{i} and {i} is ", "completion": str(2 * i)} for i in range(60)]
+STREAM = "".join(f"{pair['prompt']}{pair['completion']}\n" for pair in PAIRS)
+MODEL = GPTConfig(block_size=16)
+
+
+def write_jsonl(path, records):
+    path.write_text("\n\n".join(map(json.dumps, records)) + "\n")  # blank lines do not matter
+    return path
+
+
+def write_parquet(path, records):
+    pytest.importorskip("pyarrow", reason='needs pip install -e ".[parquet]"')
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=7)
+    return path
+
+
+WRITERS = {"jsonl": write_jsonl, "parquet": write_parquet}
+
+
+@pytest.fixture
+def load(tmp_path):
+    def run(path, name="char", **options):
+        config = TextConfig(path=str(path), cache_dir=str(tmp_path / "cache"), **options)
+        return config.load(TokenizerConfig(name, 300), MODEL)
+
+    return run
+
+
+def counted(corpus) -> str:
+    """What of a whole corpus counts in the loss, by its evaluation."""
+    source = corpus.evaluation("all", MODEL)
+    targets = np.concatenate([source.row(0, i)["targets"] for i in range(len(source))])
+    return corpus.tokenizer.decode(targets[targets != IGNORED])
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_only_completions_count(load, tmp_path, form):
+    corpus = load(WRITERS[form](tmp_path / f"pairs.{form}", PAIRS))
+    assert corpus.tokenizer.decode(corpus.split("all")) == STREAM
+    completions = "".join(f"{pair['completion']}\n" for pair in PAIRS)
+    assert counted(corpus) == completions
+    # The training windows, which tile the text from another place in each epoch, ask for nothing else.
+    source = corpus.training(MODEL, seed=0)
+    for epoch in range(3):
+        for i in range(len(source)):
+            row = source.row(epoch, i)
+            place = "".join(corpus.tokenizer.decode(row["inputs"]))
+            start = STREAM.index(place)
+            expected = corpus.counts("train")[start + 1 : start + 17]
+            np.testing.assert_array_equal(row["targets"] != IGNORED, expected)
+    # Again, from the cache.
+    assert counted(load(tmp_path / f"pairs.{form}")) == completions
+
+
+def test_both_forms_are_the_same_data(load, tmp_path):
+    forms = [load(write(tmp_path / f"pairs.{form}", PAIRS)) for form, write in WRITERS.items()]
+    assert forms[0].fingerprint == forms[1].fingerprint
+    unlike = [*PAIRS[:-1], {"prompt": PAIRS[-1]["prompt"] + "1", "completion": PAIRS[-1]["completion"][1:]}]
+    other = load(write_jsonl(tmp_path / "other.jsonl", unlike))  # the same text, but more of it is prompt
+    assert other.tokenizer.decode(other.split("all")) == STREAM
+    assert other.fingerprint != forms[0].fingerprint
+
+
+@pytest.mark.parametrize("form", WRITERS)
+def test_records_of_text_all_count(load, tmp_path, form):
+    corpus = load(WRITERS[form](tmp_path / f"texts.{form}", [{"text": f"line {i}"} for i in range(60)]))
+    assert corpus.counts("all") is None
+    assert corpus.tokenizer.decode(corpus.split("all")) == "".join(f"line {i}\n" for i in range(60))
+
+
+def test_a_folder_may_hold_all_forms(load, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.txt").write_text("plain text, " * 9)
+    write_jsonl(folder / "b.jsonl", PAIRS[:9])
+    write_parquet(folder / "c.parquet", [{"text": "a table"}])
+    corpus = load(folder)
+    expected = "plain text, " * 9 + "".join(f"{p['prompt']}{p['completion']}\n" for p in PAIRS[:9]) + "a table\n"
+    assert corpus.tokenizer.decode(corpus.split("all")) == expected
+    answers = "".join(f"{pair['completion']}\n" for pair in PAIRS[:9])
+    assert counted(corpus) == ("plain text, " * 9)[1:] + answers + "a table\n"
+
+
+def test_with_bpe_separators_stand_around_records_and_count_after_them(load, tmp_path):
+    pytest.importorskip("tokenizers")
+    corpus = load(write_jsonl(tmp_path / "pairs.jsonl", PAIRS), "bpe", document_borders=True)
+    end = "<|endoftext|>"
+    expected = end + "".join(f"{pair['prompt']}{pair['completion']}{end}" for pair in PAIRS)
+    assert corpus.tokenizer.decode(corpus.split("all")) == expected
+    assert counted(corpus) == "".join(f"{pair['completion']}{end}" for pair in PAIRS)
+    # A prompt has the tokens that it has when it comes alone.
+    prompt = corpus.tokenizer.encode(PAIRS[0]["prompt"])
+    np.testing.assert_array_equal(corpus.split("all")[1 : 1 + len(prompt)], prompt)
+    starts = corpus.training(MODEL, 0).row(0, 0)["starts"]
+    assert starts.max() > 0
+
+
+def test_bits_per_byte_are_of_what_counts(load, tmp_path):
+    corpus = load(write_jsonl(tmp_path / "pairs.jsonl", PAIRS))
+    source = corpus.evaluation("all", MODEL)
+    size = sum(len(pair["completion"]) + 1 for pair in PAIRS)
+    report = corpus.report(source, {"loss": np.log(2.0), "targets": size})
+    assert report["bits_per_byte"] == pytest.approx(1.0)
+
+
+GOOD = json.dumps(PAIRS[0])
+WRONG = {
+    "half a line": (f"{GOOD}\n{GOOD[:9]}\n{GOOD}", r"pairs\.jsonl, line 2 is not JSON \(.*\); each line has to hold"),
+    "an array": (
+        f"{GOOD}\n\n[1]\n",
+        r"pairs\.jsonl, line 3 has to hold a \"text\", or a \"prompt\" and a \"completion\"",
+    ),
+    "no completion": ('{"prompt": "a"}', "line 1 has to hold"),
+    "a number": ('{"text": 3}', "line 1 has to hold"),
+    "both": ('{"text": "a", "prompt": "b", "completion": "c"}', "line 1 has to hold"),
+    "half a character": ('{"text": "\\ud800"}', r"line 1 has '\\ud800', half a character"),
+    "not UTF-8": (b'{"text": "\xff"}', r"line 1 is not UTF-8: byte 0xff"),
+    "too deep": ("[" * 100_000, "line 1 is not JSON"),
+    "nothing but blank lines": ("\n\n", "holds no records"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_line_is_named(load, tmp_path, name):
+    content, said = WRONG[name]
+    path = tmp_path / "pairs.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UserError, match=said) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_wrong_table_is_named(load, tmp_path):
+    path = tmp_path / "pairs.parquet"
+    for records, said in (
+        ([{"text": "a"}] * 9 + [{"text": None}], r"pairs\.parquet, row 10 has to hold"),
+        ([{"words": "a"}], r"pairs\.parquet: each row has to hold .*, but the columns are words\."),
+    ):
+        write_parquet(path, records)
+        with pytest.raises(UserError, match=said):
+            load(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"pairs\.parquet cannot be read as Parquet: "):
+        load(path)
+
+
+def test_a_split_of_prompts_alone_is_refused(load, tmp_path):
+    validation = write_jsonl(tmp_path / "validation.jsonl", [{"prompt": "0 and 0 is " * 9, "completion": ""}])
+    corpus = load(write_jsonl(tmp_path / "pairs.jsonl", PAIRS), validation_path=str(validation))
+    with pytest.raises(UserError, match=r"The val split has no completions.*--split=all"):
+        dataclasses.replace(
+            corpus, validation=corpus.validation[:-1], validation_counts=corpus.validation_counts[:-1]
+        ).evaluation("val", MODEL)
+
+
+def test_plain_text_has_no_mask(load, tmp_path):
+    (tmp_path / "a.txt").write_text("abc" * 99)
+    corpus = load(tmp_path / "a.txt")
+    assert (corpus.train_counts, corpus.validation_counts) == (None, None)
+    assert corpus.training(MODEL, 0).row(0, 0)["targets"].min() >= 0
+    assert not list((tmp_path / "cache").glob("counts-*"))
+    assert text.RECORD_END not in corpus.tokenizer.alphabet
