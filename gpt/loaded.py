@@ -137,7 +137,7 @@ class Loaded:
     def dataset(self, path: str | None = None) -> Dataset:
         """The data of the run, or other data of its kind. Raises UserError where that has changed, or there is none."""
         if path is None and self.run.fingerprint is None:
-            raise UserError(f"--workdir={self.workdir.path} holds converted weights and no text; name one by --data.")
+            raise UserError(f"--workdir={self.workdir.path} holds converted weights and no data; name some by --data.")
         config, model = self.run.config.data.opened(path), self.model_config if path is None else None
         dataset = cluster.first_before_others("data", lambda: config.load(self.tokenizer, model))
         if path is None and dataset.fingerprint != self.run.fingerprint:

@@ -1,23 +1,30 @@
-"""Writes text with a trained model: a prompt, its continuation, or a prompt loop on a terminal. Of images, draws them.
+"""Writes text with a trained model: a prompt, its continuation, or a prompt loop on a terminal.
 
 python -m gpt.sample --workdir=runs/char --prompt="O Romeo"
 python -m gpt.sample --workdir=runs/char
 python -m gpt.sample --workdir=runs/char --prompt="O Romeo" --prompt="O Juliet" --num_samples=2 --logprobs
 python -m gpt.sample --workdir=runs/image_gpt --prompt=class:3 --num_samples=16 --out=threes.png
+python -m gpt.sample --workdir=runs/vit --prompt=cat.jpg
+
+A model of pixels draws a picture; a classifier says what it takes each prompt for.
 """
 
 import itertools
 import json
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from absl import flags
 
 from gpt import cli, cluster
 from gpt.checkpoint import Workdir
-from gpt.errors import UserError
+from gpt.errors import UsageError, UserError
 from gpt.tokenizers import Labels
+
+if TYPE_CHECKING:
+    from gpt import loaded
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (lowest validation loss), last, or a step.")
@@ -54,7 +61,7 @@ def main() -> int:
     workdir = Workdir(_WORKDIR.value)
     backend.divide_cpu(workdir.read().config, rows=max(len(_PROMPT.value or []), 1) * _NUM_SAMPLES.value)
     if isinstance(workdir.read().tokenizer, Labels):
-        raise UserError(f"--workdir={workdir.path} holds a classifier, which continues nothing; see gpt.evaluate.")
+        return _classify(loaded.load(workdir, _CHECKPOINT.value))
     sampling = generate.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value)
     run = loaded.load(workdir, _CHECKPOINT.value)
     sampling.check(run.tokenizer.vocab_size)
@@ -126,6 +133,24 @@ def main() -> int:
     else:
         show(f"{run.workdir.path}, step {run.step:,}. An empty line or Ctrl-D ends.")
         _loop(write)
+    return 0
+
+
+def _classify(run: "loaded.Loaded") -> int:
+    """Prints for each prompt the likeliest class and its probability."""
+    import jax
+
+    if not _PROMPT.value:
+        raise UsageError(f"--workdir={run.workdir.path} holds a classifier: name what it is to see by --prompt.")
+    inputs = np.stack([run.run.config.data.inputs(prompt, run.model_config) for prompt in _PROMPT.value])
+    with run.program.layout.for_decoding(len(inputs)).use():
+        classify = jax.jit(
+            lambda *x: jax.nn.softmax(run.program.model.apply(*x)), out_shardings=run.program.layout.replicated
+        )
+        probabilities = jax.device_get(classify({"params": run.params}, inputs))
+    if cluster.is_first():
+        for prompt, found in zip(_PROMPT.value, probabilities, strict=True):
+            print(f"{prompt}: {run.tokenizer.names[found.argmax()]}, {found.max():.1%}")
     return 0
 
 

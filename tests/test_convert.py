@@ -351,7 +351,7 @@ def test_a_run_starts_from_weights_on_any_mesh_and_goes_on_without_them(base, pl
     batch = next(pipeline.training_batches(rows, 16, 0, range(16)))
     expected = program_lib.token_losses(logits_of(first, batch["inputs"]), batch["targets"]).mean()
     assert losses[0][0] == pytest.approx(float(expected), abs=1e-4)
-    with pytest.raises(UserError, match="holds converted weights and no text; name one by --data"):
+    with pytest.raises(UserError, match="holds converted weights and no data; name some by --data"):
         first.dataset()
 
     shutil.rmtree(origin.path)

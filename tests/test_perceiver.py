@@ -300,7 +300,7 @@ def pairs(row):
 @pytest.mark.parametrize("stride", [None, 1, 3])
 def test_evaluation_predicts_each_token_once_from_all_that_there_is_before_it(size, stride):
     tokens = np.arange(100, 100 + size, dtype=np.uint16)
-    windows = EvaluationWindows(tokens, LENGTH, None, stride, LATENTS)
+    windows = EvaluationWindows(tokens, LENGTH, stride=stride, num_targets=LATENTS)
     found = [pair for index in range(len(windows)) for pair in pairs(windows.row(0, index))]
     assert [target for _, target in found] == tokens[1:].tolist()
     for context, target in found:
@@ -311,7 +311,7 @@ def test_evaluation_predicts_each_token_once_from_all_that_there_is_before_it(si
 
 def test_targets_of_training_tile_the_text_anew_in_each_epoch():
     tokens = np.arange(100, 161, dtype=np.uint16)
-    windows = TrainingWindows(tokens, LENGTH, 0, None, LATENTS)
+    windows = TrainingWindows(tokens, LENGTH, 0, num_targets=LATENTS)
     assert len(windows) == (61 - LENGTH) // LATENTS
     first_targets = set()
     for epoch in range(20):

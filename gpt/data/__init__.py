@@ -32,7 +32,10 @@ Say = Callable[[str], object]
 
 
 class Source(Protocol):
-    """Rows to train or evaluate on: a pure function of (epoch, index), unaware of JAX."""
+    """Rows to train or evaluate on: a pure function of (epoch, index), unaware of JAX.
+
+    It may have an attribute `threads`: how many batches are worth reading at once; without, it is one.
+    """
 
     def __len__(self) -> int:
         """Rows in an epoch."""
@@ -137,6 +140,10 @@ class DataConfig:
     def tokenizer(self, saved: dict) -> tokenizers.Tokenizer:
         """That of a workdir, of what its tokenizer.json holds. Raises ValueError and the like where that is none."""
         return tokenizers.from_tree(saved)
+
+    def inputs(self, prompt: str, model: "ModelConfig") -> np.ndarray:
+        """What a classifier reads of a prompt, a file for instance. Raises UserError where that is not possible."""
+        raise UserError(f"data.kind={self.kind} has nothing that can be classified by --prompt; see gpt.evaluate.")
 
     def opened(self, path: str | None = None) -> Self:
         """As a command opens it for a workdir of whatever author: other data if `path` names some."""

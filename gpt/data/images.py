@@ -38,7 +38,7 @@ class ImagesConfig(DataConfig):
     crop: float = 1.0  # in training, cut out at least this part of an image's area; 1: the square in its middle
     shift: int = 0  # in training, move an image by up to so many pixels, to each side
     flip: bool = False  # in training, mirror half of the images
-    threads: int = 2  # that decode images
+    threads: int = 4  # that decode images
     prefetch: int = 4  # batches prepared ahead
 
     def __post_init__(self):
@@ -54,10 +54,18 @@ class ImagesConfig(DataConfig):
 
     gives = "images"
 
+    @property
+    def vocab_size(self) -> int:
+        return 0 if self.path else 10
+
     def load(
         self, tokenizer: Tokenizer | TokenizerConfig, model: "ModelConfig | None", say: Any = None, status: Any = None
     ) -> "Folders":
         return load(self, tokenizer if isinstance(tokenizer, Labels) else None)
+
+    def inputs(self, prompt: str, model: "ModelConfig") -> np.ndarray:
+        size, channels = _shape(model)
+        return fit(decode(Path(prompt).expanduser(), channels, size), size).reshape(size, size, channels)
 
     def opened(self, path: str | None = None) -> "ImagesConfig":
         return self if path is None else dataclasses.replace(self, path=path)
@@ -72,16 +80,20 @@ class Images:
       classes: of each row, int32.
       size: height and width that an image is brought to, in pixels.
       channels: 3 for red, green and blue, 1 for grey.
-      augment: how images are changed in training; None: not at all.
-      seed: of these changes.
+      config: tells how images are changed in training.
+      seed: of these changes; None: there are none.
     """
 
     images: list[Path] | np.ndarray
     classes: np.ndarray
     size: int
     channels: int
-    augment: ImagesConfig | None = None
-    seed: int = 0
+    config: ImagesConfig
+    seed: int | None = None
+
+    @property
+    def threads(self) -> int:
+        return self.config.threads
 
     def __len__(self) -> int:
         return len(self.images)
@@ -92,11 +104,11 @@ class Images:
         Raises:
           UserError: the file is no image, or damaged.
         """
-        if self.augment is None:
-            pixels = fit(decode(self.images[index], self.channels, self.size), self.size)
+        image = decode(self.images[index], self.channels, self.size)
+        if self.seed is None:
+            pixels = fit(image, self.size)
         else:
-            rng = np.random.default_rng((self.seed, epoch, index))
-            pixels = _augmented(decode(self.images[index], self.channels, self.size), self.size, self.augment, rng)
+            pixels = _augmented(image, self.size, self.config, np.random.default_rng((self.seed, epoch, index)))
         return {"inputs": pixels.reshape(self.size, self.size, self.channels), "targets": self.classes[index]}
 
 
@@ -175,7 +187,7 @@ class Folders(Dataset):
             raise UsageError("--stride is for windows over a text, not for images.")
         parts = {"train": [self.train], "val": [self.validation], "all": [self.train, self.validation]}[split]
         images, classes = (np.concatenate(both) for both in zip(*parts, strict=True))
-        return Images(images, classes, *_shape(model))
+        return Images(images, classes, *_shape(model), self.config)
 
     def describe(self) -> str:
         sizes = f"{len(self.train[1]):,} training and {len(self.validation[1]):,} validation images"

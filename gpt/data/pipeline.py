@@ -32,7 +32,7 @@ def training_batches(
       batch_size: rows of a global batch.
       seed: of the shuffle; each epoch is shuffled anew.
       rows: the rows of a global batch that are wanted here; no others are read.
-      prefetch: batches prepared ahead by a thread; 0: none.
+      prefetch: batches prepared ahead by threads; 0: none.
       skipped: numbers of global batches that are left out.
     """
     epoch_length = len(source)
@@ -43,7 +43,7 @@ def training_batches(
         first = batch_number(step, skipped) * batch_size
         return _stack([every_row[first + row] for row in rows])
 
-    options = grain.ReadOptions(num_threads=min(prefetch, 1), prefetch_buffer_size=prefetch)
+    options = grain.ReadOptions(num_threads=min(prefetch, _threads(source)), prefetch_buffer_size=prefetch)
     batches = iter(grain.MapDataset.range(1).repeat(None).map_with_index(batch).to_iter_dataset(options))
     batches.set_state({"next_index": start})
     return batches
@@ -62,9 +62,14 @@ def evaluation_batches(source: Source, batch_size: int, rows: Sequence[int]) -> 
     Rows whose targets are all `IGNORED` fill the last batch up to `batch_size`.
     """
     blank = {name: np.full_like(array, IGNORED if name == "targets" else 0) for name, array in source.row(0, 0).items()}
-    for first in range(0, len(source), batch_size):
-        places = [first + int(row) for row in rows]
-        yield _stack([source.row(0, place) if place < len(source) else blank for place in places])
+
+    def batch(number: int) -> dict[str, np.ndarray]:
+        places = [number * batch_size + int(row) for row in rows]
+        return _stack([source.row(0, place) if place < len(source) else blank for place in places])
+
+    threads = _threads(source)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    return iter(grain.MapDataset.range(-(-len(source) // batch_size)).map(batch).to_iter_dataset(options))
 
 
 def to_devices(
@@ -81,6 +86,10 @@ def to_devices(
 
     for batch in batches:
         yield {name: to_global(array) for name, array in batch.items()}
+
+
+def _threads(source: Source) -> int:
+    return getattr(source, "threads", 1)
 
 
 def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -23,6 +23,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "L": (24, 16, 1024),
     "H": (32, 16, 1280),
 }
+MAX_SIZE = 1 << 14  # pixels; more is a slip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,8 @@ class ViTConfig(BlockConfig):
         check_choice("model.pooling", self.pooling, self.pooling_kinds)
         if self.vocab_size < 0:
             raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the data's) or more.")
+        if self.image_size > MAX_SIZE:
+            raise UserError(f"model.image_size={self.image_size} is beyond {MAX_SIZE:,} pixels.")
         super().__post_init__()
         if self.image_size % self.patch_size:
             raise UserError(f"model.patch_size={self.patch_size} does not divide model.image_size={self.image_size}.")

@@ -1,0 +1,319 @@
+"""Images: the digits, folders of every sort, what augmentation does, and each mistake's sentence."""
+
+import dataclasses
+import re
+
+import numpy as np
+import pytest
+
+pytest.importorskip("PIL")
+pytest.importorskip("sklearn")
+
+from PIL import Image
+
+from gpt import loaded, train
+from gpt import program as program_lib
+from gpt.checkpoint import Workdir
+from gpt.config import Config, OptimizerConfig, TrainConfig
+from gpt.data import images, pipeline
+from gpt.data.images import ImagesConfig
+from gpt.errors import UsageError, UserError
+from gpt.models.vit import ViTConfig
+from gpt.sharding import MeshConfig
+from gpt.tokenizers import Labels
+
+MODEL = ViTConfig(num_layers=1, num_heads=2, embed_dim=16, image_size=8, patch_size=4, channels=3)
+DIGITS = dataclasses.replace(MODEL, channels=1)
+
+
+def draw(path, color, size=(20, 12), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).convert(mode).save(path, **options)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six red and six blue images, of all sorts."""
+    for i in range(6):
+        draw(tmp_path / "photos" / "red" / f"{i}.png", (200 + i, 0, 0))
+        draw(tmp_path / "photos" / "blue" / "more" / f"{i}.JPG", (0, 0, 200 + i), format="JPEG")
+    (tmp_path / "photos" / "red" / "notes.txt").write_text("no image")
+    (tmp_path / "photos" / ".hidden").mkdir()
+    return tmp_path / "photos"
+
+
+def load(path="", labels=None, model=MODEL, **options):
+    return ImagesConfig(path=str(path), **options).load(labels, model)
+
+
+def test_digits():
+    digits = load()
+    assert digits.describe() == "1,438 training and 359 validation images, 10 classes"
+    assert digits.tokenizer == Labels(tuple("0123456789"))
+    rows = digits.evaluation("all", DIGITS)
+    found = [rows.row(0, i) for i in range(len(rows))]
+    assert {(row["inputs"].shape, row["inputs"].dtype.name) for row in found} == {((8, 8, 1), "uint8")}
+    pixels = np.stack([row["inputs"] for row in found])
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    assert np.bincount([row["targets"] for row in found]).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    # Each of them is on one side, and that is the same for every seed and in every run.
+    sides = [
+        {digits.evaluation(part, DIGITS).row(0, i)["inputs"].tobytes() for i in range(n)}
+        for part, n in (("train", 1438), ("val", 359))
+    ]
+    assert not sides[0] & sides[1]
+    assert load().fingerprint == digits.fingerprint != load(validation_fraction=0.1).fingerprint
+    shares = np.bincount(digits.validation[1]) / np.bincount(digits.train[1])
+    assert shares.min() > 0.15
+    assert shares.max() < 0.4
+
+
+def test_a_folder(folder):
+    found = load(folder, validation_fraction=0.25)
+    assert found.describe() == "9 training and 3 validation images, 2 classes"
+    assert found.tokenizer.names == ("blue", "red")
+    for source in (found.training(MODEL, 0), found.evaluation("val", MODEL)):
+        for i in range(len(source)):
+            row = source.row(0, i)
+            assert (row["inputs"].shape, row["inputs"].dtype) == ((8, 8, 3), np.uint8)
+            assert row["inputs"][..., 0 if row["targets"] == 1 else 2].min() > 190  # JPEG is not exact
+    grey = found.evaluation("all", dataclasses.replace(MODEL, channels=1)).row(0, 0)
+    assert grey["inputs"].shape == (8, 8, 1)
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "test"])
+def test_folders_for_both_splits(tmp_path, name):
+    for part, count in (("train", 3), (name, 2)):
+        for color in ("red", "blue", "green")[: 3 if part == "train" else 2]:
+            for i in range(count):
+                draw(tmp_path / part / color / f"{i}.png", color)
+    found = load(tmp_path)
+    assert found.describe() == "9 training and 4 validation images, 3 classes"
+    assert found.tokenizer.names == ("blue", "green", "red")
+    assert {int(found.evaluation("val", MODEL).row(0, i)["targets"]) for i in range(4)} == {0, 2}
+
+
+def test_the_fingerprint_tells_other_images_apart(folder):
+    before = load(folder).fingerprint
+    assert load(folder).fingerprint == before
+    draw(folder / "red" / "0.png", (1, 2, 3), size=(40, 30))
+    after = load(folder).fingerprint
+    (folder / "red" / "1.png").rename(folder / "red" / "9.png")
+    assert len({before, after, load(folder).fingerprint}) == 3
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "P", "1", "CMYK"])
+def test_every_sort_of_image(tmp_path, mode):
+    draw(tmp_path / "x.tif", (255, 255, 255), mode=mode)
+    np.testing.assert_array_equal(ImagesConfig().inputs(str(tmp_path / "x.tif"), MODEL), np.full((8, 8, 3), 255))
+
+
+def test_the_square_in_the_middle_upright(tmp_path):
+    pixels = np.zeros((8, 24, 3), np.uint8)
+    pixels[:, 8:16] = 255
+    pixels[0, 8] = 0
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    np.testing.assert_array_equal(ImagesConfig().inputs(str(tmp_path / "wide.png"), MODEL), pixels[:, 8:16])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: show it a quarter clockwise
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    expected = np.rot90(pixels[:, 8:16], -1)
+    np.testing.assert_array_equal(ImagesConfig().inputs(str(tmp_path / "turned.png"), MODEL), expected)
+
+
+@pytest.mark.parametrize("options", [{"crop": 0.3}, {"shift": 2}, {"flip": True}], ids=str)
+def test_augmentation_is_a_function_of_seed_epoch_and_index(options):
+    rows = load(**options).training(DIGITS, seed=3)
+    again, other = load(**options).training(DIGITS, seed=3), load(**options).training(DIGITS, seed=4)
+    places = [(epoch, index) for epoch in range(2) for index in range(20)]
+    found = {place: rows.row(*place)["inputs"] for place in places}
+    for place in reversed(places):
+        np.testing.assert_array_equal(again.row(*place)["inputs"], found[place])
+    assert np.mean([(found[0, i] != found[1, i]).any() for i in range(20)]) > 0.2
+    assert np.mean([(other.row(*place)["inputs"] != found[place]).any() for place in places]) > 0.2
+    plain = load().training(DIGITS, seed=3)
+    np.testing.assert_array_equal(
+        plain.row(0, 1)["inputs"], load(**options).evaluation("train", DIGITS).row(0, 1)["inputs"]
+    )
+
+
+def test_what_augmentation_does():
+    plain = load().training(DIGITS, 0)
+    shifted, flipped = load(shift=1).training(DIGITS, 0), load(flip=True).training(DIGITS, 0)
+    moves, mirrored = set(), []
+    for i in range(60):
+        whole, moved = plain.row(0, i)["inputs"], shifted.row(0, i)["inputs"]
+        padded = np.pad(whole, ((1, 1), (1, 1), (0, 0)))
+        moves |= {(y, x) for y in range(3) for x in range(3) if (padded[y : y + 8, x : x + 8] == moved).all()}
+        mirror = flipped.row(0, i)["inputs"]
+        assert (mirror == whole).all() or (mirror == whole[:, ::-1]).all()
+        mirrored.append((mirror != whole).any())
+    assert len(moves) == 9
+    assert 15 < sum(mirrored) < 45
+
+
+def test_a_crop_has_the_area_that_was_asked_for():
+    row, column = np.mgrid[:100, :200].astype(np.float32)
+    ramp = np.stack([column / 200 * 255, row / 100 * 255, 0 * row], -1).astype(np.uint8)
+    source = images.Images(np.array([ramp]), np.zeros(1, np.int32), 32, 3, ImagesConfig(crop=0.5), 0)
+    areas = []
+    for epoch in range(40):
+        pixels = source.row(epoch, 0)["inputs"].astype(float)
+        width, height = np.ptp(pixels[..., 0]) / 255, np.ptp(pixels[..., 1]) / 255
+        areas.append(width * height)
+    assert 0.35 < min(areas) < 0.55  # the ends of a ramp are blurred, and what would stand out is cut off
+    assert max(areas) > 0.75
+
+
+def test_batches_are_the_same_for_every_number_of_threads_and_processes(folder):
+    def batches(rows, threads, start=0):
+        source = load(folder, threads=threads, crop=0.5, flip=True).training(MODEL, 0)
+        found = pipeline.training_batches(source, 4, 0, rows, start, prefetch=3)
+        return [next(found)["inputs"] for _ in range(6)]
+
+    whole = batches(range(4), 1)
+    np.testing.assert_array_equal(whole, batches(range(4), 3))
+    np.testing.assert_array_equal(np.array(whole)[:, [1, 3]], batches([1, 3], 2))
+    np.testing.assert_array_equal(whole[2:], batches(range(4), 2, start=2)[:4])
+    one, four = (load(folder, threads=threads).evaluation("all", MODEL) for threads in (1, 4))
+    for x, y in zip(*(pipeline.evaluation_batches(each, 8, range(8)) for each in (one, four)), strict=True):
+        np.testing.assert_array_equal(x["inputs"], y["inputs"])
+        np.testing.assert_array_equal(x["targets"], y["targets"])
+
+
+def broken(folder):
+    whole = (folder / "red" / "3.png").read_bytes()
+    (folder / "red" / "3.png").write_bytes(whole[: len(whole) // 2])
+
+
+def another_file(folder):
+    (folder / "red" / "3.png").write_text("This is no image.")
+
+
+def empty_class(folder):
+    (folder / "green").mkdir()
+
+
+def one_class(folder):
+    (folder / "red").rename(folder / "blue" / "red")
+
+
+def no_class(folder):
+    for name in ("red", "blue"):
+        (folder / name).rename(folder.parent / name)
+
+
+def no_validation(folder):
+    (folder / "red").rename(folder / "train")
+
+
+def stranger(folder):
+    draw(folder / "train" / "red" / "0.png", "red")
+    draw(folder / "train" / "blue" / "0.png", "blue")
+    draw(folder / "val" / "red" / "0.png", "red")
+    draw(folder / "val" / "pink" / "0.png", "pink")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (broken, r"red/3\.png cannot be read as an image \(.*\); mend it, or take it away\."),
+        (another_file, r"red/3\.png cannot be read as an image \(cannot identify image file\); mend it"),
+        (empty_class, r"photos/green holds no images \(\.bmp, "),
+        (one_class, r"photos needs a folder of images for each of at least two classes, and has only one, blue\."),
+        (no_class, r"photos needs a folder of images for each of at least two classes, and has none\."),
+        (no_validation, r"photos has a folder train, but none named val, with images for validation\."),
+        (stranger, r"val/pink is none of the 2 classes that training knows\."),
+        (lambda folder: folder.rename(folder.parent / "away"), r"data\.path: there is no folder .*photos\."),
+    ],
+    ids=lambda x: getattr(x, "__name__", None),
+)
+def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(folder, damage, message):
+    def read():
+        return list(pipeline.evaluation_batches(load(folder).evaluation("all", MODEL), 4, range(4)))
+
+    read()
+    damage(folder)
+    with pytest.raises(UserError, match=message) as error:
+        read()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation_fraction": 1.0}, r"data\.validation_fraction=1\.0 has to lie between 0 and 1"),
+        ({"crop": 0.0}, r"data\.crop=0\.0 has to be greater than 0 and at most 1"),
+        ({"shift": -1}, r"data\.shift=-1 must not be negative"),
+        ({"threads": 0}, r"data\.threads=0 has to be at least 1"),
+    ],
+    ids=str,
+)
+def test_bad_values_are_refused_by_name(options, message):
+    with pytest.raises(UserError, match=message):
+        ImagesConfig(**options)
+
+
+def test_too_few_images_for_two_sides(folder):
+    with pytest.raises(UserError, match=r"data\.validation_fraction=0\.01 of 12 images leaves none on one side"):
+        load(folder, validation_fraction=0.01)
+
+
+def test_classes_of_a_model_stay_what_they_are(folder):
+    labels = Labels(("red", "green", "blue"))
+    found = load(folder, labels).evaluation("all", MODEL)
+    assert {int(found.row(0, i)["targets"]) for i in range(12)} == {0, 2}
+    with pytest.raises(UserError, match=r"photos/red is none of the 2 classes that training knows"):
+        load(folder, Labels(("blue", "green")))
+
+
+def test_a_stride_is_refused():
+    with pytest.raises(UsageError, match="--stride is for windows over a text"):
+        load().evaluation("val", DIGITS, stride=4)
+
+
+@pytest.fixture
+def run(folder) -> Config:
+    return Config(
+        model=MODEL,
+        data=ImagesConfig(path=str(folder), validation_fraction=0.25, flip=True),
+        optimizer=OptimizerConfig(learning_rate=3e-3),
+        train=TrainConfig(batch_size=8, steps=12, log_every=4, eval_every=6, checkpoint_every=6),
+    )
+
+
+def test_a_run_on_a_folder_learns_resumes_shards_evaluates_and_samples(run, folder, tmp_path, command, capsys):
+    workdir = Workdir(tmp_path / "run")
+    assert train.train(run, workdir) == 0
+    assert "accuracy 100.00%" in capsys.readouterr().out  # red and blue
+    half = dataclasses.replace(run, train=dataclasses.replace(run.train, steps=6))
+    mesh = MeshConfig("fsdp_tp", data=2, fsdp=2, model=2)
+    resumed = Workdir(tmp_path / "resumed")
+    longer = dataclasses.replace(half, optimizer=dataclasses.replace(run.optimizer, decay_tokens=12 * 8 * 5))
+    whole = dataclasses.replace(run, optimizer=longer.optimizer)
+    assert train.train(longer, resumed) == 0
+    assert train.train(dataclasses.replace(whole, mesh=mesh), resumed) == 0
+    assert train.train(whole, Workdir(tmp_path / "whole")) == 0
+    losses = []
+    for path in (resumed, Workdir(tmp_path / "whole")):
+        opened = loaded.load(path, "last")
+        source = opened.dataset().evaluation("all", opened.model_config)
+        losses.append(program_lib.evaluate(opened.program, opened.params, source, 8)["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+    shown = command("evaluate", f"--workdir={workdir.path}", "--json")
+    assert re.search(r'"images": 3, "loss": [\d.e-]+, "accuracy": 1.0', shown.stdout), shown.stderr
+    files = [str(folder / "red" / "0.png"), str(folder / "blue" / "more" / "0.JPG")]
+    shown = command("sample", f"--workdir={workdir.path}", *(f"--prompt={file}" for file in files))
+    pattern = rf"{files[0]}: red, [\d.]+%\n{files[1]}: blue, [\d.]+%\n"
+    assert re.fullmatch(pattern, shown.stdout), shown.stderr
+    shown = command("sample", f"--workdir={workdir.path}", f"--prompt={folder / 'red' / 'notes.txt'}")
+    assert (shown.returncode, shown.stdout) == (1, "")
+    assert re.fullmatch(r"error: .*notes\.txt cannot be read as an image \(.*\)\.\n", shown.stderr.splitlines(True)[-1])
+
+
+def test_a_broken_image_ends_a_run_with_a_sentence(run, folder, tmp_path):
+    broken(folder)
+    broken_everywhere = dataclasses.replace(run, data=dataclasses.replace(run.data, validation_fraction=0.1))
+    with pytest.raises(UserError, match=r"red/3\.png cannot be read as an image"):
+        train.train(broken_everywhere, Workdir(tmp_path / "run"))
