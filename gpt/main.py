@@ -28,8 +28,8 @@ __doc__ += "\n" + "\n".join(
 )
 __doc__ += f"""
 
-Other families of models ({", ".join(config.FAMILIES)}) and kinds of data ({", ".join(config.KINDS)}) have keys of their own
-under model and data: those of their classes in gpt/models and gpt/data.
+Each family of models ({", ".join(config.FAMILIES)}) and kind of data ({", ".join(config.KINDS)}) has its own keys under
+model and data: those of its class in gpt/models or gpt/data.
 """
 
 
