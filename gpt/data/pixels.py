@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -168,12 +169,11 @@ class Palette(Tokenizer):
         Raises:
           UserError: it is none of these, there is no such class, or the file is no image.
         """
-        told, _, file = text.strip().partition("half:")
-        first = self.any_class
-        if told := told.removesuffix(","):
-            kind, _, name = told.partition(":")
-            if kind != "class" or ("half:" in text and not file):
-                raise UserError(f"{text!r} has to be class:NAME, half:FILE, class:NAME,half:FILE or empty.")
+        told = re.fullmatch(r"(?:class:(?P<name>.*?))?(?:,?half:(?P<file>.+))?", text.strip(), re.DOTALL)
+        if not told:
+            raise UserError(f"{text!r} has to be class:NAME, half:FILE, class:NAME,half:FILE or empty.")
+        first, name, file = self.any_class, told["name"], told["file"]
+        if name is not None:
             if name not in self.names:
                 raise UserError(f"there is no class {name!r}, but {', '.join(self.names)}.")
             first += 1 + self.names.index(name)
