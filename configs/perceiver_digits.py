@@ -17,6 +17,7 @@ def get_config():
     config.model.image_size = 8
     config.model.channels = 1
     config.model.num_latents = 16
+    config.model.positions = "sincos"  # learned ones begin too small to be seen beside single pixels
     config.model.embed_dropout = 0.0
     config.model.residual_dropout = 0.0
     config.model.attention_dropout = 0.0
