@@ -18,7 +18,7 @@ def get_config():
     config.model.residual_dropout = 0.0
     config.model.attention_dropout = 0.0
     config.train.batch_size = 256
-    config.train.steps = 2000
+    config.train.steps = 1000
     config.train.log_every = 50
     config.train.eval_every = 250
     config.optimizer.learning_rate = 4e-3

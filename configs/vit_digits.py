@@ -23,9 +23,9 @@ def get_config():
     config.model.attention_dropout = 0.0
     config.data.shift = 1  # by a pixel to each side: there are few images, and this makes nine of each
     config.train.batch_size = 64
-    config.train.steps = 1500  # about 67 epochs
+    config.train.steps = 2000  # 89 epochs
     config.train.log_every = 50
-    config.train.eval_every = 300
+    config.train.eval_every = 500
     config.optimizer.learning_rate = 3e-3
     config.optimizer.warmup_tokens = 100 * 64 * 16  # 100 steps
     return config

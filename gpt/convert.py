@@ -1,16 +1,18 @@
-"""GPT-2 weights in the layout of Hugging Face's transformers to a workdir, and a workdir to such a folder.
+"""Weights in the layout of Hugging Face's transformers to a workdir, and a workdir to such a folder: GPT-2, and ViT.
 
 python -m gpt.convert --from_hf=FOLDER --workdir=runs/gpt2
 python -m gpt.convert --workdir=runs/my_run --to_hf=FOLDER
 
 A folder holds config.json, model.safetensors (or several such files and model.safetensors.index.json) and the files
-of a tokenizer. All is read and written array by array, so a model need not fit in memory.
+of a tokenizer, or of a ViT preprocessor_config.json. All is read and written array by array, so a model need not fit
+in memory.
 """
 
 import dataclasses
 import json
 import math
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,13 @@ from absl import flags
 from gpt import cli, tokenizers
 from gpt.checkpoint import Deferred, Run, Workdir, write_params
 from gpt.config import Config
+from gpt.data.images import ImagesConfig
 from gpt.errors import UsageError, UserError, read_json
 from gpt.loaded import Weights
 from gpt.models.gpt import GPTConfig
+from gpt.models.vit import ViTConfig
 
-_FROM_HF = flags.DEFINE_string("from_hf", None, "Folder with a GPT-2 of transformers, to be made into a workdir.")
+_FROM_HF = flags.DEFINE_string("from_hf", None, "Folder with a GPT-2 or ViT of transformers, to become a workdir.")
 _TO_HF = flags.DEFINE_string("to_hf", None, "Folder to be made, which transformers loads.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: to be made, or to be read.", required=True)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "To be read: best (lowest validation loss), last, or a step.")
@@ -32,19 +36,11 @@ _VOCAB_MULTIPLE = flags.DEFINE_integer(
 )
 
 INDEX = "model.safetensors.index.json"
+PREPROCESSOR = "preprocessor_config.json"
 OUR_TOKENIZER = "gpt_tokenizer.json"  # in a folder of transformers, a tokenizer of ours that it has no form for
 # Their name of an activation: ours. All of GPT-2's own weights have gelu_new.
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 ACTIVATIONS |= {"silu": "silu", "swish": "silu"}
-# What config.json may say, with the value that is right where it says nothing: other values are other functions.
-FIXED = {
-    "model_type": "gpt2",
-    "layer_norm_epsilon": 1e-5,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-}
-PADDED = ("wte.weight", "lm_head.weight")  # with a row for each token
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # masks that old files hold: no parameters
 
 
@@ -53,85 +49,216 @@ class Tensor:
     """A parameter there and here.
 
     Attributes:
-      name: there, without "transformer."; "{}" stands for the number of a layer, where there is one for each.
-      shape: there.
+      names: there, without the prefix of its architecture; "{}" stands for the number of a layer, where there is one
+        for each. Several are parts, one after the other along the last of our axes.
+      shape: of each of them there.
       ours: its shape here, for one layer; those with a row for each token may have more rows, of zeros.
+      order: of their axes, so that they come as ours do; (): as they are.
       packed: the last axis holds queries, keys and values: one kind after the other there, one head after the
         other here.
-      transposed: the axes are in the other order there.
     """
 
-    name: str
+    names: tuple[str, ...]
     shape: tuple[int, ...]
     ours: tuple[int, ...]
+    order: tuple[int, ...] = ()
     packed: bool = False
-    transposed: bool = False
 
-    def read(self, theirs: Any, ours: Any) -> None:
+    def read(self, theirs: list[Any], ours: Any) -> None:
         """Fills `ours`, of zeros, from `theirs`; NumPy arrays."""
+        import numpy as np
+
+        parts = [part.transpose(self.order or range(part.ndim)) for part in theirs]
+        found = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
         if self.packed:
             *rows, heads, width = self.ours
-            theirs = theirs.reshape(*rows, 3, heads, width // 3).swapaxes(-3, -2)
-        ours = self._without_padding(ours)
-        ours[...] = theirs.reshape(ours.shape)
+            found = found.reshape(*rows, 3, heads, width // 3).swapaxes(-3, -2)
+        if self._is_padded:
+            ours[tuple(map(slice, found.shape))] = found
+        else:
+            ours[...] = found.reshape(ours.shape)
 
-    def write(self, ours: Any) -> Any:
+    def write(self, ours: Any) -> list[Any]:
         """Theirs of ours."""
+        import numpy as np
+
+        order = self.order or tuple(range(len(self.shape)))
+        *rows, last = (self.shape[axis] for axis in order)
         if self.packed:
-            *rows, heads, width = self.ours
-            ours = ours.reshape(*rows, heads, 3, width // 3).swapaxes(-3, -2)
-        return self._without_padding(ours).reshape(self.shape)
+            *inputs, heads, width = self.ours
+            ours = ours.reshape(*inputs, heads, 3, width // 3).swapaxes(-3, -2)
+        if self._is_padded:
+            ours = ours[tuple(map(slice, (*rows, last)))]
+        parts = np.split(ours.reshape(*rows, last * len(self.names)), len(self.names), axis=-1)
+        return [part.transpose(np.argsort(order)) for part in parts]
 
-    def _without_padding(self, ours: Any) -> Any:
-        ours = ours.T if self.transposed else ours
-        return ours[: self.shape[0]] if self.name in PADDED else ours
+    @property
+    def _is_padded(self) -> bool:
+        return math.prod(self.ours) != len(self.names) * math.prod(self.shape)
 
 
-def tensors(config: GPTConfig) -> dict[str, Tensor]:
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A kind of model of transformers, and ours.
+
+    Attributes:
+      model_type: its name in config.json.
+      title, model_class: its names for a person, and in Python.
+      prefix: of the names of tensors, but for those of the head.
+      head: the beginning of these.
+      fixed: what config.json may say, with the value that is right where it says nothing: others are other functions.
+      activation: the key there of the activation, and what it is where that is missing.
+      needed: keys of our config, with the values without which transformers has no such model.
+      numbers: keys there and here of what is a number in both, with what it is where it is missing (None: it may not).
+    """
+
+    model_type: str
+    title: str
+    model_class: str
+    prefix: str
+    head: str
+    fixed: dict[str, Any]
+    activation: tuple[str, str]
+    needed: dict[str, Any]
+    numbers: dict[str, tuple[str, float | None]]
+
+
+SAME_BLOCKS = {"norm": "layernorm", "positions": "learned", "bias": True, "qk_norm": False}
+ARCHITECTURES = {
+    "gpt": Architecture(
+        model_type="gpt2",
+        title="GPT-2",
+        model_class="GPT2LMHeadModel",
+        prefix="transformer.",
+        head="lm_head.",
+        fixed={
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False,
+        },
+        activation=("activation_function", "gelu_new"),
+        needed=SAME_BLOCKS,
+        numbers={
+            "vocab_size": ("vocab_size", None),
+            "n_positions": ("block_size", None),
+            "n_layer": ("num_layers", None),
+            "n_head": ("num_heads", None),
+            "n_embd": ("embed_dim", None),
+            "layer_norm_epsilon": ("norm_epsilon", 1e-5),
+            "embd_pdrop": ("embed_dropout", 0.1),
+            "resid_pdrop": ("residual_dropout", 0.1),
+            "attn_pdrop": ("attention_dropout", 0.1),
+        },
+    ),
+    "vit": Architecture(
+        model_type="vit",
+        title="ViT",
+        model_class="ViTForImageClassification",
+        prefix="vit.",
+        head="classifier.",
+        fixed={"qkv_bias": True},
+        activation=("hidden_act", "gelu"),
+        needed=SAME_BLOCKS | {"pooling": "class_token"},
+        numbers={
+            "image_size": ("image_size", 224),
+            "num_channels": ("channels", 3),
+            "patch_size": ("patch_size", 16),
+            "num_hidden_layers": ("num_layers", None),
+            "num_attention_heads": ("num_heads", None),
+            "hidden_size": ("embed_dim", None),
+            "layer_norm_eps": ("norm_epsilon", 1e-12),
+            "hidden_dropout_prob": ("residual_dropout", 0.0),
+            "attention_probs_dropout_prob": ("attention_dropout", 0.0),
+        },
+    ),
+}
+
+
+def tensors(config: GPTConfig | ViTConfig) -> dict[str, Tensor]:
     """Every parameter of a model, by its name in a checkpoint."""
+    return _vit_tensors(config) if config.family == "vit" else _gpt2_tensors(config)
+
+
+def _gpt2_tensors(config: GPTConfig) -> dict[str, Tensor]:
     d, f, heads, kv = config.embed_dim, config.mlp_dim, config.num_heads, config.head_dim
     vocab, padded = config.vocab_size, config.padded_vocab_size
     found = {
-        "token_embedding/embedding": Tensor("wte.weight", (vocab, d), (padded, d)),
-        "position_embedding/embedding": Tensor("wpe.weight", (config.block_size, d), (config.block_size, d)),
+        "token_embedding/embedding": Tensor(("wte.weight",), (vocab, d), (padded, d)),
+        "position_embedding/embedding": Tensor(("wpe.weight",), (config.block_size, d), (config.block_size, d)),
     }
     norms = {"blocks/norm_1": "h.{}.ln_1", "blocks/norm_2": "h.{}.ln_2", "final_norm": "ln_f"}
-    for name, theirs in norms.items():
-        found[f"{name}/scale"] = Tensor(f"{theirs}.weight", (d,), (d,))
-        found[f"{name}/bias"] = Tensor(f"{theirs}.bias", (d,), (d,))
+    found |= _norms(norms, d)
     for name, theirs, inputs, outputs in (
         ("attention/qkv", "attn.c_attn", (d,), (heads, 3 * kv)),
         ("attention/out", "attn.c_proj", (heads, kv), (d,)),
         ("mlp/up", "mlp.c_fc", (d,), (f,)),
         ("mlp/down", "mlp.c_proj", (f,), (d,)),
     ):
-        packed, width = name == "attention/qkv", {"attention/qkv": 3 * d, "mlp/up": f}.get(name, d)
-        rows = f if name == "mlp/down" else d
-        found[f"blocks/{name}/kernel"] = Tensor(f"h.{{}}.{theirs}.weight", (rows, width), (*inputs, *outputs), packed)
-        found[f"blocks/{name}/bias"] = Tensor(f"h.{{}}.{theirs}.bias", (width,), outputs, packed)
+        rows, width, packed = math.prod(inputs), math.prod(outputs), name == "attention/qkv"
+        kernel, bias = ((f"h.{{}}.{theirs}.{part}",) for part in ("weight", "bias"))
+        found[f"blocks/{name}/kernel"] = Tensor(kernel, (rows, width), (*inputs, *outputs), packed=packed)
+        found[f"blocks/{name}/bias"] = Tensor(bias, (width,), outputs, packed=packed)
     if not config.tie_embeddings:
-        found["head/kernel"] = Tensor("lm_head.weight", (vocab, d), (d, padded), transposed=True)
+        found["head/kernel"] = Tensor(("lm_head.weight",), (vocab, d), (d, padded), order=(1, 0))
     return found
+
+
+def _vit_tensors(config: ViTConfig) -> dict[str, Tensor]:
+    d, f, heads, kv, length = config.embed_dim, config.mlp_dim, config.num_heads, config.head_dim, config.length
+    channels, side, classes = config.channels, config.patch_size, config.vocab_size
+    embeddings, layer = "embeddings.", "encoder.layer.{}."
+    # A convolution whose steps are as wide as its kernel: output, channel, row and column there.
+    patches, pixels = f"{embeddings}patch_embeddings.projection", side * side * channels
+    found = {
+        "class_token": Tensor((f"{embeddings}cls_token",), (1, 1, d), (d,)),
+        "position_embedding": Tensor((f"{embeddings}position_embeddings",), (1, length, d), (length, d)),
+        "patch_embedding/kernel": Tensor((f"{patches}.weight",), (d, channels, side, side), (pixels, d), (2, 3, 1, 0)),
+        "patch_embedding/bias": Tensor((f"{patches}.bias",), (d,), (d,)),
+        "head/kernel": Tensor(("classifier.weight",), (classes, d), (d, classes), order=(1, 0)),
+        "head/bias": Tensor(("classifier.bias",), (classes,), (classes,)),
+    }
+    norms = {"blocks/norm_1": f"{layer}layernorm_before", "blocks/norm_2": f"{layer}layernorm_after"}
+    found |= _norms(norms | {"final_norm": "layernorm"}, d)
+    for name, theirs, inputs, outputs in (
+        ("attention/qkv", [f"attention.attention.{kind}" for kind in ("query", "key", "value")], (d,), (heads, 3 * kv)),
+        ("attention/out", ["attention.output.dense"], (heads, kv), (d,)),
+        ("mlp/up", ["intermediate.dense"], (d,), (f,)),
+        ("mlp/down", ["output.dense"], (f,), (d,)),
+    ):
+        rows, width, packed = math.prod(inputs), math.prod(outputs) // len(theirs), name == "attention/qkv"
+        kernels, biases = (tuple(f"{layer}{each}.{part}" for each in theirs) for part in ("weight", "bias"))
+        found[f"blocks/{name}/kernel"] = Tensor(kernels, (width, rows), (*inputs, *outputs), (1, 0), packed)
+        found[f"blocks/{name}/bias"] = Tensor(biases, (width,), outputs, packed=packed)
+    return found
+
+
+def _norms(names: dict[str, str], width: int) -> dict[str, Tensor]:
+    parts = {"scale": "weight", "bias": "bias"}
+    return {
+        f"{name}/{part}": Tensor((f"{theirs}.{their_part}",), (width,), (width,))
+        for name, theirs in names.items()
+        for part, their_part in parts.items()
+    }
 
 
 class Folder:
     """The tensors of a folder in the layout of transformers: headers now, each array when it is asked for.
 
     Attributes:
-      shapes: of each tensor, by its name without "transformer.".
+      shapes: of each tensor, by its name without the prefix.
 
     Raises:
       UserError: there are no safetensors, or a file is missing or damaged.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, prefix: str):
         self._path = path
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, tuple[str, str]] = {}  # file and full name
         for file in self._files():
             with self._open(file) as tensors_:
                 for name in tensors_.keys():  # noqa: SIM118  not a dictionary
-                    short = name.removeprefix("transformer.")
+                    short = name.removeprefix(prefix)
                     if BUFFERS.fullmatch(short):
                         continue
                     if short in self._places:
@@ -182,7 +309,7 @@ class Folder:
             raise UserError(f"{self._path / file} is damaged or cut off ({error}).") from None
 
 
-def read_config(path: Path, vocab_multiple: int) -> GPTConfig:
+def read_config(path: Path, vocab_multiple: int) -> GPTConfig | ViTConfig:
     """The model that a config.json of transformers describes.
 
     Raises:
@@ -191,78 +318,105 @@ def read_config(path: Path, vocab_multiple: int) -> GPTConfig:
     if not path.is_file():
         raise UserError(f"{path} is missing: it tells the shape of the model.")
     theirs = _read_json(path)
-    for key, right in FIXED.items():
-        if theirs.get(key, None if key == "model_type" else right) != right:
-            raise UserError(f"{path}: {key} is {theirs.get(key)!r}, but only {right!r} can be converted.")
-    if (activation := theirs.get("activation_function", "gelu_new")) not in ACTIVATIONS:
-        raise UserError(
-            f"{path}: activation_function is {activation!r}, but only {', '.join(ACTIVATIONS)} can be converted."
-        )
+    known = {architecture.model_type: (family, architecture) for family, architecture in ARCHITECTURES.items()}
+    if (model_type := theirs.get("model_type")) not in known:
+        names = " and ".join(map(repr, known))
+        raise UserError(f"{path}: model_type is {model_type!r}, but only {names} can be converted.")
+    family, architecture = known[model_type]
+    for key, right in architecture.fixed.items():
+        if theirs.get(key, right) != right:
+            raise UserError(f"{path}: {key} is {theirs[key]!r}, but only {right!r} can be converted.")
+    key, usual = architecture.activation
+    if (activation := theirs.get(key, usual)) not in ACTIVATIONS:
+        raise UserError(f"{path}: {key} is {activation!r}, but only {', '.join(ACTIVATIONS)} can be converted.")
 
-    def number(key: str, *, default: Any = None, kind: type = int) -> Any:
-        value = theirs.get(key, default)
+    def number(key: str, usual: float | None, kind: type) -> Any:
+        value = theirs.get(key, usual)
         if isinstance(value, bool) or not isinstance(value, (int, kind)):
             raise UserError(f"{path}: {key} is {value!r}, and not a number.")
         if not abs(value) < 2**31:
             raise UserError(f"{path}: {key} is beyond all models.")
-        return value
+        return kind(value)
 
-    width = number("n_embd")
-    hidden = number("n_inner") if theirs.get("n_inner") is not None else 4 * width
-    config = GPTConfig(
-        vocab_size=number("vocab_size"),
-        vocab_multiple=vocab_multiple,
-        block_size=number("n_positions"),
-        num_layers=number("n_layer"),
-        num_heads=number("n_head"),
-        embed_dim=width,
-        mlp_factor=hidden / max(width, 1),
-        tie_embeddings=bool(theirs.get("tie_word_embeddings", True)),
-        activation=ACTIVATIONS[activation],
-        embed_dropout=float(number("embd_pdrop", default=0.1, kind=float)),
-        residual_dropout=float(number("resid_pdrop", default=0.1, kind=float)),
-        attention_dropout=float(number("attn_pdrop", default=0.1, kind=float)),
-    )
+    cls = {"gpt": GPTConfig, "vit": ViTConfig}[family]
+    kinds = typing.get_type_hints(cls)
+    ours = {name: number(key, usual, kinds[name]) for key, (name, usual) in architecture.numbers.items()} | {
+        "activation": ACTIVATIONS[activation]
+    }
+    inner = {"gpt": "n_inner", "vit": "intermediate_size"}[family]
+    hidden = number(inner, None, int) if theirs.get(inner) is not None else 4 * ours["embed_dim"]
+    ours["mlp_factor"] = hidden / max(ours["embed_dim"], 1)
+    if family == "gpt":
+        ours |= {"vocab_multiple": vocab_multiple, "tie_embeddings": bool(theirs.get("tie_word_embeddings", True))}
+    else:
+        ours |= _read_pixels(path.with_name(PREPROCESSOR)) | {"embed_dropout": ours["residual_dropout"]}
+        ours["vocab_size"] = len(_read_labels(path, theirs).names)
+    config = cls(**ours)
     if config.mlp_dim != hidden:
-        raise UserError(f"{path}: n_inner is {hidden}, which no model.mlp_factor gives for a width of {width}.")
+        raise UserError(f"{path}: {inner} is {hidden}, which no model.mlp_factor gives for this width.")
     return config
 
 
-def write_config(config: GPTConfig, end_of_text: int | None) -> dict[str, Any]:
-    """A config.json of transformers for a model.
+def _read_labels(path: Path, theirs: dict[str, Any]) -> tokenizers.Labels:
+    """The names of the classes, by their numbers."""
+    found = theirs.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})  # what a file may leave out
+    try:
+        return tokenizers.Labels.from_dict({"names": [found[str(i)] for i in range(len(found))]})
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise UserError(f"{path}: id2label does not name the classes 0, 1, …") from None
 
-    Args:
-      end_of_text: token that ends a text, or None.
+
+def _read_pixels(path: Path) -> dict[str, str]:
+    """How pixels are scaled: as `ViTConfig` has it. Where there is no file, as transformers does without."""
+    theirs, ours = _read_json(path) if path.exists() else {}, {}
+    for key, name in (("image_mean", "pixel_mean"), ("image_std", "pixel_std")):
+        value = theirs.get(key, [0.5, 0.5, 0.5])
+        if not isinstance(value, list) or not all(isinstance(number, (int, float)) for number in value):
+            raise UserError(f"{path}: {key} is {value!r}, and no list of numbers.")
+        ours[name] = ",".join(map(str, value)) if len(set(value)) > 1 else str(value[0])
+    return ours
+
+
+def write_config(config: GPTConfig | ViTConfig, tokenizer: tokenizers.Tokenizer) -> dict[str, dict[str, Any]]:
+    """Names and contents of config.json, and what else transformers wants, for a model.
 
     Raises:
-      UserError: GPT-2 there has no form for it.
+      UserError: there is no form for it there.
     """
+    architecture = ARCHITECTURES[config.family]
     names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-    needed = {"norm": "layernorm", "positions": "learned", "bias": True, "qk_norm": False}
-    for key, value in needed.items():
+    for key, value in architecture.needed.items():
         if getattr(config, key) != value:
-            raise UserError(f"transformers' GPT-2 has no model.{key}={getattr(config, key)}, only {value}.")
+            raise UserError(
+                f"transformers' {architecture.title} has no model.{key}={getattr(config, key)}, only {value}."
+            )
     if config.activation not in names:
-        raise UserError(f"transformers' GPT-2 has no model.activation={config.activation}, only {', '.join(names)}.")
-    return {
-        "architectures": ["GPT2LMHeadModel"],
-        **FIXED,
-        "vocab_size": config.vocab_size,
-        "n_positions": config.block_size,
-        "n_embd": config.embed_dim,
-        "n_layer": config.num_layers,
-        "n_head": config.num_heads,
-        "n_inner": config.mlp_dim,
-        "activation_function": names[config.activation],
-        "tie_word_embeddings": config.tie_embeddings,
-        "embd_pdrop": config.embed_dropout,
-        "resid_pdrop": config.residual_dropout,
-        "attn_pdrop": config.attention_dropout,
+        raise UserError(
+            f"transformers' {architecture.title} has no model.activation={config.activation}, only {', '.join(names)}."
+        )
+    theirs = {
+        "architectures": [architecture.model_class],
+        "model_type": architecture.model_type,
+        **architecture.fixed,
+        **{key: getattr(config, name) for key, (name, _) in architecture.numbers.items()},
+        architecture.activation[0]: names[config.activation],
         "initializer_range": 0.02,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
         "torch_dtype": "float32",
     }
+    if config.family == "gpt":
+        tokens = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.separator)
+        return {
+            "config.json": theirs | tokens | {"n_inner": config.mlp_dim, "tie_word_embeddings": config.tie_embeddings}
+        }
+    theirs |= {
+        "intermediate_size": config.mlp_dim,
+        "id2label": dict(enumerate(tokenizer.names)),
+        "label2id": {name: i for i, name in enumerate(tokenizer.names)},
+    }
+    mean, std = (numbers.tolist() * (config.channels // len(numbers)) for numbers in config.pixel_scale())
+    size = dict.fromkeys(("height", "width"), config.image_size)
+    pixels = {"image_processor_type": "ViTImageProcessor", "image_mean": mean, "image_std": std, "size": size}
+    return {"config.json": theirs, PREPROCESSOR: pixels}
 
 
 def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -280,28 +434,30 @@ def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
 
 
 def write_tokenizer(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:
-    """Names and texts of the tokenizer's files for a folder of transformers."""
+    """Names and texts of the tokenizer's files for a folder of transformers; names of classes are in config.json."""
+    if isinstance(tokenizer, tokenizers.Labels):
+        return {}
     if isinstance(tokenizer, tokenizers.BPETokenizer):
         return tokenizer.files()
     return {OUR_TOKENIZER: tokenizer.to_json()}
 
 
-def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> GPTConfig:
+def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> GPTConfig | ViTConfig:
     """Makes a workdir of a folder.
 
     Raises:
-      UserError: the folder is not a whole GPT-2, or there is something in the workdir already.
+      UserError: the folder is not a whole GPT-2 or ViT, or there is something in the workdir already.
     """
     import numpy as np
 
     if not folder.is_dir():
         raise UserError(f"--from_hf={folder}: there is no such folder.")
     _refuse_to_overwrite("workdir", workdir.path)
-    config, tokenizer, there = (
-        read_config(folder / "config.json", vocab_multiple),
-        read_tokenizer(folder),
-        Folder(folder),
-    )
+    path = folder / "config.json"
+    config = read_config(path, vocab_multiple)
+    is_classifier = config.family == "vit"
+    tokenizer = _read_labels(path, _read_json(path)) if is_classifier else read_tokenizer(folder)
+    there = Folder(folder, ARCHITECTURES[config.family].prefix)
     if tokenizer.vocab_size != config.vocab_size:
         raise UserError(
             f"{folder}: vocab_size is {config.vocab_size} in config.json, but the tokenizer has "
@@ -311,13 +467,15 @@ def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> GPTConfig:
     shapes = {}
     for name, tensor in wanted.items():
         for layer in _layers(name, config):
-            shapes[tensor.name.format(layer)] = tensor.shape
+            shapes |= dict.fromkeys((part.format(layer) for part in tensor.names), tensor.shape)
     found, head, table = dict(there.shapes), "lm_head.weight", "wte.weight"
-    if config.tie_embeddings and {head, table} <= found.keys():  # it may be there all the same, as a copy
+    if (
+        not is_classifier and config.tie_embeddings and {head, table} <= found.keys()
+    ):  # it may be there all the same, as a copy
         if not np.array_equal(there.read(head), there.read(table)):
             raise UserError(f"{folder}: {head} differs from {table}, but config.json has tie_word_embeddings.")
         del found[head]
-    _compare_shapes(folder, found, shapes)
+    _compare_shapes(folder, found, shapes, ARCHITECTURES[config.family].title)
 
     def deferred(name: str, tensor: Tensor) -> Deferred:
         layers = _layers(name, config)
@@ -326,29 +484,34 @@ def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> GPTConfig:
         def make() -> np.ndarray:
             array = np.zeros((*lead, *tensor.ours), np.float32)
             for layer in layers:
-                tensor.read(there.read(tensor.name.format(layer)), array[layer] if lead else array)
+                theirs = [there.read(part.format(layer)) for part in tensor.names]
+                tensor.read(theirs, array[layer] if lead else array)
             return array
 
         return Deferred((*lead, *tensor.ours), make)
 
     workdir.create()
     write_params(workdir, _tree({name: deferred(name, tensor) for name, tensor in wanted.items()}))
-    kind = tokenizers.TokenizerConfig(name=tokenizer.name)
-    workdir.record(Run(Config(model=dataclasses.replace(config, vocab_size=0), tokenizer=kind), tokenizer, None))
+    model = dataclasses.replace(config, vocab_size=0)
+    if is_classifier:
+        recorded = Config(model=model, data=ImagesConfig())
+    else:
+        recorded = Config(model=model, tokenizer=tokenizers.TokenizerConfig(name=tokenizer.name))
+    workdir.record(Run(recorded, tokenizer, None))
     return config
 
 
-def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[GPTConfig, int]:
+def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[GPTConfig | ViTConfig, int]:
     """Makes a folder of a workdir; returns the model's config and the step.
 
     Raises:
       UserError: there is no such checkpoint, transformers has no such model, or there is something in the folder.
     """
     run = workdir.read()
-    if run.config.model.family != "gpt":
-        raise UserError(f"--workdir={workdir.path} holds a model.family={run.config.model.family}, and no GPT-2.")
+    if (family := run.config.model.family) not in ARCHITECTURES:
+        raise UserError(f"--workdir={workdir.path} holds a model.family={family}, and no GPT-2 or ViT.")
     config = run.config.model.without_kernel().resolve(run.tokenizer.vocab_size, "cpu")
-    theirs = write_config(config, run.tokenizer.separator)
+    theirs = write_config(config, run.tokenizer)
     weights = Weights(workdir, checkpoint)
     _refuse_to_overwrite("to_hf", folder)
     try:
@@ -356,29 +519,29 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[GPTConfig, i
         write_safetensors(folder / "model.safetensors", config, weights)
         for name, text in write_tokenizer(run.tokenizer).items():
             (folder / name).write_text(text, encoding="utf-8")
-        (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
+        for name, content in theirs.items():
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"Cannot write to --to_hf={folder}: {error.strerror or error}.") from None
     return config, weights.step
 
 
-def write_safetensors(path: Path, config: GPTConfig, weights: Weights) -> None:
+def write_safetensors(path: Path, config: GPTConfig | ViTConfig, weights: Weights) -> None:
     """Writes the parameters in the safetensors format, one after the other.
 
     The format is eight bytes with the header's length, the header in JSON, and the arrays one after the other
     (https://github.com/huggingface/safetensors#format). The library's own writer wants them all in memory.
     """
     wanted, header, offset = tensors(config), {"__metadata__": {"format": "pt"}}, 0
+    architecture = ARCHITECTURES[config.family]
     for name, tensor in wanted.items():
+        size = 4 * math.prod(tensor.shape)
         for layer in _layers(name, config):
-            size = 4 * math.prod(tensor.shape)
-            prefix = "" if tensor.name == "lm_head.weight" else "transformer."
-            header[prefix + tensor.name.format(layer)] = {
-                "dtype": "F32",
-                "shape": tensor.shape,
-                "data_offsets": (offset, offset + size),
-            }
-            offset += size
+            for part in tensor.names:
+                prefix = "" if part.startswith(architecture.head) else architecture.prefix
+                place = {"dtype": "F32", "shape": tensor.shape, "data_offsets": (offset, offset + size)}
+                header[prefix + part.format(layer)] = place
+                offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the arrays are aligned
     partial = path.with_name(path.name + ".partial")
@@ -388,23 +551,26 @@ def write_safetensors(path: Path, config: GPTConfig, weights: Weights) -> None:
         for (name, tensor), array in zip(wanted.items(), weights.restore_each(shapes), strict=True):
             for layer in _layers(name, config):
                 ours = array[layer] if name.startswith("blocks/") else array
-                out.write(tensor.write(ours).astype("<f4").tobytes())
+                for part in tensor.write(ours):
+                    out.write(part.astype("<f4").tobytes())
     partial.replace(path)
 
 
-def _layers(name: str, config: GPTConfig) -> range:
+def _layers(name: str, config: GPTConfig | ViTConfig) -> range:
     return range(config.num_layers if name.startswith("blocks/") else 1)
 
 
-def _lead(name: str, config: GPTConfig) -> tuple[int, ...]:
+def _lead(name: str, config: GPTConfig | ViTConfig) -> tuple[int, ...]:
     """The axis of the layers, for what each of them has."""
     return (config.num_layers,) if name.startswith("blocks/") else ()
 
 
-def _compare_shapes(folder: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+def _compare_shapes(
+    folder: Path, found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], title: str
+) -> None:
     for what, names in (
         ("missing", sorted(wanted.keys() - found.keys())),
-        ("not part of a GPT-2 of this shape", sorted(found.keys() - wanted.keys())),
+        (f"not part of a {title} of this shape", sorted(found.keys() - wanted.keys())),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -441,7 +607,7 @@ def _tree(leaves: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _describe(config: GPTConfig) -> str:
+def _describe(config: GPTConfig | ViTConfig) -> str:
     return f"model  {config.num_parameters():,} parameters: {config.summary()}, vocabulary {config.vocab_size}"
 
 

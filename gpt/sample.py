@@ -117,7 +117,7 @@ def main() -> int:
         *_, finished = steps
         for i, ((prompt, number), sample) in enumerate(zip(labelled, finished, strict=True)):
             if _LOGPROBS.value:
-                pieces = [run.tokenizer.decode(token[None]) for token in sample.tokens]
+                pieces = [run.tokenizer.piece(token) for token in sample.tokens]
                 logprobs = [round(float(x), 4) for x in sample.logprobs]
                 line = {"prompt": prompt, "sample": number, "text": sample.text}
                 show(json.dumps(line | {"tokens": sample.tokens.tolist(), "pieces": pieces, "logprobs": logprobs}))

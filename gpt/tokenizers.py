@@ -64,6 +64,10 @@ class Tokenizer(Protocol):
         except UserError:
             return np.zeros(1, np.int32)
 
+    def piece(self, token: int) -> str:
+        """A token by itself."""
+        return self.decode(np.array([token]))
+
     def picture(self, samples: Sequence[np.ndarray]) -> bytes | None:
         """A PNG file of samples, each with its prompt's tokens; None: tokens are no pictures."""
         return None

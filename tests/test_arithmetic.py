@@ -181,3 +181,26 @@ def test_the_config_chooses_family_and_kind_by_name():
     del tree["model"]["family"]
     with pytest.raises(UserError, match=r"no key 'model\.family'"):
         from_tree(tree)
+
+
+def test_the_commands_train_evaluate_and_answer(tmp_path, command):
+    """A model that has learnt little: the answers are numbers, most of them wrong, and said to be."""
+    model = ("--config.model.num_layers=1", "--config.model.num_heads=2", "--config.model.embed_dim=16")
+    data = ("--config.data.digits=1", "--config.data.operators=+-", "--config.data.validation_rows=30")
+    length = ("--config.train.steps=20", "--config.train.eval_every=0", "--config.train.batch_size=8")
+    run = f"--workdir={tmp_path}"
+    trained = command("main", "--config=configs/adder.py", *model, *data, *length, run)
+    assert (trained.returncode, trained.stderr) == (0, "")
+    assert "80 training and 30 held-out questions like" in trained.stdout
+    assert re.search(r"step 20/20  validation loss [\d.]+  accuracy [\d.]+%  exact match [\d.]+%", trained.stdout)
+    assert len(re.findall(r"  │ mistake  \d[+-]\d=\S+, right is -?\d+\n", trained.stdout)) == 8
+    evaluated = command("evaluate", run)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert re.search(
+        r"val split, 30 rows\nloss +[\d.]+\naccuracy +0[\d.]+\nexact match +0[\d.]+\nmistake", evaluated.stdout
+    )
+    sampled = command("sample", run, "--prompt=7 - 5 =")
+    assert re.fullmatch(r"7 - 5 =\S+\n", sampled.stdout), (sampled.stdout, sampled.stderr)
+    refused = command("sample", run, "--prompt=77-5=")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: --prompt: '77-5=' is no question like ")

@@ -34,6 +34,8 @@ SMALL = {
     "num_heads": 2,
     "embed_dim": 16,
     "vocab_multiple": 8,
+    "image_size": 16,
+    "patch_size": 8,
     "lora_rank": 0,
     "residual_dropout": 0.0,  # on other meshes, other masks are drawn
     "embed_dropout": 0.0,

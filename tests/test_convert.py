@@ -1,5 +1,7 @@
 """GPT-2 weights in and out: numbers against a GPT-2 in NumPy and against transformers', and every folder refused.
 
+For the other architecture see test_convert_vit.py.
+
 The tests that need transformers and torch (`pip install -e ".[parity]"`) are skipped without.
 """
 
@@ -31,7 +33,15 @@ from gpt.tokenizers import ByteTokenizer, TokenizerConfig
 SMALL = {"vocab_size": 256, "n_positions": 32, "n_embd": 48, "n_layer": 2, "n_head": 4}
 SIZES = [
     SMALL,
-    {"vocab_size": 256, "n_positions": 64, "n_embd": 64, "n_layer": 3, "n_head": 2, "n_inner": 96},
+    {
+        "vocab_size": 256,
+        "n_positions": 64,
+        "n_embd": 64,
+        "n_layer": 3,
+        "n_head": 2,
+        "n_inner": 96,
+        "layer_norm_epsilon": 0.01,
+    },
     {"vocab_size": 256, "n_positions": 128, "n_embd": 120, "n_layer": 4, "n_head": 6, "tie_word_embeddings": False},
 ]
 
@@ -81,7 +91,7 @@ def gpt2_logits(tensors, config, tokens):
 
     def norm(x, name):
         x = x - x.mean(-1, keepdims=True)
-        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.get("layer_norm_epsilon", 1e-5))
         return x * w[f"{name}.weight"] + w[f"{name}.bias"]
 
     def linear(x, name):
@@ -196,7 +206,7 @@ REFUSED = {
     "integers": ({}, lambda t: t | {WTE: t[WTE].astype(np.int32)}, r"wte\.weight is of type I32"),
     "another head": ({}, lambda t: t | {"lm_head.weight": t[WTE] + 1}, r"lm_head\.weight differs from wte\.weight"),
     "another architecture": ({"model_type": "llama"}, None, r"config\.json: model_type is 'llama', but only 'gpt2'"),
-    "another epsilon": ({"layer_norm_epsilon": 1e-6}, None, r"layer_norm_epsilon is 1e-06, but only 1e-05"),
+    "no epsilon": ({"layer_norm_epsilon": 0}, None, r"model\.norm_epsilon=0\.0 has to be greater than 0"),
     "another scale": ({"scale_attn_by_inverse_layer_idx": True}, None, r"scale_attn_by_inverse_layer_idx is True"),
     "another activation": ({"activation_function": "tanh"}, None, r"activation_function is 'tanh'"),
     "no width": ({"n_embd": None}, None, r"n_embd is None, and not a number"),
@@ -284,7 +294,7 @@ def test_a_damaged_checkpoint_is_not_written(base, tmp_path):
 )
 def test_models_that_are_no_gpt2_are_not_written(change):
     with pytest.raises(UserError, match=rf"transformers' GPT-2 has no model\.{next(iter(change))}="):
-        convert.write_config(GPTConfig(vocab_size=9, **change), None)
+        convert.write_config(GPTConfig(vocab_size=256, **change), ByteTokenizer())
 
 
 def test_a_tokenizer_goes_there_and_back(tmp_path):
@@ -464,9 +474,9 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(config, theirs, t
     for path, array in jax.tree_util.tree_leaves_with_path(found):
         name = path_name(path)
         for layer in convert._layers(name, run.model_config):
-            theirs_ = wanted[name].name.format(layer)
+            theirs_ = wanted[name].names[0].format(layer)
             parameter = model.get_parameter(theirs_ if "lm_head" in theirs_ else f"transformer.{theirs_}")
-            ours_ = wanted[name].write(array[layer] if name.startswith("blocks/") else array)
+            (ours_,) = wanted[name].write(array[layer] if name.startswith("blocks/") else array)
             np.testing.assert_allclose(ours_, parameter.grad.numpy(), atol=1e-4, err_msg=theirs_)
 
 

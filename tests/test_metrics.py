@@ -260,9 +260,9 @@ def test_milestones_alone_are_printed_where_there_is_no_terminal(clock):
     for step in range(1, 21):
         clock.wait(1.0)
         progress.update(step, 2.0 / step, RATES, milestone=step % 10 == 0)
-    progress.evaluated(20, 1.5, best=True)
+    progress.evaluated(20, {"loss": 1.5}, best=True)
     progress.update(30, 0.5, RATES | {"mfu": 0.4567, "input_wait": 0.25}, milestone=True)
-    progress.evaluated(30, 1.75, best=False)
+    progress.evaluated(30, {"loss": 1.75}, best=False)
     assert out.getvalue().splitlines() == [
         "hello",
         "step 10/2,000  loss 0.2000  12.3k tok/s  eta 16m35s",
@@ -281,7 +281,7 @@ def test_line_renews_itself_on_a_terminal(terminal, clock):
         clock.wait(1.0)
         progress.update(step, 1.0, RATES, milestone=False)
     assert [line.split("  ")[0] for line in terminal.screen()] == ["hello", "step 5/100"]
-    progress.evaluated(5, 1.5, best=False)
+    progress.evaluated(5, {"loss": 1.5}, best=False)
     clock.wait(1.0)
     progress.update(6, 1.0, RATES, milestone=True)
     assert [line.split("  ")[0] for line in terminal.screen()] == ["hello", "step 5/100", "step 6/100"]
@@ -317,7 +317,7 @@ def test_disabled_prints_nothing(make, clock):
     progress = Progress(100, enabled=False, out=out)
     clock.wait(1.0)
     progress.update(1, 1.0, RATES, milestone=True)
-    progress.evaluated(1, 1.0, best=True)
+    progress.evaluated(1, {"loss": 1.0}, best=True)
     progress.say("hello")
     assert out.getvalue() == ""
 

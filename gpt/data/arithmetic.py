@@ -226,6 +226,9 @@ class QuestionTokenizer(CharTokenizer):
         written = super().decode(ids)
         return self.config.show(written) if len(written) >= self.config.answer_length else "\ufffd" * len(written)
 
+    def piece(self, token: int) -> str:
+        return self.alphabet[token]
+
     def to_json(self) -> str:
         return json.dumps({"name": self.name, "alphabet": self.alphabet})
 

@@ -30,7 +30,7 @@ RATIOS = (3 / 4, 4 / 3)  # between which the sides of a cut are, as of arXiv 140
 
 @dataclasses.dataclass(frozen=True)
 class ImagesConfig(DataConfig):
-    kind: str = dataclasses.field(default="images", kw_only=True)
+    kind: str = dataclasses.field(default="images", kw_only=True)  # see gpt/data/__init__.py
     # A folder with a subfolder of images for each class, or with two such folders, `train` and `val`; "": the 1,797
     # digits of 8 × 8 pixels that come with scikit-learn.
     path: str = ""

@@ -62,6 +62,11 @@ class TextConfig(DataConfig):
     def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Corpus":
         return load(self, tokenizer, model and model.length, say, status)
 
+    def tokenizer(self, saved: dict) -> Tokenizer:
+        if isinstance(found := super().tokenizer(saved), tokenizers.Labels):
+            raise ValueError("names of classes in the place of a tokenizer")
+        return found
+
     def opened(self, path: str | None = None) -> "TextConfig":
         other = {} if path is None else {"path": path, "validation_path": ""}
         return dataclasses.replace(self, cache_dir="", **other)  # a stranger is not to say where to write
@@ -127,8 +132,9 @@ class Corpus(Dataset):
         if source.counts is not None:
             targets = targets[source.counts[1:]]
         size = sum(lengths[targets[i : i + 2**20]].sum() for i in range(0, len(targets), 2**20))
+        perplexity = math.exp(loss) if loss < 700 else math.inf
         bits = loss * result["targets"] / math.log(2)
-        return {"tokens": result["targets"], "loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits / size}
+        return {"tokens": result["targets"], "loss": loss, "perplexity": perplexity, "bits_per_byte": bits / size}
 
     def preview(
         self, program: "Program", config: "Config", source: Source

@@ -30,7 +30,7 @@ MAX_SIZE = 1 << 14  # pixels; more is a slip
 class ViTConfig(BlockConfig):
     """Shape and options of the model. The defaults are a ViT-Ti/16 for photographs, but for the classes."""
 
-    family: str = dataclasses.field(default="vit", kw_only=True)
+    family: str = dataclasses.field(default="vit", kw_only=True)  # see gpt/models/__init__.py
     num_layers: int = 12
     num_heads: int = 3
     embed_dim: int = 192
@@ -82,12 +82,12 @@ class ViTConfig(BlockConfig):
         return {"inputs": jax.ShapeDtypeStruct(shape, jnp.uint8), "targets": jax.ShapeDtypeStruct((), jnp.int32)}
 
     def pixel_scale(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of pixels, float32 of [C] or [1]. Raises UserError where they are none."""
+        """Mean and standard deviation of pixels, of [C] or [1]. Raises UserError where they are none."""
         found = []
         for key in ("pixel_mean", "pixel_std"):
             text = getattr(self, key)
             try:
-                numbers = np.array([float(number) for number in text.split(",")], np.float32)
+                numbers = np.array([float(number) for number in text.split(",")])
             except ValueError:
                 numbers = np.full(1, np.nan)
             if len(numbers) not in (1, self.channels) or not np.isfinite(numbers).all():

@@ -1,0 +1,36 @@
+"""A vision transformer (arXiv 2010.11929) for a folder of images with a subfolder for each class. For an accelerator.
+
+Takes a size by name as an argument: --config=configs/vit.py:S (see SIZES in gpt/models/vit.py); without, it is Ti. Name
+the folder by --config.data.path; `pip install -e ".[images]"`.
+
+The recipe is that of the simple ViT (arXiv 2205.01580) as far as it goes here: mean of the patches, sines and cosines
+for positions, crops and mirror images, batches of 1,024, 90 epochs. A plan wants --config.model.vocab_size=CLASSES.
+"""
+
+from gpt.config import default_config
+from gpt.data.images import ImagesConfig
+from gpt.models.vit import ViTConfig, named_size
+
+
+def get_config(size: str = "Ti"):
+    config = default_config(ViTConfig(), ImagesConfig())
+    config.model.update(named_size(size))
+    config.model.pooling = "mean"
+    config.model.positions = "sincos"
+    config.model.embed_dropout = 0.0
+    config.model.residual_dropout = 0.0
+    config.model.attention_dropout = 0.0
+    config.model.scan_layers = True
+    config.model.remat = "dots"
+    config.data.crop = 0.05
+    config.data.flip = True
+    config.data.threads = 16
+    config.data.prefetch = 16
+    config.train.batch_size = 1024
+    config.train.steps = 0
+    config.train.epochs = 90.0
+    config.train.eval_every = 1000
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_tokens = 10_000 * 1024 * 196  # 10,000 steps
+    config.optimizer.b2 = 0.999
+    return config
