@@ -27,7 +27,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--turns", type=int, default=5)
     turns = parser.parse_args().turns
-    backend.start()
+    backend.set_xla_options()
     config = from_tree(
         runpy.run_path(str(Path(__file__).parent.parent.parent / "configs/perceiver_ar.py"))["get_config"]()
     )
