@@ -7,6 +7,8 @@ The window. The model sees at most `block_size` tokens, at positions from 0 on. 
 window begins anew with the last three quarters of its text (see `kept`), which fill the cache again: positions are
 absolute, so a window that slid by one token would change every key in it. That costs about three passes over a token
 in a batch for each token made; a row's text depends on nothing but its prompt, the seed and its number.
+A model with latents (`num_targets` fewer than `block_size`) begins them anew: when a row has all of them, the last
+three quarters of these, and the window with them, fill the cache again.
 
 Shape suffixes: B rows, R rows of a part, T length, N tokens of a segment, V vocabulary.
 """
@@ -15,6 +17,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,7 +25,7 @@ from jax.sharding import NamedSharding
 
 from gpt.errors import UserError
 from gpt.models import attention
-from gpt.models.gpt import GPT, init_cache
+from gpt.models.gpt import GPTConfig
 from gpt.sharding import Layout
 from gpt.tokenizers import Tokenizer
 
@@ -78,9 +81,14 @@ def sample_token(logits_BxV: jax.Array, key_B: jax.Array, sampling: Sampling) ->
     return jnp.take_along_axis(token_BxC, choice_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def kept(block_size: int) -> int:
-    """Tokens that a window begins anew with when it is full."""
-    return block_size - block_size // 4
+def kept(config: GPTConfig) -> int:
+    """Tokens that a window begins anew with, at most, when it is full."""
+    return config.block_size - config.num_targets // 4
+
+
+def first_latent(config: GPTConfig, tokens: int) -> int:
+    """Position of the first latent where so many tokens fill the cache; there is room for one more at least."""
+    return max(0, tokens - (config.num_targets - max(1, config.num_targets // 4)))
 
 
 def _round_up(size: int, smallest: int, largest: int) -> int:
@@ -95,7 +103,8 @@ class Generator:
     """Continues prompts with a model, on its mesh: rows over the batch axes if these divide them, heads over `model`.
 
     Args:
-      model: with a resolved config; `scan_layers` works, but copies the cache of a layer at each token.
+      model: a GPT, or what continues texts as it does, with a resolved config; `scan_layers` works, but copies the
+        cache of a layer at each token.
       stop_token: a row is over when it has made this one, like the end of a document; None: never.
       logprobs: whether to give the log-probability of each token.
       segment: the most tokens that one call of the compiled program makes.
@@ -103,7 +112,7 @@ class Generator:
 
     def __init__(
         self,
-        model: GPT,
+        model: nn.Module,
         layout: Layout,
         sampling: Sampling,
         *,
@@ -120,24 +129,25 @@ class Generator:
             return logits_BxTxV, changed["cache"]
 
         def empty(rows, capacity):
-            return self._constrain(init_cache(config, rows, capacity), rows)
+            return self._constrain(config.init_cache(jnp.zeros(rows, jnp.int32), capacity), rows)
 
         def grow(cache, rows, capacity):
-            def pad(x):
-                return jnp.pad(x, [(0, capacity - size if i == x.ndim - 2 else 0) for i, size in enumerate(x.shape)])
+            larger = config.init_cache(jnp.zeros(rows, jnp.int32), capacity)
+            put = jax.tree.map(lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim), larger, cache)
+            return self._constrain(put, rows)
 
-            return self._constrain(jax.tree.map(pad, cache), rows)
-
-        def fill(params, cache, tokens_RxT, row_R, rows):
+        def fill(params, cache, tokens_RxT, first_R, row_R, rows, capacity):
             """Puts the keys and values of tokens at positions from 0 on into the given rows of a cache."""
-            part = len(tokens_RxT)
-            capacity = jax.tree.leaves(cache)[0].shape[-2]
             # The logits are of no use, so the compiler leaves them out.
-            _, filled = run(params, init_cache(config, part, capacity), tokens_RxT)
+            _, filled = run(params, config.init_cache(first_R, capacity), tokens_RxT)
             if rows > 1:
-                # A row number past the end stands for none.
-                where = (slice(None), row_R) if config.scan_layers else row_R
-                filled = jax.tree.map(lambda old, new: old.at[where].set(new, mode="drop"), cache, filled)
+
+                def put(path, old, new):
+                    # A row number past the end stands for none.
+                    where = (slice(None), row_R) if is_stacked(path) else row_R
+                    return old.at[where].set(new, mode="drop")
+
+                filled = jax.tree_util.tree_map_with_path(put, cache, filled)
             return self._constrain(filled, rows)
 
         def extend(params, cache, seen_BxV, token_B, position_B, over_B, key_B, made, count):
@@ -178,7 +188,7 @@ class Generator:
 
         self.empty = jax.jit(empty, static_argnums=(0, 1))
         self.grow = jax.jit(grow, static_argnums=(1, 2))
-        self.fill = jax.jit(fill, static_argnums=4, donate_argnums=1)
+        self.fill = jax.jit(fill, static_argnums=(5, 6), donate_argnums=1)
         self.extend = jax.jit(extend, donate_argnums=(1, 2))
 
     def _rows(self, rows: int) -> NamedSharding:
@@ -188,8 +198,12 @@ class Generator:
     def _constrain(self, cache: Any, rows: int) -> Any:
         """So that what one program gives is laid out as the next one wants it."""
         layout = self.layout.for_decoding(rows)
-        axes = ("layers",) * self.config.scan_layers + attention.cache_axes(rows)
-        return jax.lax.with_sharding_constraint(cache, NamedSharding(layout.mesh, layout.spec(*axes)))
+
+        def constrain(path, x):
+            axes = ("layers",) * is_stacked(path) + (attention.cache_axes(rows) if x.ndim > 1 else ("batch",))
+            return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, layout.spec(*axes)))
+
+        return jax.tree_util.tree_map_with_path(constrain, cache)
 
     def start(self, params: Any, prompts: Sequence[np.ndarray], num_samples: int = 1, seed: int = 0) -> "Decoding":
         """Continuations of each prompt, `num_samples` of each one after the other, to be made together.
@@ -199,6 +213,11 @@ class Generator:
           seed: what a sample becomes depends on its prompt, the seed and its number among those of the prompt.
         """
         return Decoding(self, params, [prompt for prompt in prompts for _ in range(num_samples)], num_samples, seed)
+
+
+def is_stacked(path: tuple) -> bool:
+    """Whether an array of a cache has an axis for the layers in front, which one loop goes over."""
+    return path[0].key == "blocks"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +243,7 @@ class Decoding:
 
     def __init__(self, generator: Generator, params: Any, prompts: list[np.ndarray], num_samples: int, seed: int):
         self._generator, self._params = generator, params
-        self._block_size = generator.config.block_size
+        self._config, self._block_size = generator.config, generator.config.block_size
         self._text = [np.asarray(prompt, np.int32) for prompt in prompts]
         rows = len(prompts)
         self.over_B = np.zeros(rows, bool)
@@ -233,6 +252,7 @@ class Decoding:
         # The last token of a window is not in the cache yet: making the next one begins with it.
         self._token_B = np.array([window[-1] for window in windows], np.int32)
         self._position_B = np.array([len(window) - 1 for window in windows], np.int32)
+        self._end_B = np.zeros(rows, np.int32)  # the position that a row's window has no room for
         layout = generator.layout
         # As plain numbers: an array of JAX's that only this process holds could not be given to all.
         key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(rows) % num_samples)
@@ -254,13 +274,14 @@ class Decoding:
         Rows make the same number of tokens, unless they are over in between.
         """
         generator, going = self._generator, ~self.over_B
-        full = np.flatnonzero(going & (self._position_B == self._block_size))
+        full = np.flatnonzero(going & (self._position_B == self._end_B))
         if len(full):
-            keep = kept(self._block_size)
-            self._fill(full, [self._text[row][-keep:-1] for row in full])
-            self._position_B[full] = keep - 1
+            keep_F = np.minimum(kept(self._config), self._position_B[full] + 1)
+            self._fill(full, [self._text[row][-keep:-1] for row, keep in zip(full, keep_F, strict=True)])
+            self._position_B[full] = keep_F - 1
         furthest = int(self._position_B[going].max(initial=0))
-        count = min(most, self._next_count, generator.segment, self._block_size - furthest)
+        room = (self._end_B - self._position_B)[going].min(initial=generator.segment)
+        count = min(most, self._next_count, generator.segment, int(room))
         self._next_count *= 2
         layout = generator.layout.for_decoding(len(going))
         with layout.use():
@@ -290,12 +311,15 @@ class Decoding:
         tokens_RxT = np.zeros((part, length), np.int32)  # what follows a window lies in its future: no mask needed
         for i, window in enumerate(windows):
             tokens_RxT[i, : len(window)] = window
-        row_R = np.full(part, total, np.int32)
+        row_R, first_R = np.full(part, total, np.int32), np.zeros(part, np.int32)
         row_R[: len(rows)] = rows
+        first_R[: len(rows)] = [first_latent(self._config, len(window)) for window in windows]
+        self._end_B[rows] = np.minimum(first_R[: len(rows)] + self._config.num_targets, self._block_size)
         layout = generator.layout.for_decoding(part)
         with layout.use():
-            tokens_RxT, row_R = jax.device_put(tokens_RxT, layout.batch), jax.device_put(row_R, layout.replicated)
-            self._cache = generator.fill(self._params, self._cache, tokens_RxT, row_R, total)
+            tokens_RxT, first_R = jax.device_put((tokens_RxT, first_R), layout.batch)
+            row_R = jax.device_put(row_R, layout.replicated)
+            self._cache = generator.fill(self._params, self._cache, tokens_RxT, first_R, row_R, total, self._capacity)
 
 
 @dataclasses.dataclass(frozen=True)

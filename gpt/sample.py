@@ -3,9 +3,10 @@
 python -m gpt.sample --workdir=runs/char --prompt="O Romeo"
 python -m gpt.sample --workdir=runs/char
 python -m gpt.sample --workdir=runs/char --prompt="O Romeo" --prompt="O Juliet" --num_samples=2 --logprobs
+python -m gpt.sample --workdir=runs/image_gpt --prompt=class:3 --num_samples=16 --out=threes.png
 python -m gpt.sample --workdir=runs/vit --prompt=cat.jpg
 
-Of a classifier it prints what it takes each prompt for.
+A model of pixels draws a picture; a classifier says what it takes each prompt for.
 """
 
 import itertools
@@ -28,7 +29,10 @@ if TYPE_CHECKING:
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (lowest validation loss), last, or a step.")
 _PROMPT = flags.DEFINE_multi_string(
-    "prompt", None, "Text to continue; several are continued together. Without one, a terminal gets a prompt loop."
+    "prompt",
+    None,
+    "Text to continue; several are continued together. Without one, a terminal gets a prompt loop. For a model that "
+    "draws: class:NAME, half:FILE (an image, whose lower half is drawn anew), class:NAME,half:FILE, or nothing.",
 )
 _NUM_TOKENS = flags.DEFINE_integer(
     "num_tokens", None, "Tokens in a sample. Default: 500 of a text, all of an answer or a picture.", lower_bound=1
@@ -66,8 +70,6 @@ def main() -> int:
         run.program.model, run.program.layout, sampling, stop_token=separator, logprobs=_LOGPROBS.value
     )
 
-    num_tokens = _NUM_TOKENS.value or run.tokenizer.sample_length
-
     def show(text: str, end: str = "\n") -> None:
         if cluster.is_first():
             print(text, end=end, flush=True)
@@ -91,7 +93,7 @@ def main() -> int:
         steps = generate.continuations(
             generator.start(run.params, tokens, _NUM_SAMPLES.value, seed),
             run.tokenizer.decode,
-            num_tokens,
+            _NUM_TOKENS.value or run.tokenizer.sample_length(tokens),
             stop_token=separator,
             stop_text=_STOP.value,
             stop_newlines=_STOP_NEWLINES.value,

@@ -44,14 +44,16 @@ class Tokenizer(Protocol):
 
     Attributes:
       separator: the token before, between and after documents, with which a sample ends; None: there is none.
-      sample_length: tokens in a sample of `gpt.sample`, if not told otherwise.
     """
 
     separator: int | None = None
-    sample_length: int = 500
 
     @property
     def vocab_size(self) -> int: ...
+
+    def sample_length(self, prompts: Sequence[np.ndarray]) -> int:
+        """Tokens that `gpt.sample` adds to prompts if not told otherwise."""
+        return 500
 
     def opening(self) -> np.ndarray:
         """Tokens of an empty prompt: the separator, with which documents begin; else a line feed or the first token."""

@@ -40,7 +40,9 @@ SMALL = {
     "residual_dropout": 0.0,  # on other meshes, other masks are drawn
     "embed_dropout": 0.0,
     "attention_dropout": 0.0,
+    "prefix_dropout": 0.0,
     "validation_rows": 20,
+    "num_latents": 8,
 }
 SMALL_TEXT = {"block_size": 16, "vocab_size": 256}
 TRAIN = {"batch_size": 8, "micro_batches": 1, "steps": 4, "epochs": 0.0, "tokens": 0.0, "log_every": 1}

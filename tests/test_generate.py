@@ -92,7 +92,7 @@ def naive(prompt, num_tokens, model=MODEL):
         logprobs.append(np.log(softmax(logits)[found[-1]]))
         window.append(found[-1])
         if len(window) > BLOCK:
-            window = window[-kept(BLOCK) :]
+            window = window[-kept(MODEL.config) :]
     return found, logprobs
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # data is unaware of JAX
 KINDS = {
     "text": "gpt.data.text:TextConfig",
     "images": "gpt.data.images:ImagesConfig",
+    "pixels": "gpt.data.pixels:PixelsConfig",
     "arithmetic": "gpt.data.arithmetic:ArithmeticConfig",
     "sort": "gpt.data.arithmetic:SortConfig",
 }

@@ -109,17 +109,19 @@ class Corpus(Dataset):
         return np.concatenate([np.ones(len(tokens), bool) if counts is None else counts for tokens, counts in sides])
 
     def training(self, model: "ModelConfig", seed: int) -> Source:
-        return TrainingWindows(self.train, model.length, seed, self.border, self.train_counts)
+        return TrainingWindows(self.train, model.length, seed, self.border, self.train_counts, model.num_targets)
 
     def evaluation(self, split: str, model: "ModelConfig", stride: int | None = None) -> Source:
-        if stride and stride > model.length:
-            raise UsageError(f"--stride={stride} is more than model.block_size={model.length}: it would leave gaps.")
+        if stride and stride > model.num_targets:
+            raise UsageError(
+                f"--stride={stride} is more than {model.length_key}={model.num_targets}: it would leave gaps."
+            )
         tokens, counts = self.split(split), self.counts(split)
         if len(tokens) < 2:
             raise UserError(f"The {split} split has {len(tokens)} tokens: too few to predict any; try --split=all.")
         if counts is not None and not counts[1:].any():
             raise UserError(f"The {split} split has no completions, only prompts; try --split=all.")
-        return EvaluationWindows(tokens, model.length, self.border, stride, counts)
+        return EvaluationWindows(tokens, model.length, self.border, stride, counts, model.num_targets)
 
     def describe(self) -> str:
         sizes = f"{len(self.train):,} training and {len(self.validation):,} validation tokens"
@@ -250,9 +252,12 @@ def _train_bpe(files: list["_File"], vocab_size: int, cache: Path, say: Callable
 
 @dataclasses.dataclass(frozen=True)
 class TrainingWindows:
-    """Rows of `block_size` tokens that tile the corpus, from another offset in each epoch.
+    """Rows of `block_size` tokens, whose targets tile the corpus, from another offset in each epoch.
 
     A pure function of (seed, epoch, row): see `gpt.data.pipeline`.
+
+    Attributes:
+      num_targets: how many of the last tokens of a row have a target; None: all.
     """
 
     tokens: np.ndarray
@@ -260,22 +265,24 @@ class TrainingWindows:
     seed: int
     border: int | None = None
     counts: np.ndarray | None = None  # whether a token counts as a target; None: all do
+    num_targets: int | None = None
 
     def __len__(self) -> int:
         """Rows in an epoch."""
-        return max(1, (len(self.tokens) - self.block_size) // self.block_size)
+        return max(1, (len(self.tokens) - self.block_size) // (self.num_targets or self.block_size))
 
     def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-        """{"inputs": [block_size] int32, "targets": the tokens that follow each of them}.
+        """{"inputs": [block_size] int32, "targets": the tokens that follow each of the last `num_targets`}.
 
         With a border also "starts": for each input, where in the row its document begins.
         """
-        slack = len(self.tokens) - len(self) * self.block_size
-        start = _epoch_offset(self.seed, epoch, slack) + index * self.block_size
+        num_targets = self.num_targets or self.block_size
+        slack = len(self.tokens) - (self.block_size - num_targets) - len(self) * num_targets
+        start = _epoch_offset(self.seed, epoch, slack) + index * num_targets
         end = start + self.block_size + 1
         window = self.tokens[start:end].astype(np.int32)
         targets = window[1:] if self.counts is None else np.where(self.counts[start + 1 : end], window[1:], IGNORED)
-        return _with_starts({"inputs": window[:-1], "targets": targets}, self.border)
+        return _with_starts({"inputs": window[:-1], "targets": targets[-num_targets:]}, self.border)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,7 +291,11 @@ class EvaluationWindows:
 
     A row begins `stride` tokens after the one before, and of its targets only those count that no row before it
     has: the last `stride`, each predicted from the block_size - stride tokens before it and more. The others, and what
-    fills up the last row, are `IGNORED`. With the default stride, block_size, the rows tile the split.
+    fills up the last row, are `IGNORED`. With the default stride, num_targets, the targets tile the split.
+
+    Attributes:
+      num_targets: how many of the last tokens of a row have a target; None: all. Where it is not all, the first rows
+        are filled up from the left, with what is another document.
     """
 
     tokens: np.ndarray
@@ -292,26 +303,32 @@ class EvaluationWindows:
     border: int | None = None
     stride: int | None = None
     counts: np.ndarray | None = None
+    num_targets: int | None = None
+
+    @property
+    def _targets(self) -> int:
+        return self.num_targets or self.block_size
 
     def __len__(self) -> int:
-        after_the_first = max(0, len(self.tokens) - 1 - self.block_size)
-        return 1 + -(-after_the_first // (self.stride or self.block_size))
+        after_the_first = max(0, len(self.tokens) - 1 - self._targets)
+        return 1 + -(-after_the_first // (self.stride or self._targets))
 
     def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-        """As in `TrainingWindows`; every epoch is the same."""
-        stride = self.stride or self.block_size
-        start = index * stride
-        end = start + self.block_size + 1
+        """As in `TrainingWindows`, with "starts" also where rows are filled up; every epoch is the same."""
+        stride = self.stride or self._targets
+        start = index * stride - (self.block_size - self._targets)
+        before, start, end = max(0, -start), max(0, start), start + self.block_size + 1
         window = self.tokens[start:end].astype(np.int32)
-        padding = (0, self.block_size + 1 - len(window))
+        padding = (before, self.block_size + 1 - before - len(window))
         targets = window[1:] if self.counts is None else np.where(self.counts[start + 1 : end], window[1:], IGNORED)
-        row = {
-            "inputs": np.pad(window[:-1], padding),
-            "targets": np.pad(targets, padding, constant_values=IGNORED),
-        }
+        targets = np.pad(targets, padding, constant_values=IGNORED)[-self._targets :]
         if index > 0:
-            row["targets"][: self.block_size - stride] = IGNORED
-        return _with_starts(row, self.border)
+            targets[: self._targets - stride] = IGNORED
+        row = _with_starts({"inputs": np.pad(window[:-1], padding), "targets": targets}, self.border)
+        if self._targets < self.block_size:
+            places = np.arange(self.block_size, dtype=np.int32)
+            row["starts"] = np.maximum(row.get("starts", 0), np.where(places >= before, before, 0)).astype(np.int32)
+        return row
 
 
 def _with_starts(row: dict[str, np.ndarray], border: int | None) -> dict[str, np.ndarray]:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 FAMILIES = {
     "gpt": "gpt.models.gpt:GPTConfig",
     "vit": "gpt.models.vit:ViTConfig",
+    "perceiver_ar": "gpt.models.perceiver:PerceiverARConfig",
+    "perceiver_io": "gpt.models.perceiver:PerceiverIOConfig",
 }
 
 

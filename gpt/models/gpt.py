@@ -129,13 +129,16 @@ class BlockConfig(ModelConfig):
         """This config with `auto` in the place of a kernel of attention, to be used on whatever platform."""
         return dataclasses.replace(self, attention="auto") if self.attention in attention.KERNELS else self
 
-    def block_parameters(self) -> int:
-        """Number of parameters of all blocks and of the norm after them, from the shapes alone."""
+    @property
+    def norm_parameters(self) -> int:
+        return self.embed_dim * (2 if self.bias and self.norm == "layernorm" else 1)
+
+    def block_parameters(self, blocks: int) -> int:
+        """Number of parameters of that many blocks and of a norm after them, from the shapes alone."""
         d, bias = self.embed_dim, int(self.bias)
-        norm = d * (1 + (bias if self.norm == "layernorm" else 0))
         attention_ = 4 * d * d + bias * 4 * d
         mlp = 2 * d * self.mlp_dim + bias * (self.mlp_dim + d)
-        return self.num_layers * (attention_ + mlp + 2 * norm) + norm
+        return blocks * (attention_ + mlp + 2 * self.norm_parameters) + self.norm_parameters
 
     def flops(self, length: int, other_weights: int) -> float:
         """Model FLOPs of forward and backward pass for one token of a row that is `length` tokens long.
@@ -183,6 +186,11 @@ class GPTConfig(BlockConfig):
         return self.block_size
 
     @property
+    def length_key(self) -> str:
+        """The config key of how many tokens the blocks work on, `num_targets`."""
+        return "model.block_size"
+
+    @property
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
@@ -217,11 +225,10 @@ class GPTConfig(BlockConfig):
         if self.attention_dropout:
             return f"has no dropout, but model.attention_dropout={self.attention_dropout}"
         if kernel == "splash":
-            size, parts = self.block_size, f" in {length_shards} parts" * (length_shards > 1)
-            whole = size % (attention.LANES * length_shards) == 0
-            return (
-                None if whole else f"needs a multiple of {attention.LANES} tokens, not model.block_size={size}{parts}"
-            )
+            if self.num_targets % (attention.LANES * length_shards) == 0:
+                return None
+            size, parts = f"{self.length_key}={self.num_targets}", f" in {length_shards} parts" * (length_shards > 1)
+            return f"needs a multiple of {attention.LANES} tokens, not {size}{parts}"
         if self.dtype == "float32":
             return "computes in bfloat16, not in model.dtype=float32"
         if self.head_dim % 8 or self.head_dim > 128:
@@ -232,6 +239,17 @@ class GPTConfig(BlockConfig):
     def module(self) -> "GPT":
         return GPT(self)
 
+    def init_cache(self, first_latent_B: jax.Array, capacity: int) -> dict[str, Any]:
+        """An empty "cache" collection for the module: room for the keys and values of `capacity` tokens in each row.
+
+        Args:
+          first_latent_B: int32, the position from which on the tokens of each row are latents, where a model has these.
+        """
+        rows = len(first_latent_B)
+        if self.scan_layers:
+            return {"blocks": block_cache(self, rows, capacity, self.num_layers)}
+        return {f"block_{i}": block_cache(self, rows, capacity) for i in range(self.num_layers)}
+
     def summary(self) -> str:
         return f"{super().summary()}, block {self.block_size}"
 
@@ -239,7 +257,7 @@ class GPTConfig(BlockConfig):
         """Number of parameters, embeddings included, from the shapes alone."""
         tables = self.padded_vocab_size * (1 if self.tie_embeddings else 2)
         positions = self.block_size if self.positions == "learned" else 0
-        return (tables + positions) * self.embed_dim + self.block_parameters()
+        return (tables + positions) * self.embed_dim + self.block_parameters(self.num_layers)
 
     def flops_per_token(self) -> float:
         """Model FLOPs of forward and backward pass for one trained token, at full block size: see `BlockConfig`."""
@@ -279,10 +297,7 @@ class SelfAttention(nn.Module):
     def _attend(self, q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT) -> jax.Array:
         """Of all tokens at once, which begin at position 0; their keys and values go to the cache if there is one."""
         c = self.config
-        if self.has_variable("cache", "keys"):
-            for name, x_BxTxHxK in (("keys", k_BxTxHxK), ("values", v_BxTxHxK)):
-                cache = attention.fill(self.get_variable("cache", name), x_BxTxHxK)
-                self._put(name, cache, len(x_BxTxHxK))
+        self._fill(k_BxTxHxK, v_BxTxHxK)
         # Where the length is sharded, every query still has to see all keys before it.
         k_BxTxHxK = nn.with_logical_constraint(k_BxTxHxK, ("batch", "keys", "heads", "kv"))
         v_BxTxHxK = nn.with_logical_constraint(v_BxTxHxK, ("batch", "keys", "heads", "kv"))
@@ -299,6 +314,13 @@ class SelfAttention(nn.Module):
             dropout_rate=c.attention_dropout,
             dropout_key=self.make_rng("dropout") if use_dropout else None,
         )
+
+    def _fill(self, k_BxTxHxK, v_BxTxHxK) -> None:
+        """Puts keys and values of tokens from position 0 on into the cache if there is one."""
+        if self.has_variable("cache", "keys"):
+            for name, x_BxTxHxK in (("keys", k_BxTxHxK), ("values", v_BxTxHxK)):
+                cache = attention.fill(self.get_variable("cache", name), x_BxTxHxK)
+                self._put(name, cache, len(x_BxTxHxK))
 
     def _decode(self, q_Bx1xHxK, k_Bx1xHxK, v_Bx1xHxK, positions_Bx1) -> jax.Array:
         """Of one new token in each row, by the keys and values in the cache and its own."""
@@ -384,12 +406,41 @@ def apply_blocks(
     return Norm(c.norm, c.bias, jnp.dtype(c.dtype), c.norm_epsilon, name="final_norm")(x_BxTxD)
 
 
+def embed(
+    config: GPTConfig, tokens_BxT: jax.Array, positions: jax.Array, deterministic: bool
+) -> tuple[jax.Array, Embedding]:
+    """What goes into the blocks, and the table of tokens, as modules of the model that calls this."""
+    c, init, dtype = config, nn.initializers.normal(0.02), jnp.dtype(config.dtype)
+    token_embedding = Embedding(c.padded_vocab_size, c.embed_dim, "vocab", init, dtype, name="token_embedding")
+    x_BxTxD = token_embedding(tokens_BxT)
+    if c.positions == "learned":
+        position_embedding = Embedding(c.block_size, c.embed_dim, "length", init, dtype, name="position_embedding")
+        x_BxTxD = x_BxTxD + position_embedding(positions)
+    x_BxTxD = nn.Dropout(c.embed_dropout, deterministic=deterministic)(x_BxTxD)
+    return nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed")), token_embedding
+
+
+def token_logits(config: GPTConfig, x_BxTxD: jax.Array, token_embedding: Embedding) -> jax.Array:
+    """The logits of `GPT` from what comes out of the blocks; the head is a module of the model that calls this."""
+    c = config
+    if c.tie_embeddings:
+        logits_BxTxV = token_embedding.attend(x_BxTxD)
+    else:
+        head = (c.embed_dim,), (c.padded_vocab_size,), ("embed", "vocab"), nn.initializers.normal(0.02)
+        logits_BxTxV = Linear(*head, False, jnp.dtype(c.dtype), name="head")(x_BxTxD)
+    logits_BxTxV = nn.with_logical_constraint(logits_BxTxV, ("batch", "length", "vocab")).astype(jnp.float32)
+    if c.padded_vocab_size > c.vocab_size:
+        is_padding = jnp.arange(c.padded_vocab_size) >= c.vocab_size
+        logits_BxTxV = jnp.where(is_padding, attention.MASKED, logits_BxTxV)
+    return logits_BxTxV
+
+
 class GPT(nn.Module):
     """Token logits from tokens. `config` has to be resolved: see `GPTConfig.resolve`.
 
-    Applied with a "cache" collection, as `init_cache` makes it, to be returned changed (`mutable=["cache"]`), it
-    leaves the keys and values of the tokens there. So a text is continued: first its tokens at once, from position
-    0 on, and then one token at a time, each with its position.
+    Applied with a "cache" collection, as `GPTConfig.init_cache` makes it, to be returned changed
+    (`mutable=["cache"]`), it leaves the keys and values of the tokens there. So a text is continued: first its tokens
+    at once, from position 0 on, and then one token at a time, each with its position.
     """
 
     config: GPTConfig
@@ -419,50 +470,25 @@ class GPT(nn.Module):
           ValueError: T is greater than `block_size`.
         """
         c = self.config
-        dtype = jnp.dtype(c.dtype)
         length = tokens_BxT.shape[1]
         if length > c.block_size:
             raise ValueError(f"{length} tokens are more than block_size={c.block_size}")
         positions = jnp.arange(length) if position_B is None else position_B[:, None]
         if starts_BxT is not None:
             positions = positions - starts_BxT
-        init = nn.initializers.normal(0.02)
-        token_embedding = Embedding(c.padded_vocab_size, c.embed_dim, "vocab", init, dtype, name="token_embedding")
-        x_BxTxD = token_embedding(tokens_BxT)
-        if c.positions == "learned":
-            position_embedding = Embedding(c.block_size, c.embed_dim, "length", init, dtype, name="position_embedding")
-            x_BxTxD = x_BxTxD + position_embedding(positions)
-        x_BxTxD = nn.Dropout(c.embed_dropout, deterministic=deterministic)(x_BxTxD)
-        x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed"))
-
+        x_BxTxD, token_embedding = embed(c, tokens_BxT, positions, deterministic)
         x_BxTxD = apply_blocks(c, x_BxTxD, positions, starts_BxT, deterministic)
-        if c.tie_embeddings:
-            logits_BxTxV = token_embedding.attend(x_BxTxD)
-        else:
-            head_shape = (c.embed_dim,), (c.padded_vocab_size,)
-            logits_BxTxV = Linear(*head_shape, ("embed", "vocab"), init, False, dtype, name="head")(x_BxTxD)
-        logits_BxTxV = nn.with_logical_constraint(logits_BxTxV, ("batch", "length", "vocab")).astype(jnp.float32)
-        if c.padded_vocab_size > c.vocab_size:
-            is_padding = jnp.arange(c.padded_vocab_size) >= c.vocab_size
-            logits_BxTxV = jnp.where(is_padding, attention.MASKED, logits_BxTxV)
-        return logits_BxTxV
+        return token_logits(c, x_BxTxD, token_embedding)
 
 
-def init_cache(config: GPTConfig, rows: int, capacity: int) -> dict[str, Any]:
-    """An empty "cache" collection for `GPT`: room for the keys and values of `capacity` tokens in each row."""
+def block_cache(config: GPTConfig, rows: int, capacity: int, layers: int | None = None) -> dict[str, Any]:
+    """Room for the keys and values of a block, or of so many blocks that one loop goes over."""
     axes = attention.cache_axes(rows)
     shape = attention.cache_shape(rows, capacity, config.num_heads, config.head_dim)
-    if config.scan_layers:
-        axes, shape = ("layers", *axes), (config.num_layers, *shape)
-
-    def block():
-        zeros = [nn.with_logical_constraint(jnp.zeros(shape, config.dtype), axes) for _ in range(2)]
-        return {"attention": dict(zip(("keys", "values"), zeros, strict=True))}
-
-    return {
-        name: block()
-        for name in (["blocks"] if config.scan_layers else map("block_{}".format, range(config.num_layers)))
-    }
+    if layers:
+        axes, shape = ("layers", *axes), (layers, *shape)
+    zeros = [nn.with_logical_constraint(jnp.zeros(shape, config.dtype), axes) for _ in range(2)]
+    return {"attention": dict(zip(("keys", "values"), zeros, strict=True))}
 
 
 def linear(config: BlockConfig, name: str, in_shape: tuple, out_shape: tuple, axes: tuple) -> Linear:

@@ -47,11 +47,12 @@ class ViTConfig(BlockConfig):
     reads = "images"
     causal = False
     position_kinds = ("learned", "sincos")
+    pooling_kinds = ("class_token", "mean")
     attention_kinds = ("auto", "dense", "flax")
 
     def __post_init__(self):
         check_positive("model", self, "image_size", "channels", "patch_size")
-        check_choice("model.pooling", self.pooling, ("class_token", "mean"))
+        check_choice("model.pooling", self.pooling, self.pooling_kinds)
         if self.vocab_size < 0:
             raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the data's) or more.")
         if self.image_size > MAX_SIZE:
@@ -119,7 +120,7 @@ class ViTConfig(BlockConfig):
         d, learned, token = self.embed_dim, self.positions == "learned", self.pooling == "class_token"
         patches = self.channels * self.patch_size**2 * d + self.bias * d
         head = d * self.vocab_size + self.bias * self.vocab_size
-        return patches + (learned * self.length + token) * d + self.block_parameters() + head
+        return patches + (learned * self.length + token) * d + self.block_parameters(self.num_layers) + head
 
     def flops_per_token(self) -> float:
         """Model FLOPs of forward and backward pass for one of the `length` tokens: see `BlockConfig.flops`."""
@@ -177,10 +178,14 @@ class ViT(nn.Module):
             x_BxTxD = x_BxTxD + jnp.pad(positions_NxD, ((before, 0), (0, 0))).astype(dtype)
         x_BxTxD = nn.Dropout(c.embed_dropout, deterministic=deterministic)(x_BxTxD)
         x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed"))
-        x_BxTxD = apply_blocks(c, x_BxTxD, None, None, deterministic)
-        x_BxD = x_BxTxD[:, 0] if c.pooling == "class_token" else x_BxTxD.mean(axis=1)
+        x_BxD = self.pooled(x_BxTxD, deterministic)
         head = (c.embed_dim,), (c.vocab_size,), ("embed", "classes"), nn.initializers.zeros, c.bias, dtype
         return Linear(*head, name="head")(x_BxD).astype(jnp.float32)
+
+    def pooled(self, x_BxTxD: jax.Array, deterministic: bool) -> jax.Array:
+        """[B, D]: what the blocks make of the tokens, in one vector."""
+        x_BxTxD = apply_blocks(self.config, x_BxTxD, None, None, deterministic)
+        return x_BxTxD[:, 0] if self.config.pooling == "class_token" else x_BxTxD.mean(axis=1)
 
 
 def patches(pixels_BxHxWxC: jax.Array, size: int) -> jax.Array:

@@ -1,0 +1,200 @@
+"""Images as tokens of a palette: nothing is lost that need not be, and pictures of them."""
+
+import collections
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gpt.data.pixels import Palette, PixelsConfig, Rows, fit_palette, nearest
+from gpt.errors import UserError
+from gpt.tokenizers import TokenizerConfig
+
+pytest.importorskip("sklearn")
+
+GREYS = Palette(((0,), (100,), (255,)), 4, ("cat", "dog"))  # tokens 0 to 2, 3 for any class, 4, 5
+HUES = Palette(((0, 0, 0), (250, 10, 10), (10, 250, 10)), 2, ())
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return PixelsConfig().load(TokenizerConfig(), None)
+
+
+def opened(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)))
+
+
+def test_few_colours_are_all_kept_and_rows_are_the_images(digits):
+    """17 greys of the digits, so that bits per dimension are those of the images themselves."""
+    assert len(digits.tokenizer.colors) == 17
+    assert "17 colours" in digits.describe()
+    assert digits.tokenizer.vocab_size == digits.config.vocab_size == 28
+    rows, images = digits.evaluation("all", None), digits.folders.evaluation("all", digits.config)
+    assert len(rows) == len(images) == 1797
+    for index in (0, 500, 1796):
+        row, image = rows.row(0, index), images.row(0, index)
+        np.testing.assert_array_equal(digits.tokenizer.pixels(row["targets"]), image["inputs"])
+        assert row["inputs"][0] == 17 + 1 + image["targets"]
+        np.testing.assert_array_equal(row["inputs"][1:], row["targets"][:-1])
+        assert row["inputs"].dtype == row["targets"].dtype == np.int32
+
+
+def test_part_of_the_classes_is_not_told_in_training_and_all_are_in_evaluation(digits):
+    images = digits.folders.evaluation("train", digits.config)
+    rows = Rows(images, digits.tokenizer, class_dropout=0.3, seed=1)
+    firsts = np.array([[rows.row(epoch, index)["inputs"][0] for index in range(300)] for epoch in range(2)])
+    assert abs((firsts == digits.tokenizer.any_class).mean() - 0.3) < 0.06
+    assert (firsts[0] != firsts[1]).any()
+    assert firsts[0].tolist() == [rows.row(0, index)["inputs"][0] for index in range(300)]
+    assert all(digits.evaluation("val", None).row(0, i)["inputs"][0] != digits.tokenizer.any_class for i in range(300))
+
+
+def test_k_means_finds_clusters_and_serves_frequent_colours_better():
+    rng = np.random.default_rng(0)
+    centres = np.array([[30, 30, 30], [200, 40, 60], [90, 220, 120], [20, 60, 230]])
+    pixels = (centres[rng.integers(0, 4, 4000)] + rng.normal(0, 4, (4000, 3))).round().clip(0, 255).astype(np.uint8)
+    found = fit_palette(pixels, 4)
+    assert found.dtype == np.uint8
+    assert sorted(nearest(found, centres)) == [0, 1, 2, 3]
+    assert np.abs(found - centres[nearest(found, centres)].astype(int)).max() <= 2
+    skewed = np.concatenate([pixels, np.repeat(np.arange(10, 60, 5, dtype=np.uint8), 9000)[:, None].repeat(3, axis=1)])
+    greys = collections.Counter(int(np.ptp(color)) < 8 for color in fit_palette(skewed, 12).astype(int))
+    assert greys[True] > greys[False]
+    np.testing.assert_array_equal(fit_palette(skewed, 12), fit_palette(skewed, 12))
+
+
+def test_nearest_colours_are_those_of_the_plain_definition():
+    rng = np.random.default_rng(1)
+    points, colors = rng.integers(0, 256, (200, 3)), rng.integers(0, 256, (16, 3))
+    distances = np.abs(points[:, None] - colors[None]) ** 2
+    np.testing.assert_array_equal(nearest(points, colors), distances.sum(-1).argmin(-1))
+
+
+@pytest.mark.parametrize("palette", [GREYS, HUES])
+def test_a_palette_is_read_back_from_its_json(palette):
+    assert PixelsConfig().tokenizer(json.loads(palette.to_json())) == palette
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"colors": [[300]]},
+        {"colors": []},
+        {"colors": [[1, 2]]},
+        {"colors": [[1], [1, 2, 3]]},
+        {"colors": [[1.5]]},
+        {"size": 0},
+        {"names": [1]},
+        {"name": "char"},
+    ],
+    ids=str,
+)
+def test_a_damaged_palette_is_refused(change):
+    with pytest.raises((ValueError, TypeError)):
+        Palette.from_dict(json.loads(GREYS.to_json()) | change)
+
+
+def test_prompts_name_a_class_and_a_half_to_be_completed(tmp_path):
+    image = np.array([[255, 90, 3, 0], [110, 0, 0, 240], [255] * 4, [255] * 4], np.uint8)
+    file = tmp_path / "a, half.png"
+    Image.fromarray(image).save(file)
+    upper = [2, 1, 0, 0, 1, 0, 0, 2]
+    assert GREYS.encode("").tolist() == GREYS.encode("\n").tolist() == [3]
+    assert GREYS.encode("class:dog").tolist() == [5]
+    assert GREYS.encode(f"half:{file}").tolist() == [3, *upper]
+    assert GREYS.encode(f"class:cat,half:{file}").tolist() == [4, *upper]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["a dog", "class:cow", "half:", "class:dog,half:", "half:no/such/file.png", "dog,half:x"]
+)
+def test_other_prompts_are_refused_with_what_there_is(prompt):
+    with pytest.raises(UserError, match=r"class:NAME, half:FILE|cat, dog|cannot be read"):
+        GREYS.encode(prompt)
+
+
+def test_a_picture_shows_every_sample_pixel_by_pixel():
+    samples = [np.array([3, 0, 1, 2, 1] + [2] * 12), np.array([4, 2, 2]), np.array([5, 1, 4] + [1] * 14)]
+    picture = opened(GREYS.picture(samples, columns=2))
+    scale = 64 // 4
+    border = scale // 4
+    side = 64 + border
+    assert picture.shape == (2 * side + border, 2 * side + border)
+    for i, sample in enumerate(samples):
+        top, left = border + i // 2 * side, border + i % 2 * side
+        cells = picture[top : top + 64 : scale, left : left + 64 : scale].ravel()
+        drawn = [
+            {0: 0, 1: 100, 2: 255}.get(token, 0) for token in sample[1:]
+        ]  # what is no colour, or missing, is black
+        assert cells.tolist() == drawn + [0] * (16 - len(drawn))
+    assert opened(HUES.picture([np.array([3, 0, 1, 2, 0])])).shape[-1] == 3
+
+
+def test_a_block_of_another_size_than_the_image_is_refused():
+    from gpt.models.gpt import GPTConfig
+
+    with pytest.raises(UserError, match=r"model.block_size=128 has to be 64"):
+        PixelsConfig().load(TokenizerConfig(), GPTConfig())
+
+
+@pytest.fixture(scope="module")
+def trained(command, tmp_path_factory):
+    """A workdir after two steps of a tiny model."""
+    workdir = tmp_path_factory.mktemp("pixels") / "run"
+    flags = ["num_layers=1", "num_heads=2", "embed_dim=16"]
+    done = command(
+        "main",
+        "--config=configs/image_gpt.py",
+        f"--workdir={workdir}",
+        *(f"--config.model.{flag}" for flag in flags),
+        "--config.train.steps=2",
+        "--config.train.batch_size=16",
+    )
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_a_run_shows_pictures_and_samples_and_completions_are_drawn(command, trained, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained)).Reload()
+    for tag in ("samples", "completions"):
+        (shown,) = events.Images(tag)
+        assert opened(shown.encoded_image_string).shape == (shown.height, shown.width) == (4 * 66 + 2, 10 * 66 + 2)
+
+    half = tmp_path / "half.png"
+    image = np.arange(0, 256, 4, dtype=np.uint8).reshape(8, 8)
+    Image.fromarray(image).save(half)
+    out = tmp_path / "drawn.png"
+    flags = (
+        f"--workdir={trained}",
+        "--prompt=class:3",
+        f"--prompt=class:3,half:{half}",
+        "--num_samples=2",
+        f"--out={out}",
+    )
+    done = command("sample", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith(str(out))
+    drawn = Image.open(out)
+    assert drawn.size == (2 * 66 + 2, 2 * 66 + 2)
+    palette = json.loads((trained / "tokenizer.json").read_text())["colors"]
+    begun = np.asarray(drawn)[2 + 66 + 4 : 2 + 66 + 64 : 8, 2:66:8]
+    expected = np.array(palette)[np.abs(np.array(palette)[:, 0] - image[..., None].astype(int)).argmin(-1)][..., 0]
+    np.testing.assert_array_equal(begun[:4], expected[:4])
+
+    again = command("sample", *flags)
+    assert (again.returncode, again.stdout) == (1, "")
+    assert str(out) in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+def test_evaluation_tells_bits_per_dimension(command, trained):
+    done = command("evaluate", f"--workdir={trained}", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["images"] == 359
+    assert report["bits_per_dimension"] == pytest.approx(report["loss"] / np.log(2))
