@@ -101,7 +101,8 @@ def make_optimizer(
     if config.name == "muon":
 
         def kind(path, names) -> str:
-            return "muon" if path[-1].key == "kernel" and "vocab" not in names else "adam"
+            at_the_ends = {"vocab", "classes", "patch"} & set(names)
+            return "muon" if path[-1].key == "kernel" and not at_the_ends else "adam"
 
         kinds = jax.tree_util.tree_map_with_path(kind, logical_axes, is_leaf=lambda x: isinstance(x, P))
         masked = jax.tree.map(lambda kind, names: names if kind == "muon" else optax.MaskedNode(), kinds, logical_axes)

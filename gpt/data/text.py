@@ -499,19 +499,18 @@ def _tokenise(
             header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
             # NumPy leaves room in the header for the length, which is known only at the end.
             np.lib.format.write_array_header_1_0(out, header | {"shape": (0,)})
-            start, runs = out.tell(), []  # of tokens that count, or do not
+            start, counts, lengths = out.tell(), [], []  # of runs of tokens that count, or do not
             progress = _Bar(sum(file.path.stat().st_size for file in files), status)
             try:
                 # A prompt is encoded by itself, as it will be when there is only a prompt.
-                for counts, pieces in itertools.groupby(_pieces(files, separator), lambda piece: piece[2]):
-                    length = 0
+                for counted, pieces in itertools.groupby(_pieces(files, separator), lambda piece: piece[2]):
+                    counts.append(counted)
+                    lengths.append(0)
                     for tokens in tokenizer.encode_stream(text_of(pieces, progress)):
                         out.write(tokens.astype(dtype).tobytes())
-                        length += len(tokens)
-                    runs.append((counts, length))
+                        lengths[-1] += len(tokens)
             except UnknownCharacters as error:
                 raise UserError(f"{reading.path}: {error}") from None
-            counts, lengths = zip(*runs, strict=True)
             if has_prompts:
                 write_atomically(counts_file, lambda file: np.save(file, np.repeat(counts, lengths)))
             out.seek(0)
