@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import re
 import shutil
 import types
@@ -249,7 +250,7 @@ class Terminal(io.StringIO):
 
 @pytest.fixture
 def terminal(monkeypatch):
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: types.SimpleNamespace(columns=80))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda **_: os.terminal_size((80, 24)))
     return Terminal()
 
 
@@ -302,7 +303,7 @@ def test_fast_steps_do_not_flood_a_terminal(terminal, clock):
 
 def test_line_is_cut_to_the_terminal(terminal, clock, monkeypatch):
     """A line that wraps could not be erased."""
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: types.SimpleNamespace(columns=20))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda **_: os.terminal_size((20, 24)))
     progress = Progress(100, out=terminal)
     clock.wait(1.0)
     progress.update(1, 1.0, RATES, milestone=False)

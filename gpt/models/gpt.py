@@ -287,6 +287,9 @@ class SelfAttention(nn.Module):
             q_BxTxHxK, k_BxTxHxK = unit_rms(q_BxTxHxK), unit_rms(k_BxTxHxK)
         if c.positions == "rotary":
             q_BxTxHxK, k_BxTxHxK = rotary(q_BxTxHxK, positions), rotary(k_BxTxHxK, positions)
+        if not self.is_initializing():  # for `gpt.explain`, which asks for them; else this does nothing
+            self.sow("intermediates", "queries", q_BxTxHxK)
+            self.sow("intermediates", "keys", k_BxTxHxK)
         if self.has_variable("cache", "keys") and positions.ndim == 2:
             out_BxTxHxK = self._decode(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, positions)
         else:
@@ -394,7 +397,7 @@ def apply_blocks(
     if c.scan_layers:
         scan = nn.scan(
             lambda module, x, _: (module(x, positions, starts_BxT), None),
-            variable_axes={"params": 0, "lora": 0, "cache": 0},
+            variable_axes={"params": 0, "lora": 0, "cache": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
