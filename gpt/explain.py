@@ -121,6 +121,7 @@ _PAGE = """<!doctype html>
 <style>
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1000px; margin: 0 auto; padding: 16px; }
+h1 { font-size: 1.3em; overflow-wrap: anywhere; }
 #text { font: 17px/2 ui-monospace, monospace; } #text span { padding: 2px 1px; white-space: pre-wrap; cursor: default; }
 #text span.now { outline: 2px solid currentColor; } .soft { opacity: .7; font-size: 13px; } #note { min-height: 3em; }
 canvas { width: min(100%, 640px); image-rendering: pixelated; border: 1px solid #8888; } label { margin-right: 12px; }
@@ -177,7 +178,7 @@ def main() -> int:
     mean = float(np.nanmean(explanation.losses_T))
     try:
         with out.open("x") as file:
-            file.write(page(explanation, f"{workdir.path}, step {run.step:,}: {mean:.4f} nats per token"))
+            file.write(page(explanation, f"{workdir.path.name}, step {run.step:,}: {mean:.4f} nats per token"))
     except OSError as error:
         raise UserError(f"Cannot write --out={out}: {error.strerror}.") from None
     print(f"{len(explanation.pieces)} tokens, {mean:.4f} nats per token; wrote {out.absolute()}")
