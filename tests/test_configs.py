@@ -1,6 +1,6 @@
 """Every config file: it can be built, and one of each family and kind trains, resumes, shards, evaluates and plans.
 
-A new config is listed by itself. `SMALL` and `SMALL_DATA` say how a family or kind is made small where the defaults do not do.
+A new config is listed by itself. `SMALL` and `SMALL_DATA` make a family or kind small where the defaults do not do.
 """
 
 import dataclasses
