@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from gpt import explain, loaded
+from gpt import inspection, loaded
 from gpt.checkpoint import Workdir
 from gpt.errors import UserError
 
@@ -39,7 +39,7 @@ def run(request, tmp_path_factory):
 
 
 def test_losses_are_those_of_the_model_and_attention_looks_back(run):
-    seen = explain.explain(run, TEXT)
+    seen = inspection.explain(run, TEXT)
     assert "".join(seen.pieces) == TEXT
     tokens = run.tokenizer.encode(TEXT)
     rows = np.tile(tokens, (run.program.layout.batch_shards, 1))
@@ -79,17 +79,17 @@ def test_the_attention_is_what_the_model_computes_with(run):
     scores = np.einsum("thk,shk->hts", rotated(q), rotated(k)) / np.sqrt(2 * half)
     weights = np.exp(scores) * np.tri(len(tokens))
     weights /= weights.sum(axis=-1, keepdims=True)
-    np.testing.assert_allclose(explain.explain(run, TEXT).attention_LxHxTxT[0], weights, atol=1e-5)
+    np.testing.assert_allclose(inspection.explain(run, TEXT).attention_LxHxTxT[0], weights, atol=1e-5)
 
 
 def test_a_text_of_the_wrong_length_is_refused(run):
     for text in ("w", "what " * 20):
         with pytest.raises(UserError, match=r"texts of 2 to model\.block_size=32"):
-            explain.explain(run, text)
+            inspection.explain(run, text)
 
 
 def test_the_page_holds_all_and_no_text_ends_its_script(run):
-    page = explain.page(explain.explain(run, "is <light> it"), "title")
+    page = inspection.page(inspection.explain(run, "is <light> it"), "title")
     data = page.split("const d = ")[1].split(", [L, H, T]")[0]
     assert "<" not in data
     assert "".join(json.loads(data)["pieces"]) == "is <light> it"
