@@ -47,7 +47,7 @@ def main() -> int:
     of = f" of {_DATA.value}" if _DATA.value else ""
     print(f"{run.workdir.path}, step {run.step:,}, {_SPLIT.value} split{of}, {count:,} {what}")
     for name, value in measures:
-        print(f"{name.replace('_', ' '):14}{value:.4f}")
+        print(f"{name.replace('_', ' '):20}{value:.4f}")
     if examples := dataset.examples(source, result).text:
         print(examples)
     return 0
