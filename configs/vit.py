@@ -9,12 +9,13 @@ for positions, crops and mirror images, batches of 1,024, 90 epochs. A plan want
 
 from gpt.config import default_config
 from gpt.data.images import ImagesConfig
-from gpt.models.vit import ViTConfig, named_size
+from gpt.models.gpt import named_size
+from gpt.models.vit import SIZES, ViTConfig
 
 
 def get_config(size: str = "Ti"):
     config = default_config(ViTConfig(), ImagesConfig())
-    config.model.update(named_size(size))
+    config.model.update(named_size(size, SIZES))
     config.model.pooling = "mean"
     config.model.positions = "sincos"
     config.model.embed_dropout = 0.0

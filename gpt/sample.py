@@ -59,8 +59,9 @@ def main() -> int:
 
     backend.start()
     workdir = Workdir(_WORKDIR.value)
-    backend.divide_cpu(workdir.read().config, rows=max(len(_PROMPT.value or []), 1) * _NUM_SAMPLES.value)
-    if isinstance(workdir.read().tokenizer, Labels):
+    saved = workdir.read()
+    backend.divide_cpu(saved.config, rows=max(len(_PROMPT.value or []), 1) * _NUM_SAMPLES.value)
+    if isinstance(saved.tokenizer, Labels):
         return _classify(loaded.load(workdir, _CHECKPOINT.value))
     sampling = generate.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value)
     run = loaded.load(workdir, _CHECKPOINT.value)

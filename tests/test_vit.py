@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from gpt import sharding
 from gpt.errors import UserError
 from gpt.models import vit
+from gpt.models.gpt import named_size
 from gpt.models.layers import stack_layers
 from gpt.models.vit import ViT, ViTConfig
 
@@ -52,7 +53,7 @@ def logits(config, params, images=IMAGES, **options):
     ],
 )
 def test_published_sizes(size, patch_size, expected):
-    config = ViTConfig(patch_size=patch_size, **vit.named_size(size)).resolve(1000, "cpu")
+    config = ViTConfig(patch_size=patch_size, **named_size(size, vit.SIZES)).resolve(1000, "cpu")
     abstract = jax.eval_shape(lambda: ViT(config).init(jax.random.key(0), config.blank(1)))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == config.num_parameters() == expected
 
@@ -66,7 +67,7 @@ def test_number_of_parameters_from_the_config(pooling, positions):
 
 
 def test_flops_of_the_base_model():
-    config = ViTConfig(**vit.named_size("B")).resolve(1000, "cpu")
+    config = ViTConfig(**named_size("B", vit.SIZES)).resolve(1000, "cpu")
     # 17.6 billion multiplications and sums for one image forward (arXiv 2012.12877, table 5), thrice that in training.
     assert config.length * config.flops_per_token() / 6 == pytest.approx(17.6e9, rel=0.02)
 

@@ -504,11 +504,11 @@ def linear(config: BlockConfig, name: str, in_shape: tuple, out_shape: tuple, ax
     return Linear(in_shape, out_shape, axes, init, config.bias, dtype, name=name, **lora)
 
 
-def named_size(name: str) -> dict[str, int]:
-    """`num_layers`, `num_heads` and `embed_dim` of a known size; see `SIZES`.
+def named_size(name: str, sizes: dict[str, tuple[int, int, int]] = SIZES) -> dict[str, int]:
+    """`num_layers`, `num_heads` and `embed_dim` of a known size, of `SIZES` or those of another family.
 
     Raises:
       UserError: there is no such size.
     """
-    check_choice("size", name, SIZES)
-    return dict(zip(("num_layers", "num_heads", "embed_dim"), SIZES[name], strict=True))
+    check_choice("size", name, sizes)
+    return dict(zip(("num_layers", "num_heads", "embed_dim"), sizes[name], strict=True))

@@ -205,13 +205,3 @@ def sincos_positions(side: int, width: int) -> np.ndarray:
     angles = [places[:, None] * frequencies for places in (columns, rows)]
     parts = [function(angle) for angle in angles for function in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1, dtype=np.float32)
-
-
-def named_size(name: str) -> dict[str, int]:
-    """`num_layers`, `num_heads` and `embed_dim` of a known size; see `SIZES`.
-
-    Raises:
-      UserError: there is no such size.
-    """
-    check_choice("size", name, SIZES)
-    return dict(zip(("num_layers", "num_heads", "embed_dim"), SIZES[name], strict=True))
