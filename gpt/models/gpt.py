@@ -364,18 +364,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x_BxTxD: jax.Array, positions: jax.Array | None, starts_BxT: jax.Array | None) -> jax.Array:
+        attend = SelfAttention(self.config, self.deterministic, name="attention")
+        x_BxTxD = self._residual(x_BxTxD, attend(self._norm("norm_1")(x_BxTxD), positions, starts_BxT))
+        return self._residual(x_BxTxD, MLP(self.config, name="mlp")(self._norm("norm_2")(x_BxTxD)))
+
+    def _norm(self, name: str) -> Norm:
         c = self.config
+        return Norm(c.norm, c.bias, jnp.dtype(c.dtype), c.norm_epsilon, name=name)
 
-        def norm(name):
-            return Norm(c.norm, c.bias, jnp.dtype(c.dtype), c.norm_epsilon, name=name)
-
-        def residual(x, y):
-            y = nn.Dropout(c.residual_dropout, deterministic=self.deterministic)(y)
-            return nn.with_logical_constraint(x + y, ("batch", "length", "embed"))
-
-        attend = SelfAttention(c, self.deterministic, name="attention")
-        x_BxTxD = residual(x_BxTxD, attend(norm("norm_1")(x_BxTxD), positions, starts_BxT))
-        return residual(x_BxTxD, MLP(c, name="mlp")(norm("norm_2")(x_BxTxD)))
+    def _residual(self, x_BxTxD: jax.Array, y_BxTxD: jax.Array) -> jax.Array:
+        y_BxTxD = nn.Dropout(self.config.residual_dropout, deterministic=self.deterministic)(y_BxTxD)
+        return nn.with_logical_constraint(x_BxTxD + y_BxTxD, ("batch", "length", "embed"))
 
 
 def apply_blocks(

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 
 from gpt.errors import UserError, check_fraction, check_positive
 from gpt.models import attention, gpt
-from gpt.models.gpt import MLP, REMAT_POLICIES, BlockConfig, GPTConfig, SelfAttention, apply_blocks, linear
-from gpt.models.layers import Norm, rotary, unit_rms
+from gpt.models.gpt import MLP, REMAT_POLICIES, Block, BlockConfig, GPTConfig, SelfAttention, apply_blocks, linear
+from gpt.models.layers import rotary, unit_rms
 from gpt.models.vit import ViT, ViTConfig
 
 
@@ -142,27 +142,16 @@ class CrossAttention(SelfAttention):
         return jnp.einsum("bhls,bshk->blhk", weights_BxHxLxS.astype(v_BxSxHxK.dtype), v_BxSxHxK)
 
 
-class CrossBlock(nn.Module):
+class CrossBlock(Block):
     """x + attention(norm(x), norm(context)), then x + mlp(norm(x)): `Block`, with keys and values from elsewhere."""
-
-    config: BlockConfig
-    deterministic: bool
 
     @nn.compact
     def __call__(self, x_BxLxD: jax.Array, context_BxSxD: jax.Array, *places: jax.Array | None) -> jax.Array:
         """[B, L, D] from [B, L, D]; `places` are the mask and the positions that `CrossAttention` takes."""
-        c = self.config
-
-        def norm(name):
-            return Norm(c.norm, c.bias, jnp.dtype(c.dtype), c.norm_epsilon, name=name)
-
-        def residual(x, y):
-            y = nn.Dropout(c.residual_dropout, deterministic=self.deterministic)(y)
-            return nn.with_logical_constraint(x + y, ("batch", "length", "embed"))
-
-        attend = CrossAttention(c, self.deterministic, name="attention")
-        x_BxLxD = residual(x_BxLxD, attend(norm("norm_1")(x_BxLxD), norm("norm_context")(context_BxSxD), *places))
-        return residual(x_BxLxD, MLP(c, name="mlp")(norm("norm_2")(x_BxLxD)))
+        attend = CrossAttention(self.config, self.deterministic, name="attention")
+        seen_BxLxD = attend(self._norm("norm_1")(x_BxLxD), self._norm("norm_context")(context_BxSxD), *places)
+        x_BxLxD = self._residual(x_BxLxD, seen_BxLxD)
+        return self._residual(x_BxLxD, MLP(self.config, name="mlp")(self._norm("norm_2")(x_BxLxD)))
 
 
 class PerceiverAR(nn.Module):
