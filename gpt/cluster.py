@@ -315,8 +315,9 @@ class _Spoke(_Lifeline):
         # Where all processes make the same mistake, process 0 is the one to say it; `_read` ends this one then.
         time.sleep(1 if own_fault else 5)
         text = f"{self.name}: {text}"
+        print(text, file=sys.stderr, flush=True)  # first, for `_read` ends this process as soon as process 0 knows
         _send(self._hub, {"error": text, "code": code})
-        _exit(text, code)
+        _exit("", code)
         return code
 
     def finish(self) -> None:
