@@ -458,7 +458,8 @@ class Checkpoints:
 
     def _cannot_read(self, step: int, error: Exception) -> Exception:
         """What to raise for an error while reading: of a damaged file, of storage that does not answer, or a bug."""
-        if isinstance(error, UserError | RuntimeError | MemoryError):
+        ours = isinstance(error, UserError | RuntimeError | MemoryError)
+        if ours and not isinstance(error, NotImplementedError):  # orbax's word for a kind that it does not know
             return error
         passing = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED")
         if isinstance(error, PermissionError | TimeoutError) or any(code in str(error) for code in passing):
