@@ -10,7 +10,6 @@ import json
 from absl import flags
 
 from gpt import cli, cluster
-from gpt.checkpoint import Workdir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _SPLIT = flags.DEFINE_enum("split", "val", ["val", "train", "all"], "Part of the data.")
@@ -29,6 +28,7 @@ flags.adopt_module_key_flags(cluster)
 
 def main() -> int:
     from gpt import backend, loaded, program  # after the flags: mistakes in them need not wait for it
+    from gpt.checkpoint import Workdir
 
     backend.start()
     workdir = Workdir(_WORKDIR.value)

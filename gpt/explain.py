@@ -10,7 +10,6 @@ from pathlib import Path
 from absl import flags
 
 from gpt import cli
-from gpt.checkpoint import Workdir
 from gpt.errors import UserError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
@@ -21,6 +20,7 @@ _OUT = flags.DEFINE_string("out", "explained.html", "The page to write; it must 
 
 def main() -> int:
     from gpt import backend, inspection, loaded  # after the flags: mistakes in them need not wait for it
+    from gpt.checkpoint import Workdir
 
     out = Path(_OUT.value)
     if out.exists():

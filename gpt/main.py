@@ -12,7 +12,6 @@ from absl import flags
 from ml_collections import config_flags
 
 from gpt import cli, cluster, config
-from gpt.checkpoint import Workdir
 from gpt.errors import UsageError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, like configs/char.py.")
@@ -37,6 +36,7 @@ def main() -> int:
     if _CONFIG.value is None:
         raise UsageError("Name a config file: --config=configs/char.py.")
     from gpt import backend, train  # after the flags: help and mistakes in them need not wait for it
+    from gpt.checkpoint import Workdir
 
     settings = config.from_tree(_CONFIG.value)
     backend.start()

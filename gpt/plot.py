@@ -8,7 +8,6 @@ from pathlib import Path
 from absl import flags
 
 from gpt import cli
-from gpt.checkpoint import Workdir
 from gpt.errors import UserError
 
 _WORKDIR = flags.DEFINE_list("workdir", None, "Folders of runs, joined by commas.", required=True)
@@ -21,6 +20,7 @@ def main() -> int:
     except ImportError:
         raise UserError('Plots need matplotlib: pip install "gpt-spmd[plot]".') from None
     from gpt import metrics
+    from gpt.checkpoint import Workdir
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")

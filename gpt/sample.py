@@ -19,7 +19,6 @@ import numpy as np
 from absl import flags
 
 from gpt import cli, cluster
-from gpt.checkpoint import Workdir
 from gpt.errors import UsageError, UserError
 from gpt.tokenizers import Labels
 
@@ -56,6 +55,7 @@ flags.adopt_module_key_flags(cluster)
 
 def main() -> int:
     from gpt import backend, generate, loaded  # after the flags: mistakes in them need not wait for it
+    from gpt.checkpoint import Workdir
 
     backend.start()
     workdir = Workdir(_WORKDIR.value)
