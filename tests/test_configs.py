@@ -20,6 +20,7 @@ from gpt import data, loaded, sharding, train
 from gpt import program as program_lib
 from gpt.checkpoint import Workdir
 from gpt.config import Config, TrainConfig, from_tree
+from gpt.errors import UserError
 from gpt.models.gpt import GPTConfig
 from gpt.planning import step
 from gpt.sharding import MeshConfig
@@ -173,3 +174,11 @@ def test_the_kind_that_the_page_on_data_writes_trains(tmp_path, monkeypatch):
     assert train.train(config, Workdir(tmp_path)) == 0
     assert loaded.load(Workdir(tmp_path), "best").dataset().describe().startswith("100,000 training")
     assert 0 <= scalars(Workdir(tmp_path), "validation/accuracy")[-1] <= 1
+
+
+def test_the_speedrun_has_its_times():
+    get_config = runpy.run_path(str(Path(__file__).parent.parent / "configs" / "char_speedrun.py"))["get_config"]
+    lengths = [from_tree(get_config(*time)).train.steps for time in ((), ("3min",), ("15min",))]
+    assert lengths[0] < min(lengths[1:])
+    with pytest.raises(UserError, match="time='4min' is not known; choose one of 30s, 3min, 15min"):
+        get_config("4min")
