@@ -2,7 +2,7 @@
 
 python -m gpt.main --config=configs/char_speedrun.py --config.data.path=tinyshakespeare.txt --workdir=runs/speedrun
 
-Takes another time as an argument, for more model and more of the plays: --config=configs/char_speedrun.py:3min, or 15min.
+Takes a longer time as an argument, for more model and more of the plays: --config=configs/char_speedrun.py:15min.
 Muon makes the most of few tokens, so a step may cost more and see more rows; README says what each option brings.
 """
 
