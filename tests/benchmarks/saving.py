@@ -27,7 +27,7 @@ def measure_saves(file: str, steps: int) -> dict[str, float]:
     """Seconds of a step, and of the parts of a save."""
     import importlib.util
 
-    from gpt import config, metrics, train
+    from gpt import backend, config, metrics, train
     from gpt.checkpoint import Checkpoints, Workdir
 
     spec = importlib.util.spec_from_file_location("chosen", file)
@@ -59,7 +59,10 @@ def measure_saves(file: str, steps: int) -> dict[str, float]:
 
     metrics.Progress.update, Checkpoints.save, Checkpoints.wait = timed_update, timed_save, timed_wait
     with tempfile.TemporaryDirectory() as folder:
-        train.train(config.from_tree(tree), Workdir(folder))
+        settings = config.from_tree(tree)
+        backend.start()  # as gpt.main does
+        backend.divide_cpu(settings, settings.train.batch_size // settings.train.micro_batches)
+        train.train(settings, Workdir(folder))
         size = sum(f.stat().st_size for f in Path(folder).glob("checkpoints/3/**/*") if f.is_file())
     # Where a save stood between two reports, the later step is not measured; the one after ran beside the save.
     times = {step: reported[step] - reported[step - 1] for step in range(3, steps + 1) if step - 1 in reported}
