@@ -60,7 +60,7 @@ def measure_saves(file: str, steps: int) -> dict[str, float]:
     metrics.Progress.update, Checkpoints.save, Checkpoints.wait = timed_update, timed_save, timed_wait
     with tempfile.TemporaryDirectory() as folder:
         settings = config.from_tree(tree)
-        backend.start()  # as gpt.main does
+        backend.set_xla_options()  # as gpt.main does
         backend.divide_cpu(settings, settings.train.batch_size // settings.train.micro_batches)
         train.train(settings, Workdir(folder))
         size = sum(f.stat().st_size for f in Path(folder).glob("checkpoints/3/**/*") if f.is_file())
