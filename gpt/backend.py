@@ -22,6 +22,7 @@ XLA_OPTIONS = {"--xla_cpu_experimental_ynn_fusion_type": ""}
 OPTIONS_KNOWN_TO = "0.10."  # the versions of jaxlib: one that does not know an option would end the process
 CACHE_SIZE = 4 << 30  # bytes; beyond it, what was not used for longest goes
 MAX_CPU_DEVICES = 8  # each holds the parameters, and more of them gain little
+PARAMETERS_PER_TOKEN = 25_000  # of a step on a device; of more, one device for all cores is faster
 STATE_BYTES = 16  # of a parameter: itself, its gradient and Adam's two moments, in float32
 
 
@@ -68,11 +69,15 @@ def cpu_devices(config: Config, rows: int, cores: int, memory: float) -> int:
     """Into how many devices a CPU is divided: the most that mesh and rows allow, or the fewest beyond the cores.
 
     Args:
+      rows: as in `divide_cpu`. Each device updates all parameters, so it has to have enough tokens to be worth it.
       memory: bytes of the machine; the training state of all devices may take a quarter.
     """
     vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
-    state = STATE_BYTES * dataclasses.replace(config.model, vocab_size=vocab_size).num_parameters()
-    most = max(1, min(cores, MAX_CPU_DEVICES, int(memory / 4 / state)))
+    parameters = dataclasses.replace(config.model, vocab_size=vocab_size).num_parameters()
+    most = min(cores, MAX_CPU_DEVICES, int(memory / 4 / (STATE_BYTES * parameters)))
+    if rows:
+        most = min(most, PARAMETERS_PER_TOKEN * rows * config.model.length // parameters)
+    most = max(1, most)
     # Beyond the cores: so a mesh can be tried where there are too few of them.
     for count in (*range(most, 0, -1), *range(most + 1, 65)):
         try:
