@@ -22,7 +22,7 @@ XLA_OPTIONS = {"--xla_cpu_experimental_ynn_fusion_type": ""}
 OPTIONS_KNOWN_TO = "0.10."  # the versions of jaxlib: one that does not know an option would end the process
 CACHE_SIZE = 4 << 30  # bytes; beyond it, what was not used for longest goes
 MAX_CPU_DEVICES = 8  # each holds the parameters, and more of them gain little
-PARAMETERS_PER_TOKEN = 25_000  # of a step on a device; of more, one device for all cores is faster
+PARAMETERS_PER_TOKEN = 5_000  # of a step on a device; of more, one device for all cores is as fast or faster
 STATE_BYTES = 16  # of a parameter: itself, its gradient and Adam's two moments, in float32
 
 
