@@ -12,7 +12,7 @@ from gpt.errors import check_choice
 # Layers, heads, width, tokens in a row, rows, steps, dropout.
 TIMES = {
     "30s": (2, 2, 80, 64, 32, 240, 0.0),
-    "3min": (4, 4, 128, 128, 16, 1300, 0.0),
+    "3min": (3, 3, 96, 128, 16, 2400, 0.0),
     "15min": (4, 4, 160, 256, 12, 2400, 0.1),
 }
 

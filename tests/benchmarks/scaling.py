@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the runs and of scaling.png")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--tokens_per_parameter", type=float, default=10.0)
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 1.0, 2.0])
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.5, 1.0, 2.0, 4.0])
     arguments = parser.parse_args()
     data = str(Path(arguments.data).absolute())
     found: dict[str, list[Point]] = {recipe: [] for recipe in RECIPES}
@@ -104,8 +104,9 @@ def main() -> None:
             losses = ", ".join(f"{point.loss:.4f} at × {rate:g}" for rate, point in tried.items())
             print(f"{recipe:9} {size:12} {best.flops:11.2e}  {best.loss:.4f}   {losses}", flush=True)
     for point in found["speedrun"]:
-        ratio = needed(found["plain"], point.loss) / point.flops
-        print(f"loss {point.loss:.4f}: the plain recipe needs {ratio:.1f} × the compute")
+        flops = needed(found["plain"], point.loss)
+        times = "more than its largest had" if np.isnan(flops) else f"{flops / point.flops:.1f} × the compute"
+        print(f"loss {point.loss:.4f}: the plain recipe needs {times}")
     draw(found, arguments.workdir / "scaling.png")
     print(f"wrote {arguments.workdir / 'scaling.png'}")
 
