@@ -82,217 +82,243 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
         damaged, the last save failed, or the loss is not finite.
     """
     with workdir.lock():
-        return _train(config, workdir, allow_config_change, profile)
+        return Training(config, workdir, allow_config_change).finish(profile)
 
 
-def _train(config: Config, workdir: Workdir, allow_config_change: bool, profile: bool) -> int:
-    layout = sharding.make_layout(config.mesh)
-    pipeline.check_batch(config.train.batch_size, layout, config.train.micro_batches)
-    before = workdir.read() if workdir.has_begun else None
-    if before and before.fingerprint is None:
-        raise UserError(
-            f"--workdir={workdir.path} holds converted weights; start from them in another --workdir, with "
-            f"--config.train.init_from={workdir.path}."
+class Training:
+    """A run of a config in a workdir, and how far it has come.
+
+    `step` steps are done, and `state` is what they left; `batches` yields those to come. `run` is what the workdir
+    records of it. `mean_loss` is the running mean of the loss, `best_loss` the best of the evaluations.
+    """
+
+    def __init__(self, config: Config, workdir: Workdir, allow_config_change: bool):
+        """Builds and records the run, says what it is, and goes to where it stopped."""
+        self.config, self.workdir = config, workdir
+        self.layout = sharding.make_layout(config.mesh)
+        pipeline.check_batch(config.train.batch_size, self.layout, config.train.micro_batches)
+        before = workdir.read() if workdir.has_begun else None
+        if before and before.fingerprint is None:
+            raise UserError(
+                f"--workdir={workdir.path} holds converted weights; start from them in another --workdir, with "
+                f"--config.train.init_from={workdir.path}."
+            )
+        self.origin = origin = first_weights(config, before)
+        self.progress = progress = metrics.Progress(enabled=cluster.is_first())
+        tokenizer = before.tokenizer if before else origin.run.tokenizer if origin else config.tokenizer
+        self.dataset = cluster.first_before_others(
+            "data", lambda: config.data.load(tokenizer, config.model, progress.say, progress.status)
         )
-    origin = first_weights(config, before)
-    progress = metrics.Progress(enabled=cluster.is_first())
-    tokenizer = before.tokenizer if before else origin.run.tokenizer if origin else config.tokenizer
-    dataset = cluster.first_before_others(
-        "data", lambda: config.data.load(tokenizer, config.model, progress.say, progress.status)
-    )
-    run = Run(config, dataset.tokenizer, dataset.fingerprint)
-    if before:
-        run = dataclasses.replace(run, base=before.base, skipped=before.skipped)
-    changes = refuse_changes(before, run, workdir.path, allow_config_change) if before else {}
+        self.run = Run(config, self.dataset.tokenizer, self.dataset.fingerprint)
+        if before:
+            self.run = dataclasses.replace(self.run, base=before.base, skipped=before.skipped)
+        changes = refuse_changes(before, self.run, workdir.path, allow_config_change) if before else {}
 
-    batch_size = config.train.batch_size
-    training, validation = dataset.training(config.model, config.seed), dataset.evaluation("val", config.model)
-    tokens_per_step = batch_size * config.model.length
-    total_steps = config.train.total_steps(config.model.length, len(training))
-    program = build(config, dataset.tokenizer.vocab_size, layout, total_steps)
-    program.check_memory(program.abstract_state)
-    first = [origin.restore(program)] if origin else []  # used up by `begin`
-    if config.model.lora_rank and not run.base:
-        run = dataclasses.replace(run, base=origin.as_base(first[0]))
-    preview = dataset.preview(program, config, validation)
-    workdir.record(run)
+        self.examples = self.dataset.training(config.model, config.seed)
+        self.validation = self.dataset.evaluation("val", config.model)
+        self.total_steps = config.train.total_steps(config.model.length, len(self.examples))
+        self.program = build(config, self.dataset.tokenizer.vocab_size, self.layout, self.total_steps)
+        self.program.check_memory(self.program.abstract_state)
+        self._first_params = origin.restore(self.program) if origin else None  # used up by `begin`
+        if config.model.lora_rank and not self.run.base:
+            self.run = dataclasses.replace(self.run, base=origin.as_base(self._first_params))
+        self.preview = self.dataset.preview(self.program, config, self.validation)
+        workdir.record(self.run)
 
-    progress.total_steps = total_steps
-    for line in describe(program, config, dataset, total_steps, len(training)):
-        progress.say(line)
-    for key, (was, now) in changes.items():
-        progress.say(f"changed: {key} {was!r} → {now!r}")
+        progress.total_steps = self.total_steps
+        for line in describe(self.program, config, self.dataset, self.total_steps, len(self.examples)):
+            progress.say(line)
+        for key, (was, now) in changes.items():
+            progress.say(f"changed: {key} {was!r} → {now!r}")
+        self.checkpoints = workdir.checkpoints(config.train.keep_checkpoints, progress.say)
+        self.begin()
+        best = self.checkpoints.best()
+        self.best_loss = best[1] if best else math.inf
 
-    checkpoints, rows = workdir.checkpoints(config.train.keep_checkpoints, progress.say), layout.local_rows(batch_size)
-
-    def begin() -> tuple[int, TrainState, Iterator[dict[str, jax.Array]], float | None]:
-        """The newest step saved, or 0, and state, batches and running mean of the loss after it."""
-        step, state = checkpoints.last_whole(lambda step: restore(checkpoints, step, program)) or (0, None)
-        params = None
-        if origin and (config.model.lora_rank or not step):
-            params = first.pop() if first else origin.restore(program)
+    def begin(self) -> None:
+        """Goes to the newest step saved, or to step 0."""
+        config, checkpoints = self.config, self.checkpoints
+        params, self._first_params = self._first_params, None
+        step, state = checkpoints.last_whole(lambda step: restore(checkpoints, step, self.program)) or (0, None)
+        if params is None and self.origin and (config.model.lora_rank or not step):
+            params = self.origin.restore(self.program)
         if step:
-            state = state.replace(frozen=params or {})
+            state = state.replace(frozen=params if config.model.lora_rank else {})
         else:
-            with layout.use():
-                state = program.begin(params) if origin else program.init()
-        numbers = training, batch_size, config.seed, rows, step, config.data.prefetch, run.skipped
-        batches = pipeline.to_devices(pipeline.training_batches(*numbers), layout, rows, batch_size)
-        return step, state, batches, checkpoints.mean_loss(step) if step else None
+            with self.layout.use():
+                state = self.program.begin(params) if self.origin else self.program.init()
+        batch_size, rows = config.train.batch_size, self.layout.local_rows(config.train.batch_size)
+        numbers = self.examples, batch_size, config.seed, rows, step, config.data.prefetch, self.run.skipped
+        self.batches = pipeline.to_devices(pipeline.training_batches(*numbers), self.layout, rows, batch_size)
+        self.step, self.state, self.mean_loss = step, state, checkpoints.mean_loss(step) if step else None
 
-    start, state, batches, mean_loss = begin()
-    best = checkpoints.best()
-    best_loss = best[1] if best else math.inf
-    if start >= total_steps:
-        progress.say(f"Nothing to do: {start:,} of {total_steps:,} steps are done in {workdir.path}.")
+    def finish(self, profile: bool) -> int:
+        """Makes the steps that are left; arguments and result as of `train`."""
+        progress, workdir, start = self.progress, self.workdir, self.step
+        if start >= self.total_steps:
+            progress.say(f"Nothing to do: {start:,} of {self.total_steps:,} steps are done in {workdir.path}.")
+            return 0
+        if start:
+            progress.say(f"resuming after step {start:,}")
+        elif self.origin:
+            progress.say(f"starting from step {self.origin.step:,} of {self.origin.workdir.path}")
+        self.tensorboard = metrics.TensorBoard(workdir.path, start, enabled=cluster.is_first())
+        settings = json.dumps(dataclasses.asdict(self.config), indent=1)
+        self.tensorboard.text(start, "config", f"```json\n{settings}\n```")
+        chip = hardware.of_device(self.layout.mesh.devices.flat[0])
+        self.tokens_per_step = self.config.train.batch_size * self.config.model.length
+        flops_per_step = self.tokens_per_step * self.program.model.config.flops_per_token()
+        self.speed = metrics.Speed(self.tokens_per_step, flops_per_step, chip and chip.flops * self.layout.mesh.size)
+
+        tracer, may_wait, began = Tracer(workdir.path, start) if profile else None, True, time.perf_counter()
+        try:
+            with Interrupted(self.layout) as interrupted:
+                stop_signal = self._make_steps(interrupted, tracer)
+        except Exception as error:
+            # Other processes may be gone, and what they have a part in would never end.
+            may_wait = isinstance(error, UserError) or not cluster.is_several()
+            raise
+        finally:
+            if tracer:
+                tracer.stop()
+            self.tensorboard.close()
+            if may_wait:
+                self.checkpoints.close()
+        if self.checkpoints.failure:
+            raise UserError(f"{self.checkpoints.failure} The same command goes on from there.")
+        if self.step < self.total_steps:
+            name = signal.Signals(stop_signal).name
+            what = f"saved after step {self.step:,} of {self.total_steps:,}; the same command goes on from there."
+            progress.say(f"Stopped by {name}, {what}")
+            return 128 + stop_signal
+        seconds = metrics.duration(time.perf_counter() - began)
+        best = f"best validation loss {self.best_loss:.4f}"
+        progress.say(f"Done: {self.total_steps:,} steps in {seconds}, {best}, in {workdir.path}")
         return 0
-    if start:
-        progress.say(f"resuming after step {start:,}")
-    elif origin:
-        progress.say(f"starting from step {origin.step:,} of {origin.workdir.path}")
 
-    tensorboard = metrics.TensorBoard(workdir.path, start, enabled=cluster.is_first())
-    tensorboard.text(start, "config", f"```json\n{json.dumps(dataclasses.asdict(config), indent=1)}\n```")
-    chip = hardware.of_device(layout.mesh.devices.flat[0])
-    flops_per_step = tokens_per_step * program.model.config.flops_per_token()
-    speed = metrics.Speed(tokens_per_step, flops_per_step, chip and chip.flops * layout.mesh.size)
+    def _make_steps(self, interrupted: Interrupted, tracer: "Tracer | None") -> int:
+        """Until the last, or the one in which all processes know of a signal; returns that signal, or 0."""
+        settings, speed = self.config.train, self.speed
+        batch, pending, stop_signal, compiled = next(self.batches), None, 0, False
+        while self.step < self.total_steps and not stop_signal:
+            try:
+                if tracer:
+                    tracer.before_step(self.step)
+                if not compiled:
+                    self.progress.say("compiling the training step …")
+                with contextlib.nullcontext() if compiled else speed.pause(), self.layout.use():
+                    self.state, measured = self.program.train_step(self.state, batch)
+                self.step, compiled = self.step + 1, True
+                # While the device works on this step, the host fetches the next batch and reads the last metrics.
+                with speed.waiting(device_is_idle=measured["loss"].is_ready):
+                    batch = next(self.batches)
+                if pending:
+                    stop_signal = self._report(*pending)
+                pending = self.step, measured, interrupted.agreed()
 
-    def left_out(step: int, text: str, count: int) -> None:
-        """Shows that a step's update or batch is left out."""
-        text = f"Step {step:,} {text} ({count} of at most {config.train.max_skipped})."
-        progress.say(text)
-        tensorboard.text(step, "skipped", text)
+                is_last = self.step == self.total_steps
+                evaluate_now = is_last or (settings.eval_every and self.step % settings.eval_every == 0)
+                save_now = is_last or self.step % settings.checkpoint_every == 0 or stop_signal
+                if evaluate_now or save_now:
+                    stop_signal = self._report(*pending) or stop_signal
+                    pending = None
+                    with speed.pause():
+                        loss = self._evaluate() if evaluate_now else None
+                        if save_now or loss < self.best_loss:
+                            self.tensorboard.flush()  # a run killed after it goes on with the points of all steps
+                            self._save(loss)
+                        self.best_loss = min(self.best_loss, loss if evaluate_now else math.inf)
+            except BadStep as bad:
+                with speed.pause():
+                    batch = pending = measured = None  # room for the state of before
+                    self._go_back(bad)
+                    batch = next(self.batches)
+        if self.step < self.total_steps and self.checkpoints.last() != self.step:
+            # All agreed on the signal only with the metrics of an evaluation that saved nothing.
+            self._save(None)
+        return stop_signal
 
-    def report(step: int, measured: dict[str, jax.Array], stop_signal: jax.Array | int) -> int:
-        """Waits for the step, checks and shows its metrics; returns the signal to stop on, or 0.
+    def _save(self, loss: float | None) -> None:
+        self.checkpoints.save(self.step, self.state.params, self.state.opt_state, loss, self.mean_loss)
+
+    def _report(self, step: int, measured: dict[str, jax.Array], stop_signal: jax.Array | int) -> int:
+        """Waits for a step, checks and shows its metrics; returns the signal to stop on, or 0.
 
         Raises:
           BadStep: it is one, and its update was made.
         """
-        nonlocal mean_loss
+        settings, tensorboard = self.config.train, self.tensorboard
         values = {name: float(value) for name, value in jax.device_get(measured).items()}
-        skipped = int(values.pop("skipped", len(run.skipped)))
-        speed.step()
-        if wrong := fault(values, config.train, mean_loss):
+        skipped = int(values.pop("skipped", len(self.run.skipped)))
+        self.speed.step()
+        if wrong := fault(values, settings, self.mean_loss):
             is_skipped = not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]))
-            if config.train.on_nonfinite != "skip" or not is_skipped or skipped > config.train.max_skipped:
+            if settings.on_nonfinite != "skip" or not is_skipped or skipped > settings.max_skipped:
                 raise BadStep(step, wrong)
-            left_out(step, f"{wrong}: its update is left out", skipped)
+            self._say_left_out(step, f"{wrong}: its update is left out", skipped)
         else:
-            mean_loss = values["loss"] if mean_loss is None else mean_loss + (values["loss"] - mean_loss) / MEAN_OVER
-        progress.update(step, values["loss"], speed.rates(), milestone=step % config.train.log_every == 0)
-        if step % config.train.log_every == 0:
+            mean = values["loss"] if self.mean_loss is None else self.mean_loss
+            self.mean_loss = mean + (values["loss"] - mean) / MEAN_OVER
+        self.progress.update(step, values["loss"], self.speed.rates(), milestone=step % settings.log_every == 0)
+        if step % settings.log_every == 0:
             tensorboard.scalars(step, {f"train/{name}": value for name, value in values.items()})
-            tensorboard.scalars(step, {"progress/tokens": step * tokens_per_step, "progress/skipped": skipped})
-            tensorboard.scalars(step, {f"progress/{name}": value for name, value in speed.rates().items()})
-            speed.restart()
-            checkpoints.poll()
+            tensorboard.scalars(step, {"progress/tokens": step * self.tokens_per_step, "progress/skipped": skipped})
+            tensorboard.scalars(step, {f"progress/{name}": value for name, value in self.speed.rates().items()})
+            self.speed.restart()
+            self.checkpoints.poll()
         return int(stop_signal)
 
-    def leave_out(bad: BadStep) -> int:
-        """Records that the batch of a step is left out from now on; returns its number.
+    def _go_back(self, bad: "BadStep") -> None:
+        """To the newest checkpoint, where the batch of a step is recorded as one to be left out from now on.
 
         Raises:
           UserError: that is not wanted, or was done too often.
         """
-        nonlocal run
-        checkpoints.wait()
-        saved = checkpoints.last()
-        if config.train.on_nonfinite != "rollback" or len(run.skipped) >= config.train.max_skipped:
+        settings, skipped = self.config.train, self.run.skipped
+        self.checkpoints.wait()
+        saved = self.checkpoints.last()
+        if settings.on_nonfinite != "rollback" or len(skipped) >= settings.max_skipped:
             kept = f"the checkpoint of step {saved} is kept" if saved else "there is no checkpoint yet"
             hint = "train.on_nonfinite=rollback"
-            if config.train.on_nonfinite != "stop":
+            if settings.on_nonfinite != "stop":
                 hint = "a larger train.max_skipped"
-                kept = f"train.max_skipped={config.train.max_skipped} were left out already; {kept}"
+                kept = f"train.max_skipped={settings.max_skipped} were left out already; {kept}"
             raise UserError(
-                f"Step {bad.step} {bad.what}; {kept} in {workdir.path}. Try a lower optimizer.learning_rate, a longer "
-                f"optimizer.warmup_tokens, or {hint}."
+                f"Step {bad.step} {bad.what}; {kept} in {self.workdir.path}. Try a lower optimizer.learning_rate, a "
+                f"longer optimizer.warmup_tokens, or {hint}."
             )
-        number = pipeline.batch_number(bad.step - 1, run.skipped)
-        run = dataclasses.replace(run, skipped=(*run.skipped, number))
-        workdir.record(run)
-        return number
+        number = pipeline.batch_number(bad.step - 1, skipped)
+        self.run = dataclasses.replace(self.run, skipped=(*skipped, number))
+        self.workdir.record(self.run)
+        self.state = None  # room for the one of before
+        self.begin()
+        self.tensorboard.restart(self.step)
+        back = f"back to step {self.step:,} and on without batch {number:,}"
+        self._say_left_out(bad.step, f"{bad.what}: {back}", len(self.run.skipped))
 
-    def evaluate_and_sample(step: int) -> float:
-        params = program.whole(state)
-        result = evaluate(program, params, validation, batch_size)
-        measures = dataset.report(validation, result)
-        progress.evaluated(step, measures, best=result["loss"] < best_loss)
+    def _say_left_out(self, step: int, text: str, count: int) -> None:
+        """Shows that a step's update or batch is left out."""
+        text = f"Step {step:,} {text} ({count} of at most {self.config.train.max_skipped})."
+        self.progress.say(text)
+        self.tensorboard.text(step, "skipped", text)
+
+    def _evaluate(self) -> float:
+        """Shows loss, measures and samples on the validation split; returns the loss."""
+        step, tensorboard = self.step, self.tensorboard
+        params = self.program.whole(self.state)
+        result = evaluate(self.program, params, self.validation, self.config.train.batch_size)
+        measures = self.dataset.report(self.validation, result)
+        self.progress.evaluated(step, measures, best=result["loss"] < self.best_loss)
         tensorboard.scalars(step, {f"validation/{name}": value for name, value in measures.items()})
         tensorboard.histogram(step, "validation/logits", result["logits_counts"], result["logits_edges"])
-        shown = preview(params, step, result)
+        shown = self.preview(params, step, result)
         if shown.text:
-            progress.say("\n".join("  │ " + line for line in shown.text.splitlines()))
+            self.progress.say("\n".join("  │ " + line for line in shown.text.splitlines()))
             tensorboard.text(step, "sample", "    " + shown.text.replace("\n", "\n    "))
         for name, png in shown.images.items():
             tensorboard.image(step, name, png)
         tensorboard.flush()
         return result["loss"]
-
-    tracer, may_wait = Tracer(workdir.path, start) if profile else None, True
-    batch, pending, done, stop_signal, began, compiled = next(batches), None, start, 0, time.perf_counter(), False
-    try:
-        with Interrupted(layout) as interrupted:
-            while done < total_steps and not stop_signal:
-                try:
-                    if tracer:
-                        tracer.before_step(done)
-                    if not compiled:
-                        progress.say("compiling the training step …")
-                    with contextlib.nullcontext() if compiled else speed.pause(), layout.use():
-                        state, measured = program.train_step(state, batch)
-                    done, compiled = done + 1, True
-                    # While the device works on this step, the host fetches the next batch and reads the last metrics.
-                    with speed.waiting(device_is_idle=measured["loss"].is_ready):
-                        batch = next(batches)
-                    if pending:
-                        stop_signal = report(*pending)
-                    pending = done, measured, interrupted.agreed()
-
-                    is_last = done == total_steps
-                    evaluate_now = is_last or (config.train.eval_every and done % config.train.eval_every == 0)
-                    save_now = is_last or done % config.train.checkpoint_every == 0 or stop_signal
-                    if evaluate_now or save_now:
-                        stop_signal = report(*pending) or stop_signal
-                        pending = None
-                        with speed.pause():
-                            loss = evaluate_and_sample(done) if evaluate_now else None
-                            if save_now or loss < best_loss:
-                                tensorboard.flush()  # a run killed after it goes on with the points of all steps
-                                checkpoints.save(done, state.params, state.opt_state, loss, mean_loss)
-                            best_loss = min(best_loss, loss if evaluate_now else math.inf)
-                except BadStep as bad:
-                    with speed.pause():
-                        number = leave_out(bad)
-                        state = batch = pending = measured = None  # room for the state of before
-                        done, state, batches, mean_loss = begin()
-                        batch = next(batches)
-                        tensorboard.restart(done)
-                        back = f"back to step {done:,} and on without batch {number:,}"
-                        left_out(bad.step, f"{bad.what}: {back}", len(run.skipped))
-            if done < total_steps and checkpoints.last() != done:
-                # All agreed on the signal only with the metrics of an evaluation that saved nothing.
-                checkpoints.save(done, state.params, state.opt_state, mean_loss=mean_loss)
-    except Exception as error:
-        # Other processes may be gone, and what they have a part in would never end.
-        may_wait = isinstance(error, UserError) or not cluster.is_several()
-        raise
-    finally:
-        if tracer:
-            tracer.stop()
-        tensorboard.close()
-        if may_wait:
-            checkpoints.close()
-    if checkpoints.failure:
-        raise UserError(f"{checkpoints.failure} The same command goes on from there.")
-    if done < total_steps:
-        name = signal.Signals(stop_signal).name
-        what = f"saved after step {done:,} of {total_steps:,}; the same command goes on from there."
-        progress.say(f"Stopped by {name}, {what}")
-        return 128 + stop_signal
-    seconds = metrics.duration(time.perf_counter() - began)
-    progress.say(f"Done: {total_steps:,} steps in {seconds}, best validation loss {best_loss:.4f}, in {workdir.path}")
-    return 0
 
 
 class BadStep(Exception):
