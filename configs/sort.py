@@ -17,9 +17,11 @@ def get_config():
     config.model.residual_dropout = 0.0
     config.model.attention_dropout = 0.0
     config.train.batch_size = 256
-    config.train.steps = 1000
+    config.train.steps = 1200
     config.train.log_every = 50
-    config.train.eval_every = 250
+    config.train.eval_every = 300
     config.optimizer.learning_rate = 4e-3
+    config.optimizer.decay = "linear"  # to nothing: the last mistakes go when steps are small
+    config.optimizer.final_fraction = 0.0
     config.optimizer.warmup_tokens = 100 * 256 * 21  # 100 steps
     return config
