@@ -69,7 +69,7 @@ def cpu_devices(config: Config, rows: int, cores: int, memory: float) -> int:
     """Into how many devices a CPU is divided: the most that mesh and rows allow, or the fewest beyond the cores.
 
     Args:
-      rows: as in `divide_cpu`. Each device updates all parameters, so it has to have enough tokens to be worth it.
+      rows: as in `divide_cpu`. Each device goes through all parameters, so it needs enough tokens to be worth it.
       memory: bytes of the machine; the training state of all devices may take a quarter.
     """
     vocab_size = config.model.vocab_size or config.tokenizer.vocab_size

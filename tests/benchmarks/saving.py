@@ -62,8 +62,9 @@ def measure_saves(file: str, steps: int) -> dict[str, float]:
         settings = config.from_tree(tree)
         backend.set_xla_options()  # as gpt.main does
         backend.divide_cpu(settings, settings.train.batch_size // settings.train.micro_batches)
-        train.train(settings, Workdir(folder))
-        newest = max(Path(folder, "checkpoints").iterdir(), key=lambda path: int(path.name))
+        workdir = Workdir(folder)
+        train.train(settings, workdir)
+        newest = Path(folder, "checkpoints", str(workdir.checkpoints().last()))
         size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
     # Where a save stood between two reports, the later step is not measured; the one after ran beside the save.
     times = {step: reported[step] - reported[step - 1] for step in range(3, steps + 1) if step - 1 in reported}
