@@ -1,10 +1,10 @@
 """What a workdir holds, and the only code that reads and writes it.
 
-    run.json         the resolved config, the fingerprint of the data, the batches that are left out and the versions
-                     of the libraries
+    run.json         the resolved config, the fingerprint of the data, the batches that are left out, and the versions
+                     and devices that make a resumed run exact
     tokenizer.json   or the names of the classes
-    checkpoints/     one folder a step: parameters (or LoRA's adapters) and optimizer apart, with orbax's metadata and
-                     a digest of each array
+    checkpoints/     one folder a step: `params` (or LoRA's adapters) and `optimizer` in orbax's format, and `digests`,
+                     what the checkpoint records of itself: its run, its step, its losses and a digest of each array
     events.out.*     TensorBoard
     .lock            held by the process that trains
 
@@ -14,33 +14,40 @@ one checkpoint, of step 0, that has no optimizer.
 All are plain formats: opening a workdir runs no code of its author.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
-import importlib.metadata
+import itertools
 import json
 import math
 import os
 import re
+import secrets
 import socket
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers, type_handlers
+from orbax.checkpoint import type_handlers
+from orbax.checkpoint.path import atomicity
 
-from gpt import cluster, tokenizers
+from gpt import cluster, durable, integrity, tokenizers
 from gpt import config as config_lib
 from gpt.errors import UserError, read_json
 from gpt.models.layers import stack_layers, unstack_layers
 from gpt.sharding import path_name
 
+ORDER = "order of examples"  # in the environment of a run
+RECORD = "digests/metadata"  # of a checkpoint; where orbax's own handler of JSON would write it
+STEP = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint
 CHUNK = 1 << 26  # bytes of a piece of a converted array on disk: what a device that needs a part has to read at most
 
 # A change of these leaves the course of a run the same, or is the very reason to start it again:
@@ -87,6 +94,8 @@ class Run:
     fingerprint: str | None  # of the data; None for weights that were converted, whose data is not known
     base: "Base | None" = None  # of a run that trains adapters
     skipped: tuple[int, ...] = ()  # numbers of the batches that are left out: see `train.on_nonfinite`
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)  # versions, devices: what exactness needs
+    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))  # its checkpoints carry the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,11 +113,16 @@ class Base:
 
 
 class Workdir:
-    """A folder with a run in it, or one to be: on a disk that all hosts share, or in a bucket (gs://, s3://)."""
+    """A folder with a run in it, or one to be: on a disk that all hosts share, or in a bucket (gs://, s3://).
+
+    Raises:
+      UserError: the path has characters that a checkpoint cannot be written or found under.
+    """
 
     def __init__(self, path: str | os.PathLike):
         path = epath.Path(path)
-        self.path = path if "://" in str(path) else path.expanduser().absolute()
+        self.path = path.expanduser().absolute() if durable.is_local(path) else path
+        _check_path(self.path)
 
     @property
     def has_run(self) -> bool:
@@ -116,15 +130,16 @@ class Workdir:
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is a run with anything to lose: one that saved."""
-        return self.has_run and any((self.path / "checkpoints").glob("[0-9]*"))
+        """Whether there is a run with anything to lose: one that saved, usable or not."""
+        return self.has_run and bool(_saved(self.path / "checkpoints"))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Makes the folder and keeps other runs out of it until the end of the context.
 
         Process 0 holds the lock, and its death, however sudden, releases it. In a bucket there are no locks, nor on
-        some network disks: there it is up to the user that no two runs write to one workdir.
+        some network disks: there it is up to the user that no two runs write to one workdir. A folder in which no run
+        was recorded is removed again.
 
         Raises:
           UserError: the folder cannot be made or written to, holds something else, or another run is at work in it.
@@ -134,29 +149,53 @@ class Workdir:
             yield
 
     def _occupy(self, held: contextlib.ExitStack) -> None:
-        self.create()
-        if "://" in str(self.path):
+        made = self.create()
+        if not durable.is_local(self.path):
             return
-        file = held.enter_context((self.path / ".lock").open("a"))
+        file = held.enter_context(self._open_lock())
+        held.callback(self._leave_no_trace, made)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            holder = (self.path / ".lock").read_text() or "another process"
+            holder = file.read() or "another process"
             raise UserError(
                 f"--workdir={self.path} is in use by {holder}; wait for it, end it, or choose another --workdir."
             ) from None
         except OSError:  # a disk without locks
             return
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
 
-    def create(self) -> None:
-        """Makes the folder. Raises UserError where that is not permitted, or it holds something else."""
+    def _open_lock(self) -> Any:
+        path = self.path / ".lock"
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644), "r+")
+        if os.fstat(file.fileno()).st_nlink > 1:
+            file.close()
+            raise UserError(f"{path} is another file as well (a hard link), which would be overwritten; delete it.")
+        return file
+
+    def _leave_no_trace(self, made: list[str]) -> None:
+        """Removes the lock and the folders made for it where nothing else was written."""
+        if self.has_run or [entry.name for entry in self.path.iterdir()] != [".lock"]:
+            return
+        with contextlib.suppress(OSError):
+            (self.path / ".lock").unlink()
+            for folder in reversed(made):
+                os.rmdir(folder)
+
+    def create(self) -> list[str]:
+        """Makes the folder; returns those that did not exist before.
+
+        Raises:
+          UserError: that is not permitted, the folder holds something else, or leads to another place by a link.
+        """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / ".write-test"
-            probe.unlink(missing_ok=True)  # in a stranger's workdir it may be a link to anywhere
+            made = durable.make_folder(self.path)
+            if durable.is_local(self.path):
+                durable.refuse_links(self.path)
+            probe = self.path / f".write-test-{secrets.token_hex(4)}"
             probe.write_text("")
             probe.unlink()
         except OSError as error:
@@ -165,6 +204,7 @@ class Workdir:
             raise UserError(f"--workdir={self.path}: {error}") from None
         if not self.has_run and (self.path / "checkpoints").exists():
             raise UserError(f"--workdir={self.path} has checkpoints but no run.json; choose another folder.")
+        return made
 
     def record(self, run: Run) -> None:
         """Writes what `read` reads, once for all processes.
@@ -183,17 +223,17 @@ class Workdir:
             raise UserError(f"Process 0 and this one are to train different runs: {'; '.join(others)}.")
 
     def _write(self, run: Run) -> None:
-        libraries = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
         record = {
+            "id": run.id,
             "config": dataclasses.asdict(run.config),
             "data_fingerprint": run.fingerprint,
             "base": run.base and dataclasses.asdict(run.base),
             "skipped_batches": run.skipped,
-            "versions": {name: importlib.metadata.version(name) for name in libraries},
+            "environment": run.environment,
         }
-        # The record last, in one move: a folder with a run.json is complete.
-        _replace(self.path / "tokenizer.json", run.tokenizer.to_json())
-        _replace(self.path / "run.json", json.dumps(record, indent=1))
+        # The record last: a folder with a run.json is complete.
+        durable.write(self.path / "tokenizer.json", run.tokenizer.to_json())
+        durable.write(self.path / "run.json", json.dumps(record, indent=1))
 
     def read(self) -> Run:
         """The run that is recorded here. Raises UserError where there is none or it is damaged."""
@@ -210,14 +250,21 @@ class Workdir:
                 record["data_fingerprint"],
                 Base(**record["base"]) if record["base"] else None,
                 tuple(map(int, record["skipped_batches"])),
+                {str(name): str(value) for name, value in record["environment"].items()},
+                str(record["id"]),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except FileNotFoundError as error:
+            raise UserError(f"--workdir={self.path}: {error.filename} is missing.") from None
+        except OSError as error:
+            raise UserError(f"--workdir={self.path}: cannot read run.json or tokenizer.json: {error}.") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"--workdir={self.path}: run.json or tokenizer.json is damaged ({error}).") from None
         except UserError as error:
             raise UserError(f"--workdir={self.path}: run.json: {error}") from None
 
-    def checkpoints(self, keep: int = 1, say: Callable[[str], None] = print) -> "Checkpoints":
-        return Checkpoints(self.path / "checkpoints", keep, say)
+    def checkpoints(self, keep: int = 1, say: Callable[[str], None] = print, run: Run | None = None) -> "Checkpoints":
+        """The checkpoints of the run that is recorded here, or of `run`, which is about to be."""
+        return Checkpoints(self.path / "checkpoints", keep, say, run or self.read())
 
 
 class Damaged(UserError):
@@ -230,43 +277,49 @@ class Checkpoints:
     On disk the layers are stacked, whether the model scans over them or not: so one can go on from the other.
     Nothing is created or cleaned up before the first save: a run may be going on meanwhile.
 
+    A save goes on in the background: orbax writes the arrays into a folder with a temporary name, all of it is synced
+    to the disk, the folder gets its name, and every number is read back and compared. Only then are older ones deleted.
+
     Args:
       say: prints a line: of a save that failed, or of a checkpoint that is damaged.
+      run: checkpoints of other runs are refused, and losses on other data do not compete for the lowest.
 
     Attributes:
       failure: a sentence about the last save, if it failed.
     """
 
-    def __init__(self, path: epath.Path, keep: int, say: Callable[[str], None]):
-        self._path, self._keep, self._say = path, keep, say
-        self._manager: ocp.CheckpointManager | None = None
+    def __init__(self, path: epath.Path, keep: int, say: Callable[[str], None], run: Run):
+        self._path, self._keep, self._say, self._run = path, keep, say, run
+        self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._saving: int | None = None
+        self._verified: concurrent.futures.Future | None = None  # digests of what was written, as far as read here
         self.failure: str | None = None
-        self._losses: dict[int, float] = {}  # of validation; inf where there was none
-        self._means: dict[int, float | None] = {}  # of the training loss
-        self._damaged: dict[int, Damaged] = {}  # those whose loss cannot be read
-        for step in ocp.utils.checkpoint_steps(path) if path.exists() else ():
+        self._records: dict[int, dict[str, Any]] = {}  # what each checkpoint records of itself
+        self._damaged: dict[int, Damaged] = {}  # those that have no such record
+        self._unusable = [name for name in _saved(path) if not STEP.fullmatch(name)]
+        for step in sorted(int(name) for name in _saved(path) if STEP.fullmatch(name)):
             try:
-                metrics = read_json(path / str(step) / "metrics" / "metrics")
-                noted = self._digests(step)
-                if noted and noted["metrics"] != _digest_json(metrics):
-                    raise ValueError("not the numbers that were saved")
-                self._losses[step], self._means[step] = float(metrics["validation_loss"]), metrics.get("mean_loss")
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                self._damaged[step] = self._damage(step, f"metrics: {_reason(error)}")
+                self._records[step] = self._read_record(step)
+            except Damaged as error:
+                self._damaged[step] = error
 
     def last(self) -> int | None:
         """Newest step saved, or being saved, or None."""
-        return max(self._losses, default=None)
+        return max(self._records, default=None)
 
     def best(self) -> tuple[int, float] | None:
-        """Step and loss of the lowest validation loss among the checkpoints, or None."""
-        loss, step = min(((loss, step) for step, loss in self._losses.items()), default=(math.inf, None))
-        return (step, loss) if math.isfinite(loss) else None
+        """Step and loss of the lowest validation loss on the run's present data among the checkpoints, or None."""
+        losses = [
+            (record["validation_loss"], step)
+            for step, record in self._records.items()
+            if record["validation_loss"] is not None and record["data"] == self._run.fingerprint
+        ]
+        loss, step = min(losses, default=(math.inf, None))
+        return None if step is None else (step, loss)
 
     def mean_loss(self, step: int) -> float | None:
         """The running mean of the training loss that a step was saved with."""
-        return self._means[step]
+        return self._records[step]["mean_loss"]
 
     def save(
         self,
@@ -280,57 +333,89 @@ class Checkpoints:
 
         Where that fails (a full disk), a line says so and `failure` is set; the checkpoints before stay as they are,
         and the next save is another try. With several processes it is an error.
+
+        Raises:
+          UserError: devices that have to hold the same numbers hold different ones. Nothing is saved then.
         """
         self.wait()
-        items = {"params": params, "optimizer": optimizer}
-        replicated = jax.NamedSharding(jax.tree.leaves(items)[0].sharding.mesh, jax.P())
-        stacked, digests = jax.jit(_stack_and_digest, out_shardings=(_shardings(_stacked(items)), replicated))(items)
-        args = {name: ocp.args.StandardSave(tree) for name, tree in stacked.items()}
-        digests = {name: int(digest) for name, digest in jax.device_get(digests).items()}
-        validation_loss = math.inf if validation_loss is None else validation_loss
-        metrics = {"validation_loss": validation_loss, "mean_loss": mean_loss}
-        digests["metrics"] = _digest_json(metrics)
+        stacked = _stack({"params": params, "optimizer": optimizer})
+        try:
+            digests = integrity.digests(stacked)
+        except integrity.ReplicasDiffer as error:
+            raise UserError(
+                f"Step {step:,} is not saved, because {error}: the hardware, or the program on one process, is at "
+                f"fault. Exclude it, and start again from the checkpoint before ({self._kept()})."
+            ) from None
+        record = _record(self._run, step, digests, validation_loss, mean_loss)
         with self._may_fail(step):
             if not (self._path.parent / "run.json").exists():  # orbax would make the folder again, without a record
                 raise FileNotFoundError(0, "the workdir is gone")
-            self._manager = self._manager or self._open()
-            self._losses[step], self._means[step], self._saving = validation_loss, mean_loss, step
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(**args, digests=ocp.args.JsonSave(digests)),
-                metrics=metrics,
-                force=True,
-            )
+            if cluster.is_first():
+                durable.make_folder(self._path)
+                self._remove_unfinished()
+            writer = _writer(self._path / str(step), lambda: record)
+            args = {name: ocp.args.StandardSave(tree) for name, tree in stacked.items()}
+            writer.save(self._path / str(step), args=ocp.args.Composite(**args))
+            self._records[step], self._saving = record, step
+            self._verified = self._background.submit(self._read_back, step, writer)
 
     def poll(self) -> None:
         """Looks whether the save in the background is over, and has failed."""
-        if self._saving is not None and not self._manager.is_saving_in_progress():
+        if self._saving is None or not self._verified.done():
+            return
+        if self._verified.exception() or not cluster.is_several():  # several have to ask at the same step
             self.wait()
 
     def wait(self) -> None:
-        """Waits for what is being saved."""
-        if self._saving is not None:
-            step = self._saving
-            with self._may_fail(step):
-                self._manager.wait_until_finished()
-                self._saving, self.failure = None, None
+        """Waits for what is being saved, and deletes the checkpoints that it replaces."""
+        if self._saving is None:
+            return
+        step = self._saving
+        with self._may_fail(step):
+            found = self._verified.result()
+            if cluster.is_several():
+                parts = multihost_utils.process_allgather(np.array(list(found.values()), np.uint32))
+                found = dict(zip(found, parts.sum(axis=0, dtype=np.uint32), strict=True))
+            self._compare(step, found)
+            self._saving, self.failure = None, None
+        if self._saving is None and self.failure is None:
+            self._delete_old()
 
     def close(self) -> None:
         """Waits for what is being saved, and ends."""
         self.wait()
-        if self._manager:
-            self._manager.close()
+        self._background.shutdown()
 
-    def _open(self) -> ocp.CheckpointManager:
-        policies = [
-            checkpoint_managers.LatestN(self._keep),
-            checkpoint_managers.BestN(get_metric_fn=lambda metrics: -metrics["validation_loss"], n=1),
-        ]
-        options = _options(
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            cleanup_tmp_directories=True,  # of saves that a death or a full disk cut short
-        )
-        return ocp.CheckpointManager(self._path, item_names=("params", "optimizer", "digests"), options=options)
+    def _kept(self) -> str:
+        last = self.last()
+        return "there is no checkpoint yet" if last is None else f"that of step {last:,} is kept"
+
+    def _read_back(self, step: int, writer: ocp.AsyncCheckpointer) -> dict[str, int]:
+        """Waits for the save, reads this process's share of it from the disk, and returns the digests of that."""
+        writer.wait_until_finished()
+        writer.close()
+        names = self._records[step]["arrays"]
+        return _digests_of_files(self._path / str(step), names, jax.process_index(), jax.process_count())
+
+    def _delete_old(self) -> None:
+        """Deletes all but the newest checkpoints and the best one."""
+        best = self.best()
+        keep = {*sorted(self._records)[-self._keep :], best[0] if best else None}
+        for step in sorted(self._records.keys() - keep):
+            del self._records[step]
+            if cluster.is_first():
+                try:
+                    folder = self._path / str(step)
+                    # Under a temporary name first, so that one deleted in part is never taken for a checkpoint.
+                    durable.remove_tree(folder.rename(folder.with_name(folder.name + atomicity.TMP_DIR_SUFFIX)))
+                except OSError as error:
+                    self._say(f"Cannot delete the old checkpoint {folder}: {_reason(error)}.")
+
+    def _remove_unfinished(self) -> None:
+        """Deletes what saves left that a death or a full disk cut short."""
+        for folder in self._path.iterdir():
+            if folder.name.endswith(atomicity.TMP_DIR_SUFFIX):
+                durable.remove_tree(folder)
 
     @contextlib.contextmanager
     def _may_fail(self, step: int) -> Iterator[None]:
@@ -339,15 +424,13 @@ class Checkpoints:
         except Exception as error:
             if cluster.is_several():  # the others wait within orbax, and there is no way to call them back
                 raise UserError(f"Cannot save {self._path / str(step)}: {_reason(error)}") from error
-            self._losses.pop(step, None)
-            kept = self.last()
-            kept = "there is no checkpoint yet" if kept is None else f"that of step {kept:,} is kept"
-            self.failure = f"Cannot save {self._path / str(step)}: {_reason(error)}; {kept}."
+            self._records.pop(step, None)
+            if self._saving == step:  # it may have its name already, and is not whole
+                with contextlib.suppress(OSError):
+                    self._set_aside(step)
+            self._saving = None
+            self.failure = f"Cannot save {self._path / str(step)}: {_reason(error)}; {self._kept()}."
             self._say(f"{self.failure} The next save is another try.")
-            # A new manager begins with what is on disk, less what the failure left behind.
-            with contextlib.suppress(Exception):
-                self._manager.close()
-            self._manager = self._saving = None
 
     def last_whole(self, restore: Callable[[int], Any]) -> tuple[int, Any] | None:
         """The newest step that can be restored, and what `restore(step)` gives; None where nothing was ever saved.
@@ -358,7 +441,7 @@ class Checkpoints:
           UserError: all are damaged.
         """
         damaged = dict(self._damaged)
-        for step in sorted(self._losses, reverse=True):
+        for step in sorted(self._records, reverse=True):
             try:
                 restored = restore(step)
             except Damaged as error:
@@ -366,19 +449,25 @@ class Checkpoints:
                 continue
             for bad, error in damaged.items():
                 aside = cluster.share(f"set {bad} aside", lambda bad=bad: self._set_aside(bad))
-                self._losses.pop(bad, None)
+                self._records.pop(bad, None)
                 self._say(f"{error} It is set aside as {aside}.")
             self._damaged = {}
             return step, restored
         if damaged:
             reasons = " ".join(map(str, damaged.values()))
             raise UserError(f"No checkpoint in {self._path} is whole, and none was touched: {reasons}")
+        if self._unusable:
+            raise UserError(
+                f"{self._path} holds no checkpoint that can be used, but {', '.join(self._unusable[:3])}. Give a "
+                "checkpoint its name back, which is its step, or choose another --workdir."
+            )
         return None
 
     def _set_aside(self, step: int) -> str:
-        folder = self._path / str(step)
         names = (self._path / f"{step}.damaged{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
-        return folder.rename(next(name for name in names if not name.exists())).name
+        aside = (self._path / str(step)).rename(next(name for name in names if not name.exists()))
+        durable.sync(self._path)
+        return aside.name
 
     def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
         """The items named (`params`, `optimizer`) of a step.
@@ -394,9 +483,8 @@ class Checkpoints:
         stacked = _stacked(abstract)
         restored, error = None, None
         try:
-            digests = self._digests(step)
             for name, tree in stacked.items():
-                self._check_shapes(step, name, _shapes(tree), digests)
+                self._check_shapes(step, name, _shapes(tree))
             handler = ocp.StandardCheckpointHandler()
             restored = {
                 name: handler.restore(self._path / str(step) / name, args=ocp.args.StandardRestore(tree))
@@ -409,8 +497,7 @@ class Checkpoints:
             error = error or self._damage(step, "as another process sees it")
         if error:
             raise error
-        replicated = jax.NamedSharding(jax.tree.leaves(restored)[0].sharding.mesh, jax.P())
-        self._compare(step, jax.device_get(jax.jit(_digest_all, out_shardings=replicated)(restored)), digests)
+        self._compare(step, integrity.digests(restored))
         if jax.tree.structure(restored) == jax.tree.structure(abstract):
             return restored
         return jax.jit(unstack_layers, out_shardings=_shardings(abstract))(restored)
@@ -425,8 +512,7 @@ class Checkpoints:
         """
         handler = ocp.PyTreeCheckpointHandler()
         try:
-            digests = self._digests(step)
-            self._check_shapes(step, "params", shapes, digests)
+            self._check_shapes(step, "params", shapes)
         except Exception as error:
             raise self._cannot_read(step, error) from error
         for name in shapes:
@@ -440,16 +526,29 @@ class Checkpoints:
             except Exception as error:
                 raise self._cannot_read(step, error) from error
             (array,) = jax.tree.leaves(restored)
-            self._compare(step, {f"params/{name}": jax.jit(_digest)(array)}, digests)
+            self._compare(step, {f"params/{name}": integrity.on_host(array)})
             yield array
 
-    def _digests(self, step: int) -> dict[str, int] | None:
-        """What was noted when the step was saved; None for weights that were converted."""
-        path = self._path / str(step) / "digests"
-        return ocp.JsonCheckpointHandler().restore(path) if path.exists() else None
+    def _read_record(self, step: int) -> dict[str, Any]:
+        """What a checkpoint records of itself. Raises Damaged where that is missing, or of another run or step."""
+        try:
+            record = read_json(self._path / str(step) / RECORD)
+            rest = {name: value for name, value in record.items() if name != "checksum"}
+            if record["checksum"] != _checksum(rest) or not {"arrays", "validation_loss", "mean_loss"} <= rest.keys():
+                raise ValueError("not what was written")
+            if record["step"] != step:
+                raise ValueError(f"this is the checkpoint of step {record['step']}")
+            if record["run"] != self._run.id:
+                raise ValueError("this is a checkpoint of another run")
+        except FileNotFoundError:
+            raise self._damage(step, f"{RECORD} is missing") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self._damage(step, f"{RECORD}: {_reason(error)}") from None
+        return record
 
-    def _compare(self, step: int, found: dict[str, Any], saved: dict[str, int] | None) -> None:
-        changed = [name for name, digest in found.items() if saved and saved.get(name) != int(digest)]
+    def _compare(self, step: int, found: dict[str, int]) -> None:
+        saved = self._records[step]["arrays"]
+        changed = [name for name, digest in found.items() if saved.get(name) != int(digest)]
         if changed:
             raise self._damage(step, f"{', '.join(changed[:3])}: not the numbers that were saved")
 
@@ -466,13 +565,19 @@ class Checkpoints:
             return UserError(f"Cannot read {self._path / str(step)}: {_reason(error)}")
         return self._damage(step, _reason(error))
 
-    def _check_shapes(
-        self, step: int, item: str, expected: dict[str, tuple[int, ...]], digests: dict[str, int] | None
-    ) -> None:
+    def check_fits(self, step: int, **abstract: Any) -> None:
+        """Raises UserError unless the items of a step have the arrays of these trees, as `restore` takes them."""
+        for name, tree in _stacked(abstract).items():
+            try:
+                self._check_shapes(step, name, _shapes(tree))
+            except Exception as error:
+                raise self._cannot_read(step, error) from error
+
+    def _check_shapes(self, step: int, item: str, expected: dict[str, tuple[int, ...]]) -> None:
         """Raises UserError unless an item of a step has arrays of these names and shapes, and no others."""
         saved = ocp.PyTreeCheckpointHandler().metadata(self._path / str(step) / item)
         found = _shapes(saved.tree)
-        if digests and {f"{item}/{name}" for name in found} - digests.keys():
+        if {f"{item}/{name}" for name in found} - self._records[step]["arrays"].keys():
             raise self._damage(step, f"{item}/_METADATA: not the arrays that were saved")
         for leaf in jax.tree.leaves(saved.tree, is_leaf=_is_array):
             # TensorStore takes the memory of a piece before it looks for one, and ends the process where there is none.
@@ -493,7 +598,7 @@ class Checkpoints:
         Raises:
           UserError: there is no such checkpoint.
         """
-        steps = sorted(self._losses | self._damaged)
+        steps = sorted(self._records | self._damaged)
         if not steps:
             raise UserError(f"There is no checkpoint in {self._path} yet.")
         if which in ("best", "last"):
@@ -524,9 +629,15 @@ class Deferred:
 class _DeferredHandler(type_handlers.NumpyHandler):
     """Writes Deferred arrays one after the other. Orbax by itself holds all that it writes, twice."""
 
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.digests: dict[str, int] = {}  # of what was written
+
     async def serialize(self, values, infos, args=None):
         for value, info, arg in zip(values, infos, args, strict=True):
-            for written in await super().serialize([value.make()], [info], [arg]):
+            array = value.make()
+            self.digests[f"params/{info.name.replace('.', '/')}"] = integrity.on_host(array)
+            for written in await super().serialize([array], [info], [arg]):
                 written.result()
         return []
 
@@ -535,57 +646,109 @@ class _DeferredHandler(type_handlers.NumpyHandler):
         return [(size, size) for size in sizes]
 
 
-def write_params(workdir: Workdir, params: Any) -> None:
+def write_params(workdir: Workdir, run: Run, params: Any) -> None:
     """Saves step 0 of a workdir that has no checkpoint yet: a tree of `Deferred`, with stacked layers."""
+    folder, handler = workdir.path / "checkpoints" / "0", _DeferredHandler(deepcopy_host_arrays=False)
     registry = type_handlers.create_type_handler_registry(
-        (Deferred, _DeferredHandler(deepcopy_host_arrays=False)),
+        (Deferred, handler),
         (jax.Array, type_handlers.ArrayHandler()),  # there are none, but without it orbax warns
     )
-    handlers = {"params": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
-    options = _options(enable_async_checkpointing=False)
-    with ocp.CheckpointManager(workdir.path / "checkpoints", item_handlers=handlers, options=options) as manager:
-        save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), params)
-        args = ocp.args.Composite(params=ocp.args.PyTreeSave(params, save_args=save_args))
-        manager.save(0, args=args, metrics={"validation_loss": math.inf}, force=True)
+    durable.make_folder(folder.parent)
+    item = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    writer = _writer(folder, lambda: _record(run, 0, handler.digests), params=item)
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), params)
+    writer.save(folder, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params, save_args=save_args)))
+    writer.wait_until_finished()
+    writer.close()
 
 
-def _options(**more: Any) -> ocp.CheckpointManagerOptions:
-    # Without best_fn, metrics are not saved.
-    return ocp.CheckpointManagerOptions(best_fn=lambda metrics: metrics["validation_loss"], best_mode="min", **more)
+def _writer(folder: epath.Path, record: Callable[[], dict[str, Any]], **handlers: Any) -> ocp.AsyncCheckpointer:
+    """What writes one checkpoint: its items, its record, and then its name."""
+    partial = folder.with_name(folder.name + atomicity.TMP_DIR_SUFFIX)
+
+    def add_record() -> None:
+        (partial / RECORD).parent.mkdir()
+        (partial / RECORD).write_text(json.dumps(record()))
+
+    return ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler("params", "optimizer", **handlers),
+        async_options=ocp.options.AsyncOptions(post_finalization_callback=add_record),
+        temporary_path_class=_DurableFolder if durable.is_local(folder) else None,
+    )
 
 
-def _stack_and_digest(items: Any) -> tuple[Any, dict[str, jax.Array]]:
-    stacked = stack_layers(items)
-    return stacked, _digest_all(stacked)
+class _DurableFolder(atomicity.AtomicRenameTemporaryPath):
+    """Orbax's temporary folder of a checkpoint, of which nothing is lost in a power cut once it has its name."""
+
+    async def finalize(self) -> None:
+        if self._checkpoint_metadata_store:
+            self._checkpoint_metadata_store.wait_until_finished()
+        durable.publish(self.get(), self.get_final())
 
 
-def _digest_all(tree: Any) -> dict[str, jax.Array]:
-    return {path_name(path): _digest(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _record(
+    run: Run,
+    step: int,
+    digests: dict[str, int],
+    validation_loss: float | None = None,
+    mean_loss: float | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint records of itself."""
+    record = {"run": run.id, "step": step, "data": run.fingerprint, "arrays": digests}
+    record |= {"validation_loss": validation_loss, "mean_loss": mean_loss}
+    return record | {"checksum": _checksum(record)}
 
 
-@jax.jit
-def digest(tree: Any) -> jax.Array:
-    """uint32 that tells the arrays of a tree from others: the same on any mesh, and for layers stacked or not."""
-    return sum(map(_digest, jax.tree.leaves(stack_layers(tree))))
+def _checksum(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
-def _digest(x: jax.Array) -> jax.Array:
-    """A number of 32 bits for the elements of an array and their places: the same for every sharding of it.
+def _digests_of_files(folder: epath.Path, names: dict[str, Any], index: int, count: int) -> dict[str, int]:
+    """For each array of a checkpoint, the digest of the part that process `index` of `count` has to read.
 
-    The elements' bits, scattered by the finalizer of MurmurHash3 (A. Appleby), are added up as integers. A change of
-    one element always changes the sum; of several, all but once in 2³² times. No storage has to be trusted for it.
+    The parts, every `count`-th piece of an array on the disk, add up to the whole.
     """
-    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
-    for axis in range(x.ndim):
-        stride = np.uint32(math.prod(x.shape[axis + 1 :]) * 0x9E3779B9 % 2**32)
-        bits ^= jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * stride
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        bits = (bits ^ (bits >> shift)) * np.uint32(factor)
-    return jnp.sum(bits ^ (bits >> 16), dtype=jnp.uint32)
+    found, number = dict.fromkeys(names, 0), 0
+    for name in names:
+        item, _, path = name.partition("/")
+        base = f"{folder / item}/"
+        base = {"driver": "file", "path": base} if durable.is_local(folder) else base
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{path.replace('/', '.')}/"}
+        array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+        pieces = array.chunk_layout.read_chunk.shape or ()
+        grid = (range(0, size, piece) for size, piece in zip(array.shape, pieces, strict=True))
+        for origin in itertools.product(*grid):
+            if number % count == index:
+                part = tuple(slice(first, first + piece) for first, piece in zip(origin, pieces, strict=True))
+                part = np.asarray(array[part].read().result()) if part else np.asarray(array.read().result())
+                found[name] = (found[name] + integrity.on_host(part, origin, array.shape)) % 2**32
+            number += 1
+    return found
 
 
-def _digest_json(values: dict[str, float]) -> int:
-    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+def digest(tree: Any) -> int:
+    """A number of 32 bits for the arrays of a tree: the same on any mesh, and for layers stacked or not."""
+    return sum(integrity.digests(_stack(tree)).values()) % 2**32
+
+
+def _saved(checkpoints: epath.Path) -> list[str]:
+    """The names in a folder of checkpoints, but for what a save left that was cut short, and hidden files."""
+    names = (entry.name for entry in checkpoints.iterdir()) if checkpoints.exists() else ()
+    return sorted(name for name in names if not name.endswith(atomicity.TMP_DIR_SUFFIX) and name[0] != ".")
+
+
+def _check_path(path: epath.Path) -> None:
+    """Raises UserError for a path that orbax, which searches its folders by patterns, or tensorstore misreads."""
+    odd = re.search(r"[][*?\\%#\x00-\x1f\x7f]", str(path)) if durable.is_local(path) else None
+    if odd:
+        raise UserError(f"--workdir={path}: the path has the character {odd[0]!r}, which checkpoints cannot have.")
+    try:
+        str(path).encode()
+        path.name.encode("ascii" if sys.getfilesystemencoding() != "utf-8" else "utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"--workdir={path}: the path has letters that are not UTF-8, or the locale's encoding is not UTF-8."
+        ) from None
 
 
 def _reason(error: Exception) -> str:
@@ -620,23 +783,42 @@ def _stacked(tree: Any) -> Any:
     return stack_layers(tree, stack)
 
 
+def _stack(tree: Any) -> Any:
+    """A copy of a tree on the devices, with the layers stacked."""
+    return jax.jit(stack_layers, out_shardings=_shardings(_stacked(tree)))(tree)
+
+
 def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
 
 
-def refuse_changes(old: Run, new: Run, workdir: epath.Path, allow: bool) -> dict[str, tuple[Any, Any]]:
-    """The differences between a workdir's run and the one wanted, if they may be.
+def refuse_changes(
+    old: Run, new: Run, workdir: epath.Path, allow: bool, obstacle: str = ""
+) -> dict[str, tuple[Any, Any]]:
+    """The differences between a workdir's run and the one wanted, if they may be, environments included.
+
+    Args:
+      obstacle: why the newest checkpoint cannot be restored under the new config, in a sentence; "": it can.
 
     Raises:
-      UserError: the data, or a key that is not `HARMLESS`, has changed and `allow` is false.
+      UserError: the data, the order of examples, or a key that is not `HARMLESS`, has changed and `allow` is false.
     """
     serious = _differences(old, new, "→", besides=HARMLESS)
     if serious and not allow:
+        advice = obstacle or "To resume with the changes, add --allow_config_change."
         raise UserError(
-            f"--workdir={workdir} holds a run with another config: {'; '.join(serious)}. Choose another "
-            "--workdir, or go on with the changes by --allow_config_change."
+            f"--workdir={workdir} holds a run with another config: {'; '.join(serious)}. Choose another --workdir, or "
+            f"undo the changes. {advice}"
         )
-    return config_lib.differences(old.config, new.config)
+    keys = [key for key in new.environment if key in old.environment and old.environment[key] != new.environment[key]]
+    if ORDER in keys and not serious and not allow:
+        versions = ", ".join(f"{key} {old.environment[key]} → {new.environment[key]}" for key in keys if key != ORDER)
+        raise UserError(
+            f"--workdir={workdir}: the examples would come in another order than before ({versions or 'grain'}). "
+            "Install the versions that the run began with, or add --allow_config_change."
+        )
+    environments = {key: (old.environment[key], new.environment[key]) for key in keys if key != ORDER}
+    return config_lib.differences(old.config, new.config) | environments
 
 
 def _differences(a: Run, b: Run, sign: str, besides: tuple[str, ...] = ()) -> list[str]:
@@ -646,10 +828,3 @@ def _differences(a: Run, b: Run, sign: str, besides: tuple[str, ...] = ()) -> li
     if a.fingerprint != b.fingerprint:
         said.append(f"fingerprint of the data {a.fingerprint} {sign} {b.fingerprint}")
     return said
-
-
-def _replace(path: epath.Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)  # in a stranger's workdir it may be a link to anywhere
-    partial.write_text(text)
-    partial.replace(path)

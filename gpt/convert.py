@@ -490,14 +490,15 @@ def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> GPTConfig | 
 
         return Deferred((*lead, *tensor.ours), make)
 
-    workdir.create()
-    write_params(workdir, _tree({name: deferred(name, tensor) for name, tensor in wanted.items()}))
     model = dataclasses.replace(config, vocab_size=0)
     if is_classifier:
         recorded = Config(model=model, data=ImagesConfig())
     else:
         recorded = Config(model=model, tokenizer=tokenizers.TokenizerConfig(name=tokenizer.name))
-    workdir.record(Run(recorded, tokenizer, None))
+    run = Run(recorded, tokenizer, None)
+    workdir.create()
+    write_params(workdir, run, _tree({name: deferred(name, tensor) for name, tensor in wanted.items()}))
+    workdir.record(run)
     return config
 
 

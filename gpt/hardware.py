@@ -1,8 +1,10 @@
 """The accelerators that are known, their public figures, and clusters of them that are not there."""
 
+import contextlib
 import dataclasses
 import math
 import os
+import platform
 import re
 import resource
 
@@ -97,6 +99,14 @@ def memory(device: jax.Device) -> float:
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return (whole if limit == resource.RLIM_INFINITY else min(whole, limit)) / jax.local_device_count()
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        if found := re.search(r"^model name\s*: (.+)$", file.read(), re.M):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def of_topology(name: str) -> Chip:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from gpt import cluster, lora, sharding, tokenizers
+from gpt import cluster, integrity, lora, sharding, tokenizers
 from gpt.checkpoint import Base, Run, Workdir, digest
 from gpt.config import Config
 from gpt.data import Dataset
@@ -30,7 +30,7 @@ class Weights:
 
     def __init__(self, workdir: Workdir, checkpoint: str):
         self.workdir, self.run = workdir, workdir.read()
-        self._checkpoints = workdir.checkpoints()
+        self._checkpoints = workdir.checkpoints(run=self.run)
         self.step = self._checkpoints.find(checkpoint)
         self._base = Weights.of_base(self.run.base) if self.run.base else None
         self._digest: int | None = None  # that the parameters must have
@@ -47,7 +47,7 @@ class Weights:
 
     def as_base(self, params: Any) -> Base:
         """The record of these weights, once restored as `params`, for adapters."""
-        return Base(str(self.workdir.path), self.step, int(digest(params)))
+        return Base(str(self.workdir.path), self.step, digest(params))
 
     def restore(self, program: Program) -> Any:
         """The parameters, adapters merged, sharded as the program wants them.
@@ -65,7 +65,7 @@ class Weights:
         else:
             params = self._checkpoints.restore(self.step, params=program.abstract_params)["params"]
         if self._digest is not None:
-            self._check(int(digest(params)))
+            self._check(digest(params))
         return params
 
     def restore_each(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
@@ -80,7 +80,7 @@ class Weights:
             if name in adapters:
                 array = array + self.run.config.model.lora_scale * lora.product(adapters[name], array.shape)
             if self._digest is not None:
-                total = (total + int(digest(array))) % 2**32
+                total = (total + integrity.on_host(array)) % 2**32
             yield array
         if self._digest is not None:
             self._check(total)

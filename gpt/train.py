@@ -12,12 +12,15 @@ run, unless `train.on_nonfinite` says otherwise:
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import math
+import secrets
 import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,31 +112,49 @@ class Training:
         self.dataset = cluster.first_before_others(
             "data", lambda: config.data.load(tokenizer, config.model, progress.say, progress.status)
         )
-        self.run = Run(config, self.dataset.tokenizer, self.dataset.fingerprint)
-        if before:
-            self.run = dataclasses.replace(self.run, base=before.base, skipped=before.skipped)
-        changes = refuse_changes(before, self.run, workdir.path, allow_config_change) if before else {}
-
         self.examples = self.dataset.training(config.model, config.seed)
         self.validation = self.dataset.evaluation("val", config.model)
         self.total_steps = config.train.total_steps(config.model.length, len(self.examples))
         self.program = build(config, self.dataset.tokenizer.vocab_size, self.layout, self.total_steps)
         self.program.check_memory(self.program.abstract_state)
+        order = pipeline.order_digest(self.examples, config.seed)
+        self.run = Run(
+            config,
+            self.dataset.tokenizer,
+            self.dataset.fingerprint,
+            environment=environment(self.layout, order),
+            id=cluster.share("run", lambda: before.id if before else secrets.token_hex(8)),
+        )
+        if before:
+            self.run = dataclasses.replace(self.run, base=before.base, skipped=before.skipped)
         self._first_params = origin.restore(self.program) if origin else None  # used up by `begin`
         if config.model.lora_rank and not self.run.base:
             self.run = dataclasses.replace(self.run, base=origin.as_base(self._first_params))
+        self.checkpoints = workdir.checkpoints(config.train.keep_checkpoints, progress.say, self.run)
+        changes = self._refuse_changes(before, allow_config_change) if before else {}
         self.preview = self.dataset.preview(self.program, config, self.validation)
-        workdir.record(self.run)
 
         progress.total_steps = self.total_steps
         for line in describe(self.program, config, self.dataset, self.total_steps, len(self.examples)):
             progress.say(line)
         for key, (was, now) in changes.items():
             progress.say(f"changed: {key} {was!r} → {now!r}")
-        self.checkpoints = workdir.checkpoints(config.train.keep_checkpoints, progress.say)
+        if changes.keys() & self.run.environment.keys():
+            progress.say("note: with these the run resumes to rounding, not to the bit.")
         self.begin()
+        workdir.record(self.run)  # only now: what could not be restored leaves no mark
         best = self.checkpoints.best()
         self.best_loss = best[1] if best else math.inf
+
+    def _refuse_changes(self, before: Run, allow: bool) -> dict[str, tuple[Any, Any]]:
+        """As `refuse_changes`, with what the newest checkpoint says to the config."""
+        step, state, obstacle = self.checkpoints.last(), self.program.abstract_state, ""
+        if not allow and step is not None:
+            try:
+                self.checkpoints.check_fits(step, params=state.params, optimizer=state.opt_state)
+            except UserError as error:
+                obstacle = str(error)
+        return refuse_changes(before, self.run, self.workdir.path, allow, obstacle)
 
     def begin(self) -> None:
         """Goes to the newest step saved, or to step 0."""
@@ -367,6 +388,16 @@ def first_weights(config: Config, before: Run | None) -> Weights | None:
             f"{weights.run.config.tokenizer.name}; set tokenizer.name={weights.run.config.tokenizer.name}."
         )
     return weights
+
+
+def environment(layout: sharding.Layout, order: str) -> dict[str, str]:
+    """What the numbers of a run depend on besides its config, for a resumed run to be compared with."""
+    device = layout.mesh.devices.flat[0]
+    libraries = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    versions = {name: importlib.metadata.version(name) for name in libraries}
+    kind = hardware.processor() if device.platform == "cpu" else device.device_kind
+    shape = " ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items())
+    return versions | {"devices": f"{layout.mesh.size} × {kind}", "mesh": shape, "order of examples": order}
 
 
 def restore(checkpoints: Checkpoints, step: int, program: Program) -> TrainState:

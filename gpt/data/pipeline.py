@@ -6,6 +6,8 @@ A run may leave out batches that did harm: then these numbers are part of that s
 of the others.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -35,8 +37,7 @@ def training_batches(
       prefetch: batches prepared ahead by threads; 0: none.
       skipped: numbers of global batches that are left out.
     """
-    epoch_length = len(source)
-    shuffled = grain.MapDataset.range(epoch_length).seed(seed).shuffle().repeat(None)
+    epoch_length, shuffled = len(source), _shuffled(source, seed)
     every_row = shuffled.map_with_index(lambda position, index: source.row(int(position) // epoch_length, int(index)))
 
     def batch(step: int, _) -> dict[str, np.ndarray]:
@@ -47,6 +48,18 @@ def training_batches(
     batches = iter(grain.MapDataset.range(1).repeat(None).map_with_index(batch).to_iter_dataset(options))
     batches.set_state({"next_index": start})
     return batches
+
+
+def _shuffled(source: Source, seed: int) -> grain.MapDataset[int]:
+    """The indices of examples in the order of training, epoch after epoch."""
+    return grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+
+
+def order_digest(source: Source, seed: int) -> str:
+    """A digest of where the order of training begins, in two epochs: another version of grain may have another."""
+    shuffled, count = _shuffled(source, seed), min(len(source), 256)
+    indices = [int(shuffled[start + i]) for start in (0, len(source)) for i in range(count)]
+    return hashlib.sha256(json.dumps(indices).encode()).hexdigest()[:16]
 
 
 def batch_number(step: int, skipped: Sequence[int]) -> int:

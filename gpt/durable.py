@@ -1,0 +1,108 @@
+"""Files and folders that survive a power cut.
+
+A file system may write a file's name long before its content, and both long after the call returned. What a run needs
+to resume is therefore written in one order: content to the disk, folders to the disk, the rename that makes it valid,
+the folder of the new name to the disk, and only then is anything older deleted. In a bucket (gs://, s3://) an object is
+durable once it is written.
+"""
+
+import errno
+import os
+import shutil
+import stat
+from typing import Any
+
+from etils import epath
+
+from gpt.errors import UserError
+
+PARTIAL = ".partial"  # ends the name of a file that is being written
+
+
+def is_local(path: Any) -> bool:
+    """Whether a path is on a file system rather than in a bucket."""
+    return "://" not in str(path)
+
+
+def sync(path: Any) -> None:
+    """Waits until a file's content, or the names in a folder, are on the disk. Raises OSError where that fails."""
+    if not is_local(path):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # some network file systems cannot sync a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise
+    finally:
+        os.close(handle)
+
+
+def publish(partial: Any, final: Any) -> None:
+    """Gives a complete file or folder its final name, once all of its content is on the disk."""
+    for folder, _, names in os.walk(partial, topdown=False):
+        for name in names:
+            sync(os.path.join(folder, name))
+        sync(folder)
+    if os.path.isfile(partial):
+        sync(partial)
+    os.rename(partial, final)
+    sync(os.path.dirname(final))
+
+
+def write(path: epath.Path, text: str) -> None:
+    """Replaces the content of a file: after a power cut it is the old or the new one.
+
+    Raises:
+      UserError: the file system does not allow it.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        if path.exists() and path.read_text() == text:
+            return
+        partial.unlink(missing_ok=True)
+        with open(partial, "x") if is_local(path) else partial.open("w") as file:  # "x" follows no link
+            file.write(text)
+        if is_local(path):
+            publish(partial, path)
+        else:
+            partial.replace(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot write {path}: {getattr(error, 'strerror', None) or error}.") from None
+
+
+def make_folder(path: epath.Path) -> list[str]:
+    """Makes a folder and those above it; returns the ones that did not exist, from the top."""
+    if not is_local(path):
+        path.mkdir(parents=True, exist_ok=True)
+        return []
+    missing = [str(folder) for folder in (path, *path.parents) if not folder.exists()][::-1]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(os.path.dirname(folder))
+    return missing
+
+
+def remove_tree(path: epath.Path) -> None:
+    """Deletes a folder, never what a link in its place leads to."""
+    shutil.rmtree(path) if is_local(path) else path.rmtree()
+
+
+def refuse_links(folder: epath.Path) -> None:
+    """Raises UserError if anything in a folder is neither a file nor a folder: a link, a pipe, a socket, a device.
+
+    A workdir may come from anybody, and training writes and deletes in it: nothing in it may lead to another place.
+    """
+    for parent, folders, names in os.walk(folder):
+        for name in folders + names:
+            path = os.path.join(parent, name)
+            try:
+                mode = os.lstat(path).st_mode
+            except FileNotFoundError:  # deleted since it was listed, by another run perhaps
+                continue
+            if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+                what = "a link" if stat.S_ISLNK(mode) else "a pipe, a socket or a device"
+                raise UserError(
+                    f"--workdir={folder}: {os.path.relpath(path, folder)} is {what}; a workdir that is written to may "
+                    "hold only files and folders. Replace it, or choose another --workdir."
+                )
