@@ -260,7 +260,8 @@ class Training:
         return stop_signal
 
     def _save(self, loss: float | None) -> None:
-        self.checkpoints.save(self.step, self.state.params, self.state.opt_state, loss, self.mean_loss)
+        state = self.state
+        self.checkpoints.save(self.step, state.params, state.opt_state, loss, self.mean_loss, state.frozen)
 
     def _report(self, step: int, measured: dict[str, jax.Array], stop_signal: jax.Array | int) -> int:
         """Waits for a step, checks and shows its metrics; returns the signal to stop on, or 0.
