@@ -613,7 +613,7 @@ def test_another_secret_keeps_a_process_out(hub, monkeypatch, capfd):
     port = free_port()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: (time.sleep(0.3), join(("127.0.0.1", port), proof="0" * 64)))
-        with pytest.raises(UserError, match="waited 2 s .* with another GPT_CLUSTER_SECRET"):
+        with pytest.raises(UserError, match=r"waited 2 s .* with another GPT_CLUSTER_SECRET"):
             cluster._Hub(f"127.0.0.1:{port}", 2, 0, 2, {})
     notice = r"^waiting at .* for process 1 of 2 … A program on 127.0.0.1 tried to join with another GPT_CLUSTER_SECRET"
     assert re.search(notice, capfd.readouterr().err, re.M)
