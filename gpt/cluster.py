@@ -47,6 +47,7 @@ _TIMEOUT = flags.DEFINE_float(
 SECRET = "GPT_CLUSTER_SECRET"  # the environment variable
 NOTICE_AFTER = 10  # seconds of waiting until a line says for what
 HANDSHAKE = 10  # seconds within which a program that connects has to prove that it is a process of this job
+PRINTING = 10  # seconds that a terminal or a pipe gets to take the last words of a process that has to end
 MAX_UNKNOWN = 64  # connections that may be at it; the oldest makes room for another
 MAX_HELLO, MAX_MESSAGE = 1 << 16, 1 << 26  # bytes
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
@@ -230,11 +231,11 @@ class _Hub(_Lifeline):
                 self._changed.wait(1)
             different = [index for index in self._facts if versions.differences(facts, self._facts[index])]
             if different:
-                first, *others = sorted(different)
+                what = versions.differences(facts, self._facts[min(different)])
+                more = f" {len(different) - 1} other processes differ too." if len(different) > 1 else ""
                 self._refuse(
-                    f"{self._names[first]}{' (like ' + str(len(others)) + ' others)' if others else ''} differs from "
-                    f"{self.name} in {versions.differences(facts, self._facts[first])}. Their results would not agree: "
-                    "give all processes the same code, libraries and settings."
+                    f"{self._names[min(different)]} differs from {self.name} in {what}.{more} Their results would not "
+                    "agree: give all processes the same code, libraries and settings."
                 )
 
     def _refuse(self, text: str) -> None:
@@ -252,19 +253,22 @@ class _Hub(_Lifeline):
             if is_local and not host.endswith("localhost") and host not in [address[0] for _, address in places]:
                 # Debian calls its own host 127.0.1.1, but others know the name by the address of an interface.
                 places, is_local = [(socket.AF_INET, ("", port))], False
-            servers = []
+            servers, absent = [], None
             for family, address in places:
                 try:
                     servers.append(socket.create_server(address, family=family, backlog=1024))
                 except OSError as error:  # "localhost" is two addresses, also where there is no IPv6
-                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT) or (family, address) == places[-1]:
+                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                         raise
+                    absent = error
+            if absent and not servers:
+                raise absent
         except (OSError, UnicodeError) as error:
             raise UserError(
                 f"{self.name} cannot listen at {self.address}: {_reason(error)}. "
                 "--coordinator has to name the host of process 0 and a free port there."
             ) from None
-        if not is_local and not os.environ.get(SECRET):
+        if not is_local and not _secret():
             print(
                 f"warning: {SECRET} is not set, so any program that can connect to {self.address} can join this job; "
                 "see launch/README.md.",
@@ -524,10 +528,13 @@ def _fields(message: dict, **types: type) -> list:
     return [message[name] for name in types]
 
 
+def _secret() -> bytes:
+    return os.fsencode(os.environ.get(SECRET, "").strip())
+
+
 def _proof(role: str, *nonces: str) -> str:
     """Returns what only a process that knows the secret can compute: of the sender's role and both random numbers."""
-    secret = os.fsencode(os.environ.get(SECRET, "").strip())
-    return hmac.new(secret, "\n".join([role, *nonces]).encode(), "sha256").hexdigest()
+    return hmac.new(_secret(), "\n".join([role, *nonces]).encode(), "sha256").hexdigest()
 
 
 def _is_proof(proof: str, *args: str) -> bool:
@@ -558,7 +565,7 @@ def _exit(text: str, code: int) -> None:
     """
     code = code if 0 < code < 256 else 1
     try:
-        threading.Timer(10, os._exit, (code,)).start()  # a terminal or a pipe may not take what is printed
+        threading.Timer(PRINTING, os._exit, (code,)).start()
         if text:
             print(text, file=sys.stderr)
         sys.stdout.flush()

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import errno
 import json
 import os
 import random
@@ -810,6 +811,36 @@ def test_other_forms_of_the_coordinators_address(coordinator, address, exits):
     assert reached.startswith(f"{address}:")
     hub.result().finish()
     spoke.finish()
+
+
+def test_too_many_open_files_are_waited_for():
+    calls = []
+
+    class Server:
+        def accept(self):
+            calls.append(1)
+            if len(calls) < 3:
+                raise OSError(errno.EMFILE, "Too many open files")
+            sys.exit()
+
+    with pytest.raises(SystemExit):
+        cluster._Hub._accept(None, Server())
+
+
+@pytest.mark.parametrize("trouble", ["os.close(1); os.close(2)", "os.dup2(full, 1); os.dup2(full, 2)"])
+def test_an_end_waits_for_no_output(trouble):
+    """Neither for what is closed nor for a pipe that nobody reads."""
+    script = """
+        cluster.PRINTING = 1
+        _, full = os.pipe()
+        os.set_blocking(full, False)
+        try:
+            while True:
+                os.write(full, bytes(4096))
+        except BlockingIOError:
+            os.set_blocking(full, True)
+    """
+    assert run_script(f"{textwrap.dedent(script)}\n{trouble}\ncluster._exit('text', 7)").returncode == 7
 
 
 def test_an_address_of_another_host_is_refused_at_once():
