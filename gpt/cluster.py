@@ -547,7 +547,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def _reason(error: OSError | UnicodeError) -> str:
-    return getattr(error, "strerror", None) or str(error)
+    return (getattr(error, "strerror", None) or str(error)).partition(" (while ")[0]  # create_server adds the address
 
 
 def _gone(name: str) -> str:

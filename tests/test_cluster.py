@@ -623,6 +623,27 @@ def test_another_secret_keeps_a_process_out(hub, monkeypatch, capfd):
     assert cluster._proof("process", "a") == right
 
 
+def test_a_connection_has_to_prove_itself_in_time(hub, exits, monkeypatch):
+    """One that is silent, and one that sends a byte now and then."""
+    monkeypatch.setattr(cluster, "HANDSHAKE", 0.3)
+    address, joined = hub
+    for data in (b"", b" "):
+        with socket.create_connection(address, timeout=5) as connection, contextlib.suppress(ConnectionError):
+            began = time.monotonic()
+            connection.settimeout(0.05)
+            while time.monotonic() - began < 5:
+                connection.sendall(data)
+                with contextlib.suppress(TimeoutError):
+                    if not connection.recv(1000):
+                        break
+        assert time.monotonic() - began < 2
+    spoke, _ = join(address)
+    joined()
+    time.sleep(0.5)
+    assert exits == [], "one that did may be silent for as long as it likes"
+    spoke.close()
+
+
 @pytest.mark.parametrize(
     "line",
     [
