@@ -27,6 +27,7 @@ from gpt.config import Config, flatten, from_tree
 from gpt.data import text
 from gpt.errors import UsageError
 from gpt.planning import page, report, search, step
+from gpt.versions import code_digest
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, like configs/gpt2_124m.py.")
 _TOPOLOGY = flags.DEFINE_list("topology", None, "What to compile for: v5e:16x16, 4xv5p:8x8x16, h100:8, … or several.")
@@ -101,9 +102,8 @@ def plan(config: Config, topology: str) -> report.Report:
         return step.measure(config, topology)
     packages = ("jax", "jaxlib", "flax", "optax", hardware.of_topology(topology).compiler)
     versions = {name: importlib.metadata.version(name) for name in packages}
-    code = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
-    key = json.dumps([dataclasses.asdict(config), topology, versions])
-    name = hashlib.sha256(b"\0".join([key.encode(), *code])).hexdigest()
+    key = json.dumps([dataclasses.asdict(config), topology, versions, code_digest()])
+    name = hashlib.sha256(key.encode()).hexdigest()
     path = text.cache_dir() / "plans" / f"{name}.json"
     if path.exists():
         return json.loads(path.read_text())
