@@ -11,12 +11,11 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from gpt.data import Dataset, Shown, Source, images
+from gpt.data import Dataset, Say, Shown, Source, images, paths
 from gpt.errors import UserError, check_choice, check_fraction, check_positive
 from gpt.tokenizers import Labels, Tokenizer, TokenizerConfig
 
@@ -53,7 +52,11 @@ class PixelsConfig(images.ImagesConfig):
         return 28 if as_they_are else 0
 
     def load(
-        self, tokenizer: Tokenizer | TokenizerConfig, model: "ModelConfig | None", say: Any = None, status: Any = None
+        self,
+        tokenizer: Tokenizer | TokenizerConfig,
+        model: "ModelConfig | None",
+        say: Say = lambda line: None,
+        status: Say = lambda line: None,
     ) -> "Pixels":
         if model and model.length != self.image_size**2:
             raise UserError(
@@ -66,7 +69,7 @@ class PixelsConfig(images.ImagesConfig):
                 f"data.image_size={self.image_size} and data.channels={self.channels}, but the palette is for "
                 f"{palette.size} and {palette.channels}."
             )
-        folders = images.load(self, Labels(palette.names) if palette else None)
+        folders = images.load(self, Labels(palette.names) if palette else None, say)
         if palette is None:
             source = folders.evaluation("train", self)
             chosen = np.unique(np.linspace(0, len(source) - 1, FITTED_IMAGES).astype(int))
@@ -179,7 +182,7 @@ class Palette(Tokenizer):
             first += 1 + self.names.index(name)
         if not file:
             return np.array([first], np.int32)
-        image = images.decode(Path(file).expanduser(), self.channels, self.size)
+        image = images.decode(paths.located(file, "half", "file"), self.channels, self.size)
         tokens = self.tokens(images.fit(image, self.size))
         return np.concatenate([[first], self.half(tokens)]).astype(np.int32)
 
