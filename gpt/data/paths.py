@@ -4,13 +4,14 @@ Of a folder, all files are read in the order of their names, also those in subfo
 
 - hidden files and folders, and those of systems and editors: `.git`, `._3.png`, `__MACOSX`, `Thumbs.db`, `notes.txt~`,
 - empty files, such as `_SUCCESS`,
-- links to nothing, and folders that are reached a second time through a link,
+- links to nothing, and links to folders that are read anyway,
 - pipes, sockets and devices,
 - files of other types, where the kind of data reads only some.
 
 A line says what was left out. What cannot be read is an error, and so is a file that is named and not in a folder.
 """
 
+import errno
 import os
 import re
 import stat
@@ -72,38 +73,42 @@ class Listing:
         while waiting:
             path = waiting.pop()
             if path == folder or path.is_dir():
-                waiting += reversed(self.children(path))
+                waiting += reversed(self.children(path, folder))
             elif suffixes and path.suffix.lower() not in suffixes:
                 self.leave_out("of another type", path)
             else:
                 found.append(path)
         return found
 
-    def children(self, folder: Path) -> list[Path]:
-        """The files and folders in a folder, in the order of their names."""
+    def children(self, folder: Path, base: Path | None = None) -> list[Path]:
+        """The files and folders in a folder, in the order of their names.
+
+        Args:
+          base: the folder that is read as a whole; None: this one.
+        """
         try:
-            return [path for path in sorted(folder.iterdir()) if self._is_data(path)]
+            return [path for path in sorted(folder.iterdir()) if self._is_data(path, base or folder)]
         except OSError as error:
             raise UserError(f"{self._key}: cannot read {error.filename}: {error.strerror}.") from None
 
     def leave_out(self, reason: str, path: Path) -> None:
         self._left_out.setdefault(reason, []).append(path)
 
-    def _is_data(self, path: Path) -> bool:
+    def _is_data(self, path: Path, base: Path) -> bool:
         if HIDDEN.fullmatch(path.name):
             self.leave_out("hidden", path)
             return False
         try:
             found = path.stat()
-        except OSError:
-            if not path.is_symlink():
+        except OSError as error:
+            if not path.is_symlink() or error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise
             self.leave_out("links to nothing", path)
             return False
         if stat.S_ISDIR(found.st_mode):
             place = found.st_dev, found.st_ino
-            if place in self._seen or (path.is_symlink() and self._root.resolve().is_relative_to(path.resolve())):
-                self.leave_out("linked a second time", path)
+            if place in self._seen or (path.is_symlink() and _is_read_anyway(path.resolve(), base.resolve())):
+                self.leave_out("links to folders that are read anyway", path)
                 return False
             self._seen.add(place)
         elif not stat.S_ISREG(found.st_mode):
@@ -126,7 +131,7 @@ class Listing:
     def say(self, say: Callable[[str], object]) -> None:
         """Tells the user what is left out, if anything is."""
         if left_out := str(self):
-            say(f"note   {self._key}={self._root} is read without {left_out}")
+            say(f"note   left out of {self._key}={self._root}: {left_out}")
 
 
 def named(paths: str, key: str, say: Callable[[str], object]) -> list[Path]:
@@ -146,12 +151,18 @@ def named(paths: str, key: str, say: Callable[[str], object]) -> list[Path]:
         listing = Listing(path, key)
         inside = listing.files(path)
         if not inside:
-            raise UserError(f"{key}: the folder {path} holds no files{f' but {listing}' * bool(str(listing))}.")
+            raise UserError(f"{key}: the folder {path} holds no files{f' (left out: {listing})' * bool(str(listing))}.")
         listing.say(say)
         found += inside
     if not found:
         raise UserError(f"{key}={paths!r} names no file.")
     return found
+
+
+def _is_read_anyway(target: Path, base: Path) -> bool:
+    """Whether a link leads around in a circle, or to a part of the base that is not hidden."""
+    inside = target.parts[len(base.parts) :] if target.is_relative_to(base) else ()
+    return base.is_relative_to(target) or (bool(inside) and not any(map(HIDDEN.fullmatch, inside)))
 
 
 def _type(mode: int) -> str:

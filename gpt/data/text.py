@@ -214,7 +214,7 @@ def load(
     if validation_files:
         validation, validation_counts = _tokenise(validation_files, tokenizer, kept, status)
     else:
-        split = int(len(train) * (1 - config.validation_fraction))
+        split = _split_place(len(train), config.validation_fraction)
         train, validation, validation_counts = train[:split], train[split:], None
         if train_counts is not None:
             train_counts, validation_counts = train_counts[:split], train_counts[split:]
@@ -224,6 +224,11 @@ def load(
     fingerprint = cache.digest(tokenizer.to_json(), digests, len(train))
     border = tokenizer.separator if config.document_borders else None
     return Corpus(train, validation, tokenizer, fingerprint, border, train_counts, validation_counts)
+
+
+def _split_place(tokens: int, validation_fraction: float) -> int:
+    """How many of the tokens are for training."""
+    return int(tokens * (1 - validation_fraction))
 
 
 def _check_length(config: TextConfig, train: np.ndarray, validation: np.ndarray, block_size: int, is_new: bool) -> None:
@@ -239,12 +244,11 @@ def _check_length(config: TextConfig, train: np.ndarray, validation: np.ndarray,
     if config.validation_path:
         key = "data.path" if name == "training" else "data.validation_path"
         advice = f"give more text in {key}={config.path if name == 'training' else config.validation_path}"
-    elif total < 2 * needed:
-        advice = f"give at least {2 * needed} tokens of text in data.path={config.path}"
     else:
-        part = 1000 * needed / total
-        fraction = (math.ceil(part) if name == "validation" else math.floor(1000 - part)) / 1000
-        advice = f"set data.validation_fraction={fraction}"
+        fits = [n / 1000 for n in range(1, 1000) if needed <= _split_place(total, n / 1000) <= total - needed]
+        nearest = min(fits, key=lambda fraction: abs(fraction - config.validation_fraction), default=None)
+        advice = f"give at least {2 * needed} tokens of text in data.path={config.path}"
+        advice = f"set data.validation_fraction={nearest}" if nearest else advice
     raise UserError(
         f"The {name} text has {len(tokens)} tokens, but model.block_size={block_size} needs at least {needed}; "
         f"{advice}{' or a smaller block' * is_new}."
