@@ -65,10 +65,13 @@ class Cache:
             return
         self.path, problem = _writable(_of_user)
         if problem:
-            self.path, temporary_problem = _writable(_temporary)
-            if temporary_problem:
-                raise UserError(f"Cannot find a cache folder ({problem}; {temporary_problem}); set {VARIABLE} to one.")
-            self._say(f"note   the cache is in {self.path} ({problem}); set {VARIABLE} to choose another folder")
+            reason = f"{self.path}: {problem}" if self.path else problem
+            self.path, problem = _writable(_temporary)
+            if problem:
+                raise UserError(
+                    f"Cannot find a cache folder ({reason}; {self.path or 'TMPDIR'}: {problem}); set {VARIABLE} to one."
+                )
+            self._say(f"note   the cache is in {self.path} ({reason}); set {VARIABLE} to choose another folder")
 
     def entry(self, name: str, compute: Callable[[Callable[[str], IO[bytes]]], Any], mode: int = 0o666) -> Entry:
         """The entry of this name: from the cache if it is whole there, else computed and stored.
@@ -187,9 +190,9 @@ def _writable(find: Callable[[], Path]) -> tuple[Path | None, str]:
     try:
         folder = find()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder, "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder}: Permission denied"
+        return folder, "" if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
     except OSError as error:
-        return folder, f"{folder or error.filename or 'no temporary folder'}: {error.strerror}"
+        return folder, error.strerror
     except RuntimeError as error:  # of `Path.home` and `expanduser`
         return folder, str(error).rstrip(".")
 

@@ -132,7 +132,7 @@ def decode(image: Path | np.ndarray, channels: int, size: int):
     mode = {1: "L", 3: "RGB"}[channels]
     if not isinstance(image, Path):
         return Image.fromarray(image).convert(mode)
-    Image.MAX_IMAGE_PIXELS = None  # its own limits are a warning and an error, and know nothing of `draft`
+    Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS  # a bound for what is allocated when a file is opened
     try:
         with paths.open_regular(image) as file, Image.open(file, formats=FORMATS) as opened:
             opened.draft(mode, (2 * size, 2 * size))
