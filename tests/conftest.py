@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_ex
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
+os.environ.pop("GPT_CACHE_DIR", None)
 
 import dataclasses  # noqa: E402
 import subprocess  # noqa: E402

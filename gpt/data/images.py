@@ -18,7 +18,7 @@ import numpy as np
 
 from gpt.data import DataConfig, Dataset, Say, Shown, paths
 from gpt.errors import UsageError, UserError
-from gpt.tokenizers import Labels, Tokenizer, TokenizerConfig
+from gpt.tokenizers import Labels
 
 if TYPE_CHECKING:
     from gpt.models import ModelConfig
@@ -61,13 +61,7 @@ class ImagesConfig(DataConfig):
     def vocab_size(self) -> int:
         return 0 if self.path else 10
 
-    def load(
-        self,
-        tokenizer: Tokenizer | TokenizerConfig,
-        model: "ModelConfig | None",
-        say: Say = lambda line: None,
-        status: Say = lambda line: None,
-    ) -> "Folders":
+    def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Folders":
         return load(self, tokenizer if isinstance(tokenizer, Labels) else None, say)
 
     def inputs(self, prompt: str, model: "ModelConfig") -> np.ndarray:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from gpt.data import Dataset, Say, Shown, Source, images, paths
+from gpt.data import Dataset, Shown, Source, images, paths
 from gpt.errors import UserError, check_choice, check_fraction, check_positive
-from gpt.tokenizers import Labels, Tokenizer, TokenizerConfig
+from gpt.tokenizers import Labels, Tokenizer
 
 if TYPE_CHECKING:
     from gpt.config import Config
@@ -51,13 +51,7 @@ class PixelsConfig(images.ImagesConfig):
         as_they_are = (self.path, self.image_size, self.channels) == ("", 8, 1) and self.palette_size >= 17
         return 28 if as_they_are else 0
 
-    def load(
-        self,
-        tokenizer: Tokenizer | TokenizerConfig,
-        model: "ModelConfig | None",
-        say: Say = lambda line: None,
-        status: Say = lambda line: None,
-    ) -> "Pixels":
+    def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Pixels":
         if model and model.length != self.image_size**2:
             raise UserError(
                 f"model.block_size={model.length} has to be {self.image_size**2}, the pixels of an image with "

@@ -54,11 +54,7 @@ FORMATS = {  # how files that are not text begin, and what they are
     b"%PDF": "a PDF document",
     b"PK\x03\x04": "a ZIP archive or an office document",
     b"\x1f\x8b": "a gzip archive",
-    b"BZh": "a bzip2 archive",
-    b"\xfd7zXZ": "an xz archive",
-    b"\x28\xb5\x2f\xfd": "a Zstandard archive",
     b"PAR1": "a Parquet table whose name does not end in .parquet",
-    b"\x93NUMPY": "a NumPy array",
 }
 
 
