@@ -112,7 +112,7 @@ def test_prompts_name_a_class_and_a_half_to_be_completed(tmp_path):
     "prompt", ["a dog", "class:cow", "half:", "class:dog,half:", "half:no/such/file.png", "dog,half:x"]
 )
 def test_other_prompts_are_refused_with_what_there_is(prompt):
-    with pytest.raises(UserError, match=r"class:NAME, half:FILE|cat, dog|cannot be read"):
+    with pytest.raises(UserError, match=r"class:NAME, half:FILE|cat, dog|there is no file no/such"):
         GREYS.encode(prompt)
 
 

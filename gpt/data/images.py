@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt.data import DataConfig, Dataset, Shown
+from gpt.data import DataConfig, Dataset, Say, Shown, paths
 from gpt.errors import UsageError, UserError
-from gpt.tokenizers import Labels, Tokenizer, TokenizerConfig
+from gpt.tokenizers import Labels
 
 if TYPE_CHECKING:
     from gpt.models import ModelConfig
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Whatever the suffix, Pillow may try no other format: that of PostScript, for one, starts a program.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+MAX_PIXELS = 100_000_000  # of an image that is decoded: 300 MB
 VALIDATION_FOLDERS = ("val", "validation", "test")  # beside `train`, the first that is there
 RATIOS = (3 / 4, 4 / 3)  # between which the sides of a cut are, as of arXiv 1409.4842
 
@@ -58,14 +61,14 @@ class ImagesConfig(DataConfig):
     def vocab_size(self) -> int:
         return 0 if self.path else 10
 
-    def load(
-        self, tokenizer: Tokenizer | TokenizerConfig, model: "ModelConfig | None", say: Any = None, status: Any = None
-    ) -> "Folders":
-        return load(self, tokenizer if isinstance(tokenizer, Labels) else None)
+    def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Folders":
+        return load(self, tokenizer if isinstance(tokenizer, Labels) else None, say)
 
     def inputs(self, prompt: str, model: "ModelConfig") -> np.ndarray:
         size, channels = _shape(model)
-        return fit(decode(Path(prompt).expanduser(), channels, size), size).reshape(size, size, channels)
+        return fit(decode(paths.located(prompt, "--prompt", "file"), channels, size), size).reshape(
+            size, size, channels
+        )
 
     def opened(self, path: str | None = None) -> "ImagesConfig":
         return self if path is None else dataclasses.replace(self, path=path)
@@ -118,17 +121,23 @@ def decode(image: Path | np.ndarray, channels: int, size: int):
     Args:
       size: to which it will be brought: of a JPEG no more than twice that is decoded.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     mode = {1: "L", 3: "RGB"}[channels]
     if not isinstance(image, Path):
         return Image.fromarray(image).convert(mode)
+    Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS  # a bound for what is allocated when a file is opened
     try:
-        with Image.open(image) as opened:
+        with paths.open_regular(image) as file, Image.open(file, formats=FORMATS) as opened:
             opened.draft(mode, (2 * size, 2 * size))
+            if (pixels := math.prod(opened.size)) > MAX_PIXELS:
+                raise ValueError(f"{pixels:,} pixels are more than {MAX_PIXELS:,}")
             return ImageOps.exif_transpose(opened).convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).partition(str(image))[0].strip(" '\"") or "unknown format"
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise all sorts of errors for damaged files
+        reason = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = getattr(error, "strerror", None) or reason or type(error).__name__
         raise UserError(f"{image} cannot be read as an image ({reason}); mend it, or take it away.") from None
 
 
@@ -224,11 +233,12 @@ def png(pixels_HxWxC: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def load(config: ImagesConfig, labels: Labels | None) -> Folders:
+def load(config: ImagesConfig, labels: Labels | None, say: Say = lambda line: None) -> Folders:
     """The images that the config names; files are listed, and not read.
 
     Args:
       labels: where there is a model for certain classes already: a folder may lack some of them.
+      say: called with a line for the user if files are left out.
 
     Raises:
       UserError: there are none, or of one class only, or of others than `labels`; or a package is missing.
@@ -236,7 +246,7 @@ def load(config: ImagesConfig, labels: Labels | None) -> Folders:
     if importlib.util.find_spec("PIL") is None:
         raise UserError('Images need Pillow: pip install "gpt-spmd[images]".')
     if config.path:
-        return _load_folder(config, labels)
+        return _load_folder(config, labels, say)
     if importlib.util.find_spec("sklearn") is None:
         raise UserError('data.path="" names scikit-learn\'s digits: pip install "gpt-spmd[images]".')
     from sklearn.datasets import load_digits
@@ -247,45 +257,56 @@ def load(config: ImagesConfig, labels: Labels | None) -> Folders:
     return _split(config, images, digits.target.astype(np.int32), labels or Labels(tuple("0123456789")), digest)
 
 
-def _load_folder(config: ImagesConfig, labels: Labels | None) -> Folders:
-    root = Path(config.path).expanduser()
-    try:
-        folders = _subfolders(root)
-        if "train" not in folders:
-            names = labels.names if labels else tuple(folders)
-            files, classes = _listed(root, names)
-            return _split(config, files, classes, Labels(names), _digest(root, files))
-        held_out = next((name for name in VALIDATION_FOLDERS if name in folders), None)
-        if held_out is None:
-            raise UserError(f"{root} has a folder train, but none named val, with images for validation.")
-        names = labels.names if labels else tuple(_subfolders(root / "train"))
-        train, validation = _listed(root / "train", names), _listed(root / held_out, names)
-        fingerprint = _digest(root, [*train[0], *validation[0]]).hexdigest()[:32]
-        return Folders(config, train, validation, Labels(names), fingerprint)
-    except OSError as error:
-        raise UserError(f"data.path: cannot read {error.filename}: {error.strerror}.") from None
+def _load_folder(config: ImagesConfig, labels: Labels | None, say: Say) -> Folders:
+    root = paths.located(config.path, "data.path", "folder")
+    listing = paths.Listing(root, "data.path")
+    folders = _subfolders(listing, root)
+    if "train" not in folders:
+        names = labels.names if labels else tuple(folders)
+        files, classes = _listed(listing, folders, names)
+        listing.say(say)
+        return _split(config, files, classes, Labels(names), _digest(root, files))
+    held_out = next((name for name in VALIDATION_FOLDERS if name in folders), None)
+    if held_out is None:
+        raise UserError(f"{root} has a folder train, but none named val, with images for validation.")
+    for name, folder in folders.items():
+        if name not in ("train", held_out):
+            listing.leave_out(f"beside train and {held_out}", folder)
+    sides = [_subfolders(listing, folders[side]) for side in ("train", held_out)]
+    names = labels.names if labels else tuple(sides[0])
+    train, validation = (_listed(listing, side, names) for side in sides)
+    listing.say(say)
+    fingerprint = _digest(root, [*train[0], *validation[0]]).hexdigest()[:32]
+    return Folders(config, train, validation, Labels(names), fingerprint)
 
 
-def _subfolders(root: Path) -> list[str]:
-    """Names of the folders in a folder, sorted."""
-    if not root.is_dir():
-        raise UserError(f"data.path: there is no folder {root}.")
-    found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _subfolders(listing: paths.Listing, folder: Path) -> dict[str, Path]:
+    """The folders in a folder by their name, in the order of their names."""
+    if not folder.is_dir():
+        raise UserError(
+            f"data.path: {folder} is a file; images are read from a folder with a subfolder for each class."
+        )
+    found = {}
+    for path in listing.children(folder):
+        if path.is_dir():
+            found[path.name] = path
+        else:
+            listing.leave_out("outside the folders of classes", path)
     if len(found) < 2:
-        has = f"only one, {found[0]}" if found else "none"
-        raise UserError(f"{root} needs a folder of images for each of at least two classes, and has {has}.")
+        has = f"only one, {next(iter(found))}" if found else "none"
+        raise UserError(f"{folder} needs a folder of images for each of at least two classes, and has {has}.")
     return found
 
 
-def _listed(root: Path, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The images of a folder and their classes by number, in the order of their names."""
+def _listed(listing: paths.Listing, folders: dict[str, Path], names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The images in the folders of classes and their classes by number, in the order of their names."""
     files, classes = [], []
-    for name in _subfolders(root):
+    for name, folder in folders.items():
         if name not in names:
-            raise UserError(f"{root / name} is none of the {len(names)} classes that training knows.")
-        inside = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+            raise UserError(f"{folder} is none of the {len(names)} classes that training knows.")
+        inside = listing.files(folder, SUFFIXES)
         if not inside:
-            raise UserError(f"{root / name} holds no images ({', '.join(SUFFIXES)}).")
+            raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
         files += inside
         classes += [names.index(name)] * len(inside)
     return np.array(files, object), np.array(classes, np.int32)

@@ -11,14 +11,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from gpt.data import Dataset, Shown, Source, images
+from gpt.data import Dataset, Shown, Source, images, paths
 from gpt.errors import UserError, check_choice, check_fraction, check_positive
-from gpt.tokenizers import Labels, Tokenizer, TokenizerConfig
+from gpt.tokenizers import Labels, Tokenizer
 
 if TYPE_CHECKING:
     from gpt.config import Config
@@ -52,9 +51,7 @@ class PixelsConfig(images.ImagesConfig):
         as_they_are = (self.path, self.image_size, self.channels) == ("", 8, 1) and self.palette_size >= 17
         return 28 if as_they_are else 0
 
-    def load(
-        self, tokenizer: Tokenizer | TokenizerConfig, model: "ModelConfig | None", say: Any = None, status: Any = None
-    ) -> "Pixels":
+    def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Pixels":
         if model and model.length != self.image_size**2:
             raise UserError(
                 f"model.block_size={model.length} has to be {self.image_size**2}, the pixels of an image with "
@@ -66,7 +63,7 @@ class PixelsConfig(images.ImagesConfig):
                 f"data.image_size={self.image_size} and data.channels={self.channels}, but the palette is for "
                 f"{palette.size} and {palette.channels}."
             )
-        folders = images.load(self, Labels(palette.names) if palette else None)
+        folders = images.load(self, Labels(palette.names) if palette else None, say)
         if palette is None:
             source = folders.evaluation("train", self)
             chosen = np.unique(np.linspace(0, len(source) - 1, FITTED_IMAGES).astype(int))
@@ -179,7 +176,7 @@ class Palette(Tokenizer):
             first += 1 + self.names.index(name)
         if not file:
             return np.array([first], np.int32)
-        image = images.decode(Path(file).expanduser(), self.channels, self.size)
+        image = images.decode(paths.located(file, "half", "file"), self.channels, self.size)
         tokens = self.tokens(images.fit(image, self.size))
         return np.concatenate([[first], self.half(tokens)]).astype(np.int32)
 
