@@ -287,8 +287,8 @@ class Pixels(Dataset):
         wholes = [np.append(row["inputs"][:1], row["targets"]) for row in wholes]
         halves = [np.append(whole[:1], palette.half(whole[1:])) for whole in wholes]
 
-        def draw(params: Any, step: int, prompts: list[np.ndarray], number: int) -> list[np.ndarray]:
-            decoding = generator.start(params, prompts, number, seed=step)
+        def draw(params: Any, step: int, prompts: list[np.ndarray], number: int, first: int = 0) -> list[np.ndarray]:
+            decoding = generator.start(params, prompts, number, seed=step, first_prompt=first)
             *_, made = generate.continuations(decoding, palette.decode, palette.sample_length(prompts))
             prompted = [prompt for prompt in prompts for _ in range(number)]
             return [np.append(prompt, found.tokens) for prompt, found in zip(prompted, made, strict=True)]
@@ -299,7 +299,7 @@ class Pixels(Dataset):
             drawn = draw(params, step, begun, PREVIEW_ROWS)
             by_row = [drawn[i] for row in range(PREVIEW_ROWS) for i in range(row, len(drawn), PREVIEW_ROWS)]
             number = PREVIEW_COLUMNS - 2
-            ends = draw(params, step, halves, number)
+            ends = draw(params, step, halves, number, first=len(begun))
             completed = [
                 x
                 for i, (whole, half) in enumerate(zip(wholes, halves, strict=True))
