@@ -142,6 +142,13 @@ def test_a_block_of_another_size_than_the_image_is_refused():
         PixelsConfig().load(TokenizerConfig(), GPTConfig())
 
 
+@pytest.mark.parametrize(("key", "value"), [("resize", 16), ("stretch", True), ("on_white", True)])
+def test_images_of_tokens_are_cut_in_one_way(key, value):
+    """A prompt half:FILE is read without the config."""
+    with pytest.raises(UserError, match=rf"data\.{key}={value} is not known; choose one of"):
+        PixelsConfig(**{key: value})
+
+
 @pytest.fixture(scope="module")
 def trained(command, tmp_path_factory):
     """A workdir after two steps of a tiny model."""

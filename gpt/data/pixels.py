@@ -45,6 +45,13 @@ class PixelsConfig(images.ImagesConfig):
         check_positive("data", self, "image_size", "palette_size")
         check_choice("data.channels", self.channels, (1, 3))
         check_fraction("data", self, "class_dropout")
+        for name in (
+            "resize",
+            "stretch",
+            "resample",
+            "on_white",
+        ):  # a palette, which reads the images of prompts, has only these
+            check_choice(f"data.{name}", getattr(self, name), (getattr(images.ImagesConfig, name),))
 
     @property
     def vocab_size(self) -> int:
@@ -179,8 +186,8 @@ class Palette(Tokenizer):
             first += 1 + self.names.index(name)
         if not file:
             return np.array([first], np.int32)
-        image = images.decode(Path(file).expanduser(), self.channels, self.size)
-        tokens = self.tokens(images.fit(image, self.size))
+        image = images.decode(Path(file).expanduser(), self.channels)
+        tokens = self.tokens(images.fit(image, self.size, images.ImagesConfig()))
         return np.concatenate([[first], self.half(tokens)]).astype(np.int32)
 
     def half(self, tokens: np.ndarray) -> np.ndarray:
