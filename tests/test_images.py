@@ -370,12 +370,21 @@ def test_damaged_images_of_every_format_are_a_sentence(tmp_path, format_):
         ({"crop": 0.0}, r"data\.crop=0\.0 has to be greater than 0 and at most 1"),
         ({"shift": -1}, r"data\.shift=-1 must not be negative"),
         ({"threads": 0}, r"data\.threads=0 has to be at least 1"),
+        ({"resize": -1}, r"data\.resize=-1 must not be negative"),
+        ({"resample": "nearest"}, r"data\.resample='nearest' is not known; choose one of bilinear, bicubic, lanczos"),
     ],
     ids=str,
 )
 def test_bad_values_are_refused_by_name(options, message):
     with pytest.raises(UserError, match=message):
         ImagesConfig(**options)
+
+
+def test_a_resize_below_the_images_of_the_model_is_refused(folder):
+    load(folder, resize=8).evaluation("val", MODEL)
+    for read in (lambda data: data.training(MODEL, 0), lambda data: data.config.inputs(str(folder), MODEL)):
+        with pytest.raises(UserError, match=r"data\.resize=7 has to be at least 8, the size of the model's images"):
+            read(load(folder, resize=7))
 
 
 def test_too_few_images_for_two_sides(folder):

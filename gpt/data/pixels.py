@@ -44,6 +44,13 @@ class PixelsConfig(images.ImagesConfig):
         check_positive("data", self, "image_size", "palette_size")
         check_choice("data.channels", self.channels, (1, 3))
         check_fraction("data", self, "class_dropout")
+        for name in (
+            "resize",
+            "stretch",
+            "resample",
+            "on_white",
+        ):  # a palette, which reads the images of prompts, has only these
+            check_choice(f"data.{name}", getattr(self, name), (getattr(images.ImagesConfig, name),))
 
     @property
     def vocab_size(self) -> int:
@@ -176,8 +183,8 @@ class Palette(Tokenizer):
             first += 1 + self.names.index(name)
         if not file:
             return np.array([first], np.int32)
-        image = images.decode(paths.located(file, "half", "file"), self.channels, self.size)
-        tokens = self.tokens(images.fit(image, self.size))
+        image = images.decode(paths.located(file, "half", "file"), self.channels)
+        tokens = self.tokens(images.fit(image, self.size, images.ImagesConfig()))
         return np.concatenate([[first], self.half(tokens)]).astype(np.int32)
 
     def half(self, tokens: np.ndarray) -> np.ndarray:
@@ -284,8 +291,8 @@ class Pixels(Dataset):
         wholes = [np.append(row["inputs"][:1], row["targets"]) for row in wholes]
         halves = [np.append(whole[:1], palette.half(whole[1:])) for whole in wholes]
 
-        def draw(params: Any, step: int, prompts: list[np.ndarray], number: int) -> list[np.ndarray]:
-            decoding = generator.start(params, prompts, number, seed=step)
+        def draw(params: Any, step: int, prompts: list[np.ndarray], number: int, first: int = 0) -> list[np.ndarray]:
+            decoding = generator.start(params, prompts, number, seed=step, first_prompt=first)
             *_, made = generate.continuations(decoding, palette.decode, palette.sample_length(prompts))
             prompted = [prompt for prompt in prompts for _ in range(number)]
             return [np.append(prompt, found.tokens) for prompt, found in zip(prompted, made, strict=True)]
@@ -296,7 +303,7 @@ class Pixels(Dataset):
             drawn = draw(params, step, begun, PREVIEW_ROWS)
             by_row = [drawn[i] for row in range(PREVIEW_ROWS) for i in range(row, len(drawn), PREVIEW_ROWS)]
             number = PREVIEW_COLUMNS - 2
-            ends = draw(params, step, halves, number)
+            ends = draw(params, step, halves, number, first=len(begun))
             completed = [
                 x
                 for i, (whole, half) in enumerate(zip(wholes, halves, strict=True))
