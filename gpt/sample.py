@@ -36,7 +36,9 @@ _PROMPT = flags.DEFINE_multi_string(
 _NUM_TOKENS = flags.DEFINE_integer(
     "num_tokens", None, "Tokens in a sample. Default: 500 of a text, all of an answer or a picture.", lower_bound=1
 )
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of one prompt, made together.", lower_bound=1)
+_NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", 1, "Samples of one prompt, made together.", lower_bound=1, upper_bound=2**16
+)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: always the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens only.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens with probability p together.")
