@@ -108,7 +108,7 @@ class Training:
                 f"--workdir={workdir.path} holds converted weights; start from them in another --workdir, with "
                 f"--config.train.init_from={workdir.path}."
             )
-        self.origin = origin = first_weights(config, before)
+        self.origin = origin = first_weights(config, before, workdir)
         self.progress = progress = metrics.Progress(enabled=cluster.is_first())
         tokenizer = before.tokenizer if before else origin.run.tokenizer if origin else config.tokenizer
         self.dataset = cluster.first_before_others(
@@ -364,14 +364,14 @@ def fault(values: dict[str, float], config: TrainConfig, mean_loss: float | None
     return ""
 
 
-def first_weights(config: Config, before: Run | None) -> Weights | None:
+def first_weights(config: Config, before: Run | None, workdir: Workdir) -> Weights | None:
     """The weights that a run starts from, or that its adapters belong to; None: random ones, or those it has saved.
 
     Raises:
       UserError: there are none, they have another kind of tokenizer, or adapters have none to belong to.
     """
     if before and before.base:
-        return Weights.of_base(before.base)
+        return Weights.of_base(before.base, workdir)
     if before:
         return None
     if not config.train.init_from:

@@ -21,7 +21,7 @@ from gpt import backend, cli, inspection, loaded, train  # noqa: F401  imported 
 TIMEOUT = 60  # seconds of a case
 
 
-def run(main, name: str, flags: list[str], env: dict[str, str], missing: list[str]) -> tuple[int, str, str]:
+def run(name: str, flags: list[str], env: dict[str, str], missing: list[str]) -> tuple[int, str, str]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         pid = os.fork()
         if pid == 0:
@@ -35,7 +35,7 @@ def run(main, name: str, flags: list[str], env: dict[str, str], missing: list[st
             sys.argv = [f"gpt/{name}.py", *flags]
             code = 1
             try:
-                cli.run(main)
+                cli.run(importlib.import_module(f"gpt.{name}").main)
             except SystemExit as exit:
                 code = exit.code if isinstance(exit.code, int) else bool(exit.code)
             except BaseException:
@@ -54,5 +54,5 @@ def run(main, name: str, flags: list[str], env: dict[str, str], missing: list[st
 
 if __name__ == "__main__":
     name = sys.argv[1]
-    main = importlib.import_module(f"gpt.{name}").main
-    print(json.dumps([run(main, name, *case) for case in json.load(sys.stdin)]))
+    importlib.import_module(f"gpt.{name}")
+    print(json.dumps([run(name, *case) for case in json.load(sys.stdin)]))
