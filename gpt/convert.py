@@ -37,6 +37,7 @@ _VOCAB_MULTIPLE = flags.DEFINE_integer(
 
 INDEX = "model.safetensors.index.json"
 PREPROCESSOR, NESTED_PREPROCESSOR = "preprocessor_config.json", "processor_config.json"
+GENERATION = "generation_config.json"
 OUR_TOKENIZER = "gpt_tokenizer.json"  # in a folder of transformers, a tokenizer of ours that it has no form for
 # Their name of an activation: ours. All of GPT-2's own weights have gelu_new.
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
@@ -522,7 +523,13 @@ def write_config(config: GPTConfig | ViTConfig, tokenizer: tokenizers.Tokenizer)
         "torch_dtype": "float32",
     }
     if config.family == "gpt":
-        tokens = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.separator)
+        stops = list(tokenizer.stop_tokens)
+        tokens = {
+            "bos_token_id": tokenizer.separator,
+            "eos_token_id": stops if len(stops) > 1 else (stops or [None])[0],
+        }
+        if isinstance(tokenizer, tokenizers.BPETokenizer):
+            tokens |= {f"{role}_id": tokenizer.role(role) for role in ("bos_token", "pad_token")}
         return {
             "config.json": theirs | tokens | {"n_inner": config.mlp_dim, "tie_word_embeddings": config.tie_embeddings}
         }
@@ -535,17 +542,29 @@ def write_config(config: GPTConfig | ViTConfig, tokenizer: tokenizers.Tokenizer)
 
 
 def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
-    """The tokenizer that a folder of transformers holds. Raises UserError where there is none, or it is damaged."""
+    """The tokenizer of a folder of transformers, with the tokens that end what transformers generates.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
     path = folder / OUR_TOKENIZER
-    if not path.is_file():
-        try:
-            return tokenizers.BPETokenizer.from_folder(folder)
-        except UserError as error:
-            raise UserError(f"--from_hf: no tokenizer: {error}") from None
     try:
-        return tokenizers.from_tree(read_json(path))
+        is_ours = path.is_file()
+        tokenizer = tokenizers.from_tree(read_json(path)) if is_ours else tokenizers.BPETokenizer.from_folder(folder)
+    except UserError as error:
+        raise UserError(f"--from_hf: no tokenizer: {error}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}).") from None
+    path, default = folder / GENERATION, None
+    if not path.is_file():
+        path, default = folder / "config.json", 50256  # what transformers' GPT2Config has where the key is missing
+    try:
+        stops = tokenizers.token_ids(_read_json(path).get("eos_token_id", default))
+    except ValueError as error:
+        raise UserError(f"{path}: eos_token_id {error}.") from None
+    stops = tuple(token for token in stops if token < tokenizer.vocab_size)  # no model makes the others
+    tokenizer = dataclasses.replace(tokenizer, stops=None)
+    return tokenizer if stops == tokenizer.stop_tokens else dataclasses.replace(tokenizer, stops=stops)
 
 
 def write_tokenizer(tokenizer: tokenizers.Tokenizer) -> dict[str, str]:

@@ -107,7 +107,7 @@ class Generator:
     Args:
       model: a GPT, or what continues texts as it does, with a resolved config; `scan_layers` works, but copies the
         cache of a layer at each token.
-      stop_token: a row is over when it has made this one, like the end of a document; None: never.
+      stop_tokens: a row is over when it has made one of these, like the end of a document.
       logprobs: whether to give the log-probability of each token.
       segment: the most tokens that one call of the compiled program makes.
     """
@@ -118,7 +118,7 @@ class Generator:
         layout: Layout,
         sampling: Sampling,
         *,
-        stop_token: int | None = None,
+        stop_tokens: Sequence[int] = (),
         logprobs: bool = False,
         segment: int = 16,
     ):
@@ -178,8 +178,7 @@ class Generator:
                     chosen_B = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
                     logprobs_NxB = logprobs_NxB.at[i].set(chosen_B - jax.nn.logsumexp(logits_BxV, axis=1))
                 position_B = jnp.where(over_B, position_B, position_B + 1)
-                if stop_token is not None:
-                    over_B |= token_B == stop_token
+                over_B |= jnp.isin(token_B, jnp.array(stop_tokens, jnp.int32))
                 return i + 1, cache, seen_BxV, token_B, position_B, over_B, tokens_NxB, logprobs_NxB
 
             carry = jnp.int32(0), cache, seen_BxV, token_B, position_B, over_B, tokens_NxB, logprobs_NxB
@@ -374,7 +373,7 @@ def continuations(
     decode: Callable[[np.ndarray], str],
     num_tokens: int,
     *,
-    stop_token: int | None = None,
+    stop_tokens: Sequence[int] = (),
     stop_text: str = "",
     stop_newlines: int = 0,
 ) -> Iterator[list[Continuation]]:
@@ -383,7 +382,7 @@ def continuations(
     Args:
       decode: tokens to text.
       num_tokens: length of a sample, in tokens.
-      stop_token: a sample ends before it, as the decoding does; None: never.
+      stop_tokens: a sample ends before the first of them, as the decoding does.
       stop_text: a sample ends before the first occurrence of it; "": never.
       stop_newlines: a sample ends with its n-th line feed; 0: never.
     """
@@ -397,8 +396,9 @@ def continuations(
             if row.over:
                 continue
             new, logprobs = segment.tokens_BxN[i], row.logprobs
-            ended = stop_token is not None and stop_token in new
-            new = new[: np.argmax(new == stop_token)] if ended else new
+            is_stop = np.isin(new, stop_tokens)
+            ended = is_stop.any()
+            new = new[: np.argmax(is_stop)] if ended else new
             if segment.logprobs_BxN is not None:
                 logprobs = np.append(logprobs, segment.logprobs_BxN[i, : len(new)])
             tokens = np.append(row.tokens, new)

@@ -77,9 +77,9 @@ def main() -> int:
     sampling = generate.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value)
     run = loaded.load(workdir, _CHECKPOINT.value)
     sampling.check(run.tokenizer.vocab_size)
-    separator = run.tokenizer.separator  # of documents: a sample ends with its document
+    stop_tokens = run.tokenizer.stop_tokens
     generator = generate.Generator(
-        run.program.model, run.program.layout, sampling, stop_token=separator, logprobs=_LOGPROBS.value
+        run.program.model, run.program.layout, sampling, stop_tokens=stop_tokens, logprobs=_LOGPROBS.value
     )
 
     def show(text: str, end: str = "\n") -> None:
@@ -106,7 +106,7 @@ def main() -> int:
             generator.start(run.params, tokens, _NUM_SAMPLES.value, _SEED.value, first),
             run.tokenizer.decode,
             _NUM_TOKENS.value or run.tokenizer.sample_length(tokens),
-            stop_token=separator,
+            stop_tokens=stop_tokens,
             stop_text=_STOP.value,
             stop_newlines=_STOP_NEWLINES.value,
         )

