@@ -138,7 +138,7 @@ class Corpus(Dataset):
 
     def preview(
         self, program: "Program", config: "Config", source: Source
-    ) -> Callable[[Any, int, dict[str, Any]], Shown]:
+    ) -> Callable[[Any, int, dict[str, Any], Callable[[], object]], Shown]:
         """A text that the model writes from `train.sample_prompt` on."""
         from gpt import generate
 
@@ -147,11 +147,13 @@ class Corpus(Dataset):
         sampling = generate.Sampling(temperature=0.8)
         generator = generate.Generator(program.model, program.layout, sampling, stop_token=separator)
 
-        def write(params: Any, step: int, result: dict[str, Any]) -> Shown:
+        def write(params: Any, step: int, result: dict[str, Any], check: Callable[[], object]) -> Shown:
             if not config.train.sample_tokens:
                 return Shown()
             decoding, decode = generator.start(params, [prompt], seed=step), self.tokenizer.decode
-            *_, (sample,) = generate.continuations(decoding, decode, config.train.sample_tokens, stop_token=separator)
+            *_, (sample,) = generate.continuations(
+                decoding, decode, config.train.sample_tokens, stop_token=separator, check=check
+            )
             return Shown((config.train.sample_prompt or "\n") + sample.text)
 
         return write
