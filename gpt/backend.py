@@ -1,7 +1,7 @@
 """JAX's settings for the machine at hand, made before JAX is first used. Each gives way to the user's own.
 
-Compiled programs are kept in the user's cache folder, so that only the first start of a program waits for the
-compiler. JAX_COMPILATION_CACHE_DIR names another folder; JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
+Compiled programs are kept in the cache (`gpt.cache`), so that only the first start of a program waits for the compiler.
+JAX_COMPILATION_CACHE_DIR names another folder for them; JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
 
 The cores of a CPU become devices, for the mesh to use: within one device, XLA leaves a good part of a step to a
 single core. XLA_FLAGS=--xla_force_host_platform_device_count=N sets another number.
@@ -10,11 +10,14 @@ XLA_OPTIONS are flags of XLA that make our programs faster; what XLA_FLAGS says 
 """
 
 import dataclasses
+import hashlib
 import os
+import sys
+from pathlib import Path
 
 from gpt import cluster
+from gpt.cache import Cache
 from gpt.config import Config
-from gpt.data.text import cache_dir
 from gpt.errors import UserError
 
 # YNNPACK's matrix products, the default of jaxlib 0.10, are slower than Eigen's: by a fifth for 16 rows.
@@ -30,15 +33,44 @@ def start() -> None:
     """Makes the settings, and joins the other processes of this job, if there are any.
 
     Raises:
-      UserError, UsageError: as `cluster.start`; the cache cannot be written to.
+      UserError, UsageError: as `cluster.start` and `Cache`.
     """
     import jax
 
     set_xla_options()
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
-        jax.config.update("jax_compilation_cache_max_size", CACHE_SIZE)
     cluster.start()
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Cache(say=lambda line: cluster.is_first() and print(line, file=sys.stderr))
+        keep_compiled(cache.path / "xla")
+
+
+def keep_compiled(folder: Path) -> None:
+    """Has JAX keep compiled programs in a folder, and compile those again that are cut off or changed there."""
+    import jax
+    from jax._src import compilation_cache, lru_cache
+
+    class Checked(lru_cache.LRUCache):
+        """JAX's cache, whose own never replaces an entry, with a digest at the end of each."""
+
+        def get(self, key: str) -> bytes | None:
+            found = super().get(key) or b""
+            if found[-32:] == hashlib.sha256(found[:-32]).digest():
+                return found[:-32]
+            (folder / f"{key}-cache").unlink(missing_ok=True)
+            return None
+
+        def put(self, key: str, value: bytes) -> None:
+            super().put(key, value + hashlib.sha256(value).digest())
+
+        def _evict_if_needed(self, *, additional_size: int = 0) -> None:
+            for entry in folder.glob("*-cache"):  # a process that died left no time of use, and JAX would fail for it
+                if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+                    entry.unlink(missing_ok=True)
+            super()._evict_if_needed(additional_size=additional_size)
+
+    compilation_cache.LRUCache = Checked
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", CACHE_SIZE)
 
 
 def set_xla_options() -> None:

@@ -120,6 +120,7 @@ class Workdir:
     """
 
     def __init__(self, path: str | os.PathLike):
+        _check_path(path)
         path = epath.Path(path)
         self.path = path.expanduser().absolute() if durable.is_local(path) else path
         _check_path(self.path)
@@ -178,12 +179,11 @@ class Workdir:
 
     def _leave_no_trace(self, made: list[str]) -> None:
         """Removes the lock and the folders made for it where nothing else was written."""
-        if self.has_run or [entry.name for entry in self.path.iterdir()] != [".lock"]:
-            return
         with contextlib.suppress(OSError):
-            (self.path / ".lock").unlink()
-            for folder in reversed(made):
-                os.rmdir(folder)
+            if os.listdir(self.path) == [".lock"]:
+                (self.path / ".lock").unlink()
+                for folder in reversed(made):
+                    os.rmdir(folder)
 
     def create(self) -> list[str]:
         """Makes the folder; returns those that did not exist before.
@@ -219,7 +219,12 @@ class Workdir:
             raise UserError(
                 f"--workdir={self.path}: run.json, by process 0, is not there; all hosts need the same disk."
             )
-        if others := _differences(self.read(), run, "≠"):
+        recorded = self.read()
+        others = _differences(recorded, run, "≠")
+        for name in ("id", "base", "skipped"):  # a disk may show a file of before for a while
+            if getattr(recorded, name) != getattr(run, name):
+                others.append(f"{name} {getattr(recorded, name)} ≠ {getattr(run, name)}")
+        if others:
             raise UserError(f"Process 0 and this one are to train different runs: {'; '.join(others)}.")
 
     def _write(self, run: Run) -> None:
@@ -328,11 +333,15 @@ class Checkpoints:
         optimizer: Any,
         validation_loss: float | None = None,
         mean_loss: float | None = None,
+        frozen: Any = None,
     ) -> None:
         """Starts to save in the background; the arrays may be donated once this returns.
 
         Where that fails (a full disk), a line says so and `failure` is set; the checkpoints before stay as they are,
         and the next save is another try. With several processes it is an error.
+
+        Args:
+          frozen: the weights that adapters belong to. They are not saved, but have to be what they were.
 
         Raises:
           UserError: devices that have to hold the same numbers hold different ones. Nothing is saved then.
@@ -341,6 +350,8 @@ class Checkpoints:
         stacked = _stack({"params": params, "optimizer": optimizer})
         try:
             digests = integrity.digests(stacked)
+            if frozen and digest(frozen) != self._run.base.digest:
+                raise integrity.ReplicasDiffer("the frozen weights are not what they were")
         except integrity.ReplicasDiffer as error:
             raise UserError(
                 f"Step {step:,} is not saved, because {error}: the hardware, or the program on one process, is at "
@@ -737,25 +748,24 @@ def _saved(checkpoints: epath.Path) -> list[str]:
     return sorted(name for name in names if not name.endswith(atomicity.TMP_DIR_SUFFIX) and name[0] != ".")
 
 
-def _check_path(path: epath.Path) -> None:
+def _check_path(path: Any) -> None:
     """Raises UserError for a path that orbax, which searches its folders by patterns, or tensorstore misreads."""
-    odd = re.search(r"[][*?\\%#\x00-\x1f\x7f]", str(path)) if durable.is_local(path) else None
-    if odd:
-        raise UserError(f"--workdir={path}: the path has the character {odd[0]!r}, which checkpoints cannot have.")
-    try:
-        str(path).encode()
-        path.name.encode("ascii" if sys.getfilesystemencoding() != "utf-8" else "utf-8")
-    except UnicodeEncodeError:
-        raise UserError(
-            f"--workdir={path}: the path has letters that are not UTF-8, or the locale's encoding is not UTF-8."
-        ) from None
+    if not durable.is_local(path):
+        if not re.match("(gs|s3)://.", str(path)):
+            raise UserError(f"--workdir={path}: a workdir is a folder, or a place in a bucket: gs://… or s3://….")
+    elif odd := re.search(r"[][*?\\]", str(path)):
+        raise UserError(f"--workdir={path}: the character {odd[0]} cannot be in the path of a workdir; rename it.")
+    elif sys.getfilesystemencoding() != "utf-8" and not str(path).isascii():
+        raise UserError(f"--workdir={path}: letters beyond ASCII need a locale with UTF-8; set PYTHONUTF8=1.")
+    elif not str(path).isprintable():  # bytes that are not UTF-8 among them
+        raise UserError(f"--workdir={str(path)!r}: a path of a workdir can have only characters that can be shown.")
 
 
 def _reason(error: Exception) -> str:
     """What went wrong, short: libraries wrap the system's word for it in a page of context."""
     text = getattr(error, "strerror", None) or str(error)
-    system = re.search(r"\[OS error \d+: \w+ ([^\]]+)\]", text)
-    return system[1] if system else " ".join(text.split())[:200]
+    system = re.search(r"\[os_error_code='(\d+)'|\[OS error (\d+):", text)  # of tensorstore
+    return os.strerror(int(system[1] or system[2])) if system else " ".join(text.split())[:200]
 
 
 def _is_array(x: Any) -> bool:

@@ -36,11 +36,38 @@ _VOCAB_MULTIPLE = flags.DEFINE_integer(
 )
 
 INDEX = "model.safetensors.index.json"
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, NESTED_PREPROCESSOR = "preprocessor_config.json", "processor_config.json"
 OUR_TOKENIZER = "gpt_tokenizer.json"  # in a folder of transformers, a tokenizer of ours that it has no form for
 # Their name of an activation: ours. All of GPT-2's own weights have gelu_new.
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 ACTIVATIONS |= {"silu": "silu", "swish": "silu"}
+# The image processors of transformers that a ViT's folder may name, and their defaults for keys that it leaves out.
+USUAL = {
+    "do_resize": True,
+    "do_center_crop": False,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_convert_rgb": False,
+    "do_pad": False,
+    "use_square_size": False,
+    "default_to_square": True,
+    "crop_size": None,
+    "resample": 3,
+    "rescale_factor": 1 / 255,
+    "image_mean": 0.5,
+    "image_std": 0.5,
+}
+CLIP_PIXELS = {
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+PROCESSORS = {
+    "ViT": {"resample": 2},
+    "DeiT": {"size": 256, "crop_size": 224, "do_center_crop": True},
+    "CLIP": CLIP_PIXELS
+    | {"size": 224, "crop_size": 224, "do_center_crop": True, "default_to_square": False, "do_convert_rgb": True},
+}
+RESAMPLING = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers; its backends differ on the other filters
 BUFFERS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # masks that old files hold: no parameters
 
 
@@ -349,7 +376,7 @@ def read_config(path: Path, vocab_multiple: int) -> GPTConfig | ViTConfig:
     if family == "gpt":
         ours |= {"vocab_multiple": vocab_multiple, "tie_embeddings": bool(theirs.get("tie_word_embeddings", True))}
     else:
-        ours |= _read_pixels(path.with_name(PREPROCESSOR)) | {"embed_dropout": ours["residual_dropout"]}
+        ours |= _read_processor(path, theirs)[0] | {"embed_dropout": ours["residual_dropout"]}
         ours["vocab_size"] = len(_read_labels(path, theirs).names)
     config = cls(**ours)
     if config.mlp_dim != hidden:
@@ -366,19 +393,110 @@ def _read_labels(path: Path, theirs: dict[str, Any]) -> tokenizers.Labels:
         raise UserError(f"{path}: id2label does not name the classes 0, 1, …") from None
 
 
-def _read_pixels(path: Path) -> dict[str, str]:
-    """How pixels are scaled: as `ViTConfig` has it. Where there is no file, as transformers does without."""
-    theirs, ours = _read_json(path) if path.exists() else {}, {}
-    for key, name in (("image_mean", "pixel_mean"), ("image_std", "pixel_std")):
-        value = theirs.get(key, [0.5, 0.5, 0.5])
-        if not isinstance(value, list) or not all(isinstance(number, (int, float)) for number in value):
-            raise UserError(f"{path}: {key} is {value!r}, and no list of numbers.")
-        ours[name] = ",".join(map(str, value)) if len(set(value)) > 1 else str(value[0])
-    return ours
+def _read_processor(config_path: Path, model: dict[str, Any]) -> tuple[dict[str, str], ImagesConfig]:
+    """How the image processor of a folder makes pixels: keys of a ViTConfig, and how images are scaled and cut.
+
+    Without a file, the defaults of transformers' ViTImageProcessor count, for images of the model's size.
+
+    Args:
+      config_path: config.json, beside which the file of the image processor is.
+      model: what config.json holds; its numbers have been checked.
+
+    Raises:
+      UserError: transformers would make other pixels, or none.
+    """
+    size, channels = model.get("image_size", 224), model.get("num_channels", 3)
+    path, nested = config_path.with_name(PREPROCESSOR), config_path.with_name(NESTED_PREPROCESSOR)
+    theirs = _read_json(path) if path.exists() else {}
+    if nested.exists() and isinstance(inner := _read_json(nested).get("image_processor"), dict):
+        path, theirs = nested, inner
+    key = "image_processor_type" if theirs.get("image_processor_type") else "feature_extractor_type"
+    kind = str(theirs.get(key) or "ViTImageProcessor")
+    name = re.sub("(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
+    if name not in PROCESSORS:
+        raise UserError(f"{path}: {key} is {kind!r}, but only those of {', '.join(PROCESSORS)} can be converted.")
+    found = USUAL | {"size": size} | PROCESSORS[name] | theirs
+
+    def check(key: str, is_right: bool, right: str) -> None:
+        if not is_right:
+            raise UserError(f"{path}: {key} is {found[key]!r}, but only {right} can be converted.")
+
+    def sides(key: str, is_square: bool) -> tuple[int, bool]:
+        """Length of a side, and whether both sides get it; (0, False) for other forms."""
+        value = found[key]
+        if isinstance(value, int):
+            value = [value, value] if is_square else {"shortest_edge": value}
+        if isinstance(value, list) and len(value) == 2:
+            value = {"height": value[0], "width": value[1]}
+        match value:
+            case {"height": int(side), "width": width} if side == width and len(value) == 2:
+                return side, True
+            case {"shortest_edge": int(side)} if len(value) == 1:
+                return side, False
+        return 0, False
+
+    def numbers(key: str, least: float) -> list[float]:
+        value = found[key] if isinstance(found[key], list) else [found[key]] * channels
+        are_right = all(type(x) in (int, float) and least < x < 1e6 for x in value) and len(value) == channels
+        check(key, are_right, f"a number for each of {channels} channels{', greater than 0,' if least == 0 else ''}")
+        return value
+
+    for key, usual in USUAL.items():
+        if isinstance(usual, bool):
+            check(key, found[key] is None or isinstance(found[key], bool), "true or false")  # null counts as false
+    check("do_resize", found["do_resize"], "true")
+    for key in ("do_pad", "use_square_size"):
+        check(key, not found[key], "false")
+    check("do_convert_rgb", channels == 3 or not found["do_convert_rgb"], f"false with num_channels={channels}")
+    filters = " or ".join(f"{number} ({name})" for number, name in RESAMPLING.items())
+    check("resample", type(found["resample"]) is int and found["resample"] in RESAMPLING, filters)
+    side, stretch = sides("size", found["default_to_square"])
+    if found["do_center_crop"]:
+        check("crop_size", sides("crop_size", True) == (size, True), f"{size}, the image_size of the model,")
+        check("size", size <= side < 1 << 20, f"a square or shortest_edge of at least crop_size={size}")
+    else:
+        check("size", (side, stretch) == (size, True), f"{size} × {size}, the image_size of the model,")
+    factor = found["rescale_factor"] if found["do_rescale"] else 1
+    check("rescale_factor", type(factor) in (int, float) and 1e-6 < factor < 1e6, "a number greater than 0")
+    scale = {"image_mean": [0.0], "image_std": [1.0]}
+    if found["do_normalize"]:
+        scale = {"image_mean": numbers("image_mean", -1e6), "image_std": numbers("image_std", 0)}
+    # Here a pixel goes from 0 to 1 before mean and deviation count, there to 255 · factor.
+    texts = ([str(x / (255 * factor)) for x in values] for values in scale.values())
+    mean, std = (values[0] if len(set(values)) == 1 else ",".join(values) for values in texts)
+    images = ImagesConfig(
+        resize=side if side != size else 0,
+        stretch=stretch,
+        resample=RESAMPLING[found["resample"]],
+        on_white=bool(found["do_convert_rgb"]),
+    )
+    return {"pixel_mean": mean, "pixel_std": std}, images
+
+
+def write_processor(config: ViTConfig, images: ImagesConfig) -> dict[str, Any]:
+    """Content of preprocessor_config.json for an image processor that makes the pixels that a model was trained on."""
+    side = images.resize or config.image_size
+    is_cut = side != config.image_size or not images.stretch
+    mean, std = (numbers.tolist() * (config.channels // len(numbers)) for numbers in config.pixel_scale())
+    return {
+        # Before version 5, transformers' ViTImageProcessor cannot cut.
+        "image_processor_type": "CLIPImageProcessor" if is_cut else "ViTImageProcessor",
+        "do_convert_rgb": images.on_white and config.channels == 3,
+        "do_resize": True,
+        "size": {"height": side, "width": side} if images.stretch else {"shortest_edge": side},
+        "resample": next(number for number, name in RESAMPLING.items() if name == images.resample),
+        "do_center_crop": is_cut,
+        "crop_size": {"height": config.image_size, "width": config.image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": mean,
+        "image_std": std,
+    }
 
 
 def write_config(config: GPTConfig | ViTConfig, tokenizer: tokenizers.Tokenizer) -> dict[str, dict[str, Any]]:
-    """Names and contents of config.json, and what else transformers wants, for a model.
+    """Name and content of config.json for a model.
 
     Raises:
       UserError: there is no form for it there.
@@ -413,10 +531,7 @@ def write_config(config: GPTConfig | ViTConfig, tokenizer: tokenizers.Tokenizer)
         "id2label": dict(enumerate(tokenizer.names)),
         "label2id": {name: i for i, name in enumerate(tokenizer.names)},
     }
-    mean, std = (numbers.tolist() * (config.channels // len(numbers)) for numbers in config.pixel_scale())
-    size = dict.fromkeys(("height", "width"), config.image_size)
-    pixels = {"image_processor_type": "ViTImageProcessor", "image_mean": mean, "image_std": std, "size": size}
-    return {"config.json": theirs, PREPROCESSOR: pixels}
+    return {"config.json": theirs}
 
 
 def read_tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -492,7 +607,7 @@ def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> GPTConfig | 
 
     model = dataclasses.replace(config, vocab_size=0)
     if is_classifier:
-        recorded = Config(model=model, data=ImagesConfig())
+        recorded = Config(model=model, data=_read_processor(path, _read_json(path))[1])
     else:
         recorded = Config(model=model, tokenizer=tokenizers.TokenizerConfig(name=tokenizer.name))
     run = Run(recorded, tokenizer, None)
@@ -513,6 +628,8 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[GPTConfig | 
         raise UserError(f"--workdir={workdir.path} holds a model.family={family}, and no GPT-2 or ViT.")
     config = run.config.model.without_kernel().resolve(run.tokenizer.vocab_size, "cpu")
     theirs = write_config(config, run.tokenizer)
+    if family == "vit":
+        theirs[PREPROCESSOR] = write_processor(config, run.config.data)
     weights = Weights(workdir, checkpoint)
     _refuse_to_overwrite("to_hf", folder)
     try:

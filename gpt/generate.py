@@ -6,7 +6,8 @@ loop runs over segments of a few tokens; between them the host looks at the text
 The window. The model sees at most `block_size` tokens, at positions from 0 on. When a row has filled them, its
 window begins anew with the last three quarters of its text (see `kept`), which fill the cache again: positions are
 absolute, so a window that slid by one token would change every key in it. That costs about three passes over a token
-in a batch for each token made; a row's text depends on nothing but its prompt, the seed and its number.
+in a batch for each token made. A row's text depends on its prompt, the seed, and the numbers of its prompt and of its
+sample, and on nothing else.
 A model with latents (`num_targets` fewer than `block_size`) begins them anew: when a row has all of them, the last
 three quarters of these, and the window with them, fill the cache again.
 
@@ -32,6 +33,7 @@ from gpt.tokenizers import Tokenizer
 # Each length of a prompt and of a cache is a program to compile, so they are rounded up to one in a few; a new token
 # reads all of its cache, filled or not.
 MIN_PROMPT, MIN_CAPACITY = 16, 64
+MAX_SAMPLES = 1 << 16  # of one prompt: the numbers of prompt and sample share the 32 bits that name a random stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,14 +207,28 @@ class Generator:
 
         return jax.tree_util.tree_map_with_path(constrain, cache)
 
-    def start(self, params: Any, prompts: Sequence[np.ndarray], num_samples: int = 1, seed: int = 0) -> "Decoding":
+    def start(
+        self,
+        params: Any,
+        prompts: Sequence[np.ndarray],
+        num_samples: int = 1,
+        seed: int = 0,
+        first_prompt: int = 0,
+    ) -> "Decoding":
         """Continuations of each prompt, `num_samples` of each one after the other, to be made together.
 
         Args:
           prompts: token ids, at least one each; of a longer one the last `block_size` count.
-          seed: what a sample becomes depends on its prompt, the seed and its number among those of the prompt.
+          seed: the random numbers of a sample depend on the seed, the prompt's number and the sample's number alone.
+          first_prompt: number of the first prompt, where an earlier call with this seed took the numbers below it.
         """
-        return Decoding(self, params, [prompt for prompt in prompts for _ in range(num_samples)], num_samples, seed)
+        rows = [prompt for prompt in prompts for _ in range(num_samples)]
+        numbers = np.add.outer(
+            np.arange(first_prompt, first_prompt + len(prompts)) * MAX_SAMPLES, np.arange(num_samples)
+        )
+        # As plain numbers: an array of JAX's that only this process holds could not be given to all.
+        streams = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers.ravel().astype(np.uint32))
+        return Decoding(self, params, rows, np.asarray(jax.random.key_data(streams)))
 
 
 def is_stacked(path: tuple) -> bool:
@@ -241,7 +257,7 @@ class Decoding:
       over_B: which rows are over; those that the caller has enough of can be set.
     """
 
-    def __init__(self, generator: Generator, params: Any, prompts: list[np.ndarray], num_samples: int, seed: int):
+    def __init__(self, generator: Generator, params: Any, prompts: list[np.ndarray], key_B: np.ndarray):
         self._generator, self._params = generator, params
         self._config, self._block_size = generator.config, generator.config.block_size
         self._text = [np.asarray(prompt, np.int32) for prompt in prompts]
@@ -254,9 +270,7 @@ class Decoding:
         self._position_B = np.array([len(window) - 1 for window in windows], np.int32)
         self._end_B = np.zeros(rows, np.int32)  # the position that a row's window has no room for
         layout = generator.layout
-        # As plain numbers: an array of JAX's that only this process holds could not be given to all.
-        key_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(rows) % num_samples)
-        self._key_B = np.asarray(jax.random.key_data(key_B))
+        self._key_B = key_B
         self._seen_BxV = None
         if generator.sampling.repetition_penalty != 1:
             seen_BxV = np.zeros((rows, generator.config.padded_vocab_size), bool)

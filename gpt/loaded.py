@@ -1,6 +1,8 @@
 """A trained model, opened from its workdir alone: for evaluating, sampling, and as the start of another run."""
 
 import dataclasses
+import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,7 +141,8 @@ class Loaded:
         if path is None and self.run.fingerprint is None:
             raise UserError(f"--workdir={self.workdir.path} holds converted weights and no data; name some by --data.")
         config, model = self.run.config.data.opened(path), self.model_config if path is None else None
-        dataset = cluster.first_before_others("data", lambda: config.load(self.tokenizer, model))
+        say = functools.partial(print, file=sys.stderr) if cluster.is_first() else lambda line: None
+        dataset = cluster.first_before_others("data", lambda: config.load(self.tokenizer, model, say))
         if path is None and dataset.fingerprint != self.run.fingerprint:
             raise UserError(
                 f"The data of the run in {self.workdir.path} has changed since the training began: its fingerprint is "

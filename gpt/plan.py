@@ -10,7 +10,6 @@ none of them. All figures are those of one device and one step; GB are 10⁹ byt
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -22,11 +21,11 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from gpt import cli, hardware, metrics
+from gpt import cache, cli, hardware, metrics
 from gpt.config import Config, flatten, from_tree
-from gpt.data import text
 from gpt.errors import UsageError
 from gpt.planning import page, report, search, step
+from gpt.versions import code_digest
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, like configs/gpt2_124m.py.")
 _TOPOLOGY = flags.DEFINE_list("topology", None, "What to compile for: v5e:16x16, 4xv5p:8x8x16, h100:8, … or several.")
@@ -101,16 +100,9 @@ def plan(config: Config, topology: str) -> report.Report:
         return step.measure(config, topology)
     packages = ("jax", "jaxlib", "flax", "optax", hardware.of_topology(topology).compiler)
     versions = {name: importlib.metadata.version(name) for name in packages}
-    code = [path.read_bytes() for path in sorted(Path(__file__).parent.rglob("*.py"))]
-    key = json.dumps([dataclasses.asdict(config), topology, versions])
-    name = hashlib.sha256(b"\0".join([key.encode(), *code])).hexdigest()
-    path = text.cache_dir() / "plans" / f"{name}.json"
-    if path.exists():
-        return json.loads(path.read_text())
-    planned = step.measure(config, topology)
-    path.parent.mkdir(exist_ok=True)
-    text.write_atomically(path, lambda out: out.write(json.dumps(planned).encode()))
-    return planned
+    name = f"plan-{cache.digest(dataclasses.asdict(config), topology, versions, code_digest())}"
+    kept = cache.Cache(say=functools.partial(print, file=sys.stderr))
+    return kept.entry(name, lambda create: step.measure(config, topology)).value
 
 
 def plan_elsewhere(config: Config, topology: str) -> report.Report:

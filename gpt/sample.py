@@ -2,6 +2,7 @@
 
 python -m gpt.sample --workdir=runs/char --prompt="O Romeo"
 python -m gpt.sample --workdir=runs/char
+echo "O Romeo" | python -m gpt.sample --workdir=runs/char
 python -m gpt.sample --workdir=runs/char --prompt="O Romeo" --prompt="O Juliet" --num_samples=2 --logprobs
 python -m gpt.sample --workdir=runs/image_gpt --prompt=class:3 --num_samples=16 --out=threes.png
 python -m gpt.sample --workdir=runs/vit --prompt=cat.jpg
@@ -33,13 +34,16 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (lowest validation
 _PROMPT = flags.DEFINE_multi_string(
     "prompt",
     None,
-    "Text to continue; several are continued together. Without one, a terminal gets a prompt loop. For a model that "
-    "draws: class:NAME, half:FILE (an image, whose lower half is drawn anew), class:NAME,half:FILE, or nothing.",
+    "Text to continue; several are continued together. Without one, it is read from a pipe or a file on stdin, and a "
+    "terminal gets a prompt loop. For a model that draws: class:NAME, half:FILE (an image, whose lower half is drawn "
+    "anew), class:NAME,half:FILE, or nothing.",
 )
 _NUM_TOKENS = flags.DEFINE_integer(
     "num_tokens", None, "Tokens in a sample. Default: 500 of a text, all of an answer or a picture.", lower_bound=1
 )
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of one prompt, made together.", lower_bound=1)
+_NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", 1, "Samples of one prompt, made together.", lower_bound=1, upper_bound=1 << 16
+)  # generate.MAX_SAMPLES
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: always the likeliest token.")
 _TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens only.")
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens with probability p together.")
@@ -49,11 +53,15 @@ _REPETITION_PENALTY = flags.DEFINE_float(
 _LOGPROBS = flags.DEFINE_bool(
     "logprobs", False, "Print a line of JSON for each sample, with its tokens and the model's log-probabilities."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Equal seeds give equal samples.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "Equal seeds give equal samples.", lower_bound=0, upper_bound=2**32 - 1
+)  # JAX ignores the higher bits
 _STOP = flags.DEFINE_string("stop", "", "End a sample before this text.")
 _STOP_NEWLINES = flags.DEFINE_integer("stop_newlines", 0, "End a sample with its n-th line feed.", lower_bound=0)
 _OUT = flags.DEFINE_string("out", "samples.png", "File for the samples of a model that draws; it must not exist.")
 flags.adopt_module_key_flags(cluster)
+
+MAX_PIPED = 1 << 20  # bytes of a prompt on stdin; a model sees the end of it only
 
 
 def main() -> int:
@@ -63,9 +71,12 @@ def main() -> int:
     backend.start()
     workdir = Workdir(_WORKDIR.value)
     saved = workdir.read()
-    backend.divide_cpu(saved.config, rows=max(len(_PROMPT.value or []), 1) * _NUM_SAMPLES.value)
+    prompts = _PROMPT.value
+    if prompts is None and not cluster.share("terminal", lambda: sys.stdin is not None and sys.stdin.isatty()):
+        prompts = [cluster.share("piped prompt", _read_stdin)]
+    backend.divide_cpu(saved.config, rows=len(prompts or [""]) * _NUM_SAMPLES.value)
     if isinstance(saved.tokenizer, Labels):
-        return _classify(loaded.load(workdir, _CHECKPOINT.value))
+        return _classify(loaded.load(workdir, _CHECKPOINT.value), prompts or [])
     sampling = generate.Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value)
     run = loaded.load(workdir, _CHECKPOINT.value)
     sampling.check(run.tokenizer.vocab_size)
@@ -88,14 +99,14 @@ def main() -> int:
             raise UserError(f"Cannot write --out={_OUT.value}: {error.strerror}.") from None
         print(_OUT.value)
 
-    def write(prompts: list[str], seed: int) -> None:
-        """Prints the samples of the prompts; a single one as it comes."""
+    def write(prompts: list[str], first: int = 0) -> None:
+        """Prints the samples of the prompts, numbered from `first`; a single one as it comes."""
         tokens = [generate.encode_prompt(run.tokenizer, prompt, "--prompt") for prompt in prompts]
         longest, seen = max(map(len, tokens)), run.model_config.block_size
         if longest > seen and cluster.is_first():
             print(f"note: the prompt has {longest} tokens; the model sees the last {seen}.", file=sys.stderr)
         steps = generate.continuations(
-            generator.start(run.params, tokens, _NUM_SAMPLES.value, seed),
+            generator.start(run.params, tokens, _NUM_SAMPLES.value, _SEED.value, first),
             run.tokenizer.decode,
             _NUM_TOKENS.value or run.tokenizer.sample_length(tokens),
             stop_token=separator,
@@ -130,30 +141,28 @@ def main() -> int:
             titles += [f"sample {number} of {_NUM_SAMPLES.value}"] * (_NUM_SAMPLES.value > 1)
             show(f"--- {', '.join(titles)}\n{prompt}{sample.text}")
 
-    if _PROMPT.value is not None:
-        write(_PROMPT.value, _SEED.value)
-    elif not cluster.share("terminal", sys.stdin.isatty):
-        write([""], _SEED.value)
+    if prompts is not None:
+        write(prompts)
     else:
         show(f"{run.workdir.path}, step {run.step:,}. An empty line or Ctrl-D ends.")
         _loop(write)
     return 0
 
 
-def _classify(run: "loaded.Loaded") -> int:
+def _classify(run: "loaded.Loaded", prompts: list[str]) -> int:
     """Prints for each prompt the likeliest class and its probability."""
     import jax
 
-    if not _PROMPT.value:
+    if not any(prompts):
         raise UsageError(f"--workdir={run.workdir.path} holds a classifier: name what it is to see by --prompt.")
-    inputs = np.stack([run.run.config.data.inputs(prompt, run.model_config) for prompt in _PROMPT.value])
+    inputs = np.stack([run.run.config.data.inputs(prompt, run.model_config) for prompt in prompts])
     with run.program.layout.for_decoding(len(inputs)).use():
         classify = jax.jit(
             lambda *x: jax.nn.softmax(run.program.model.apply(*x)), out_shardings=run.program.layout.replicated
         )
         probabilities = jax.device_get(classify({"params": run.params}, inputs))
     if cluster.is_first():
-        for prompt, found in zip(_PROMPT.value, probabilities, strict=True):
+        for prompt, found in zip(prompts, probabilities, strict=True):
             print(f"{prompt}: {run.tokenizer.names[found.argmax()]}, {found.max():.1%}")
     return 0
 
@@ -162,12 +171,12 @@ def _loop(write: Callable[[list[str], int], None]) -> None:
     """Reads prompts with line editing and history (arrow keys), and writes their continuations."""
     import readline  # noqa: F401  gives input() its history
 
-    for seed in itertools.count(_SEED.value):  # the same prompt again gives another sample
-        prompt = cluster.share(f"prompt {seed}", _read_prompt)
+    for number in itertools.count():  # so that the same prompt again gives another sample
+        prompt = cluster.share(f"prompt {number}", _read_prompt)
         if not prompt:
             return
         try:
-            write([prompt], seed)
+            write([prompt], number)
         except UserError as error:  # an unknown character need not end the conversation
             if cluster.is_first():
                 print(f"error: {error}")
@@ -175,6 +184,25 @@ def _loop(write: Callable[[list[str], int], None]) -> None:
             if cluster.is_several():  # they may not all have stopped at the same token
                 raise
             print()
+
+
+def _read_stdin() -> str:
+    """The prompt that a pipe or a file holds, without the line feed at its end; empty where there is none.
+
+    Raises:
+      UserError: it is too long, or not UTF-8.
+    """
+    try:
+        content = (sys.stdin.buffer.read(MAX_PIPED + 1) or b"") if sys.stdin is not None else b""
+    except OSError as error:
+        raise UserError(f"Cannot read the prompt from stdin: {error.strerror}.") from None
+    if len(content) > MAX_PIPED:
+        raise UserError(f"The prompt on stdin has more than {MAX_PIPED:,} bytes; pass only the last part of it.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompt on stdin is not UTF-8 (byte {error.start:,}); convert it to UTF-8.") from None
+    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _read_prompt() -> str:

@@ -12,7 +12,6 @@ run, unless `train.on_nonfinite` says otherwise:
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 import secrets
@@ -25,8 +24,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt import cluster, hardware, metrics, sharding
-from gpt.checkpoint import Checkpoints, Run, Workdir, refuse_changes
+from gpt import cluster, hardware, metrics, sharding, versions
+from gpt.checkpoint import ORDER, Checkpoints, Run, Workdir, refuse_changes
 from gpt.config import Config, TrainConfig
 from gpt.data import Dataset, Shown, pipeline
 from gpt.errors import UserError
@@ -234,7 +233,8 @@ class Training:
         return stop_signal
 
     def _save(self, loss: float | None) -> None:
-        self.checkpoints.save(self.step, self.state.params, self.state.opt_state, loss, self.mean_loss)
+        state = self.state
+        self.checkpoints.save(self.step, state.params, state.opt_state, loss, self.mean_loss, state.frozen)
 
     def _report(self, step: int, measured: dict[str, jax.Array]) -> None:
         """Waits for a step, checks and shows its metrics.
@@ -372,11 +372,9 @@ def first_weights(config: Config, before: Run | None) -> Weights | None:
 def environment(layout: sharding.Layout, order: str) -> dict[str, str]:
     """What the numbers of a run depend on besides its config, for a resumed run to be compared with."""
     device = layout.mesh.devices.flat[0]
-    libraries = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-    versions = {name: importlib.metadata.version(name) for name in libraries}
     kind = hardware.processor() if device.platform == "cpu" else device.device_kind
     shape = " ".join(f"{axis}={size}" for axis, size in layout.mesh.shape.items())
-    return versions | {"devices": f"{layout.mesh.size} × {kind}", "mesh": shape, "order of examples": order}
+    return versions.facts() | {"devices": f"{layout.mesh.size} × {kind}", "mesh": shape, ORDER: order}
 
 
 def restore(checkpoints: Checkpoints, step: int, program: Program) -> TrainState:

@@ -8,8 +8,10 @@
 #   CUDA_VISIBLE_DEVICES  the GPUs to use, like 0,1; all
 #   PROCESSES             a process for each of so many GPUs instead, where a single one cannot feed them
 #
-# Several hosts without a scheduler: the same command on each, all three flags added, and a workdir that all share.
+# Several hosts without a scheduler: the same command on each, all three flags added, a workdir that all share, and the
+# same secret, which keeps other programs out: on the first host `openssl rand -hex 16` makes one.
 #
+#   export GPT_CLUSTER_SECRET=…
 #   launch/gpu_host.sh -m gpt.main --config=configs/char.py --workdir=/shared/runs/char \
 #     --coordinator=FIRST-HOST:1234 --num_processes=2 --process_id=0    # on the second host: --process_id=1
 set -euo pipefail

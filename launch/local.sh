@@ -102,6 +102,8 @@ trap 'send KILL' EXIT
 trap 'signal=INT' INT
 trap 'signal=TERM' TERM HUP
 
+# Processes of this job know one another by it; other programs do not.
+export GPT_CLUSTER_SECRET=${GPT_CLUSTER_SECRET:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
 port=$(free_port)
 for ((id = 0; id < count; id++)); do
   start "$id" "$@"

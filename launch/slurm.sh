@@ -33,6 +33,8 @@ trap 'ended_by_slurm=yes' TERM
 if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then
   export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not take it over by itself
 fi
+# Processes of this job know one another by it; other programs do not.
+export GPT_CLUSTER_SECRET=${GPT_CLUSTER_SECRET:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
 code=0
 # A task that ends leaves the others time to finish their saving; after that they are ended, whatever hangs.
 srun --kill-on-bad-exit=0 --wait=120 "${PYTHON:-python3}" "$@" || code=$?

@@ -72,9 +72,12 @@ install() {
 
 train() {
   (($# > 0)) || fail "say what follows python, like: launch/tpu.sh train -m gpt.main --config=configs/char.py"
+  local secret
+  secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # by which processes of this job know one another
   local unit=(
     --unit=gpt --collect
     --property=Restart=on-failure --property=RestartSec=30 --property=RestartPreventExitStatus=2
+    --setenv=GPT_CLUSTER_SECRET="$secret"
     --property=KillMode=mixed --property=TimeoutStopSec=180 # SIGTERM to the main process, and time to save
   )
   # What begins with $ is for the worker's shell.

@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_ex
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
+os.environ.pop("GPT_CACHE_DIR", None)
 
 import dataclasses  # noqa: E402
 import subprocess  # noqa: E402
@@ -19,6 +20,7 @@ import sys  # noqa: E402
 
 import pytest  # noqa: E402
 
+from gpt.cache import Cache  # noqa: E402
 from gpt.config import Config, TrainConfig  # noqa: E402
 from gpt.data import text  # noqa: E402
 from gpt.models.gpt import GPTConfig  # noqa: E402
@@ -30,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 def play(tmp_path_factory) -> Path:
     """A text file of 30,000 characters."""
     path = tmp_path_factory.mktemp("text") / "play.txt"
-    path.write_text(text._shakespeare(text.cache_dir("")).read_text()[:30_000])
+    path.write_text(text._shakespeare(Cache()).read_text()[:30_000])
     return path
 
 

@@ -6,7 +6,9 @@ import re
 import runpy
 from pathlib import Path
 
+import jax
 import pytest
+from jax._src import compilation_cache
 
 from gpt import backend
 from gpt.config import Config, from_tree
@@ -56,11 +58,36 @@ def test_a_cpu_has_the_devices_that_the_mesh_wants(mesh, rows, expected):
     assert backend.cpu_devices(dataclasses.replace(CONFIG, mesh=mesh), rows, 8, 64 * GB) == expected
 
 
+def test_compiled_programs_are_whole_or_compiled_again(tmp_path, monkeypatch):
+    """JAX's own cache never replaces an entry, and keeps nothing more once one has no time of use."""
+    monkeypatch.setattr(compilation_cache, "LRUCache", compilation_cache.LRUCache)
+    before = {
+        name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    }
+    try:
+        backend.keep_compiled(tmp_path)
+        kept, _ = compilation_cache.get_file_cache(str(tmp_path))
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert kept.get("a") is None
+    for damage in (b"", b"program" * 9, b"program" * 100 + bytes(32)):
+        kept.put("a", b"program" * 100)
+        assert kept.get("a") == b"program" * 100
+        (tmp_path / "a-cache").write_bytes(damage)
+        assert kept.get("a") is None
+    (tmp_path / "a-cache").write_bytes(b"half a prog")
+    (tmp_path / "a-atime").unlink()
+    kept.put("b", b"another")
+    assert kept.get("b") == b"another"
+    assert not (tmp_path / "a-cache").exists()
+
+
 def test_a_program_uses_all_cores_and_keeps_what_it_compiled(command, play, tmp_path):
     """As a user starts it: without the settings of the tests."""
     config = from_tree(runpy.run_path(str(ROOT / "configs" / "char_tiny.py"))["get_config"]())
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "JAX_"))}
-    environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment |= {"JAX_PLATFORMS": "cpu", "GPT_CACHE_DIR": str(tmp_path / "cache")}
     flags = [
         "--config=configs/char_tiny.py",
         "--config.train.steps=2",
@@ -71,4 +98,5 @@ def test_a_program_uses_all_cores_and_keeps_what_it_compiled(command, play, tmp_
     assert done.returncode == 0, done.stderr
     count = backend.cpu_devices(config, config.train.batch_size, len(os.sched_getaffinity(0)), 64 * GB)
     assert re.search(rf"mesh   data={count} .* over {count} × cpu", done.stdout)
-    assert any((tmp_path / "cache" / "gpt" / "xla").iterdir())
+    assert any((tmp_path / "cache" / "xla").glob("*-cache"))
+    assert any((tmp_path / "cache").glob("tokens-*.npy"))

@@ -1,23 +1,35 @@
 """Real processes that train as one: the same losses, the same stop, and one word about who failed."""
 
+import concurrent.futures
+import contextlib
+import errno
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+import types
+from collections.abc import Callable
 from pathlib import Path
 
+import absl.flags
+import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 
-from gpt import metrics, train
+from gpt import cluster, metrics, train, versions
 from gpt.checkpoint import Workdir
 from gpt.config import from_tree
+from gpt.errors import UsageError, UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -112,7 +124,7 @@ RESTORE = """
     import jax
     from gpt import cli, cluster, loaded, train
     from gpt.checkpoint import Workdir
-    from absl import flags
+    import absl.flags
     out = flags.DEFINE_string("out", None, "Folder.")
     def main():
         cluster.start()
@@ -280,7 +292,7 @@ def test_a_mistake_that_all_make_is_said_once(play, tmp_path):
 
 def run_script(script: str, *, wait=True, **variables):
     """A process that runs lines with `gpt.cluster` at hand."""
-    lines = ["import os, signal, sys, time", "from gpt import cluster", textwrap.dedent(script)]
+    lines = ["import json, os, signal, sys, time", "from gpt import cluster", textwrap.dedent(script)]
     command = [sys.executable, "-c", "\n".join(lines)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     process = subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in variables.items()}, **options)
@@ -296,7 +308,8 @@ CONNECT = """
     index, count = int(os.environ["INDEX"]), int(os.environ["COUNT"])
     kind = cluster._Spoke if index else cluster._Hub
     try:
-        line = cluster._lifeline = kind(f"127.0.0.1:{os.environ['PORT']}", count, index, float(os.environ["TIMEOUT"]))
+        address, facts = f"127.0.0.1:{os.environ['PORT']}", json.loads(os.environ.get("FACTS", "{}"))
+        line = cluster._lifeline = kind(address, count, index, float(os.environ["TIMEOUT"]), facts)
     except cluster.UserError as error:
         print(error)
         sys.exit(9)
@@ -387,18 +400,489 @@ def test_who_is_missing_is_said():
 
 
 def test_who_contradicts_is_refused():
-    """A process with another number of processes, and a stranger that is none."""
+    """A process with another number of processes is told so; process 0 goes on waiting for the right one."""
     port = free_port()
     hub = run_script(textwrap.dedent(CONNECT), wait=False, INDEX=0, COUNT=2, PORT=port, TIMEOUT=30)
     wrong = run_script(textwrap.dedent(CONNECT) + "time.sleep(30)", INDEX=1, COUNT=3, PORT=port, TIMEOUT=30)
-    assert wrong.returncode == 1
-    assert wrong.stderr == ""
-    for word in (b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process": 1}\n', b""):
-        with socket.create_connection(("127.0.0.1", port)) as stranger:
-            stranger.sendall(word)
+    assert wrong.returncode == 9
+    assert re.search(r"process 1 on \S+ was started as one of 3 processes, process 0 on \S+ as one of 2", wrong.stdout)
     right = run_script(textwrap.dedent(CONNECT) + "cluster.finish()", INDEX=1, COUNT=2, PORT=port, TIMEOUT=30)
     assert right.returncode == 0, right.stderr
     assert finished(hub).returncode == 0
+
+
+def test_other_code_or_settings_end_all_at_the_start():
+    """With the names of the process and of what differs."""
+    port = free_port()
+    common = {"COUNT": 3, "PORT": port, "TIMEOUT": 60, "wait": False}
+    started = [
+        run_script(textwrap.dedent(CONNECT) + "time.sleep(60)", INDEX=i, FACTS=json.dumps(facts), **common)
+        for i, facts in enumerate(({"jax": "1", "a": "b"}, {"jax": "1", "a": "b"}, {"jax": "2", "c": "d", "e": "f"}))
+    ]
+    results = [finished(process) for process in started]
+    assert [result.returncode for result in results] == [9, 1, 1]
+    assert re.match(
+        r"process 2 on \S+ differs from process 0 on \S+ in jax \(1 ≠ 2\), a \(b ≠ unset\), c \(unset ≠ d\) "
+        r"and 1 more\. .* same code",
+        results[0].stdout,
+    )
+
+
+def test_a_changed_copy_of_the_code_ends_all_at_the_start(tmp_path):
+    shutil.copytree(ROOT / "gpt", tmp_path / "gpt", ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "gpt" / "optimizer.py").open("a") as file:
+        file.write("# changed\n")
+    port = free_port()
+    start = """
+        from absl import app
+        from gpt import cluster
+        def main(_):
+            cluster.start()
+            print("joined")
+        app.run(main)
+    """
+    (tmp_path / "start.py").write_text(textwrap.dedent(start))
+    flags = (f"--coordinator=127.0.0.1:{port}", "--num_processes=2", "--cluster_timeout=60")
+    started = [
+        subprocess.Popen(
+            [sys.executable, tmp_path / "start.py", *flags, f"--process_id={i}"],
+            env=os.environ | {"PYTHONPATH": str(code), "PYTHONSAFEPATH": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, code in enumerate((ROOT, tmp_path))
+    ]
+    first, second = [finished(process) for process in started]
+    assert (first.returncode, second.returncode) == (1, 1)
+    assert re.search(
+        r"process 1 on \S+ differs from process 0 on \S+ in gpt's code \(\w{12} ≠ \w{12}\)\. Their", first.stderr
+    )
+    assert "joined" not in first.stdout + second.stdout
+
+
+def test_facts_tell_what_changes_results(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=1 --xla_b --xla_dump_to=/tmp/0 --xla_a=2")
+    facts = versions.facts()
+    assert {"Python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"} < facts.keys()
+    assert json.loads(json.dumps(facts)) == facts
+    monkeypatch.setenv("XLA_FLAGS", "--xla_b --xla_a=2 --xla_dump_to=/tmp/1")
+    assert versions.differences(facts, versions.facts()) == ""
+    monkeypatch.setenv("XLA_FLAGS", "--xla_a=3")
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    with jax.default_matmul_precision("float32"), jax.enable_x64(True):
+        different = {name for name, value in versions.facts().items() if facts.get(name) != value}
+        missing = facts.keys() - versions.facts().keys()
+    assert different == {"XLA_FLAGS --xla_a", "NVIDIA_TF32_OVERRIDE", "jax_default_matmul_precision", "jax_enable_x64"}
+    assert missing == {"XLA_FLAGS --xla_b"}
+
+
+# What other programs do to a connection: in this process, with threads for both ends.
+
+
+@pytest.fixture
+def exits(monkeypatch):
+    """The codes with which this process would have ended. Threads that ended it go no further."""
+    codes = []
+
+    def end(code):
+        codes.append(code)
+        threading.Event().wait()
+
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(cluster.threading, "Timer", lambda *_: types.SimpleNamespace(start=lambda: None))
+    return codes
+
+
+@pytest.fixture
+def hub(exits):
+    """The address of a process 0 that waits for a process 1, and a call that waits until it has joined."""
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(cluster._Hub, f"127.0.0.1:{port}", 2, 0, 30, {})
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+                break
+        yield ("127.0.0.1", port), lambda: waiting.result(10)
+
+
+def join(address, *, pieces=1, **changes) -> tuple[socket.socket, dict]:
+    """A connection on which process 1 said hello, and what process 0 answered."""
+    connection = socket.create_connection(address, timeout=10)
+    file = connection.makefile("r")
+    nonce = json.loads(file.readline())["nonce"]
+    hello = {"process": 1, "count": 2, "name": "process 1", "facts": {}, "nonce": "mine"}
+    hello |= {"proof": cluster._proof("process", nonce, "mine")} | changes
+    data = json.dumps(hello).encode() + b"\n"
+    for i in range(pieces):
+        connection.sendall(data[len(data) * i // pieces : len(data) * (i + 1) // pieces])
+        time.sleep(0.005 if pieces > 1 else 0)
+    line = file.readline()
+    return connection, json.loads(line) if line else {}
+
+
+NESTED = b"[" * 60_000
+FOREIGN = [
+    b"",
+    b"\n" * 1000,
+    b"GET / HTTP/1.1\r\n\r\n",
+    b"SSH-2.0-OpenSSH_9.6\r\n",
+    b"[]\n",
+    b"7\n",
+    b"null\n",
+    b"NaN\n",
+    b'{"process": 1}\n',
+    b'{"process": 1, "name": "process 1", "count": 2}\n',
+    b'{"process": 1, "count": NaN, "name": "a", "facts": {}, "nonce": "a", "proof": "a"}\n',
+    b'{"process": true, "count": 2, "name": "a", "facts": {}, "nonce": "a", "proof": "a"}\n',
+    b'{"process": 1, "count": 2, "name": "a", "facts": {}, "nonce": "a", "proof": "\\ud800\xc3\xa9"}\n',
+    b'{"process": 1, "count": 2, "name": "a", "facts": {}, "nonce": "\\ud800", "proof": "a"}\n',
+    b'{"process": 1, "count": 2, "name": "a", "facts": {}, "nonce": [], "proof": null}\n',
+    b'{"error": "end", "code": 0}\n',
+    b'{"end": 0}\n',
+    b'{"process": ' + b"9" * 5000 + b"}\n",
+    b'{"process": 1, "count": 2, "name": "\xff"}\n',
+    b"{" * 1000 + b"\n",
+    NESTED + b"\n",
+    b'{"a":' * 12_000 + b"\n",
+    bytes(range(256)) * 400,
+    b"a" * 1_000_000,  # a line without end
+]
+
+
+def test_no_other_program_disturbs_process_0(hub, exits, capfd):
+    """Fixed and random bytes, resets, and more idle connections than are kept; then process 1 joins as ever."""
+    address, joined = hub
+    numbers = random.Random(0)
+    valid = json.dumps({"process": 1, "count": 2, "name": "a", "facts": {}, "nonce": "a", "proof": "a"}).encode()
+    changed = []
+    for _ in range(200):
+        data = bytearray(valid)
+        for _ in range(numbers.randrange(1, 6)):
+            data[numbers.randrange(len(data))] = numbers.randrange(256)
+        changed.append(bytes(data[: numbers.randrange(1, len(data) + 1)]) + b"\n" * numbers.randrange(2))
+    idle = [socket.create_connection(address) for _ in range(300)]
+    for data in (*FOREIGN, *changed):
+        with socket.create_connection(address) as connection, contextlib.suppress(OSError):
+            connection.settimeout(0.2)
+            connection.sendall(data)
+            if numbers.random() < 0.3:  # closes with a reset
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    refused, answer = join(address, proof="a" * 64)
+    assert answer == {"proof": ""}
+    spoke, answer = join(address, pieces=40)
+    assert answer["refusal"] == ""
+    process_0 = joined()
+    again, answer = join(address)
+    assert "process 1 has the same number as process 1" in answer["refusal"]
+    for data in FOREIGN:
+        with socket.create_connection(address) as connection, contextlib.suppress(OSError):
+            connection.sendall(data)
+    process_0.share("key", lambda: "value")
+    assert spoke.makefile("r").readline() == '{"key": "key", "value": "value"}\n'
+    assert exits == []
+    spoke.close()
+    wait_until(lambda: exits)
+    assert exits[0] == 1
+    assert "error: process 1 is gone without a word" in capfd.readouterr().err
+    for connection in (*idle, refused, again):
+        connection.close()
+    wait_until(lambda: sum(thread.name == "lifeline" for thread in threading.enumerate()) <= 3)
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_another_secret_keeps_a_process_out(hub, monkeypatch, capfd):
+    address, joined = hub
+    options = {"INDEX": 1, "COUNT": 2, "PORT": address[1], "TIMEOUT": 1}
+    late = run_script(textwrap.dedent(CONNECT), GPT_CLUSTER_SECRET="wrong", **options)
+    assert late.returncode == 9
+    assert f"127.0.0.1:{address[1]}: the program there has another GPT_CLUSTER_SECRET. Check" in late.stdout
+    spoke, _ = join(address)
+    assert joined()._refused == " A program on 127.0.0.1 tried to join with another GPT_CLUSTER_SECRET."
+    spoke.close()
+
+    # What was refused is in the notice and in the error of a process 0 that waits in vain.
+    monkeypatch.setenv("GPT_CLUSTER_SECRET", " right\n")
+    monkeypatch.setattr(cluster, "NOTICE_AFTER", 1)
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        pool.submit(lambda: (time.sleep(0.3), join(("127.0.0.1", port), proof="0" * 64)))
+        with pytest.raises(UserError, match=r"waited 2 s .* with another GPT_CLUSTER_SECRET"):
+            cluster._Hub(f"127.0.0.1:{port}", 2, 0, 2, {})
+    notice = r"^waiting at .* for process 1 of 2 … A program on 127.0.0.1 tried to join with another GPT_CLUSTER_SECRET"
+    assert re.search(notice, capfd.readouterr().err, re.M)
+    right = cluster._proof("process", "a")
+    monkeypatch.setenv("GPT_CLUSTER_SECRET", "right")
+    assert cluster._proof("process", "a") == right
+
+
+def test_a_connection_has_to_prove_itself_in_time(hub, exits, monkeypatch):
+    """One that is silent, and one that sends a byte now and then."""
+    monkeypatch.setattr(cluster, "HANDSHAKE", 0.3)
+    address, joined = hub
+    for data in (b"", b" "):
+        with socket.create_connection(address, timeout=5) as connection, contextlib.suppress(ConnectionError):
+            began = time.monotonic()
+            connection.settimeout(0.05)
+            while time.monotonic() - began < 5:
+                connection.sendall(data)
+                with contextlib.suppress(TimeoutError):
+                    if not connection.recv(1000):
+                        break
+        assert time.monotonic() - began < 2
+    spoke, _ = join(address)
+    joined()
+    time.sleep(0.5)
+    assert exits == [], "one that did may be silent for as long as it likes"
+    spoke.close()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"error": "text", "code": 0}',
+        b'{"error": "text", "code": 256}',
+        b'{"error": "text", "code": -1}',
+        b'{"error": "text", "code": NaN}',
+        b'{"error": "text", "code": true}',
+        b'{"error": "text", "code": "7"}',
+        b'{"error": 7, "code": 7}',
+        b'{"error": "text"}',
+        b'{"end": 0}',
+        b"{}",
+        b"[]",
+        b"no JSON \xff",
+        NESTED,
+    ],
+)
+def test_what_process_0_cannot_read_of_a_process_ends_all_with_a_word(hub, exits, capfd, line):
+    address, joined = hub
+    spoke, _ = join(address)
+    joined()
+    spoke.sendall(line + b"\n")
+    told = json.loads(spoke.makefile("r").readline())
+    wait_until(lambda: exits)
+    error = capfd.readouterr().err
+    assert exits[0] == 1
+    assert error == "text\n" or re.match(r"error: process 0 on \S+ cannot read a message of another process: ", error)
+    assert told.keys() == {"end"}
+    spoke.close()
+
+
+def test_an_endless_line_of_a_process_ends_all(hub, exits, capfd, monkeypatch):
+    monkeypatch.setattr(cluster, "MAX_MESSAGE", 1 << 20)
+    address, joined = hub
+    spoke, _ = join(address)
+    joined()
+    with contextlib.suppress(OSError):
+        spoke.sendall(b"a" * (1 << 22))
+    wait_until(lambda: exits)
+    assert "it is too long" in capfd.readouterr().err
+    spoke.close()
+
+
+def test_a_thread_that_dies_ends_the_process(hub, exits, capfd, monkeypatch):
+    """For whatever reason: else no death of a process would be noticed any more."""
+
+    def broken(*_):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(cluster._Hub, "_take", broken)
+    address, joined = hub
+    spoke, _ = join(address)
+    joined()
+    spoke.sendall(b'{"done": true}\n')
+    wait_until(lambda: exits)
+    assert exits[0] == 1
+    assert "KeyError: 'a bug'" in capfd.readouterr().err
+    assert json.loads(spoke.makefile("r").readline()) == {"end": 1}
+    spoke.close()
+
+
+class Daemon:
+    """A program that answers every connection to its port with the same bytes, and keeps it open."""
+
+    def __init__(self, answer: Callable[[socket.socket], None] | bytes):
+        self._answer, self._server = answer, socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self):
+        kept = []
+        with contextlib.suppress(OSError):
+            while True:
+                kept.append(self._server.accept()[0])
+                threading.Thread(target=self._serve, args=kept[-1:], daemon=True).start()
+
+    def _serve(self, connection):
+        with contextlib.suppress(OSError, ValueError):
+            self._answer(connection) if callable(self._answer) else connection.sendall(self._answer)
+
+    def close(self):
+        self._server.close()
+
+
+def drip(connection):
+    while True:
+        connection.sendall(b" ")
+        time.sleep(0.01)
+
+
+def flood(connection):
+    while True:
+        connection.sendall(b"a" * 65536)
+
+
+def reset(connection):
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"HTTP/1.1 400 Bad Request\r\n\r\n",
+        b"\0\xff" * 100 + b"\n",
+        b"[]\n",
+        b'{"nonce": 7}\n',
+        b'{"nonce": "\\ud800"}\n',
+        b'{"nonce": "a"}\n',
+        b'{"nonce": "a"}\n{"proof": ""}\n',
+        b'{"nonce": "a"}\n{"end": 0}\n',
+        b'{"nonce": "a"}\n{"proof": "\\ud800"}\n',
+        b'{"nonce": "a"}\n{"proof": "a", "refusal": "go away"}\n',
+        NESTED + b"\n",
+        drip,
+        flood,
+        reset,
+    ],
+)
+def test_another_program_at_the_coordinator_is_told_from_process_0(answer):
+    daemon = Daemon(answer)
+    began = time.monotonic()
+    with pytest.raises(UserError) as raised:
+        cluster._Spoke(daemon.address, 2, 1, 1, {})
+    assert time.monotonic() - began < 4
+    assert re.fullmatch(
+        rf"process 1 on \S+ waited 1 s for process 0 at {daemon.address}: the program there (does not answer as "
+        r"process 0 does|has another GPT_CLUSTER_SECRET)\. Check --coordinator and what process 0 prints\.",
+        str(raised.value),
+    )
+    daemon.close()
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"end": 0}', b'{"end": NaN}', b'{"end": true}', b'{"end": 512}', b"{}", b"[]", NESTED]
+)
+def test_a_strange_end_is_no_success(exits, capfd, line):
+    def answer(connection):
+        connection.sendall(b'{"nonce": "a"}\n')
+        hello = json.loads(connection.makefile("r").readline())
+        proof = cluster._proof("process 0", hello["nonce"], "a")
+        connection.sendall(json.dumps({"proof": proof, "refusal": ""}).encode() + b"\n" + line + b"\n")
+
+    daemon = Daemon(answer)
+    cluster._Spoke(daemon.address, 2, 1, 5, {})
+    wait_until(lambda: exits)
+    assert exits[0] == 1
+    daemon.close()
+
+
+def test_nothing_listens_beyond_the_coordinators_address():
+    """Neither process 0 nor JAX's service; they would be reached at every address of the host."""
+    script = """
+        cluster.flags.FLAGS(["program"])
+        cluster.flags.FLAGS.coordinator, cluster.flags.FLAGS.num_processes = os.environ["AT"], 2
+        cluster.flags.FLAGS.process_id = int(os.environ["INDEX"])
+        cluster.start()
+        files = [f"/proc/self/fd/{file}" for file in os.listdir("/proc/self/fd")]
+        own = {os.readlink(file) for file in files if os.path.lexists(file)}
+        for table in ("tcp", "tcp6"):
+            for line in list(open(f"/proc/net/{table}"))[1:]:
+                _, local, _, state, *rest = line.split()
+                if state == "0A" and f"socket:[{rest[5]}]" in own:
+                    print("listens", local.split(":")[0])
+        cluster.finish()
+    """
+    at = f"127.0.0.1:{free_port()}"
+    started = [run_script(script, wait=False, INDEX=i, AT=at) for i in range(2)]
+    first, second = [finished(process) for process in started]
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    assert sorted(re.findall(r"listens (\w+)", first.stdout)) == ["0000000000000000FFFF00000100007F", "0100007F"]
+    assert second.stdout == ""
+
+
+@pytest.mark.parametrize(("coordinator", "address"), [("[::1]", "[::1]"), ("localhost", "127.0.0.1")])
+def test_other_forms_of_the_coordinators_address(coordinator, address, exits):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        at = f"{coordinator}:{free_port()}"
+        hub = pool.submit(cluster._Hub, at, 2, 0, 30, {})
+        spoke = cluster._Spoke(at, 2, 1, 30, {})
+        reached, listens_at = hub.result(10).service()
+    assert reached == listens_at
+    assert reached.startswith(f"{address}:")
+    hub.result().finish()
+    spoke.finish()
+
+
+def test_too_many_open_files_are_waited_for():
+    calls = []
+
+    class Server:
+        def accept(self):
+            calls.append(1)
+            if len(calls) < 3:
+                raise OSError(errno.EMFILE, "Too many open files")
+            sys.exit()
+
+    with pytest.raises(SystemExit):
+        cluster._Hub._accept(None, Server())
+
+
+@pytest.mark.parametrize("trouble", ["os.close(1); os.close(2)", "os.dup2(full, 1); os.dup2(full, 2)"])
+def test_an_end_waits_for_no_output(trouble):
+    """Neither for what is closed nor for a pipe that nobody reads."""
+    script = """
+        cluster.PRINTING = 1
+        _, full = os.pipe()
+        os.set_blocking(full, False)
+        try:
+            while True:
+                os.write(full, bytes(4096))
+        except BlockingIOError:
+            os.set_blocking(full, True)
+    """
+    assert run_script(f"{textwrap.dedent(script)}\n{trouble}\ncluster._exit('text', 7)").returncode == 7
+
+
+def test_an_address_of_another_host_is_refused_at_once():
+    with pytest.raises(
+        UserError, match=r"process 0 on \S+ cannot listen at 192\.0\.2\.77:29999: Cannot assign .* --coordinator"
+    ):
+        cluster._Hub("192.0.2.77:29999", 2, 0, 5, {})
+    with pytest.raises(UserError, match="cannot listen at " + "a" * 70):
+        cluster._Hub(f"{'a' * 70}:29999", 2, 0, 5, {})
+
+
+def test_without_a_secret_process_0_warns_where_others_can_connect(monkeypatch, capfd):
+    """A name that stands for a local address on this host alone is one of these."""
+    monkeypatch.delenv("GPT_CLUSTER_SECRET", raising=False)
+    found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", free_port()))]
+    monkeypatch.setattr(cluster.socket, "getaddrinfo", lambda *_, **__: found)
+    for secret, warnings in (("", 1), ("secret", 0)):
+        monkeypatch.setenv("GPT_CLUSTER_SECRET", secret)
+        with pytest.raises(UserError, match="waited 0 s"):
+            cluster._Hub(f"this-host:{free_port()}", 2, 0, 0, {})
+        assert capfd.readouterr().err.count("warning: GPT_CLUSTER_SECRET is not set") == warnings
 
 
 LAUNCHERS = {
@@ -447,6 +931,25 @@ def test_flags_that_contradict_each_other_are_refused(command, flags, message):
     result = command("evaluate", "--workdir=nowhere", *flags)
     assert result.returncode == 2
     assert re.match(f"error: {message}", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize("address", ["a", "a:", ":1", "a:0", "a:x", "a:65536", "a:99999999", "a:١", "a:-1", "a:1 "])
+def test_addresses_that_are_none(address):
+    absl.flags.FLAGS.mark_as_parsed()
+    with (
+        flagsaver.flagsaver(coordinator=address, num_processes=2, process_id=0),
+        pytest.raises(UsageError, match=f"--coordinator={address} has to be of the form HOST:PORT"),
+    ):
+        cluster.start()
+
+
+def test_a_launcher_with_odd_variables_is_told(monkeypatch):
+    absl.flags.FLAGS.mark_as_parsed()
+    for name, value in LAUNCHERS["slurm"].items():
+        monkeypatch.setenv(name, str(value))  # SLURM_PROCID={i} is no number
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    with pytest.raises(UserError, match=r"Cannot tell the processes of this job .*\{i\}.* Set --coordinator"):
+        cluster.start()
 
 
 def test_one_process_by_flags_is_one_process(undisturbed, command):

@@ -1,5 +1,6 @@
 """The commands as a user types them, in processes of their own: the main path, and every kind of mistake."""
 
+import io
 import json
 import os
 import pty
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt import loaded, train
+from gpt import loaded, sample, train
 from gpt.checkpoint import Workdir
 from gpt.config import default_config, flatten
+from gpt.errors import UserError
 
 SMALL = (
     "--config=configs/char_tiny.py",
@@ -109,12 +111,12 @@ def test_sample_by_flags(trained, command):
 
 
 def test_sample_several_prompts_with_logprobs(trained, command):
-    """Each as if it were alone; and as JSON, a line each."""
+    """The first as if it were alone; and as JSON, a line each."""
     flags = (f"--workdir={trained[0]}", "--num_tokens=20", "--repetition_penalty=1.2", "--seed=4")
-    several = command("sample", *flags, "--prompt=KING:", "--prompt=O")
+    several = command("sample", *flags, "--prompt=KING:", "--prompt=KING:")
     assert several.returncode == 0, several.stderr
     texts = re.split(r"^--- prompt \d of 2\n", several.stdout, flags=re.M)[1:]
-    assert command("sample", *flags, "--prompt=O").stdout == texts[1]
+    assert command("sample", *flags, input="KING:\n").stdout == texts[0] != texts[1]
     lines = command("sample", *flags, "--prompt=KING:", "--prompt=O", "--num_samples=2", "--logprobs").stdout
     found = [json.loads(line) for line in lines.splitlines()]
     assert [(line["prompt"], line["sample"]) for line in found] == [("KING:", 1), ("KING:", 2), ("O", 1), ("O", 2)]
@@ -145,6 +147,27 @@ def test_output_that_cannot_show_a_character_is_no_error(tmp_path, play, command
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("caf?")
+
+
+def test_prompt_on_stdin(monkeypatch):
+    """A pipe, a file and /dev/null; as much of it as can be a prompt."""
+
+    def read(content):
+        monkeypatch.setattr(sys, "stdin", content and io.TextIOWrapper(io.BytesIO(content)))
+        return sample._read_stdin()
+
+    assert read(b"KING:\n") == read(b"KING:\r\n") == read(b"\xef\xbb\xbfKING:") == "KING:"
+    assert read("é\n\nO\n\n".encode()) == "é\n\nO\n"
+    assert read(b" ") == " "
+    assert read(b"\n") == ""
+    monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
+    assert sample._read_stdin() == ""
+    assert read(None) == ""  # stdin is closed
+    assert len(read(b"a" * sample.MAX_PIPED)) == sample.MAX_PIPED
+    with pytest.raises(UserError, match=r"stdin has more than 1,048,576 bytes; pass only the last part"):
+        read("é".encode() * sample.MAX_PIPED)
+    with pytest.raises(UserError, match=r"stdin is not UTF-8 \(byte 3\); convert it to UTF-8"):
+        read(b"caf\xe9")
 
 
 def test_sample_without_prompt_or_terminal(trained, command):
@@ -290,6 +313,9 @@ SAMPLE_MISTAKES = {
     "temperature": (("--temperature=-1",), 1, r"--temperature=-1\.0"),
     "repetition_penalty": (("--repetition_penalty=0",), 1, r"--repetition_penalty=0\.0"),
     "num_tokens": (("--num_tokens=0",), 2, "num_tokens=0"),
+    "seed beyond 32 bits": ((f"--seed={2**32}",), 2, "--seed=4294967296: .*range"),
+    "seed beyond 64 bits": ((f"--seed={2**64}",), 2, "--seed=18446744073709551616: .*range"),
+    "num_samples beyond all": ((f"--num_samples={10**30}",), 2, f"--num_samples={10**30}: .*range"),
     "checkpoint": (("--checkpoint=7",), 1, "--checkpoint=7: choose best, last or one of 6"),
     "no workdir": (("--workdir={tmp}/nowhere",), 1, "--workdir=.*nowhere: there is no such folder"),
     "no run": (("--workdir={tmp}/folder",), 1, "folder holds no run"),

@@ -1,8 +1,10 @@
 """Batches that depend on (seed, step) alone, and corpora: read, cached, split and refused."""
 
+import hashlib
 import itertools
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 
 from gpt import sharding
+from gpt.cache import Cache
 from gpt.checkpoint import Run, refuse_changes
 from gpt.config import Config
 from gpt.data import IGNORED, pipeline, text
@@ -286,6 +289,68 @@ def test_folder_may_lie_below_a_hidden_one(load, write, tmp_path):
     assert decoded(load(tmp_path / ".data" / "books")) == "abc" * 30
 
 
+def test_links_are_followed_once(load, write, tmp_path):
+    """To files, and to folders elsewhere; not to what is read anyway, round in circles, or to nothing."""
+    write("books/b.txt", "<b>")
+    write("books/sub/c.txt", "<c>")
+    write("elsewhere/part/d.txt", "<d>")
+    write("elsewhere/e.txt", "<e>")
+    write("books/.store/f.txt", "<f>")
+    links = {
+        "a.txt": "../elsewhere/e.txt",
+        "linked": "../elsewhere/part",
+        "twice": "../elsewhere/part",
+        "a-sub": "sub",
+        "sub/up": "..",
+        "root": "/",
+        "shown": ".store",
+        "gone.txt": "../nowhere.txt",
+        "circle": "circle",
+    }
+    for name, target in links.items():
+        (tmp_path / "books" / name).symlink_to(target)
+    said = []
+    assert decoded(load(tmp_path / "books", say=said.append, block_size=1)) == "<e><b><d><f><c>"
+    (line,) = said
+    assert line == (
+        f"note   left out of data.path={tmp_path}/books: hidden: .store; links to folders that are read anyway: a-sub, "
+        "root, twice and 1 more; links to nothing: circle, gone.txt"
+    )
+
+
+@pytest.mark.parametrize("name", ["._3.txt", "__MACOSX/3.txt", "Thumbs.db", "a.txt~", "_SUCCESS", ".gitkeep", "pipe"])
+def test_what_is_left_out_of_a_folder_is_said(load, write, tmp_path, name):
+    write("books/a.txt", "abc" * 30)
+    if name == "pipe":
+        os.mkfifo(tmp_path / "books" / name)
+    else:
+        write(f"books/{name}", b"" if name in ("_SUCCESS", ".gitkeep") else b"\0 no text")
+    said = []
+    assert decoded(load(tmp_path / "books", say=said.append)) == "abc" * 30
+    (line,) = said
+    assert re.fullmatch(rf"note   left out of data\.path=.*books: \w+: {name.partition('/')[0]}", line)
+
+
+def test_a_subfolder_that_may_not_be_read_is_an_error(load, write, tmp_path, monkeypatch):
+    """Less text would be trained on without a word."""
+    write("books/a.txt", "abc" * 30)
+    write("books/sub/b.txt", "abc" * 30)
+    original = Path.iterdir
+
+    def refuse(path):
+        if path.name == "sub":
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(UserError, match=r"data\.path: cannot read .*books/sub: Permission denied\."):
+        load(tmp_path / "books")
+
+
+def test_a_path_may_have_a_comma(load, write):
+    assert decoded(load(write("one, two/a,b.txt", "abc" * 30))) == "abc" * 30
+
+
 def test_byte_order_mark_is_not_text(load, tmp_path):
     (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbf" + b"abc" * 30)
     corpus = load(tmp_path / "bom.txt")
@@ -428,6 +493,89 @@ def test_changed_file_is_another_corpus(load, write):
     assert decoded(after) == "world hello " * 9
 
 
+@pytest.mark.parametrize("way", ["in place", "by another file"])
+def test_changed_file_with_the_size_and_time_of_before_is_another_corpus(load, write, way):
+    """As `rsync --times`, `cp --preserve` and editors leave it."""
+    path = write("a.txt", "hello world " * 9)
+    before, times = load(path), path.stat()
+    if way == "in place":
+        path.write_text("world hello " * 9)
+    else:
+        os.replace(write("b.txt", "world hello " * 9), path)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    after = load(path)
+    assert after.fingerprint != before.fingerprint
+    assert decoded(after) == "world hello " * 9
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe", "gpt2"])
+def test_text_that_grows_while_it_is_read_is_refused(load, write, monkeypatch, tokenizer):
+    """Or the tokens of the longer text would be found under the hash of the shorter one ever after."""
+    content = "hello world " * 30
+    path, original = write("a.txt", content), text._scan
+    tokenizer = TokenizerConfig(tokenizer, 257 if tokenizer == "bpe" else 8192)
+
+    def scan(path, *arguments):
+        found = original(path, *arguments)
+        with path.open("a") as file:
+            file.write("hello")
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(text, "_scan", scan)
+        with pytest.raises(UserError, match=r"a\.txt changed while it was read; start again"):
+            load(path, tokenizer)
+    for size in (content + "hello", content):
+        path.write_text(size)
+        corpus = load(path, tokenizer)
+        assert corpus.tokenizer.byte_lengths[corpus.split("all")].sum() == len(size)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "removed"])
+def test_a_damaged_cache_is_made_again(load, write, tmp_path, damage):
+    """Each of its files in turn, of plays, BPE, and tokens of which some do not count."""
+    write("books/a.txt", "hello world " * 9)
+    write("books/b.jsonl", '{"prompt": "1 + 1 = ", "completion": "2"}\n' * 9)
+    arguments = tmp_path / "books", TokenizerConfig("bpe", 260)
+    whole = load(*arguments)
+    tokens, counts = np.array(whole.split("all")), np.array(whole.counts("all"))  # no maps of what is damaged below
+    for path in sorted((tmp_path / "cache").iterdir()):
+        content = path.read_bytes()
+        changed = {"cut": content[:-9], "empty": b"", "garbage": bytes(len(content)), "removed": None}[damage]
+        path.unlink() if changed is None else path.write_bytes(changed)
+        found = load(*arguments)
+        np.testing.assert_array_equal(found.split("all"), tokens)
+        np.testing.assert_array_equal(found.counts("all"), counts)
+        assert found.fingerprint == whole.fingerprint
+
+
+def test_plays_that_were_cut_off_in_the_cache_are_written_again(tmp_path):
+    kept = Cache(str(tmp_path))
+    path = text._shakespeare(kept)
+    os.truncate(path, 1000)
+    assert text._shakespeare(kept).stat().st_size > 4_000_000
+
+
+def test_tokens_of_other_code_are_made_again(load, write, read, monkeypatch):
+    path = write("a.txt", "hello world " * 9)
+    load(path)
+    monkeypatch.setattr(text, "_code", lambda: "that of tomorrow")
+    load(path)
+    assert len(read) == 4
+
+
+def test_what_is_made_of_a_private_text_is_private(load, write, tmp_path):
+    private, public = write("a.txt", "hello world " * 9), write("b.jsonl", '{"prompt": "hell", "completion": "o"}' * 1)
+    private.chmod(0o600)
+    before = os.umask(0o022)
+    try:
+        load(f"{private},{public}", TokenizerConfig("bpe", 257))
+    finally:
+        os.umask(before)
+    open_ = {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir() if path.stat().st_mode & 0o077}
+    assert open_ == {"scan"}  # of the public file
+
+
 def test_fingerprint_tells_texts_tokenizers_and_splits_apart(load, write):
     path, other = write("a.txt", "hello world " * 9), write("b.txt", "hello, world" * 9)
     fingerprints = [
@@ -509,7 +657,8 @@ def test_the_cache_is_the_users_unless_another_is_named(write, tmp_path, monkeyp
     monkeypatch.setenv(variable, str(tmp_path / "home"))
     text.load(TextConfig(path=str(write("a.txt", "hello world " * 9))), TokenizerConfig(), BLOCK)
     folder = {"XDG_CACHE_HOME": "gpt", "HOME": ".cache/gpt"}[variable]
-    assert len(list((tmp_path / "home" / folder).iterdir())) == 2
+    kept = sorted(path.name.partition("-")[0] for path in (tmp_path / "home" / folder).iterdir())
+    assert kept == ["scan", "tokens", "tokens"]
 
 
 # Corpora: what is refused. The message has to name the file, or the key that is wrong.
@@ -554,6 +703,47 @@ def test_file_that_is_not_text_is_refused(load, write, content, message):
         load(write("a.txt", "abc" * 9), validation_path=str(path))
 
 
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", r"\(a PNG image\); leave it out, or read images with data\.kind=images\."),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", r"\(a JPEG image\)"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", r"\(a PDF document\); leave it out, or extract its text and name that file\."),
+        (b"\x1f\x8b\x08\0", r"\(a gzip archive\)"),
+        (b"PAR1\x15\x04\0", r"\(a Parquet table whose name does not end in \.parquet\)"),
+    ],
+    ids=["png", "jpeg", "pdf", "gzip", "parquet"],
+)
+def test_a_file_of_another_format_is_told_what_it_is(load, write, tmp_path, content, what):
+    write("books/a.txt", "abc" * 9)
+    write("books/b", content * 9)
+    with pytest.raises(UserError, match=rf"books/b is not .*{what}"):
+        load(tmp_path / "books")
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("kind", ["a pipe", "a socket", "a device"])
+def test_only_regular_files_are_opened(load, tmp_path, suffix, kind):
+    """A pipe would be waited for, and a device read for ever, whatever the name says."""
+    path = tmp_path / f"a{suffix}"
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        socket.socket(socket.AF_UNIX).bind(str(path))
+    with pytest.raises(UserError, match=rf"a\{suffix} is {kind} and not a regular file; copy its contents"):
+        load(path)
+    with pytest.raises(UserError, match=r"is .* and not a regular file"):
+        list(text._read_file(path, "", hashlib.sha256()))  # where it takes the place of a file that was listed
+
+
+@pytest.mark.parametrize("path", ["https://example.org/a.txt", "s3://bucket/a.txt", "hf://datasets/a"])
+def test_an_address_is_not_a_path(load, path):
+    with pytest.raises(UserError, match=rf"data\.path: {path} is an address on the network; download it first"):
+        load(path)
+
+
 def test_bad_byte_is_found_in_a_later_piece(load, write, monkeypatch):
     monkeypatch.setattr(text, "CHUNK", 16)
     with pytest.raises(UserError, match=r"late\.txt is not UTF-8 text: byte 0xff"):
@@ -574,8 +764,19 @@ def test_text_shorter_than_a_block_is_refused(load, write):
         load(path, block_size=10)
     with pytest.raises(UserError, match=r"training text has 90 tokens, but model\.block_size=90"):
         load(path, block_size=90)
-    with pytest.raises(UserError, match=r"data\.path"):
+    with pytest.raises(UserError, match=r"give at least 182 tokens of text in data\.path=.*a\.txt or a smaller block"):
         load(path, block_size=90)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.9])
+@pytest.mark.parametrize("block_size", [10, 33, 49])
+def test_the_advice_for_a_short_split_helps(load, write, fraction, block_size):
+    """And does not ask for another block where weights that exist have one."""
+    path, tokenizer = write("a.txt", "abcdefghij" * 10), CharTokenizer.from_text("abcdefghij")
+    with pytest.raises(UserError, match=r"; set data\.validation_fraction=[\d.]+\.$") as error:
+        load(path, tokenizer, block_size=block_size, validation_fraction=fraction)
+    advised = float(re.search(r"fraction=([\d.]+)\.$", str(error.value))[1])
+    load(path, tokenizer, block_size=block_size, validation_fraction=advised)
 
 
 def test_short_validation_file_is_refused_by_its_own_key(load, write):
@@ -638,7 +839,7 @@ def test_batch_that_cannot_be_split_is_refused(batch_size, micro_batches, messag
 def shakespeare():
     """The default corpus, and its text."""
     corpus = text.load(TextConfig(), TokenizerConfig(), 128)
-    plays = text._shakespeare(text.cache_dir("")).read_text(encoding="utf-8")
+    plays = text._shakespeare(Cache()).read_text(encoding="utf-8")
     return corpus, plays
 
 

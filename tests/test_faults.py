@@ -240,7 +240,7 @@ def empty(checkpoint: Path) -> None:
 
 
 def change_the_loss(checkpoint: Path) -> None:
-    file = checkpoint / "metrics" / "metrics"
+    file = checkpoint / "digests" / "metadata"
     file.write_text(re.sub(r"\d", "1", file.read_text()))
 
 

@@ -151,8 +151,19 @@ def test_prompts_of_different_lengths_are_continued_as_each_alone(name):
     generator = generator_of(name, Sampling())
     found = rows_of(generator.start(params_of(name), prompts, num_samples=2, seed=3), 30)
     for i, prompt in enumerate(prompts):
-        alone = tokens_of(generator_of("1", Sampling()), 30, prompt=prompt, num_samples=2, seed=3)
-        np.testing.assert_array_equal(found[2 * i : 2 * i + 2], alone)
+        alone = generator_of("1", Sampling()).start(params_of("1"), [prompt], 2, seed=3, first_prompt=i)
+        np.testing.assert_array_equal(found[2 * i : 2 * i + 2], rows_of(alone, 30))
+
+
+@pytest.mark.parametrize("name", ["1", "8x1x1", "2x2x2"])
+def test_each_prompt_and_each_sample_has_random_numbers_of_its_own(name):
+    """Equal prompts give different samples, and more prompts or samples do not change the others."""
+    many = rows_of(generator_of(name, Sampling()).start(params_of(name), [PROMPT] * 3, num_samples=4, seed=5), 20)
+    many = many.reshape(3, 4, 20)
+    assert len(np.unique(many.reshape(12, 20), axis=0)) == 12
+    fewer = rows_of(generator_of("1", Sampling()).start(params_of("1"), [PROMPT] * 2, num_samples=3, seed=5), 20)
+    np.testing.assert_array_equal(many[:2, :3], fewer.reshape(2, 3, 20))
+    np.testing.assert_array_equal(many[0, :1], tokens_of(generator_of("1", Sampling()), 20, seed=5))
 
 
 def test_cache_grows_with_the_text(monkeypatch):

@@ -1,7 +1,10 @@
 """Images: the digits, folders of every sort, what augmentation does, and each mistake's sentence."""
 
 import dataclasses
+import os
 import re
+import subprocess
+import warnings
 
 import numpy as np
 import pytest
@@ -16,9 +19,10 @@ from gpt.checkpoint import Workdir
 from gpt.config import Config, OptimizerConfig, TrainConfig
 from gpt.data import images, pipeline
 from gpt.data.images import ImagesConfig
+from gpt.data.pixels import Palette, PixelsConfig
 from gpt.errors import UsageError, UserError
 from gpt.models.vit import ViTConfig
-from gpt.tokenizers import Labels
+from gpt.tokenizers import Labels, TokenizerConfig
 
 MODEL = ViTConfig(num_layers=1, num_heads=2, embed_dim=16, image_size=8, patch_size=4, channels=3)
 DIGITS = dataclasses.replace(MODEL, channels=1)
@@ -237,6 +241,128 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(folder, damage, mes
     assert "\n" not in str(error.value)
 
 
+def test_what_is_left_out_of_a_folder_is_said(folder, tmp_path):
+    """By the rule for texts; and a folder is an image by no name."""
+    draw(tmp_path / "elsewhere" / "0.png", (0, 0, 255))
+    draw(folder / "red" / "._3.png", (0, 0, 255))
+    draw(folder / "red" / ".ipynb_checkpoints" / "3-checkpoint.png", (0, 0, 255))
+    draw(folder / "red" / "more.png" / "0.png", (200, 0, 0))
+    draw(folder / "loose.png", (0, 0, 255))
+    (folder / "red" / "_SUCCESS").write_bytes(b"")
+    (folder / "red" / "empty.png").write_bytes(b"")
+    (folder / "red" / "gone.png").symlink_to("nowhere.png")
+    (folder / "blue" / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "crimson").symlink_to("red")
+    os.mkfifo(folder / "blue" / "pipe.png")
+    said = []
+    found = ImagesConfig(path=str(folder)).load(None, MODEL, said.append)
+    assert found.tokenizer.names == ("blue", "red")
+    assert [path.name for path in found.evaluation("all", MODEL).images if path.parent.name in ("linked", "more.png")]
+    assert len(found.evaluation("all", MODEL)) == 14
+    (line,) = said
+    for part in (
+        "hidden: .hidden, red/._3.png, red/.ipynb_checkpoints",
+        "outside the folders of classes: loose.png",
+        "empty: red/_SUCCESS, red/empty.png",
+        "links to nothing: red/gone.png",
+        "links to folders that are read anyway: crimson",
+        "pipes: blue/pipe.png",
+        "of another type: red/notes.txt",
+    ):
+        assert part in line
+    assert PixelsConfig(path=str(folder)).load(TokenizerConfig(), None, said.append).describe().startswith("11 train")
+    assert said[1] == line
+
+
+def test_folders_beside_the_two_splits_are_said(tmp_path):
+    for part in ("train", "val", "test"):
+        for color in ("red", "blue"):
+            draw(tmp_path / part / color / "0.png", color)
+    said = []
+    ImagesConfig(path=str(tmp_path)).load(None, MODEL, said.append)
+    assert said == [f"note   left out of data.path={tmp_path}: beside train and val: test"]
+
+
+def no_image(path):
+    path.write_text("no image")
+
+
+def with_postscript(path):
+    """As Pillow would have Ghostscript run it."""
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
+
+
+def of_many_pixels(path):
+    Image.new("1", (20_000, 10_000)).save(path, "PNG")
+
+
+def a_pipe(path):
+    os.mkfifo(path)
+
+
+def a_device(path):
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (no_image, "cannot be read as an image \\(cannot identify image file\\)"),
+        (with_postscript, "cannot be read as an image \\(cannot identify image file\\)"),
+        (of_many_pixels, "cannot be read as an image \\(200,000,000 pixels are more than 100,000,000\\)"),
+        (a_pipe, "is a pipe and not a regular file"),
+        (a_device, "is a device and not a regular file"),
+        (lambda path: path.mkdir(), "is a folder and not a regular file"),
+        (lambda path: None, "there is no file .*cat\\.png"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_files_that_are_no_images_are_refused_and_start_nothing(tmp_path, monkeypatch, make, message):
+    path, kind = tmp_path / "cat.png", PixelsConfig(image_size=8)
+    make(path)
+    for module, name in ((subprocess, "Popen"), (os, "system"), (os, "posix_spawn")):
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a program was started"))
+    palette = Palette(((0,), (255,)), kind.image_size, ("cat",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for read in (lambda: ImagesConfig().inputs(str(path), MODEL), lambda: palette.encode(f"half:{path}")):
+            with pytest.raises(UserError, match=message) as error:
+                read()
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/a", "https://example.org/a.png", "x" * 300])
+def test_a_path_that_leads_nowhere_is_a_sentence(path):
+    for read in (lambda: load(path), lambda: ImagesConfig().inputs(path, MODEL)):
+        with pytest.raises(UserError, match=r"(data\.path|--prompt): "):
+            read()
+
+
+def test_a_large_jpeg_is_read_at_a_lower_resolution(tmp_path):
+    """The limit is for what is decoded."""
+    Image.new("L", (13_000, 9_000), 200).save(tmp_path / "large.jpg")
+    np.testing.assert_array_equal(ImagesConfig().inputs(str(tmp_path / "large.jpg"), DIGITS), np.full((8, 8, 1), 200))
+
+
+@pytest.mark.parametrize("format_", images.FORMATS)
+def test_damaged_images_of_every_format_are_a_sentence(tmp_path, format_):
+    """Whatever error the decoder raises."""
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    path, rng = tmp_path / "x.png", np.random.default_rng(1)
+    Image.fromarray(pixels).save(path, format_)
+    whole = path.read_bytes()
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for place in rng.integers(0, min(200, len(whole)), 4):
+            damaged[place] = rng.integers(256)
+        path.write_bytes(damaged[: rng.integers(8, len(whole))])
+        try:
+            ImagesConfig().inputs(str(path), MODEL)
+        except UserError as error:
+            assert re.search(r"x\.png cannot be read as an image \(.+\); mend it", str(error))  # noqa: PT017
+            assert "\n" not in str(error)  # noqa: PT017
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -244,12 +370,21 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(folder, damage, mes
         ({"crop": 0.0}, r"data\.crop=0\.0 has to be greater than 0 and at most 1"),
         ({"shift": -1}, r"data\.shift=-1 must not be negative"),
         ({"threads": 0}, r"data\.threads=0 has to be at least 1"),
+        ({"resize": -1}, r"data\.resize=-1 must not be negative"),
+        ({"resample": "nearest"}, r"data\.resample='nearest' is not known; choose one of bilinear, bicubic, lanczos"),
     ],
     ids=str,
 )
 def test_bad_values_are_refused_by_name(options, message):
     with pytest.raises(UserError, match=message):
         ImagesConfig(**options)
+
+
+def test_a_resize_below_the_images_of_the_model_is_refused(folder):
+    load(folder, resize=8).evaluation("val", MODEL)
+    for read in (lambda data: data.training(MODEL, 0), lambda data: data.config.inputs(str(folder), MODEL)):
+        with pytest.raises(UserError, match=r"data\.resize=7 has to be at least 8, the size of the model's images"):
+            read(load(folder, resize=7))
 
 
 def test_too_few_images_for_two_sides(folder):

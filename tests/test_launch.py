@@ -160,6 +160,7 @@ if behaviour == "save":
 if behaviour == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 child = subprocess.Popen(["sleep", "100"]) if behaviour == "fail" else None
+(folder / f"secret{index}").write_text(os.environ.get("GPT_CLUSTER_SECRET", ""))
 (folder / f"tmp{index}").write_text(f"{os.getpid()} {child.pid if child else os.getpid()}")
 (folder / f"tmp{index}").rename(folder / f"pids{index}")
 print(behaviour, index, count, flags["coordinator"], os.environ["XLA_FLAGS"], os.environ["JAX_PLATFORMS"], rest[:-3])
@@ -210,6 +211,25 @@ def test_local_starts_processes(processes):
     assert sorted(index for index, _, _ in found) == ["0", "1", "2"]
     assert len({port for _, port, _ in found}) == 1
     assert {flag for _, _, flag in found} == {"--xla_force_host_platform_device_count=4"}
+
+
+def secrets(folder) -> set[str]:
+    return {path.read_text() for path in folder.glob("secret*")}
+
+
+def test_local_makes_a_secret_of_each_job(processes, tmp_path, monkeypatch):
+    """The same for all its processes, unless there is one already."""
+    monkeypatch.delenv("GPT_CLUSTER_SECRET", raising=False)
+    found = []
+    for _ in range(2):
+        for path in tmp_path.glob("pids*"):
+            path.unlink()
+        processes(2, "end").communicate(timeout=20)
+        found += secrets(tmp_path)
+    assert len(set(found)) == len(found) == 2
+    assert all(re.fullmatch(r"[0-9a-f]{32}", secret) for secret in found)
+    processes(2, "end", GPT_CLUSTER_SECRET="mine").communicate(timeout=20)
+    assert secrets(tmp_path) == {"mine"}
 
 
 def test_local_failure_ends_the_others(processes):
@@ -363,6 +383,14 @@ def test_slurm_keeps_other_codes(tmp_path, slurm):
     assert (tmp_path / "srun").read_text().startswith(f"--kill-on-bad-exit=0 --wait=120 {sys.executable} -c ")
 
 
+def test_slurm_makes_a_secret_of_each_job(slurm, monkeypatch):
+    monkeypatch.delenv("GPT_CLUSTER_SECRET", raising=False)
+    shown = slurm("-c", "import os; print(os.environ['GPT_CLUSTER_SECRET'])").communicate()[0]
+    first, second = shown.split()
+    assert first == second
+    assert re.fullmatch(r"[0-9a-f]{32}", first)
+
+
 def test_slurm_does_not_requeue_what_was_cancelled(tmp_path, slurm):
     job = slurm("-c", "import time; time.sleep(60)")
     wait_until((tmp_path / "tasks").exists)
@@ -453,6 +481,9 @@ def test_tpu_train(tpu, tool, tmp_path):
     )
     assert "--property=StandardOutput=append:/home/me/gpt.log" in started
     assert started[-6:] == ["/home/me/gpt/.venv/bin/python", *flags]
+    (secret,) = [flag for flag in started if flag.startswith("--setenv=")]
+    assert re.fullmatch(r"--setenv=GPT_CLUSTER_SECRET=[0-9a-f]{32}", secret)
+    assert secret not in on_worker(tpu("train", *flags)[0])
     assert on_worker(tpu("logs")[0]).endswith("~/gpt.log")
     assert tpu("logs", SLICE="1", WORKER="2")[0][2:4] == ["--node=1", "--worker=2"]
     assert "systemctl stop gpt" in on_worker(tpu("stop")[0])

@@ -3,13 +3,17 @@
 import collections
 import io
 import json
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from gpt import generate
+from gpt.config import Config
 from gpt.data.pixels import Palette, PixelsConfig, Rows, fit_palette, nearest
 from gpt.errors import UserError
+from gpt.models.gpt import GPT, GPTConfig
 from gpt.tokenizers import TokenizerConfig
 
 pytest.importorskip("sklearn")
@@ -112,7 +116,7 @@ def test_prompts_name_a_class_and_a_half_to_be_completed(tmp_path):
     "prompt", ["a dog", "class:cow", "half:", "class:dog,half:", "half:no/such/file.png", "dog,half:x"]
 )
 def test_other_prompts_are_refused_with_what_there_is(prompt):
-    with pytest.raises(UserError, match=r"class:NAME, half:FILE|cat, dog|cannot be read"):
+    with pytest.raises(UserError, match=r"class:NAME, half:FILE|cat, dog|there is no file no/such"):
         GREYS.encode(prompt)
 
 
@@ -134,10 +138,15 @@ def test_a_picture_shows_every_sample_pixel_by_pixel():
 
 
 def test_a_block_of_another_size_than_the_image_is_refused():
-    from gpt.models.gpt import GPTConfig
-
     with pytest.raises(UserError, match=r"model.block_size=128 has to be 64"):
         PixelsConfig().load(TokenizerConfig(), GPTConfig())
+
+
+@pytest.mark.parametrize(("key", "value"), [("resize", 16), ("stretch", True), ("on_white", True)])
+def test_images_of_tokens_are_cut_in_one_way(key, value):
+    """A prompt half:FILE is read without the config."""
+    with pytest.raises(UserError, match=rf"data\.{key}={value} is not known; choose one of"):
+        PixelsConfig(**{key: value})
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +199,27 @@ def test_a_run_shows_pictures_and_samples_and_completions_are_drawn(command, tra
     assert (again.returncode, again.stdout) == (1, "")
     assert str(out) in again.stderr
     assert "Traceback" not in again.stderr
+
+
+def test_the_parts_of_a_preview_share_no_random_numbers(digits, monkeypatch):
+    streams = []
+
+    class Blank:
+        """Makes samples of token 0 only."""
+
+        def __init__(self, generator, params, prompts, key_B):
+            streams.extend(map(tuple, key_B))
+            self.over_B = np.zeros(len(prompts), bool)
+
+        def advance(self, most):
+            return generate.Segment(np.zeros((len(self.over_B), most), int))
+
+    monkeypatch.setattr(generate, "Decoding", Blank)
+    config = Config(data=digits.config, model=GPTConfig(block_size=64))
+    program = types.SimpleNamespace(model=GPT(config.model.resolve(28, "cpu")), layout=None)
+    show = digits.preview(program, config, digits.evaluation("val", None))
+    assert show(None, 7, {}).images.keys() == {"samples", "completions"}
+    assert len(set(streams)) == len(streams) == 10 * 4 + 4 * 8
 
 
 def test_evaluation_tells_bits_per_dimension(command, trained):

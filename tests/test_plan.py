@@ -13,6 +13,7 @@ import sys
 import pytest
 
 from gpt import hardware
+from gpt.cache import Cache
 from gpt.config import Config, TrainConfig, from_tree
 from gpt.errors import UserError
 from gpt.models.gpt import GPTConfig
@@ -235,9 +236,10 @@ def test_command_prints_a_report_and_remembers_it(command, tmp_path):
     again = command(*flags, env=cache)
     assert (again.returncode, again.stderr.count("\n")) == (2, 1)
     assert "plan.html exists" in again.stderr
-    (kept,) = (tmp_path / "gpt" / "plans").iterdir()
-    before = json.loads(kept.read_text())
-    kept.write_text(json.dumps(before | {"num_parameters": 7_000_000_000}))
+    (kept,) = (tmp_path / "gpt").glob("plan-*")
+    entry = Cache(str(tmp_path / "gpt")).entry(kept.stem, lambda create: pytest.fail("it is not there")).value
+    kept.unlink()
+    Cache(str(tmp_path / "gpt")).entry(kept.stem, lambda create: entry | {"num_parameters": 7_000_000_000})
     assert "7.0 billion parameters" in command(*flags[:-1], env=cache).stdout  # from there, not compiled again
 
 

@@ -16,16 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt.data import DataConfig, Dataset, Shown
-from gpt.errors import UsageError, UserError
-from gpt.tokenizers import Labels, Tokenizer, TokenizerConfig
+from gpt.data import DataConfig, Dataset, Say, Shown, paths
+from gpt.errors import UsageError, UserError, check_choice
+from gpt.tokenizers import Labels
 
 if TYPE_CHECKING:
     from gpt.models import ModelConfig
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Whatever the suffix, Pillow may try no other format: that of PostScript, for one, starts a program.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+MAX_PIXELS = 100_000_000  # of an image that is decoded: 300 MB
 VALIDATION_FOLDERS = ("val", "validation", "test")  # beside `train`, the first that is there
 RATIOS = (3 / 4, 4 / 3)  # between which the sides of a cut are, as of arXiv 1409.4842
+FILTERS = ("bilinear", "bicubic", "lanczos")  # that Pillow and torchvision compute alike
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +42,11 @@ class ImagesConfig(DataConfig):
     crop: float = 1.0  # in training, cut out at least this part of an image's area; 1: the square in its middle
     shift: int = 0  # in training, move an image by up to so many pixels, to each side
     flip: bool = False  # in training, mirror half of the images
+    # An image is scaled until its shorter side has `resize` pixels, and the square in its middle is cut out.
+    resize: int = 0  # 0: the size of the images that the model reads
+    stretch: bool = False  # scale both sides to `resize` pixels, which changes the proportions of an image
+    resample: str = "bicubic"  # filter that images are scaled with: bilinear, bicubic or lanczos
+    on_white: bool = False  # put transparent images on a white ground; False: drop their transparency
     threads: int = 4  # that decode images
     prefetch: int = 4  # batches prepared ahead
 
@@ -46,11 +55,12 @@ class ImagesConfig(DataConfig):
             raise UserError(f"data.validation_fraction={self.validation_fraction} has to lie between 0 and 1.")
         if not 0 < self.crop <= 1:
             raise UserError(f"data.crop={self.crop} has to be greater than 0 and at most 1.")
-        for name in ("shift", "prefetch"):
+        for name in ("shift", "prefetch", "resize"):
             if getattr(self, name) < 0:
                 raise UserError(f"data.{name}={getattr(self, name)} must not be negative.")
         if self.threads < 1:
             raise UserError(f"data.threads={self.threads} has to be at least 1.")
+        check_choice("data.resample", self.resample, FILTERS)
 
     gives = "images"
 
@@ -58,14 +68,22 @@ class ImagesConfig(DataConfig):
     def vocab_size(self) -> int:
         return 0 if self.path else 10
 
-    def load(
-        self, tokenizer: Tokenizer | TokenizerConfig, model: "ModelConfig | None", say: Any = None, status: Any = None
-    ) -> "Folders":
-        return load(self, tokenizer if isinstance(tokenizer, Labels) else None)
+    def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Folders":
+        return load(self, tokenizer if isinstance(tokenizer, Labels) else None, say)
 
     def inputs(self, prompt: str, model: "ModelConfig") -> np.ndarray:
-        size, channels = _shape(model)
-        return fit(decode(Path(prompt).expanduser(), channels, size), size).reshape(size, size, channels)
+        size, channels = self.shape(model)
+        image = decode(paths.located(prompt, "--prompt", "file"), channels, on_white=self.on_white)
+        return fit(image, size, self).reshape(size, size, channels)
+
+    def shape(self, model: "ModelConfig") -> tuple[int, int]:
+        """Size and channels of the images that a model reads. Raises UserError if `resize` is less than the size."""
+        _, size, channels = model.row()["inputs"].shape
+        if 0 < self.resize < size:
+            raise UserError(
+                f"data.resize={self.resize} has to be at least {size}, the size of the model's images, or 0."
+            )
+        return size, channels
 
     def opened(self, path: str | None = None) -> "ImagesConfig":
         return self if path is None else dataclasses.replace(self, path=path)
@@ -104,39 +122,62 @@ class Images:
         Raises:
           UserError: the file is no image, or damaged.
         """
-        image = decode(self.images[index], self.channels, self.size)
+        exact = self.seed is None or self.config.crop == 1
+        image = decode(self.images[index], self.channels, 0 if exact else self.size, self.config.on_white)
         if self.seed is None:
-            pixels = fit(image, self.size)
+            pixels = fit(image, self.size, self.config)
         else:
             pixels = _augmented(image, self.size, self.config, np.random.default_rng((self.seed, epoch, index)))
         return {"inputs": pixels.reshape(self.size, self.size, self.channels), "targets": self.classes[index]}
 
 
-def decode(image: Path | np.ndarray, channels: int, size: int):
+def decode(image: Path | np.ndarray, channels: int, size: int = 0, on_white: bool = False):
     """The image as Pillow has it, of one or three channels, upright. Raises UserError where it is none.
 
     Args:
-      size: to which it will be brought: of a JPEG no more than twice that is decoded.
+      size: to which it will be brought: a JPEG is decoded at a lower resolution, but not below twice that; 0: exactly.
+      on_white: as in `ImagesConfig`. Without it, colours are those of transformers' `load_image`, with it, those of
+        `do_convert_rgb`.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     mode = {1: "L", 3: "RGB"}[channels]
     if not isinstance(image, Path):
         return Image.fromarray(image).convert(mode)
+    Image.MAX_IMAGE_PIXELS = 2 * MAX_PIXELS  # a bound for what is allocated when a file is opened
     try:
-        with Image.open(image) as opened:
-            opened.draft(mode, (2 * size, 2 * size))
-            return ImageOps.exif_transpose(opened).convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).partition(str(image))[0].strip(" '\"") or "unknown format"
+        with paths.open_regular(image) as file, Image.open(file, formats=FORMATS) as opened:
+            if size:
+                opened.draft(mode, (2 * size, 2 * size))
+            if (pixels := math.prod(opened.size)) > MAX_PIXELS:
+                raise ValueError(f"{pixels:,} pixels are more than {MAX_PIXELS:,}")
+            upright = ImageOps.exif_transpose(opened)
+            if on_white and upright.has_transparency_data:
+                upright = upright.convert("RGBA")
+                upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright)
+            return upright.convert(mode)
+    except UserError:
+        raise
+    except Exception as error:  # Pillow's decoders raise all sorts of errors for damaged files
+        reason = "cannot identify image file" if isinstance(error, UnidentifiedImageError) else str(error)
+        reason = getattr(error, "strerror", None) or reason or type(error).__name__
         raise UserError(f"{image} cannot be read as an image ({reason}); mend it, or take it away.") from None
 
 
-def fit(image, size: int) -> np.ndarray:
-    """The largest square in the middle of an image, as uint8 of [size, size] or [size, size, 3]."""
-    side = min(image.size)
-    left, top = ((length - side) / 2 for length in image.size)
-    return _cut(image, size, (left, top, left + side, top + side))
+def fit(image, size: int, config: ImagesConfig) -> np.ndarray:
+    """An image scaled and cut as `config` says, as uint8 of [size, size] or [size, size, 3].
+
+    The pixels are those of transformers' image processors, which scale the whole image and then cut out its middle.
+    Only that part is computed here.
+    """
+    side, shorter = config.resize or size, min(image.size)
+    box = []
+    for length in image.size:
+        scaled = side if config.stretch else int(side * length / shorter)
+        first = (scaled - size) // 2
+        box.append((first * length / scaled, (first + size) * length / scaled))
+    (left, right), (top, bottom) = box
+    return _cut(image, size, (left, top, right, bottom), config.resample)
 
 
 def _augmented(image, size: int, config: ImagesConfig, rng: np.random.Generator) -> np.ndarray:
@@ -145,9 +186,10 @@ def _augmented(image, size: int, config: ImagesConfig, rng: np.random.Generator)
         ratio = math.exp(rng.uniform(*map(math.log, RATIOS)))
         sides = min(math.sqrt(area * ratio), image.size[0]), min(math.sqrt(area / ratio), image.size[1])
         left, top = (rng.uniform(0, whole - part) for whole, part in zip(image.size, sides, strict=True))
-        pixels = _cut(image, size, (left, top, left + sides[0], top + sides[1]))
+        box = (left, top, left + sides[0], top + sides[1])
+        pixels = _cut(image, size, box, config.resample, reducing_gap=3.0)  # nearly as good, and faster
     else:
-        pixels = fit(image, size)
+        pixels = fit(image, size, config)
     if config.shift:
         first_row, first_column = rng.integers(0, 2 * config.shift, 2, endpoint=True)
         padded = np.pad(pixels, [(config.shift, config.shift)] * 2 + [(0, 0)] * (pixels.ndim - 2))
@@ -155,12 +197,12 @@ def _augmented(image, size: int, config: ImagesConfig, rng: np.random.Generator)
     return pixels[:, ::-1] if config.flip and rng.random() < 0.5 else pixels
 
 
-def _cut(image, size: int, box: tuple[float, float, float, float]) -> np.ndarray:
+def _cut(image, size: int, box: tuple[float, float, float, float], resample: str, **options: float) -> np.ndarray:
     from PIL import Image
 
     if box == (0, 0, size, size):
         return np.asarray(image.crop(box))
-    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box, reducing_gap=3.0))
+    return np.asarray(image.resize((size, size), Image.Resampling[resample.upper()], box, **options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,14 +222,14 @@ class Folders(Dataset):
     fingerprint: str
 
     def training(self, model: "ModelConfig", seed: int) -> Images:
-        return Images(*self.train, *_shape(model), self.config, seed)
+        return Images(*self.train, *self.config.shape(model), self.config, seed)
 
     def evaluation(self, split: str, model: "ModelConfig", stride: int | None = None) -> Images:
         if stride:
             raise UsageError("--stride is for windows over a text, not for images.")
         parts = {"train": [self.train], "val": [self.validation], "all": [self.train, self.validation]}[split]
         images, classes = (np.concatenate(both) for both in zip(*parts, strict=True))
-        return Images(images, classes, *_shape(model), self.config)
+        return Images(images, classes, *self.config.shape(model), self.config)
 
     def describe(self) -> str:
         sizes = f"{len(self.train[1]):,} training and {len(self.validation[1]):,} validation images"
@@ -209,12 +251,6 @@ class Folders(Dataset):
         return Shown("\n".join(lines), {"mistakes": png(np.concatenate(pixels, axis=1))})
 
 
-def _shape(model: "ModelConfig") -> tuple[int, int]:
-    """Size and channels of the images that a model reads."""
-    _, size, channels = model.row()["inputs"].shape
-    return size, channels
-
-
 def png(pixels_HxWxC: np.ndarray) -> bytes:
     """A PNG file of uint8 pixels."""
     from PIL import Image
@@ -224,11 +260,12 @@ def png(pixels_HxWxC: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def load(config: ImagesConfig, labels: Labels | None) -> Folders:
+def load(config: ImagesConfig, labels: Labels | None, say: Say = lambda line: None) -> Folders:
     """The images that the config names; files are listed, and not read.
 
     Args:
       labels: where there is a model for certain classes already: a folder may lack some of them.
+      say: called with a line for the user if files are left out.
 
     Raises:
       UserError: there are none, or of one class only, or of others than `labels`; or a package is missing.
@@ -236,7 +273,7 @@ def load(config: ImagesConfig, labels: Labels | None) -> Folders:
     if importlib.util.find_spec("PIL") is None:
         raise UserError('Images need Pillow: pip install "gpt-spmd[images]".')
     if config.path:
-        return _load_folder(config, labels)
+        return _load_folder(config, labels, say)
     if importlib.util.find_spec("sklearn") is None:
         raise UserError('data.path="" names scikit-learn\'s digits: pip install "gpt-spmd[images]".')
     from sklearn.datasets import load_digits
@@ -247,45 +284,56 @@ def load(config: ImagesConfig, labels: Labels | None) -> Folders:
     return _split(config, images, digits.target.astype(np.int32), labels or Labels(tuple("0123456789")), digest)
 
 
-def _load_folder(config: ImagesConfig, labels: Labels | None) -> Folders:
-    root = Path(config.path).expanduser()
-    try:
-        folders = _subfolders(root)
-        if "train" not in folders:
-            names = labels.names if labels else tuple(folders)
-            files, classes = _listed(root, names)
-            return _split(config, files, classes, Labels(names), _digest(root, files))
-        held_out = next((name for name in VALIDATION_FOLDERS if name in folders), None)
-        if held_out is None:
-            raise UserError(f"{root} has a folder train, but none named val, with images for validation.")
-        names = labels.names if labels else tuple(_subfolders(root / "train"))
-        train, validation = _listed(root / "train", names), _listed(root / held_out, names)
-        fingerprint = _digest(root, [*train[0], *validation[0]]).hexdigest()[:32]
-        return Folders(config, train, validation, Labels(names), fingerprint)
-    except OSError as error:
-        raise UserError(f"data.path: cannot read {error.filename}: {error.strerror}.") from None
+def _load_folder(config: ImagesConfig, labels: Labels | None, say: Say) -> Folders:
+    root = paths.located(config.path, "data.path", "folder")
+    listing = paths.Listing(root, "data.path")
+    folders = _subfolders(listing, root)
+    if "train" not in folders:
+        names = labels.names if labels else tuple(folders)
+        files, classes = _listed(listing, folders, names)
+        listing.say(say)
+        return _split(config, files, classes, Labels(names), _digest(root, files))
+    held_out = next((name for name in VALIDATION_FOLDERS if name in folders), None)
+    if held_out is None:
+        raise UserError(f"{root} has a folder train, but none named val, with images for validation.")
+    for name, folder in folders.items():
+        if name not in ("train", held_out):
+            listing.leave_out(f"beside train and {held_out}", folder)
+    sides = [_subfolders(listing, folders[side]) for side in ("train", held_out)]
+    names = labels.names if labels else tuple(sides[0])
+    train, validation = (_listed(listing, side, names) for side in sides)
+    listing.say(say)
+    fingerprint = _digest(root, [*train[0], *validation[0]]).hexdigest()[:32]
+    return Folders(config, train, validation, Labels(names), fingerprint)
 
 
-def _subfolders(root: Path) -> list[str]:
-    """Names of the folders in a folder, sorted."""
-    if not root.is_dir():
-        raise UserError(f"data.path: there is no folder {root}.")
-    found = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+def _subfolders(listing: paths.Listing, folder: Path) -> dict[str, Path]:
+    """The folders in a folder by their name, in the order of their names."""
+    if not folder.is_dir():
+        raise UserError(
+            f"data.path: {folder} is a file; images are read from a folder with a subfolder for each class."
+        )
+    found = {}
+    for path in listing.children(folder):
+        if path.is_dir():
+            found[path.name] = path
+        else:
+            listing.leave_out("outside the folders of classes", path)
     if len(found) < 2:
-        has = f"only one, {found[0]}" if found else "none"
-        raise UserError(f"{root} needs a folder of images for each of at least two classes, and has {has}.")
+        has = f"only one, {next(iter(found))}" if found else "none"
+        raise UserError(f"{folder} needs a folder of images for each of at least two classes, and has {has}.")
     return found
 
 
-def _listed(root: Path, names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """The images of a folder and their classes by number, in the order of their names."""
+def _listed(listing: paths.Listing, folders: dict[str, Path], names: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The images in the folders of classes and their classes by number, in the order of their names."""
     files, classes = [], []
-    for name in _subfolders(root):
+    for name, folder in folders.items():
         if name not in names:
-            raise UserError(f"{root / name} is none of the {len(names)} classes that training knows.")
-        inside = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in SUFFIXES)
+            raise UserError(f"{folder} is none of the {len(names)} classes that training knows.")
+        inside = listing.files(folder, SUFFIXES)
         if not inside:
-            raise UserError(f"{root / name} holds no images ({', '.join(SUFFIXES)}).")
+            raise UserError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
         files += inside
         classes += [names.index(name)] * len(inside)
     return np.array(files, object), np.array(classes, np.int32)

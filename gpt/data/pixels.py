@@ -11,14 +11,13 @@ import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from gpt.data import Dataset, Shown, Source, images
+from gpt.data import Dataset, Shown, Source, images, paths
 from gpt.errors import UserError, check_choice, check_fraction, check_positive
-from gpt.tokenizers import Labels, Tokenizer, TokenizerConfig
+from gpt.tokenizers import Labels, Tokenizer
 
 if TYPE_CHECKING:
     from gpt.config import Config
@@ -45,6 +44,13 @@ class PixelsConfig(images.ImagesConfig):
         check_positive("data", self, "image_size", "palette_size")
         check_choice("data.channels", self.channels, (1, 3))
         check_fraction("data", self, "class_dropout")
+        for name in (
+            "resize",
+            "stretch",
+            "resample",
+            "on_white",
+        ):  # a palette, which reads the images of prompts, has only these
+            check_choice(f"data.{name}", getattr(self, name), (getattr(images.ImagesConfig, name),))
 
     @property
     def vocab_size(self) -> int:
@@ -52,9 +58,7 @@ class PixelsConfig(images.ImagesConfig):
         as_they_are = (self.path, self.image_size, self.channels) == ("", 8, 1) and self.palette_size >= 17
         return 28 if as_they_are else 0
 
-    def load(
-        self, tokenizer: Tokenizer | TokenizerConfig, model: "ModelConfig | None", say: Any = None, status: Any = None
-    ) -> "Pixels":
+    def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Pixels":
         if model and model.length != self.image_size**2:
             raise UserError(
                 f"model.block_size={model.length} has to be {self.image_size**2}, the pixels of an image with "
@@ -66,7 +70,7 @@ class PixelsConfig(images.ImagesConfig):
                 f"data.image_size={self.image_size} and data.channels={self.channels}, but the palette is for "
                 f"{palette.size} and {palette.channels}."
             )
-        folders = images.load(self, Labels(palette.names) if palette else None)
+        folders = images.load(self, Labels(palette.names) if palette else None, say)
         if palette is None:
             source = folders.evaluation("train", self)
             chosen = np.unique(np.linspace(0, len(source) - 1, FITTED_IMAGES).astype(int))
@@ -179,8 +183,8 @@ class Palette(Tokenizer):
             first += 1 + self.names.index(name)
         if not file:
             return np.array([first], np.int32)
-        image = images.decode(Path(file).expanduser(), self.channels, self.size)
-        tokens = self.tokens(images.fit(image, self.size))
+        image = images.decode(paths.located(file, "half", "file"), self.channels)
+        tokens = self.tokens(images.fit(image, self.size, images.ImagesConfig()))
         return np.concatenate([[first], self.half(tokens)]).astype(np.int32)
 
     def half(self, tokens: np.ndarray) -> np.ndarray:
@@ -288,9 +292,9 @@ class Pixels(Dataset):
         halves = [np.append(whole[:1], palette.half(whole[1:])) for whole in wholes]
 
         def draw(
-            params: Any, step: int, prompts: list[np.ndarray], number: int, check: Callable[[], object]
+            params: Any, step: int, prompts: list[np.ndarray], number: int, check: Callable[[], object], first: int = 0
         ) -> list[np.ndarray]:
-            decoding = generator.start(params, prompts, number, seed=step)
+            decoding = generator.start(params, prompts, number, seed=step, first_prompt=first)
             *_, made = generate.continuations(decoding, palette.decode, palette.sample_length(prompts), check=check)
             prompted = [prompt for prompt in prompts for _ in range(number)]
             return [np.append(prompt, found.tokens) for prompt, found in zip(prompted, made, strict=True)]
@@ -301,7 +305,7 @@ class Pixels(Dataset):
             drawn = draw(params, step, begun, PREVIEW_ROWS, check)
             by_row = [drawn[i] for row in range(PREVIEW_ROWS) for i in range(row, len(drawn), PREVIEW_ROWS)]
             number = PREVIEW_COLUMNS - 2
-            ends = draw(params, step, halves, number, check)
+            ends = draw(params, step, halves, number, check, first=len(begun))
             completed = [
                 x
                 for i, (whole, half) in enumerate(zip(wholes, halves, strict=True))

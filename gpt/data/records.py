@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gpt.data import paths
 from gpt.errors import LARGEST_JSON, UserError
 
 COLUMNS = ("text", "prompt", "completion")
@@ -45,7 +46,7 @@ def _texts(record: Any, where: str) -> tuple[str | None, str]:
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
+    with paths.open_regular(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LARGEST_JSON + 1), b""), start=1):
             where = f"{path}, line {number:,}"
             if len(line) > LARGEST_JSON:
@@ -67,7 +68,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
     except ImportError:
         raise UserError(f'{path} needs the package pyarrow: pip install -e ".[parquet]".') from None
     try:
-        with parquet.ParquetFile(path) as file:
+        with paths.open_regular(path) as opened, parquet.ParquetFile(opened) as file:
             columns = [name for name in COLUMNS if name in file.schema_arrow.names]
             if not columns:
                 raise UserError(f"{path}: each row {FORM}, but the columns are {', '.join(file.schema_arrow.names)}.")

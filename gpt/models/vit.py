@@ -52,6 +52,7 @@ class ViTConfig(BlockConfig):
 
     def __post_init__(self):
         check_positive("model", self, "image_size", "channels", "patch_size")
+        check_choice("model.channels", self.channels, (1, 3))
         check_choice("model.pooling", self.pooling, self.pooling_kinds)
         if self.vocab_size < 0:
             raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the data's) or more.")

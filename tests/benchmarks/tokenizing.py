@@ -13,6 +13,7 @@ import sys
 import time
 
 from gpt import tokenizers
+from gpt.cache import Cache
 from gpt.data import text
 
 PART = 2_000_000  # characters
@@ -20,7 +21,7 @@ PART = 2_000_000  # characters
 
 def corpus(megabytes: float) -> list[str]:
     """Parts of `PART` characters or somewhat more."""
-    scenes = text._shakespeare(text.cache_dir()).read_text().split("\n\n")
+    scenes = text._shakespeare(Cache()).read_text().split("\n\n")
     rng, parts, size = random.Random(0), [], 0
     while size < megabytes * 1e6:
         part, length = [], 0
