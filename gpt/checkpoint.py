@@ -18,6 +18,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import itertools
 import json
 import math
@@ -314,11 +315,11 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """Step and loss of the lowest validation loss on the run's present data among the checkpoints, or None."""
-        losses = [
-            (record["validation_loss"], step)
-            for step, record in self._records.items()
-            if record["validation_loss"] is not None and record["data"] == self._run.fingerprint
-        ]
+        data, losses = _evaluated_on(self._run), []
+        for step, record in self._records.items():
+            loss = record["validation_loss"]
+            if loss is not None and math.isfinite(loss) and record["data"] == data:
+                losses.append((loss, step))
         loss, step = min(losses, default=(math.inf, None))
         return None if step is None else (step, loss)
 
@@ -705,9 +706,16 @@ def _record(
     mean_loss: float | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint records of itself."""
-    record = {"run": run.id, "step": step, "data": run.fingerprint, "arrays": digests}
+    record = {"run": run.id, "step": step, "data": _evaluated_on(run), "arrays": digests}
     record |= {"validation_loss": validation_loss, "mean_loss": mean_loss}
     return record | {"checksum": _checksum(record)}
+
+
+def _evaluated_on(run: Run) -> str:
+    """Names what validation losses are measured on: those on other data, or on it in another form, do not compare."""
+    options = config_lib.flatten(dataclasses.asdict(run.config.data), "data.")
+    form = {key: value for key, value in options.items() if key not in HARMLESS}
+    return hashlib.sha256(json.dumps([run.fingerprint, form], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _checksum(record: dict[str, Any]) -> int:

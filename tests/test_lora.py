@@ -234,6 +234,23 @@ def test_any_mesh_trains_the_same(base, adapted, tmp_path):
         np.testing.assert_allclose(array, expected[name], atol=2e-4, err_msg=name)
 
 
+def test_frozen_weights_that_change_in_memory_stop_the_run(base, tmp_path, monkeypatch):
+    save = train.Training._save
+
+    def change_and_save(self, loss):
+        if self.step == 6:
+            frozen = self.state.frozen
+            scale = frozen["final_norm"]["scale"]
+            changed = jax.device_put(scale.at[0].add(1e-6), scale.sharding)  # on all devices alike
+            self.state = self.state.replace(frozen=frozen | {"final_norm": frozen["final_norm"] | {"scale": changed}})
+        save(self, loss)
+
+    monkeypatch.setattr(train.Training, "_save", change_and_save)
+    with pytest.raises(UserError, match=r"Step 6 is not saved, because the frozen weights are not what they were"):
+        train.train(adapting(base), Workdir(tmp_path))
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["3"]
+
+
 def test_stacked_layers_train_what_layers_apart_do(base, tmp_path):
     """Without dropout, whose draws differ; from the same adapters, which are drawn in another order too."""
     losses, adapters = {}, None
