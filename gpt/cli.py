@@ -28,6 +28,8 @@ def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
     """
 
     def checked(_) -> int | None:
+        if not prints_result:
+            output.go_on_without()
         try:
             code = main()
             sys.stdout.flush()
@@ -42,7 +44,7 @@ def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
         text = f"error: stopped by {signal.Signals(number).name}."
         return cluster.failed(text, 128 + number, own_fault=True)
 
-    output.install(prints_result)
+    output.install()
     signals.end_at_once(give_up=lambda number: os._exit(end(number)))
     # Libraries report their routine at level INFO; warnings are for the user too.
     logging.set_verbosity(logging.WARNING)

@@ -44,23 +44,23 @@ def visible(text: str) -> str:
     return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}" if found[0] < " " else f"\\u{ord(found[0]):04x}", text)
 
 
-def install(prints_result: bool) -> None:
-    """Replaces sys.stdout and sys.stderr.
-
-    Args:
-      prints_result: the command has nothing else to do than to print: raise OutputLost where that fails.
-    """
+def install() -> None:
+    """Replaces sys.stdout and sys.stderr. OutputLost is raised where standard output fails."""
     for number in range(3):  # a closed one would become the number of the next file to be opened
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDONLY)  # writing to it fails, as it would if it were closed
     sys.stdin = sys.stdin or os.fdopen(0)
-    out, err = _Descriptor(1, raises=prints_result), _Descriptor(2)
-    if not prints_result:
-        out.other, err.other = err, out
-    sys.stdout, sys.stderr = (_Stream(each, sys.stdout) for each in (out, err))
+    before = sys.stdout
+    sys.stdout, sys.stderr = _Stream(_Descriptor(1, raises=True), before), _Stream(_Descriptor(2), before)
     logging.get_absl_handler().python_handler.setStream(sys.stderr)
+
+
+def go_on_without() -> None:
+    """From now on, an output that fails ends nothing."""
+    out, err = sys.stdout.buffer, sys.stderr.buffer
+    out.raises, out.other, err.other = False, err, out
 
 
 class _Stream(io.TextIOWrapper):
@@ -77,14 +77,11 @@ class _Descriptor(io.RawIOBase):
     """The open file behind a stream.
 
     Text that cannot be written is left out. If `other` is set, it is told so, and a note marks the gap once there is
-    room again.
-
-    Args:
-      raises: raise OutputLost instead.
+    room again. With `raises`, OutputLost is raised instead.
     """
 
     def __init__(self, number: int, raises: bool = False):
-        self._number, self._raises, self.other = number, raises, None
+        self._number, self.raises, self.other = number, raises, None
         self._writing: threading.Thread | None = None
         self._failure, self._failing, self._lost = None, "", 0  # of the last write; why since when; lines since then
 
@@ -99,7 +96,7 @@ class _Descriptor(io.RawIOBase):
 
     def write(self, data: bytes) -> int:
         data = bytes(data)
-        if self._raises:
+        if self.raises:
             self._put(data)
             if self._failure:
                 raise OutputLost(self._failure)

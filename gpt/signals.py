@@ -78,7 +78,8 @@ class Interrupted:
 
     def begin(self) -> None:
         """From now on a signal is noted only."""
-        self._wakeup, self._before = signal.set_wakeup_fd(-1), _handle(self._note)
+        if not self._before:
+            self._wakeup, self._before = signal.set_wakeup_fd(-1), _handle(self._note)
 
     def __enter__(self) -> "Interrupted":
         return self
@@ -99,10 +100,8 @@ class Interrupted:
             return self._signal
         mine = np.full(1, self._signal, np.int32)
         shape = (self._everywhere.mesh.size,)
-        before, self._asked = (
-            self._asked,
-            self._max(jax.make_array_from_callback(shape, self._everywhere, lambda _: mine)),
-        )
+        before = self._asked
+        self._asked = self._max(jax.make_array_from_callback(shape, self._everywhere, lambda _: mine))
         return int(before)
 
     def check(self) -> None:

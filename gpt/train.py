@@ -142,7 +142,7 @@ class Training:
     def finish(self, profile: bool) -> int:
         """Makes the steps that are left; arguments and result as of `train`."""
         progress, workdir, start = self.progress, self.workdir, self.step
-        if start >= self.total_steps:
+        if start >= self.total_steps and not self._lacks_evaluation():
             progress.say(f"Nothing to do: {start:,} of {self.total_steps:,} steps are done in {workdir.path}.")
             return 0
         if start:
@@ -177,7 +177,7 @@ class Training:
                     self.checkpoints.close()
         if self.checkpoints.failure:
             raise UserError(f"{self.checkpoints.failure} The same command goes on from there.")
-        if stop_signal:
+        if stop_signal and (self.step < self.total_steps or self._lacks_evaluation()):
             name = signal.Signals(stop_signal).name
             what = f"saved after step {self.step:,} of {self.total_steps:,}; the same command goes on from there."
             progress.say(f"Stopped by {name}, {what}")
@@ -191,6 +191,11 @@ class Training:
         """Until the last, or the one in which all processes know of a signal; returns that signal, or 0."""
         settings, speed = self.config.train, self.speed
         batch, pending, stop_signal, compiled = next(self.batches), None, 0, False
+        if self._lacks_evaluation():
+            interrupted.begin()
+            with speed.pause():
+                self._evaluate(interrupted)
+            stop_signal = interrupted.poll()
         while self.step < self.total_steps and not stop_signal:
             try:
                 if tracer:
@@ -210,20 +215,19 @@ class Training:
                 pending = self.step, measured
                 stop_signal = interrupted.poll()
 
-                is_last = self.step == self.total_steps
-                evaluate_now = is_last or (settings.eval_every and self.step % settings.eval_every == 0)
+                is_last, evaluate_now = self.step == self.total_steps, self._is_evaluated()
                 save_now = is_last or self.step % settings.checkpoint_every == 0 or stop_signal
                 if evaluate_now or save_now:
                     self._report(*pending)
                     pending = None
                     with speed.pause():
-                        # A scheduler that ends the run does not wait for an evaluation.
-                        loss = self._evaluate(interrupted) if evaluate_now and not stop_signal else None
-                        stop_signal = stop_signal or interrupted.poll()
-                        if save_now or stop_signal or loss < self.best_loss:
-                            self.tensorboard.flush()  # a run killed after it goes on with the points of all steps
-                            self._save(loss)
-                        self.best_loss = min(self.best_loss, math.inf if loss is None else loss)
+                        if save_now:  # first, for a scheduler that ends the run does not wait for an evaluation
+                            self._save()
+                        if evaluate_now and not stop_signal:
+                            loss = self._evaluate(interrupted)
+                            stop_signal = interrupted.poll()
+                            if stop_signal and self.checkpoints.last() != self.step:
+                                self._save(loss)
             except BadStep as bad:
                 stop_signal = 0  # to be asked for again after a step that stands
                 with speed.pause():
@@ -232,7 +236,18 @@ class Training:
                     batch = next(self.batches)
         return stop_signal
 
-    def _save(self, loss: float | None) -> None:
+    def _is_evaluated(self) -> bool:
+        """Whether an evaluation belongs to the step that was made last."""
+        every = self.config.train.eval_every
+        return self.step == self.total_steps or bool(every and self.step % every == 0)
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether an end of the run came between the save of the last step and its evaluation."""
+        is_saved = self.checkpoints.last() == self.step
+        return is_saved and self._is_evaluated() and self.checkpoints.validation_loss(self.step) is None
+
+    def _save(self, loss: float | None = None) -> None:
+        self.tensorboard.flush()  # a run killed after it goes on with the points of all steps
         state = self.state
         self.checkpoints.save(self.step, state.params, state.opt_state, loss, self.mean_loss, state.frozen)
 
@@ -297,7 +312,11 @@ class Training:
         self.tensorboard.text(step, "skipped", text)
 
     def _evaluate(self, interrupted: Interrupted) -> float | None:
-        """Shows loss, measures and samples on the validation split; returns the loss, None if a signal ended it."""
+        """Shows loss, measures and samples on the validation split, and saves a step that is the best so far.
+
+        Returns:
+          The loss; None if a signal ended the evaluation.
+        """
         step, tensorboard = self.step, self.tensorboard
         params = self.program.whole(self.state)
         try:
@@ -308,6 +327,12 @@ class Training:
         self.progress.evaluated(step, measures, best=result["loss"] < self.best_loss)
         tensorboard.scalars(step, {f"validation/{name}": value for name, value in measures.items()})
         tensorboard.histogram(step, "validation/logits", result["logits_counts"], result["logits_edges"])
+        tensorboard.flush()
+        if self.checkpoints.last() == step:
+            self.checkpoints.evaluated(step, result["loss"])
+        elif result["loss"] < self.best_loss:
+            self._save(result["loss"])
+        self.best_loss = min(self.best_loss, result["loss"])
         try:
             shown = self.preview(params, step, result, interrupted.check)
         except Stopped:
