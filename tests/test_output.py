@@ -146,6 +146,7 @@ LOSSES = (
     ("2>/dev/full", False, 3, "note: cannot write to standard error (No space left on device)", ""),
     ("<&- >&- 2>&-", False, 3, "", ""),
     ("| true", True, 141, "", ""),
+    ("--help | true", False, 141, "", ""),
     (">/dev/full", True, 1, "", "error: Cannot write to standard output: No space left on device."),
     (">&-", True, 1, "", "error: Cannot write to standard output: Bad file descriptor."),
 )

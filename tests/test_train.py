@@ -16,7 +16,7 @@ import optax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt import checkpoint, generate, loaded, metrics, sharding, train
+from gpt import checkpoint, generate, loaded, metrics, sharding, signals, train
 from gpt import program as program_lib
 from gpt.checkpoint import Workdir
 from gpt.data import IGNORED, pipeline, text
@@ -135,6 +135,36 @@ def test_a_signal_is_not_kept_waiting_by_an_evaluation(tiny, tmp_path, monkeypat
     assert (best and best[0]) == (10 if moment == "in the sample" else None)
     assert train.train(tiny, Workdir(tmp_path)) == 0
     assert "resuming after step 10" in capsys.readouterr().out
+
+
+def test_a_step_is_saved_before_its_evaluation_which_a_resume_makes_up_for(tiny, whole, tmp_path, monkeypatch, capsys):
+    """A scheduler's SIGKILL comes in the middle of the last evaluation."""
+    workdir, events, save, evaluate = Workdir(tmp_path), [], checkpoint.Checkpoints.save, train.evaluate
+
+    def saving(checkpoints, step, *args):
+        events.append(("save", step))
+        save(checkpoints, step, *args)
+
+    def evaluating(*args):
+        events.append(("evaluate", events[-1][1]))
+        if events[-1][1] == 20:
+            raise signals.Stopped(signal.SIGTERM)
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", saving)
+        patch.setattr(train, "evaluate", evaluating)
+        train.train(tiny, workdir)
+    assert events == [("save", 5), ("save", 10), ("evaluate", 10), ("save", 15), ("save", 20), ("evaluate", 20)]
+    assert workdir.checkpoints().validation_loss(20) is None
+    capsys.readouterr()
+    assert train.train(tiny, workdir) == 0
+    assert "step 20/20  validation loss" in capsys.readouterr().out
+    for step in (10, 20):
+        loss = whole(tiny).checkpoints().validation_loss(step)
+        assert workdir.checkpoints().validation_loss(step) == loss is not None
+    assert train.train(tiny, workdir) == 0
+    assert "Nothing to do" in capsys.readouterr().out
 
 
 def test_a_second_signal_does_not_disturb_the_save(tiny, tmp_path, monkeypatch, capsys):
