@@ -73,6 +73,29 @@ def keep_compiled(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_max_size", CACHE_SIZE)
 
 
+def check_xla_flags() -> None:
+    """Raises UserError where XLA refuses XLA_FLAGS, for which it would end the process.
+
+    A fork tries them: the time for this is a few hundredths of a second, and only where the user has set some.
+    """
+    if not os.environ.get("XLA_FLAGS"):
+        return
+    from jaxlib import _jax
+
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(writing, 2)
+        _ = _jax.CompileOptions().executable_build_options.debug_options  # parses the flags
+        os._exit(0)
+    os.close(writing)
+    with open(reading, errors="replace") as file:
+        lines = file.read().splitlines()
+    if os.waitpid(pid, 0)[1]:
+        reason = lines[0].partition("] ")[2] if lines else "it ended without a word"
+        raise UserError(f"XLA_FLAGS={os.environ['XLA_FLAGS']} is refused by XLA: {reason.rstrip('.')}.")
+
+
 def set_xla_options() -> None:
     """Adds XLA_OPTIONS to XLA_FLAGS."""
     import jaxlib

@@ -247,6 +247,8 @@ class Workdir:
             raise UserError(f"--workdir={self.path}: there is no such folder.")
         if not self.has_run:
             raise UserError(f"--workdir={self.path} holds no run: there is no run.json in it.")
+        if durable.is_local(self.path):
+            durable.refuse_pipes(self.path)
         try:
             record = read_json(self.path / "run.json")
             config = config_lib.from_tree(record["config"])

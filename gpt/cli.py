@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from gpt import cluster, output, signals
-from gpt.config import default_config, known_keys, unknown_key
-from gpt.errors import UserError
+from gpt import backend, cluster, output, signals
+from gpt import config as config_lib
+from gpt.errors import UsageError, UserError, one_line
 
 
 def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
@@ -31,6 +31,7 @@ def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
         if not prints_result:
             output.go_on_without()
         try:
+            backend.check_xla_flags()
             code = main()
             sys.stdout.flush()
             cluster.finish()
@@ -64,45 +65,89 @@ def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
         sys.exit(end(getattr(stopped, "number", signal.SIGINT)))
 
 
+def config() -> config_lib.Config:
+    """The config of the flags: the file of --config, with the changes of --config.KEY=VALUE.
+
+    Raises:
+      UserError: there is none, or a mistake in it.
+    """
+    if flags.FLAGS.config is None:
+        raise UsageError("Name a config file: --config=configs/char.py.")
+    tree = config_lib.read_file(flags.FLAGS.config)
+    for key, text in _overrides:
+        config_lib.override(tree, key, text)
+    return config_lib.from_tree(tree)
+
+
+MUST_NAME = {"config", "workdir", "checkpoint", "out", "html", "topology", "data", "from_hf", "to_hf"}
+_overrides: list[tuple[str, str | None]] = []  # of the config, in their order: a key, and its value as text
+
+
 def _parse(argv: list[str]) -> list[str]:
+    argv = ["--help" if argument == "-h" else argument for argument in argv]
     asked_for_help = any(argument.lstrip("-") in ("help", "helpshort", "helpfull") for argument in argv[1:])
     try:
-        rest = flags.FLAGS(argv)
+        argv = flags.FLAGS.read_flags_from_files(argv)
+        rest = flags.FLAGS(_take_overrides(argv) if "config" in flags.FLAGS else argv)
     except SystemExit:
         # absl prints help while it parses, and counts that as a failure.
         sys.exit(0 if asked_for_help else 2)
-    except UserError as error:
-        sys.exit(_fail(error, 2))
     except flags.UnrecognizedFlagError as error:
-        near = difflib.get_close_matches(error.flagname, list(flags.FLAGS), n=1)
-        hint = f"; did you mean --{near[0]}?" if near else "; see --help."
-        sys.exit(_fail(f"There is no flag --{error.flagname}{hint}", 2))
+        sys.exit(_fail(f"There is no flag --{error.flagname}; {_hint(error.flagname)}", 2))
     except flags.Error as error:
-        sys.exit(_fail(_one_line(error), 2))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        sys.exit(_fail(_config_error(argv, error), 2))
+        sys.exit(_fail(_reworded(error), 2))
     if len(rest) > 1:
         sys.exit(_fail(f"Unexpected argument {rest[1]!r}; flags are written --name=value.", 2))
-    config = flags.FLAGS["config"].value if "config" in flags.FLAGS else None
-    if type(config).__name__ == "_ErrorConfig":  # ml_collections' word for a file that it cannot load
-        path = flags.FLAGS["config"].config_filename
-        sys.exit(_fail(f"--config={path}: there is no such config file.", 2))
+    for name in MUST_NAME.intersection(flags.FLAGS):
+        if flags.FLAGS[name].value in ("", []):
+            sys.exit(_fail(f"--{name} is empty; give it a value or leave it out.", 2))
     return rest
 
 
-def _config_error(argv: list[str], error: Exception) -> str | UserError:
-    """What to say of an error that came while the config file or its overrides were read."""
-    known = known_keys()
-    for argument in argv:
-        override = re.match(r"--?(?:no)?config\.([^=]+)", argument)
-        if override and override[1] not in known and override[1] not in default_config():
-            return unknown_key(override[1])
-    path = next((argument.split("=", 1)[-1] for argument in argv if re.match(r"--?config=", argument)), "")
-    return f"--config={path}: {_one_line(error)}"
+def _take_overrides(argv: list[str]) -> list[str]:
+    """Moves --config.KEY=VALUE, --config.KEY VALUE, --config.KEY and --noconfig.KEY to `_overrides`."""
+    rest, remaining = [], list(argv)
+    _overrides.clear()
+    while remaining:
+        argument = remaining.pop(0)
+        override = re.fullmatch(r"--?(no)?config\.([^=]*)(?:=(.*))?", argument, re.S)
+        if not override:
+            rest.append(argument)
+            continue
+        no, key, text = override.groups()
+        if text is None and no:
+            text = "false"
+        elif text is None and remaining and not remaining[0].startswith("--"):
+            text = remaining.pop(0)
+        _overrides.append((key, text))
+    return rest
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).replace("\\'", "'").split())
+REWORDED = {
+    r"flag (--\w+)=None: Flag .* must have a value other than None": r"\1 is missing; see --help",
+    r"flag (.*): \('Non-boolean argument to boolean flag', .*\)": r"\1 has to be true or false",
+    r"flag (.*): invalid literal for int\(\) .*": r"\1 has to be a whole number",
+    r"flag (.*): could not convert string to float: .*": r"\1 has to be a number",
+    r"flag (.*): .* is not (an? .*)": r"\1 has to be \2",
+    r"flag (.*): value should be one of (.*)": r"\1: choose one of \2",
+    r"ERROR:: Unable to open flagfile: .*: '(.*)'": r"--flagfile=\1 cannot be read",
+}
+
+
+def _reworded(error: flags.Error) -> str:
+    """The text of an error of absl as a sentence that names the flag."""
+    text = one_line(error)
+    for pattern, words in REWORDED.items():
+        text = re.sub(pattern, words, text)
+    return text.rstrip(".") + "."
+
+
+def _hint(name: str) -> str:
+    """What may have been meant by a flag that does not exist."""
+    keys = config_lib.known_keys() if "config" in flags.FLAGS else []
+    near = [f"config.{key}" for key in keys if name in (key, key.split(".")[-1])]
+    near = near or difflib.get_close_matches(name, list(flags.FLAGS), n=1, cutoff=0.7)
+    return f"did you mean --{near[0]}?" if near else "see --help."
 
 
 def _fail(error: object, code: int) -> int:

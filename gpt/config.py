@@ -7,15 +7,20 @@ which is typed and locked, so a misspelt key or a wrong type is refused.
 import dataclasses
 import difflib
 import importlib
+import inspect
 import math
+import re
+import traceback
 import typing
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_collections
 
 from gpt.data import KINDS, DataConfig
 from gpt.data.text import TextConfig
-from gpt.errors import UserError, check_choice, check_positive
+from gpt.errors import UsageError, UserError, check_choice, check_positive, one_line
 from gpt.models import FAMILIES, ModelConfig
 from gpt.models.gpt import GPTConfig
 from gpt.optimizer import OptimizerConfig
@@ -114,6 +119,108 @@ def from_tree(tree: ml_collections.ConfigDict | dict) -> Config:
     return _build(Config, dict(tree.items()), "")
 
 
+def read_file(place: str) -> ml_collections.ConfigDict:
+    """The tree that a config file returns.
+
+    Args:
+      place: FILE, or FILE:ARGUMENT for a `get_config` with a parameter.
+
+    Raises:
+      UsageError: there is no such file, it is not a config file, or there is a mistake in it.
+    """
+    name, colon, argument = place.partition(":")
+    path = Path(name).expanduser()
+    if not path.is_file():
+        is_folder = name and path.is_dir()
+        stems = {file.stem: file for folder in ("configs", path.parent) for file in sorted(Path(folder).glob("*.py"))}
+        near = difflib.get_close_matches(path.stem, stems, n=1) if not is_folder else []
+        what = "is a folder, not a config file" if is_folder else "there is no such config file"
+        hint = f"did you mean {stems[near[0]]}{colon}{argument}?" if near else "name one, like configs/char.py."
+        raise UsageError(f"--config={place}: {what}; {hint}")
+    if path.suffix != ".py":
+        raise UsageError(f"--config={place}: a config file is a Python file, like configs/char.py.")
+    module = ModuleType("config_file")
+    module.__file__ = str(path)
+    try:
+        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
+        get_config = getattr(module, "get_config", None)
+        if not callable(get_config):
+            raise UsageError("it defines no function get_config(); see configs/char.py.")
+        arguments = [argument] if colon else []
+        try:
+            inspect.signature(get_config).bind(*arguments)
+        except TypeError:
+            takes = "takes no argument; leave out" if colon else "needs an argument; add"
+            raise UsageError(f"its get_config() {takes} {colon or ':'}{argument or 'ARGUMENT'}.") from None
+        tree = get_config(*arguments)
+        if not isinstance(tree, ml_collections.ConfigDict) or set(tree) != set(default_config()):
+            raise UsageError(f"its get_config() has to return what default_config() made, not a {type(tree).__name__}.")
+    except UserError as error:
+        raise UsageError(f"--config={place}: {error}") from None
+    except Exception as error:  # of the user's code, unless it comes from within this package
+        frames = traceback.extract_tb(error.__traceback__)
+        if Path(frames[-1].filename).is_relative_to(Path(__file__).parent) and frames[-1].name != read_file.__name__:
+            raise
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        what = _mistake(error)
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines, what = [error.lineno], error.msg
+        line = f"line {lines[-1]}: " if lines else ""
+        raise UsageError(f"--config={place}: {line}{what if what.endswith('?') else what.rstrip('.') + '.'}") from None
+    return tree
+
+
+def _mistake(error: Exception) -> str:
+    """What to say of an exception in a config file. A locked ConfigDict names keys and types in its own words."""
+    text = one_line(error).replace("\\n", " ")
+    if key := re.match(r"\W*(?:Key )?['\"]+(\w+)['\"]+(?: does not exist| Did you mean|$)", text):
+        return str(unknown_key(key[1]))
+    if wrong := re.match(
+        r"Could not override field '(\w+)'.*?\. (.*) is of original type .* type <class '(.*)'>", text
+    ):
+        if "ConfigDict" in wrong[3]:
+            return f"{wrong[1]} is a group of keys and cannot be set to {wrong[2]}"
+        return f"{wrong[1]}={wrong[2]} has to be of type {wrong[3]}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+READERS = {
+    int: (int, "a whole number, like 1000"),
+    float: (float, "a number, like 0.1"),
+    bool: (lambda text: BOOLEANS[text.lower()], "true or false"),
+    str: (str, "a text"),
+}
+
+
+def override(tree: ml_collections.ConfigDict, key: str, text: str | None) -> None:
+    """Sets a key of a tree to the value that a flag gives as text; None is true, for a key that is true or false.
+
+    Raises:
+      UsageError: there is no such key, or it has another type.
+    """
+    *path, name = key.split(".")
+    group: Any = tree
+    for part in path:
+        group = group.get(part) if isinstance(group, ml_collections.ConfigDict) else None
+    if not isinstance(group, ml_collections.ConfigDict) or name not in group:
+        raise UsageError(str(unknown_key(key)))
+    kind, flag = group.get_type(name), f"--config.{key}"
+    if kind not in READERS:
+        example = next(iter(flatten(group[name].to_dict())))
+        given = flag if text is None else f"{flag}={text}"
+        raise UsageError(f"{given}: {key} is a group of keys; set one of them, like {flag}.{example}=VALUE.")
+    if key in ("model.family", "data.kind") and text != group[name] and text in (*FAMILIES, *KINDS):
+        raise UsageError(f"{flag}={text}: other keys depend on it, so start from a config file for {text}.")
+    if text is None and kind is not bool:
+        raise UsageError(f"{flag} needs a value: {flag}=VALUE.")
+    read, wanted = READERS[kind]
+    try:
+        group[name] = read("true" if text is None else text)
+    except (ValueError, KeyError):
+        raise UsageError(f"{flag}={text} has to be {wanted}.") from None
+
+
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     """{"model.num_layers": 8, …} of a nested dictionary."""
     flat = {}
@@ -144,12 +251,15 @@ def nearest_keys(key: str) -> list[str]:
     for name in known:
         by_leaf.setdefault(name.split(".")[-1], []).append(name)
     leaves = difflib.get_close_matches(key.split(".")[-1], by_leaf, n=2)
-    whole = difflib.get_close_matches(key, known, n=2, cutoff=0.75)
+    groups = {name.split(".")[0] for name in known}
+    whole = difflib.get_close_matches(key, [*sorted(groups), *known], n=2, cutoff=0.75)
     return list(dict.fromkeys(whole + [name for leaf in leaves for name in by_leaf[leaf]]))[:3]
 
 
 def unknown_key(key: str) -> UserError:
-    """The error for a config key that does not exist."""
+    """The error for a key that a config does not have."""
+    if key in known_keys():
+        return UserError(f"{key} is a key of another model.family or data.kind; start from a config file that has it.")
     near = nearest_keys(key)
     return UserError(f"There is no config key {key!r}" + (f"; did you mean {' or '.join(near)}?" if near else "."))
 
@@ -175,9 +285,7 @@ def _load(place: str):
 def _build(cls, values: dict, prefix: str):
     hints = typing.get_type_hints(cls)
     types = {field.name: hints[field.name] for field in dataclasses.fields(cls)}
-    for name in values.keys() - types.keys():
-        if prefix + name in known_keys():  # of another family or kind
-            raise UserError(f"{prefix}{name} is no option of {cls.__name__}; start from a config file that is for it.")
+    for name in sorted(values.keys() - types.keys()):
         raise unknown_key(prefix + name)
     arguments = {}
     for name, expected in types.items():

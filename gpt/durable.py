@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 import stat
+from collections.abc import Callable
 from typing import Any
 
 from etils import epath
@@ -93,16 +94,25 @@ def refuse_links(folder: epath.Path) -> None:
 
     A workdir may come from anybody, and training writes and deletes in it: nothing in it may lead to another place.
     """
+    _refuse(folder, os.lstat, "a workdir that is written to may hold only files and folders")
+
+
+def refuse_pipes(folder: epath.Path) -> None:
+    """Raises UserError if a folder holds what reading could wait for: a pipe, a socket, a device, or a link to one."""
+    _refuse(folder, os.stat, "a workdir may hold only files and folders")
+
+
+def _refuse(folder: epath.Path, status: Callable[[str], os.stat_result], rule: str) -> None:
     for parent, folders, names in os.walk(folder):
         for name in folders + names:
             path = os.path.join(parent, name)
             try:
-                mode = os.lstat(path).st_mode
-            except FileNotFoundError:  # deleted since it was listed, by another run perhaps
+                mode = status(path).st_mode
+            except OSError:  # deleted since it was listed, by another run perhaps, or a link to nothing
                 continue
             if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
                 what = "a link" if stat.S_ISLNK(mode) else "a pipe, a socket or a device"
                 raise UserError(
-                    f"--workdir={folder}: {os.path.relpath(path, folder)} is {what}; a workdir that is written to may "
-                    "hold only files and folders. Replace it, or choose another --workdir."
+                    f"--workdir={folder}: {os.path.relpath(path, folder)} is {what}; {rule}. Replace it, or choose "
+                    "another --workdir."
                 )

@@ -20,6 +20,12 @@ class UsageError(UserError):
     exit_code = 2
 
 
+def one_line(error: object) -> str:
+    """The text of an exception without line feeds, nor the quotes around that of a KeyError."""
+    text = error.args[0] if isinstance(error, KeyError) and error.args else error
+    return " ".join(str(text).replace("\\'", "'").split())
+
+
 LARGEST_JSON = 1 << 26  # bytes: a hundred times a real vocabulary, and still parsed in a gigabyte or so
 
 
@@ -50,13 +56,13 @@ def check_positive(section: str, config, *names: str) -> None:
     """Raises UserError unless each named attribute of `config` is greater than zero."""
     for name in names:
         value = getattr(config, name)
-        if not value > 0:
-            raise UserError(f"{section}.{name}={value} has to be greater than 0.")
+        if not (isinstance(value, int | float) and value > 0):
+            raise UserError(f"{section}.{name}={value!r} has to be greater than 0.")
 
 
 def check_fraction(section: str, config, *names: str) -> None:
     """Raises UserError unless each named attribute of `config` lies in [0, 1)."""
     for name in names:
         value = getattr(config, name)
-        if not 0 <= value < 1:
-            raise UserError(f"{section}.{name}={value} has to be at least 0 and less than 1.")
+        if not (isinstance(value, int | float) and 0 <= value < 1):
+            raise UserError(f"{section}.{name}={value!r} has to be at least 0 and less than 1.")

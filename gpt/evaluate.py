@@ -21,7 +21,9 @@ _STRIDE = flags.DEFINE_integer(
     lower_bound=1,
 )
 _CHECKPOINT = flags.DEFINE_string("checkpoint", "best", "best (lowest validation loss), last, or a step.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Rows at a time. Default: that of the training.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", None, "Rows at a time. Default: that of the training.", lower_bound=1, upper_bound=2**20
+)
 _JSON = flags.DEFINE_bool("json", False, "Print one line of JSON instead.")
 flags.adopt_module_key_flags(cluster)
 

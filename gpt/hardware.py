@@ -10,7 +10,7 @@ import resource
 
 import jax
 
-from gpt.errors import UsageError, UserError
+from gpt.errors import UsageError, UserError, one_line
 
 GIB = 2**30
 GPUS_OF_A_HOST = 8  # an NVLink domain of the systems that are meant here (DGX, HGX)
@@ -87,6 +87,23 @@ _CORES = {
 }
 
 
+def devices() -> list[jax.Device]:
+    """All devices that JAX finds, of all processes.
+
+    Raises:
+      UserError: JAX_PLATFORMS names a platform that is not available.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second where the plugin of a known platform is missing
+        if not (asked := jax.config.jax_platforms):
+            raise
+        reason = one_line(error).partition(" (set JAX_PLATFORMS=")[0].rstrip(".") or "its plugin is not installed"
+        raise UserError(
+            f"JAX_PLATFORMS={asked} is not available: {reason}; unset it, or install what it needs."
+        ) from error
+
+
 def of_device(device: jax.Device) -> Chip | None:
     """The chip that a device is, or None where it is not known."""
     return next((chip for chip in CHIPS if device.device_kind.startswith(chip.kinds)), None)
@@ -115,9 +132,12 @@ def of_topology(name: str) -> Chip:
     Raises:
       UsageError: it does not look like one, or there is no such chip.
     """
-    _, kind, _ = _parse(name)
+    _, kind, layout = _parse(name)
     for chip in CHIPS:
         if chip.name == kind and chip.memory:
+            sizes, most = ([int(size) for size in x.split("x")] for x in (layout, chip.largest.split(":")[1]))
+            if chip.ring and (len(sizes) != len(most) or not 0 < math.prod(sizes) <= math.prod(most)):
+                raise UsageError(f"--topology={name}: {kind} has {len(most)} sizes, up to {chip.largest}.")
             return chip
     known = ", ".join(chip.name for chip in CHIPS if chip.memory)
     raise UsageError(f"--topology={name}: there is no chip {kind!r}; choose one of {known}, or see --list_topologies.")

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from gpt import cluster, integrity, lora, sharding, tokenizers
+from gpt import cluster, durable, integrity, lora, sharding, tokenizers
 from gpt.checkpoint import Base, Run, Workdir, digest
 from gpt.config import Config
 from gpt.data import Dataset
@@ -34,12 +34,21 @@ class Weights:
         self.workdir, self.run = workdir, workdir.read()
         self._checkpoints = workdir.checkpoints(run=self.run)
         self.step = self._checkpoints.find(checkpoint)
-        self._base = Weights.of_base(self.run.base) if self.run.base else None
+        self._base = Weights.of_base(self.run.base, workdir) if self.run.base else None
         self._digest: int | None = None  # that the parameters must have
 
     @classmethod
-    def of_base(cls, base: Base) -> "Weights":
-        """Those that adapters belong to. Raises UserError where they are not there."""
+    def of_base(cls, base: Base, workdir: Workdir) -> "Weights":
+        """The weights that the adapters in a workdir belong to.
+
+        Raises:
+          UserError: they are missing, or in a bucket although the workdir is not: opening one uses no network.
+        """
+        if durable.is_local(workdir.path) and not durable.is_local(base.path):
+            raise UserError(
+                f"--workdir={workdir.path}: base.path={base.path} in run.json is an address on the network; download "
+                "that workdir and name the copy there."
+            )
         try:
             weights = cls(Workdir(base.path), str(base.step))
         except UserError as error:

@@ -9,12 +9,10 @@ config files start from:
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from gpt import cli, cluster, config
-from gpt.errors import UsageError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, like configs/char.py.")
+_CONFIG = flags.DEFINE_string("config", None, "Config file, like configs/char.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run. Default: runs/NAME-OF-THE-CONFIG-FILE.")
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Go on with the run in the workdir although its config was another."
@@ -33,15 +31,13 @@ model and data: those of its class in gpt/models or gpt/data.
 
 
 def main() -> int:
-    if _CONFIG.value is None:
-        raise UsageError("Name a config file: --config=configs/char.py.")
+    settings = cli.config()
     from gpt import backend, train  # after the flags: help and mistakes in them need not wait for it
     from gpt.checkpoint import Workdir
 
-    settings = config.from_tree(_CONFIG.value)
     backend.start()
     backend.divide_cpu(settings, settings.train.batch_size // settings.train.micro_batches)
-    file, _, argument = flags.FLAGS["config"].config_filename.partition(":")
+    file, _, argument = _CONFIG.value.partition(":")
     name = "-".join(filter(None, (Path(file).stem, Path(argument).name)))  # the argument may be a path
     workdir = Workdir(_WORKDIR.value or Path("runs") / name)
     return train.train(settings, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value, profile=_PROFILE.value)

@@ -19,18 +19,21 @@ from pathlib import Path
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from gpt import cache, cli, hardware, metrics
-from gpt.config import Config, flatten, from_tree
-from gpt.errors import UsageError
+from gpt.config import Config, flatten
+from gpt.errors import UsageError, UserError
 from gpt.planning import page, report, search, step
 from gpt.versions import code_digest
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, like configs/gpt2_124m.py.")
+_CONFIG = flags.DEFINE_string("config", None, "Config file, like configs/gpt2_124m.py.")
 _TOPOLOGY = flags.DEFINE_list("topology", None, "What to compile for: v5e:16x16, 4xv5p:8x8x16, h100:8, … or several.")
 _BATCH_PER_DEVICE = flags.DEFINE_integer(
-    "batch_per_device", None, "Rows of the batch for each device. Default: train.batch_size over all.", lower_bound=1
+    "batch_per_device",
+    None,
+    "Rows of the batch for each device. Default: train.batch_size over all.",
+    lower_bound=1,
+    upper_bound=2**20,
 )
 _SEARCH = flags.DEFINE_bool("search", False, "Look for the mesh, remat policy and micro-batches of the shortest step.")
 _COMPILATIONS = flags.DEFINE_integer("compilations", 8, "How many candidates --search compiles.", lower_bound=1)
@@ -52,17 +55,20 @@ def main() -> int:
         raise UsageError("--search takes one --topology at a time.")
     if _HTML.value and Path(_HTML.value).exists():
         raise UsageError(f"--html={_HTML.value} exists; name another file.")
-    if _HTML.value and not os.access(Path(_HTML.value).parent, os.W_OK):
+    if _HTML.value and not (os.access(folder := Path(_HTML.value).parent, os.W_OK) and folder.is_dir()):
         raise UsageError(f"--html={_HTML.value}: its folder does not exist, or cannot be written to.")
     jax.config.update("jax_platforms", "cpu")  # this machine's accelerators have no part in it
     jax.config.update("jax_enable_compilation_cache", False)  # it could not be read without a TPU
-    written = from_tree(_CONFIG.value)
+    written = cli.config()
     planned = [each for topology in _TOPOLOGY.value for each in _plan(written, topology)]
     plans = [each | {"flags": search.flags(written, config)} for config, each in planned]
     if _HTML.value:
         placement = step.placement(planned[0][0], plans[0]["topology"])
-        with open(_HTML.value, "x", encoding="utf-8") as file:
-            file.write(page.html(plans, placement, _PRICE.value))
+        try:
+            with open(_HTML.value, "x", encoding="utf-8") as file:
+                file.write(page.html(plans, placement, _PRICE.value))
+        except OSError as error:
+            raise UserError(f"Cannot write --html={_HTML.value}: {error.strerror}.") from None
     if _JSON.value:
         print(*map(json.dumps, plans), sep="\n")
     elif _SEARCH.value:
@@ -112,7 +118,7 @@ def plan_elsewhere(config: Config, topology: str) -> report.Report:
     Raises:
       UserError: the config does not allow it, or the compiler refuses it.
     """
-    command = [sys.executable, "-m", "gpt.plan", f"--config={flags.FLAGS['config'].config_filename}", "--json"]
+    command = [sys.executable, "-m", "gpt.plan", f"--config={_CONFIG.value}", "--json"]
     command += [f"--config.{key}={value}" for key, value in flatten(dataclasses.asdict(config)).items()]
     command += [f"--topology={topology}", f"--cache={_CACHE.value}", "--noadvise"]
     done = subprocess.run(command, capture_output=True, text=True)

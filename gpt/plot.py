@@ -11,7 +11,7 @@ from gpt import cli
 from gpt.errors import UserError
 
 _WORKDIR = flags.DEFINE_list("workdir", None, "Folders of runs, joined by commas.", required=True)
-_OUT = flags.DEFINE_string("out", "loss.png", "The picture to write.")
+_OUT = flags.DEFINE_string("out", "loss.png", "The picture to write; it must not exist.")
 
 
 def main() -> int:
@@ -22,6 +22,9 @@ def main() -> int:
     from gpt import metrics
     from gpt.checkpoint import Workdir
 
+    out = Path(_OUT.value)
+    if out.exists():
+        raise UserError(f"--out={out} exists already; name another file.")
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
     for color, path in enumerate(_WORKDIR.value):
@@ -33,11 +36,15 @@ def main() -> int:
     axes.legend(frameon=False)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+    form = out.suffix[1:].lower() or "png"
+    if form not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"--out={out}: there is no picture format {form!r}; choose one like .png, .svg or .pdf.")
     try:
-        figure.savefig(_OUT.value)
-    except (OSError, ValueError) as error:
-        raise UserError(f"Cannot write --out={_OUT.value}: {error}.") from None
-    print(f"wrote {Path(_OUT.value).absolute()}")
+        with out.open("xb") as file:
+            figure.savefig(file, format=form)
+    except OSError as error:
+        raise UserError(f"Cannot write --out={out}: {error.strerror}.") from None
+    print(f"wrote {out.absolute()}")
     return 0
 
 

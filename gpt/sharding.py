@@ -15,6 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpt import hardware
 from gpt.errors import UserError
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
@@ -223,7 +224,7 @@ def make_layout(config: MeshConfig, devices: list[jax.Device] | None = None) -> 
     Raises:
       UserError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = hardware.devices() if devices is None else devices
     shape = tuple(config.shape(len(devices)).values())
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:

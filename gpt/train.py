@@ -30,9 +30,12 @@ from gpt.config import Config, TrainConfig
 from gpt.data import Dataset, Shown, pipeline
 from gpt.errors import UserError
 from gpt.loaded import Weights
+from gpt.optimizer import schedule
 from gpt.program import Program, TrainState, build, count, evaluate
 from gpt.signals import Interrupted, Stopped
 
+# With the optimizer's keys, what the learning rate of a step depends on.
+SETS_SCHEDULE = ("train.steps", "train.epochs", "train.tokens", "train.batch_size", "model.block_size")
 MEAN_OVER = 50  # steps that the running mean of the loss looks back, about
 
 
@@ -72,7 +75,7 @@ class Training:
                 f"--workdir={workdir.path} holds converted weights; start from them in another --workdir, with "
                 f"--config.train.init_from={workdir.path}."
             )
-        self.origin = origin = first_weights(config, before)
+        self.origin = origin = first_weights(config, before, workdir)
         self.progress = progress = metrics.Progress(enabled=cluster.is_first())
         tokenizer = before.tokenizer if before else origin.run.tokenizer if origin else config.tokenizer
         self.dataset = cluster.first_before_others(
@@ -103,12 +106,12 @@ class Training:
         progress.total_steps = self.total_steps
         for line in describe(self.program, config, self.dataset, self.total_steps, len(self.examples)):
             progress.say(line)
-        for key, (was, now) in changes.items():
-            progress.say(f"changed: {key} {was!r} → {now!r}")
-        if changes.keys() & self.run.environment.keys():
-            progress.say("note: with these the run resumes to rounding, not to the bit.")
         self.begin()
         workdir.record(self.run)  # only now: what could not be restored leaves no mark
+        for line in describe_changes(changes, before, self.run, len(self.examples), self.step):
+            progress.say(line)
+        if changes.keys() & self.run.environment.keys():
+            progress.say("note: with these the run resumes to rounding, not to the bit.")
         best = self.checkpoints.best()
         self.best_loss = best[1] if best else math.inf
 
@@ -365,14 +368,14 @@ def fault(values: dict[str, float], config: TrainConfig, mean_loss: float | None
     return ""
 
 
-def first_weights(config: Config, before: Run | None) -> Weights | None:
+def first_weights(config: Config, before: Run | None, workdir: Workdir) -> Weights | None:
     """The weights that a run starts from, or that its adapters belong to; None: random ones, or those it has saved.
 
     Raises:
       UserError: there are none, they have another kind of tokenizer, or adapters have none to belong to.
     """
     if before and before.base:
-        return Weights.of_base(before.base)
+        return Weights.of_base(before.base, workdir)
     if before:
         return None
     if not config.train.init_from:
@@ -434,6 +437,26 @@ def describe(
     tokens = batch_size * c.length
     epochs = total_steps * batch_size / rows_per_epoch
     yield f"run    {total_steps:,} steps × {tokens:,} tokens = {total_steps * tokens:,} tokens, {epochs:.1f} epochs"
+
+
+def describe_changes(
+    changes: dict[str, tuple[Any, Any]], before: Run | None, now: Run, rows_per_epoch: int, step: int
+) -> Iterator[str]:
+    """A line for each key that a resumed run changes; the last that the learning rate depends on says what it does."""
+    shifted = ""
+    of_the_schedule = [key for key in changes if key.startswith("optimizer.") or key in SETS_SCHEDULE]
+    if of_the_schedule and step:
+        was, is_now = (learning_rate(run.config, rows_per_epoch, step) for run in (before, now))
+        if not math.isclose(was, is_now, rel_tol=1e-3):
+            shifted = f": the learning rate at step {step:,} becomes {is_now:.2g} instead of {was:.2g}"
+    for key, (old, new) in changes.items():
+        yield f"changed: {key} {old!r} → {new!r}{shifted if [key] == of_the_schedule[-1:] else ''}"
+
+
+def learning_rate(config: Config, rows_per_epoch: int, step: int) -> float:
+    """The learning rate of the step that follows `step` steps."""
+    total_steps = config.train.total_steps(config.model.length, rows_per_epoch)
+    return float(schedule(config.optimizer, config.train.batch_size * config.model.length, total_steps)(step))
 
 
 class Tracer:

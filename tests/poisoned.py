@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt import cli, config
+from gpt import cli
 from gpt import main as gpt_main
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -14,7 +14,7 @@ from test_nonfinite import poison
 
 def main() -> int:
     with pytest.MonkeyPatch.context() as patch:
-        poison(patch, config.from_tree(gpt_main._CONFIG.value), {3, 6})
+        poison(patch, cli.config(), {3, 6})
         return gpt_main.main()
 
 

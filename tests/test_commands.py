@@ -1,5 +1,6 @@
 """The commands as a user types them, in processes of their own: the main path, and every kind of mistake."""
 
+import functools
 import io
 import json
 import os
@@ -19,6 +20,7 @@ from gpt.checkpoint import Workdir
 from gpt.config import default_config, flatten
 from gpt.errors import UserError
 
+ROOT = Path(__file__).parent.parent
 SMALL = (
     "--config=configs/char_tiny.py",
     "--config.model.num_layers=2",
@@ -255,13 +257,16 @@ def test_help_is_short_and_complete(command, name):
             assert f"    {key}=" in result.stdout
 
 
-# Flags of gpt.main, the exit code, and what the one sentence has to say. {tmp} is an empty folder, {play} a text.
+# Flags of gpt.main, the exit code, and what the one sentence has to say; then variables of the environment and packages
+# that are not installed. {tmp} is a folder with files. tests/test_config.py has more of config files and overrides.
 MAIN_MISTAKES = {
     "no config": ((), 2, "--config=configs/char.py"),
-    "missing config file": (("--config=configs/cahr.py",), 2, "--config=configs/cahr.py: there is no such config file"),
-    "config file with a mistake": (("--config={tmp}/bad.py",), 2, r"bad\.py: .*num_layer"),
-    "config file with a wrong type": (("--config={tmp}/type.py",), 2, r"type\.py: .*twelve"),
+    "no config but keys": (("--config.train.steps=3",), 2, "Name a config file: --config=configs/char.py"),
+    "empty config": (("--config=",), 2, "--config is empty"),
+    "config file with an argument": (("--config=configs/char_tiny.py:gpt-mini",), 2, "takes no argument; leave out"),
     "config file of no such size": (("--config=configs/char.py:gpt-9",), 2, "size='gpt-9' is not known; choose one of"),
+    "config file for nothing": (("--config=configs/finetune.py:nowhere",), 2, "finetune.py:nowhere: .* no such folder"),
+    "config that is none": (("--config=README.md",), 2, "--config=README.md: a config file is a Python file"),
     "unknown key": (
         ("--config.model.num_layer=3",),
         2,
@@ -271,7 +276,24 @@ MAIN_MISTAKES = {
     "key of nothing": (("--config.zzz=3",), 2, "no config key 'zzz'"),
     "wrong type": (("--config.model.num_layers=many",), 2, r"--config\.model\.num_layers=many"),
     "group as a value": (("--config.optimizer=3",), 2, r"--config\.optimizer=3"),
+    "number of steps": (("--config.train.steps=1e3",), 2, r"--config\.train\.steps=1e3 has to be a whole number"),
+    "negative steps": (("--config.train.steps=-1",), 1, r"train\.steps=-1 must not be negative"),
+    "more steps than numbers": (("--config.train.steps=" + "9" * 30,), 1, r"train\.steps has to be less than 2³¹"),
+    "not a number": (("--config.optimizer.learning_rate=nan",), 1, r"learning_rate=nan has to be a finite number"),
+    "other family": (("--config.model.family=vit",), 2, "start from a config file for vit"),
     "unknown flag": (("--wrkdir=x",), 2, "no flag --wrkdir; did you mean --workdir"),
+    "key as a flag": (("--train.steps=3",), 2, r"no flag --train\.steps; did you mean --config\.train\.steps"),
+    "flag of nothing": (("--version",), 2, "no flag --version; see --help"),
+    "flag file": (("--flagfile={tmp}/none",), 2, "--flagfile=.*none cannot be read"),
+    "switch": (("--profile=maybe",), 2, "--profile=maybe has to be true or false"),
+    "empty workdir": (("--workdir=",), 2, "--workdir is empty"),
+    "workdir is a file": (("--workdir={tmp}/short.txt",), 1, r"Cannot write to --workdir=.*short\.txt: File exists"),
+    "absent platform": ((), 1, "JAX_PLATFORMS=cuda is not available: .*; unset it", {"JAX_PLATFORMS": "cuda"}),
+    "unknown platform": ((), 1, "JAX_PLATFORMS=abc is not available: .*; unset it", {"JAX_PLATFORMS": "abc"}),
+    "unknown flag of XLA": ((), 1, "XLA_FLAGS=--xla_x=1 is refused by XLA: Unknown flag", {"XLA_FLAGS": "--xla_x=1"}),
+    "flag of XLA": ((), 1, "XLA_FLAGS=.* value y for flag", {"XLA_FLAGS": "--xla_cpu_use_acl=y"}),
+    "no tokenizers": (("--config.tokenizer.name=bpe",), 1, r"tokenizers: pip install .*\[bpe\]", {}, ["tokenizers"]),
+    "no Pillow": (("--config=configs/vit_digits.py",), 1, r"Pillow: pip install .*\[images\]", {}, ["PIL"]),
     "stray argument": (("runs/x",), 2, "Unexpected argument 'runs/x'"),
     "missing file": (("--config.data.path={tmp}/none.txt",), 1, r"data\.path: there is no file or folder .*none\.txt"),
     "empty file": (("--config.data.path={tmp}/empty.txt",), 1, r"empty\.txt is empty"),
@@ -312,10 +334,17 @@ SAMPLE_MISTAKES = {
     "top_p": (("--top_p=1.5",), 1, r"--top_p=1\.5"),
     "temperature": (("--temperature=-1",), 1, r"--temperature=-1\.0"),
     "repetition_penalty": (("--repetition_penalty=0",), 1, r"--repetition_penalty=0\.0"),
-    "num_tokens": (("--num_tokens=0",), 2, "num_tokens=0"),
-    "seed beyond 32 bits": ((f"--seed={2**32}",), 2, "--seed=4294967296: .*range"),
-    "seed beyond 64 bits": ((f"--seed={2**64}",), 2, "--seed=18446744073709551616: .*range"),
-    "num_samples beyond all": ((f"--num_samples={10**30}",), 2, f"--num_samples={10**30}: .*range"),
+    "num_tokens": (("--num_tokens=0",), 2, "--num_tokens=0 has to be a positive integer"),
+    "num_samples": (("--num_samples=many",), 2, "--num_samples=many has to be a whole number"),
+    "num_samples beyond all": ((f"--num_samples={10**30}",), 2, f"--num_samples={10**30} has to be .* range"),
+    "seed": (("--seed=-1",), 2, "--seed=-1 has to be an integer in the range"),
+    "seed beyond 32 bits": ((f"--seed={2**32}",), 2, "--seed=4294967296 has to be .* range"),
+    "seed beyond 64 bits": ((f"--seed={2**64}",), 2, "--seed=18446744073709551616 has to be .* range"),
+    "prompt without a flag": (("ROMEO",), 2, "Unexpected argument 'ROMEO'; flags are written --name=value"),
+    "flag without a value": (("--prompt",), 2, "Missing value for flag --prompt"),
+    "config": (("--config=configs/char.py",), 2, "There is no flag --config"),
+    "empty checkpoint": (("--checkpoint=",), 2, "--checkpoint is empty"),
+    "file": (("--workdir={tmp}/short.txt",), 1, r"short\.txt: there is no such folder"),
     "checkpoint": (("--checkpoint=7",), 1, "--checkpoint=7: choose best, last or one of 6"),
     "no workdir": (("--workdir={tmp}/nowhere",), 1, "--workdir=.*nowhere: there is no such folder"),
     "no run": (("--workdir={tmp}/folder",), 1, "folder holds no run"),
@@ -324,13 +353,57 @@ SAMPLE_MISTAKES = {
 }
 
 
+# Flags of the other commands, after --workdir of a trained model where the flags name none.
+MISTAKES = {
+    "main": MAIN_MISTAKES,
+    "sample": SAMPLE_MISTAKES,
+    "evaluate": {
+        "split": (("--split=test",), 2, "--split=test: choose one of"),
+        "data": (("--data={tmp}/none.txt",), 1, r"there is no file or folder .*none\.txt"),
+        "empty data": (("--data=",), 2, "--data is empty"),
+        "batch size": (("--batch_size=99999999999",), 2, "--batch_size=99999999999 has to be an integer in the range"),
+        "stride": (("--stride=99",), 2, r"--stride=99 is more than model\.block_size"),
+        "checkpoint": (("--json", "--checkpoint=7"), 1, "--checkpoint=7: choose best, last or one of 6"),
+    },
+    "explain": {
+        "no prompt": ((), 2, "--prompt is missing"),
+        "out exists": (("--prompt=KING", "--out={tmp}/short.txt"), 1, r"--out=.*short\.txt exists already"),
+        "no folder for out": (("--prompt=KING", "--out={tmp}/none/x.html"), 1, "Cannot write --out=.*No such file"),
+    },
+    "plot": {
+        "no workdir": (("--workdir={tmp}/nowhere",), 1, "nowhere: there is no such folder"),
+        "out exists": (("--out={tmp}/short.txt",), 1, r"--out=.*short\.txt exists already"),
+        "out is a folder": (("--out={tmp}/folder",), 1, "--out=.*folder exists already"),
+        "no folder for out": (("--out={tmp}/none/x.png",), 1, "Cannot write --out=.*No such file"),
+        "format": (("--out={tmp}/x.html",), 1, "no picture format 'html'"),
+        "no matplotlib": ((), 1, r"matplotlib: pip install .*\[plot\]", {}, ["matplotlib"]),
+    },
+    "convert": {
+        "no direction": ((), 2, "Give just one of --from_hf and --to_hf"),
+        "name of a hub": (("--from_hf=gpt2", "--workdir={tmp}/new"), 1, "--from_hf=gpt2: there is no such folder"),
+        "empty folder": (("--from_hf={tmp}/folder", "--workdir={tmp}/new"), 1, r"config\.json is missing"),
+        "empty": (("--to_hf=",), 2, "--to_hf is empty"),
+        "workdir in use": (("--from_hf={tmp}/folder",), 1, "--workdir=.* is not an empty folder"),
+    },
+    "plan": {
+        "no topology": (("--config=configs/gpt2_124m.py",), 2, "what to plan for"),
+        "zeros": (("--config=configs/gpt2_124m.py", "--topology=v5e:0x0"), 2, "v5e has 2 sizes, up to v5e:16x16"),
+        "huge": (("--config=configs/gpt2_124m.py", "--topology=v5e:1000x1000"), 2, "v5e has 2 sizes, up to v5e:16x16"),
+        "three sizes": (("--config=configs/gpt2_124m.py", "--topology=v5e:4x4x4"), 2, "v5e has 2 sizes"),
+        "nonsense": (("--config=configs/gpt2_124m.py", "--topology=x"), 2, "--topology=x has to look like v5e:16x16"),
+        "html in a file": (
+            ("--config=configs/gpt2_124m.py", "--topology=v5e:2x2", "--html={tmp}/short.txt/x"),
+            2,
+            "its folder does not exist",
+        ),
+    },
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
-def mistaken(tmp_path_factory, trained, play):
+def mistaken(tmp_path_factory, trained):
     """A folder with files and workdirs to stumble over."""
     tmp = tmp_path_factory.mktemp("mistakes")
-    header = "from gpt.config import default_config\ndef get_config():\n    config = default_config()\n"
-    (tmp / "bad.py").write_text(header + "    config.model.num_layer = 3\n    return config\n")
-    (tmp / "type.py").write_text(header + "    config.model.num_layers = 'twelve'\n    return config\n")
     (tmp / "empty.txt").touch()
     (tmp / "binary").write_bytes(bytes(range(256)) * 10)
     (tmp / "latin1.txt").write_bytes("café ".encode("latin-1") * 1000)
@@ -345,30 +418,46 @@ def mistaken(tmp_path_factory, trained, play):
     return tmp
 
 
-def check_mistake(result, code, sentence):
-    assert result.returncode == code, result.stdout + result.stderr
-    assert result.stderr.startswith("error: ")
-    assert re.search(sentence, result.stderr), result.stderr
-    assert result.stderr.count("\n") == 1
-    assert "Traceback" not in result.stdout
+@pytest.fixture(scope="module")
+def results(mistaken, trained, play):
+    """A function that gives (exit code, stdout, stderr) of a case of MISTAKES; one process makes those of a command."""
+
+    def usual(command: str, name: str, flags: list[str]) -> list[str]:
+        """The flags that are not the mistake."""
+        has = " ".join(flags)
+        if command == "plan":
+            return []
+        if command != "main":
+            return [] if "--workdir" in has else [f"--workdir={trained[0]}"]
+        if "config" in name or "--config=" in has:
+            return [f"--workdir={mistaken}/unused"]
+        data = [] if "data.path" in has else [f"--config.data.path={play}"]
+        return [*SMALL, *data, *([] if "workdir" in has else [f"--workdir={mistaken}/unused"])]
+
+    @functools.cache
+    def of_command(command: str) -> dict[str, tuple[int, str, str]]:
+        cases = []
+        for name, (flags, _, _, *more) in MISTAKES[command].items():
+            flags = [flag.format(tmp=mistaken) for flag in flags]
+            env, missing = [*more, *[{}, []][len(more) :]]
+            cases.append([[*usual(command, name, flags), *flags], env, missing])
+        script = [sys.executable, Path(__file__).parent / "forked.py", command]
+        done = subprocess.run(script, input=json.dumps(cases), capture_output=True, text=True, cwd=ROOT, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return dict(zip(MISTAKES[command], json.loads(done.stdout), strict=True))
+
+    return lambda command, name: of_command(command)[name]
 
 
-@pytest.mark.parametrize("name", MAIN_MISTAKES)
-def test_mistakes_in_training(command, mistaken, play, name):
-    flags, code, sentence = MAIN_MISTAKES[name]
-    flags = [flag.format(tmp=mistaken) for flag in flags]
-    usual = () if name == "no config" or "config file" in name else SMALL
-    data = () if any("data.path" in flag for flag in flags) or not usual else (f"--config.data.path={play}",)
-    workdir = () if any("workdir" in flag for flag in flags) else (f"--workdir={mistaken}/unused",)
-    check_mistake(command("main", *usual, *data, *workdir, *flags), code, sentence)
-
-
-@pytest.mark.parametrize("name", SAMPLE_MISTAKES)
-def test_mistakes_in_sampling(command, mistaken, trained, name):
-    flags, code, sentence = SAMPLE_MISTAKES[name]
-    check_mistake(
-        command("sample", f"--workdir={trained[0]}", *(flag.format(tmp=mistaken) for flag in flags)), code, sentence
-    )
+@pytest.mark.parametrize(("tool", "name"), [(command, name) for command in MISTAKES for name in MISTAKES[command]])
+def test_a_mistake_is_one_sentence(results, tool, name):
+    _, code, sentence, *_ = MISTAKES[tool][name]
+    found, out, err = results(tool, name)
+    assert found == code, out + err
+    assert err.startswith("error: ")
+    assert re.search(sentence, err), err
+    assert err.count("\n") == 1
+    assert "Traceback" not in out
 
 
 def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):
