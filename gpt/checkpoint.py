@@ -373,6 +373,28 @@ class Checkpoints:
             self._records[step], self._saving = record, step
             self._verified = self._background.submit(self._read_back, step, writer)
 
+    def validation_loss(self, step: int) -> float | None:
+        """The loss of a step, on whatever data it was evaluated; None if it was not."""
+        return self._records[step]["validation_loss"]
+
+    def evaluated(self, step: int, validation_loss: float) -> None:
+        """Records the loss of a step that was saved before it was known, and deletes what that replaces."""
+        self.wait()
+        if step not in self._records:  # its save failed
+            return
+        before = self._records[step]
+        record = _record(self._run, step, before["arrays"], validation_loss, before["mean_loss"])
+        try:
+            if cluster.is_first():
+                durable.write(self._path / str(step) / RECORD, json.dumps(record))
+        except UserError as error:
+            if cluster.is_several():  # they would not agree on which checkpoint is the best
+                raise
+            self._say(f"note: {error} The checkpoint has no validation loss.")
+        else:
+            self._records[step] = record
+            self._delete_old()
+
     def poll(self) -> None:
         """Looks whether the save in the background is over, and has failed."""
         if self._saving is None or not self._verified.done():

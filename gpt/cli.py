@@ -3,40 +3,50 @@
 import difflib
 import inspect
 import logging as std_logging
+import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from gpt import backend, cluster
+from gpt import backend, cluster, output, signals
 from gpt import config as config_lib
 from gpt.errors import UsageError, UserError, one_line
 
 
-def run(main: Callable[[], int | None]) -> None:
+def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
     """Parses the flags, runs `main` and exits with its code or that of a UserError.
 
     Mistakes in the flags exit with 2. Any other exception is a bug and keeps its traceback. Where several
     processes run one program, an error of one ends all.
+
+    Args:
+      prints_result: the command has nothing else to do than to print, so it ends where standard output fails.
     """
 
     def checked(_) -> int | None:
+        if not prints_result:
+            output.go_on_without()
         try:
             backend.check_xla_flags()
             code = main()
+            sys.stdout.flush()
             cluster.finish()
             return code
         except UserError as error:
             return cluster.failed(f"error: {error}", error.exit_code, own_fault=True)
-        except KeyboardInterrupt:
-            return cluster.failed("error: interrupted.", 130, own_fault=True)
         except Exception:
             return cluster.failed(traceback.format_exc(), 1, own_fault=False)
 
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character is no reason to end
-        stream.reconfigure(errors="replace")
+    def end(number: int) -> int:
+        text = f"error: stopped by {signal.Signals(number).name}."
+        return cluster.failed(text, 128 + number, own_fault=True)
+
+    output.install()
+    signals.end_at_once(give_up=lambda number: os._exit(end(number)))
     # Libraries report their routine at level INFO; warnings are for the user too.
     logging.set_verbosity(logging.WARNING)
     # Errors that they log and raise as well are for us to tell, in a sentence or with their traceback; and where one
@@ -47,7 +57,12 @@ def run(main: Callable[[], int | None]) -> None:
     sys.unraisablehook = lambda raised: (
         str(raised.exc_value) == "Event loop is closed" or inspect.iscoroutine(raised.object) or hook(raised)
     )
-    app.run(checked, flags_parser=_parse)
+    try:
+        app.run(checked, flags_parser=_parse)
+    except output.OutputLost as lost:
+        sys.exit(cluster.failed(str(lost), lost.exit_code, own_fault=True))
+    except (signals.Stopped, KeyboardInterrupt) as stopped:
+        sys.exit(end(getattr(stopped, "number", signal.SIGINT)))
 
 
 def config() -> config_lib.Config:

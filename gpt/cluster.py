@@ -153,7 +153,8 @@ def failed(text: str, code: int, own_fault: bool) -> int:
       own_fault: False if a process that has gone may be what caused the error; its word comes first then.
     """
     if _lifeline is None:
-        print(text, file=sys.stderr)
+        if text:
+            print(text, file=sys.stderr)
         return code
     return _lifeline.failed(text, code, own_fault)
 

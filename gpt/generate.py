@@ -376,6 +376,7 @@ def continuations(
     stop_tokens: Sequence[int] = (),
     stop_text: str = "",
     stop_newlines: int = 0,
+    check: Callable[[], object] = lambda: None,
 ) -> Iterator[list[Continuation]]:
     """What each row has become, after each segment, up to its end.
 
@@ -385,11 +386,13 @@ def continuations(
       stop_tokens: a sample ends before the first of them, as the decoding does.
       stop_text: a sample ends before the first occurrence of it; "": never.
       stop_newlines: a sample ends with its n-th line feed; 0: never.
+      check: called with each segment; it may raise an exception to end the samples.
     """
     rows = len(decoding.over_B)
     found = [Continuation("", np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in range(rows)]
     made = 0
     while made < num_tokens and not all(row.over for row in found):
+        check()
         segment = decoding.advance(num_tokens - made)
         made += segment.tokens_BxN.shape[1]
         for i, row in enumerate(found):

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import shutil
 import socket
 import struct
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
+from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
 from tensorboard.compat.tensorflow_stub.io.gfile import GFile
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from gpt import output
 
 FLUSH_EVERY = 120  # seconds; matters for buckets only, where the whole file is written again
 MOST_WAITING = 100_000  # events that are kept for a storage that takes none
@@ -27,18 +31,19 @@ class TensorBoard:
     """Writes TensorBoard events, without TensorFlow.
 
     What the storage refuses to take (a full disk) is kept and tried again with the next event, in another file, for the
-    first one may end within an event.
+    first one may end within an event. That is no reason to end a run.
 
     Args:
       path: the folder of the events file.
       start_step: steps done so far; events of later steps, from a run that went further than its
         last checkpoint, are dropped from view.
       enabled: False makes every call do nothing (on all processes but one).
+      say: prints a line: of events that cannot be written.
     """
 
-    def __init__(self, path: Path, start_step: int = 0, enabled: bool = True):
-        self._path, self._enabled = path, enabled
-        self._file, self._name, self._flushed = None, "", 0.0
+    def __init__(self, path: Path, start_step: int = 0, enabled: bool = True, say: Callable[[str], object] = print):
+        self._path, self._enabled, self._say = path, enabled, say
+        self._file, self._name, self._flushed, self._failed = None, "", 0.0, False
         self._waiting: list[bytes] = []
         self.restart(start_step)
 
@@ -87,7 +92,10 @@ class TensorBoard:
         self._write()
 
     def close(self) -> None:
+        """Hands all events to the storage, or says how many it did not take."""
         self.flush()
+        if self._waiting:
+            self._say(f"note: {len(self._waiting)} of TensorBoard's events could not be written to {self._path}.")
 
     def _summary(self, step: int, values: list[summary_pb2.Summary.Value]) -> None:
         self._add(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=values)))
@@ -104,11 +112,9 @@ class TensorBoard:
             return
         try:
             if not self._file:
-                now = time.time()
-                host = f"{socket.gethostname()}.{os.getpid()}"
-                self._name = self._name or f"events.out.tfevents.{int(now):010d}.{host}.{next(_FILES)}"
+                self._name = self._name or self._new_name()
                 file = GFile(os.path.join(self._path, self._name), "wb")
-                version = event_pb2.Event(wall_time=now, file_version="brain.Event:2")
+                version = event_pb2.Event(wall_time=time.time(), file_version="brain.Event:2")
                 RecordWriter(file).write(version.SerializeToString())
                 self._file, self._name = file, ""
             while self._waiting:
@@ -117,8 +123,23 @@ class TensorBoard:
             if time.time() > self._flushed + FLUSH_EVERY:
                 self._file.flush()
                 self._flushed = time.time()
-        except OSError:
+            self._failed = False
+        except Exception as error:  # of a disk, or of the client of some bucket
             self._file, self._waiting = None, self._waiting[-MOST_WAITING:]
+            if not self._failed:
+                self._say(f"note: cannot write TensorBoard's events to {self._path} ({error}); they are tried again.")
+            self._failed = True
+
+    def _new_name(self) -> str:
+        """A name that sorts after those of the files there, for that is how TensorBoard orders them.
+
+        The clock may be behind the one that they were named by.
+        """
+        newest = max((file.name for file in epath.Path(self._path).iterdir() if "tfevents" in file.name), default="")
+        seconds = re.match(r"events\.out\.tfevents\.(\d+)", newest)
+        seconds = max(int(time.time()), int(seconds[1]) + 1 if seconds else 0)
+        name = f"events.out.tfevents.{seconds:010d}.{socket.gethostname()}.{os.getpid()}.{next(_FILES)}"
+        return name if name > newest else f"{newest}.{next(_FILES)}"
 
 
 def read_scalars(path: Path, tags: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:
@@ -227,11 +248,13 @@ class Progress:
     def _line(self, text: str, keep: bool = True) -> None:
         if not self._enabled:
             return
-        erase = "\r\033[K" if self._drawn else ""
+        text = output.visible(text)
+        erase = output.Control("\r\033[K" if self._drawn else "")
         if not keep:  # cut, for a line that wraps cannot be erased
             text = text[: shutil.get_terminal_size().columns - 1]
         self._drawn = not keep
-        print(erase + text, end="\n" if keep else "", flush=True, file=self._out)
+        self._out.write(erase)
+        print(text, end="\n" if keep else "", flush=True, file=self._out)
 
 
 def duration(seconds: float) -> str:

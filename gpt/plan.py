@@ -62,6 +62,13 @@ def main() -> int:
     written = cli.config()
     planned = [each for topology in _TOPOLOGY.value for each in _plan(written, topology)]
     plans = [each | {"flags": search.flags(written, config)} for config, each in planned]
+    if _HTML.value:
+        placement = step.placement(planned[0][0], plans[0]["topology"])
+        try:
+            with open(_HTML.value, "x", encoding="utf-8") as file:
+                file.write(page.html(plans, placement, _PRICE.value))
+        except OSError as error:
+            raise UserError(f"Cannot write --html={_HTML.value}: {error.strerror}.") from None
     if _JSON.value:
         print(*map(json.dumps, plans), sep="\n")
     elif _SEARCH.value:
@@ -71,13 +78,6 @@ def main() -> int:
             print(*report.text(each, _PRICE.value), "", sep="\n")
         if len(plans) > 1:
             print(*report.table(plans), sep="\n")
-    if _HTML.value:
-        placement = step.placement(planned[0][0], plans[0]["topology"])
-        try:
-            with open(_HTML.value, "x", encoding="utf-8") as file:
-                file.write(page.html(plans, placement, _PRICE.value))
-        except OSError as error:
-            raise UserError(f"Cannot write --html={_HTML.value}: {error.strerror}.") from None
     return 0 if all(each["fits"] for each in (plans[:1] if _SEARCH.value else plans)) else 1
 
 
@@ -129,4 +129,4 @@ def plan_elsewhere(config: Config, topology: str) -> report.Report:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, prints_result=True)

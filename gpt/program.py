@@ -253,11 +253,16 @@ def accumulate(value_and_grad: Callable, parts: int) -> Callable:
     return accumulated
 
 
-def evaluate(program: Program, params: Any, source: Source, batch_size: int) -> dict[str, Any]:
+def evaluate(
+    program: Program, params: Any, source: Source, batch_size: int, check: Callable[[], object] = lambda: None
+) -> dict[str, Any]:
     """Means over every target of a source.
 
     Greedy decoding of what a row asks for gives all of its targets just where each of them is the likeliest after
     those before it. So `exact_match` needs no decoding.
+
+    Args:
+      check: called with each batch; it may raise an exception to end the evaluation.
 
     Returns:
       {"loss": nats per target, "targets", "rows": how many, "accuracy": part of the targets that the model holds for
@@ -283,6 +288,7 @@ def evaluate(program: Program, params: Any, source: Source, batch_size: int) -> 
         for number, batch in enumerate(pipeline.to_devices(batches, program.layout, rows, batch_size)):
             # One batch ahead and no more: a long queue would hold memory (and can deadlock CPU collectives).
             dispatched = number, program.eval_step(params, batch)
+            check()
             if pending:
                 add(*pending)
             pending = dispatched

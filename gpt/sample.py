@@ -8,6 +8,9 @@ python -m gpt.sample --workdir=runs/image_gpt --prompt=class:3 --num_samples=16 
 python -m gpt.sample --workdir=runs/vit --prompt=cat.jpg
 
 A model of pixels draws a picture; a classifier says what it takes each prompt for.
+
+Control characters in a sample are shown escaped (\\x1b), in a file or a pipe as on a terminal. For the exact text use
+--logprobs, whose JSON has it.
 """
 
 import itertools
@@ -211,4 +214,4 @@ def _read_prompt() -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, prints_result=True)

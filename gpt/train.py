@@ -17,59 +17,26 @@ import math
 import secrets
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from gpt import cluster, hardware, metrics, sharding, versions
 from gpt.checkpoint import ORDER, Checkpoints, Run, Workdir, refuse_changes
 from gpt.config import Config, TrainConfig
-from gpt.data import Dataset, pipeline
+from gpt.data import Dataset, Shown, pipeline
 from gpt.errors import UserError
 from gpt.loaded import Weights
 from gpt.optimizer import schedule
 from gpt.program import Program, TrainState, build, count, evaluate
+from gpt.signals import Interrupted, Stopped
 
 # With the optimizer's keys, what the learning rate of a step depends on.
 SETS_SCHEDULE = ("train.steps", "train.epochs", "train.tokens", "train.batch_size", "model.block_size")
 MEAN_OVER = 50  # steps that the running mean of the loss looks back, about
-
-
-class Interrupted:
-    """Turns the first SIGTERM or Ctrl-C into a number that all processes agree on; the second Ctrl-C is immediate."""
-
-    def __init__(self, layout: sharding.Layout):
-        self._signal = 0
-        self._everywhere = NamedSharding(layout.mesh, P(layout.mesh.axis_names))
-        self._max = jax.jit(jnp.max, in_shardings=self._everywhere, out_shardings=layout.replicated)
-
-    def __enter__(self) -> "Interrupted":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def agreed(self) -> jax.Array | int:
-        """The signal that this or any other process has had, or 0; to be read like the metrics of a step.
-
-        All processes read the same at the same step, so that they stop after the same one.
-        """
-        if jax.process_count() == 1:
-            return self._signal
-        mine = np.full(1, self._signal, np.int32)
-        return self._max(jax.make_array_from_callback((self._everywhere.mesh.size,), self._everywhere, lambda _: mine))
-
-    def _note(self, number: int, _) -> None:
-        self._signal = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False, profile: bool = False) -> int:
@@ -178,14 +145,14 @@ class Training:
     def finish(self, profile: bool) -> int:
         """Makes the steps that are left; arguments and result as of `train`."""
         progress, workdir, start = self.progress, self.workdir, self.step
-        if start >= self.total_steps:
+        if start >= self.total_steps and not self._lacks_evaluation():
             progress.say(f"Nothing to do: {start:,} of {self.total_steps:,} steps are done in {workdir.path}.")
             return 0
         if start:
             progress.say(f"resuming after step {start:,}")
         elif self.origin:
             progress.say(f"starting from step {self.origin.step:,} of {self.origin.workdir.path}")
-        self.tensorboard = metrics.TensorBoard(workdir.path, start, enabled=cluster.is_first())
+        self.tensorboard = metrics.TensorBoard(workdir.path, start, cluster.is_first(), progress.say)
         settings = json.dumps(dataclasses.asdict(self.config), indent=1)
         self.tensorboard.text(start, "config", f"```json\n{settings}\n```")
         chip = hardware.of_device(self.layout.mesh.devices.flat[0])
@@ -193,23 +160,27 @@ class Training:
         flops_per_step = self.tokens_per_step * self.program.model.config.flops_per_token()
         self.speed = metrics.Speed(self.tokens_per_step, flops_per_step, chip and chip.flops * self.layout.mesh.size)
 
-        tracer, may_wait, began = Tracer(workdir.path, start) if profile else None, True, time.perf_counter()
-        try:
-            with Interrupted(self.layout) as interrupted:
+        tracer, may_wait, began = (
+            Tracer(workdir.path, start, progress.say) if profile else None,
+            True,
+            time.perf_counter(),
+        )
+        with Interrupted(self.layout) as interrupted:
+            try:
                 stop_signal = self._make_steps(interrupted, tracer)
-        except Exception as error:
-            # Other processes may be gone, and what they have a part in would never end.
-            may_wait = isinstance(error, UserError) or not cluster.is_several()
-            raise
-        finally:
-            if tracer:
-                tracer.stop()
-            self.tensorboard.close()
-            if may_wait:
-                self.checkpoints.close()
+            except Exception as error:
+                # Other processes may be gone, and what they have a part in would never end.
+                may_wait = isinstance(error, UserError) or not cluster.is_several()
+                raise
+            finally:
+                if tracer:
+                    tracer.stop()
+                self.tensorboard.close()
+                if may_wait:
+                    self.checkpoints.close()
         if self.checkpoints.failure:
             raise UserError(f"{self.checkpoints.failure} The same command goes on from there.")
-        if self.step < self.total_steps:
+        if stop_signal and (self.step < self.total_steps or self._lacks_evaluation()):
             name = signal.Signals(stop_signal).name
             what = f"saved after step {self.step:,} of {self.total_steps:,}; the same command goes on from there."
             progress.say(f"Stopped by {name}, {what}")
@@ -223,6 +194,11 @@ class Training:
         """Until the last, or the one in which all processes know of a signal; returns that signal, or 0."""
         settings, speed = self.config.train, self.speed
         batch, pending, stop_signal, compiled = next(self.batches), None, 0, False
+        if self._lacks_evaluation():
+            interrupted.begin()
+            with speed.pause():
+                self._evaluate(interrupted)
+            stop_signal = interrupted.poll()
         while self.step < self.total_steps and not stop_signal:
             try:
                 if tracer:
@@ -231,42 +207,55 @@ class Training:
                     self.progress.say("compiling the training step …")
                 with contextlib.nullcontext() if compiled else speed.pause(), self.layout.use():
                     self.state, measured = self.program.train_step(self.state, batch)
+                if not compiled:
+                    interrupted.begin()  # until now there was nothing to save
                 self.step, compiled = self.step + 1, True
                 # While the device works on this step, the host fetches the next batch and reads the last metrics.
                 with speed.waiting(device_is_idle=measured["loss"].is_ready):
                     batch = next(self.batches)
                 if pending:
-                    stop_signal = self._report(*pending)
-                pending = self.step, measured, interrupted.agreed()
+                    self._report(*pending)
+                pending = self.step, measured
+                stop_signal = interrupted.poll()
 
-                is_last = self.step == self.total_steps
-                evaluate_now = is_last or (settings.eval_every and self.step % settings.eval_every == 0)
+                is_last, evaluate_now = self.step == self.total_steps, self._is_evaluated()
                 save_now = is_last or self.step % settings.checkpoint_every == 0 or stop_signal
                 if evaluate_now or save_now:
-                    stop_signal = self._report(*pending) or stop_signal
+                    self._report(*pending)
                     pending = None
                     with speed.pause():
-                        loss = self._evaluate() if evaluate_now else None
-                        if save_now or loss < self.best_loss:
-                            self.tensorboard.flush()  # a run killed after it goes on with the points of all steps
-                            self._save(loss)
-                        self.best_loss = min(self.best_loss, loss if evaluate_now else math.inf)
+                        if save_now:  # first, for a scheduler that ends the run does not wait for an evaluation
+                            self._save()
+                        if evaluate_now and not stop_signal:
+                            loss = self._evaluate(interrupted)
+                            stop_signal = interrupted.poll()
+                            if stop_signal and self.checkpoints.last() != self.step:
+                                self._save(loss)
             except BadStep as bad:
+                stop_signal = 0  # to be asked for again after a step that stands
                 with speed.pause():
                     batch = pending = measured = None  # room for the state of before
                     self._go_back(bad)
                     batch = next(self.batches)
-        if self.step < self.total_steps and self.checkpoints.last() != self.step:
-            # All agreed on the signal only with the metrics of an evaluation that saved nothing.
-            self._save(None)
         return stop_signal
 
-    def _save(self, loss: float | None) -> None:
+    def _is_evaluated(self) -> bool:
+        """Whether an evaluation belongs to the step that was made last."""
+        every = self.config.train.eval_every
+        return self.step == self.total_steps or bool(every and self.step % every == 0)
+
+    def _lacks_evaluation(self) -> bool:
+        """Whether an end of the run came between the save of the last step and its evaluation."""
+        is_saved = self.checkpoints.last() == self.step
+        return is_saved and self._is_evaluated() and self.checkpoints.validation_loss(self.step) is None
+
+    def _save(self, loss: float | None = None) -> None:
+        self.tensorboard.flush()  # a run killed after it goes on with the points of all steps
         state = self.state
         self.checkpoints.save(self.step, state.params, state.opt_state, loss, self.mean_loss, state.frozen)
 
-    def _report(self, step: int, measured: dict[str, jax.Array], stop_signal: jax.Array | int) -> int:
-        """Waits for a step, checks and shows its metrics; returns the signal to stop on, or 0.
+    def _report(self, step: int, measured: dict[str, jax.Array]) -> None:
+        """Waits for a step, checks and shows its metrics.
 
         Raises:
           BadStep: it is one, and its update was made.
@@ -290,7 +279,6 @@ class Training:
             tensorboard.scalars(step, {f"progress/{name}": value for name, value in self.speed.rates().items()})
             self.speed.restart()
             self.checkpoints.poll()
-        return int(stop_signal)
 
     def _go_back(self, bad: "BadStep") -> None:
         """To the newest checkpoint, where the batch of a step is recorded as one to be left out from now on.
@@ -326,16 +314,32 @@ class Training:
         self.progress.say(text)
         self.tensorboard.text(step, "skipped", text)
 
-    def _evaluate(self) -> float:
-        """Shows loss, measures and samples on the validation split; returns the loss."""
+    def _evaluate(self, interrupted: Interrupted) -> float | None:
+        """Shows loss, measures and samples on the validation split, and saves a step that is the best so far.
+
+        Returns:
+          The loss; None if a signal ended the evaluation.
+        """
         step, tensorboard = self.step, self.tensorboard
         params = self.program.whole(self.state)
-        result = evaluate(self.program, params, self.validation, self.config.train.batch_size)
+        try:
+            result = evaluate(self.program, params, self.validation, self.config.train.batch_size, interrupted.check)
+        except Stopped:
+            return None
         measures = self.dataset.report(self.validation, result)
         self.progress.evaluated(step, measures, best=result["loss"] < self.best_loss)
         tensorboard.scalars(step, {f"validation/{name}": value for name, value in measures.items()})
         tensorboard.histogram(step, "validation/logits", result["logits_counts"], result["logits_edges"])
-        shown = self.preview(params, step, result)
+        tensorboard.flush()
+        if self.checkpoints.last() == step:
+            self.checkpoints.evaluated(step, result["loss"])
+        elif result["loss"] < self.best_loss:
+            self._save(result["loss"])
+        self.best_loss = min(self.best_loss, result["loss"])
+        try:
+            shown = self.preview(params, step, result, interrupted.check)
+        except Stopped:
+            shown = Shown()
         if shown.text:
             self.progress.say("\n".join("  │ " + line for line in shown.text.splitlines()))
             tensorboard.text(step, "sample", "    " + shown.text.replace("\n", "\n    "))
@@ -458,8 +462,8 @@ def learning_rate(config: Config, rows_per_epoch: int, step: int) -> float:
 class Tracer:
     """A profiler trace of a few steps, once the first ones are over."""
 
-    def __init__(self, path: Path, start: int, skip: int = 3, steps: int = 3):
-        self._path, self._first, self._after = path, start + skip, start + skip + steps
+    def __init__(self, path: Path, start: int, say: Callable[[str], None], skip: int = 3, steps: int = 3):
+        self._path, self._say, self._first, self._after = path, say, start + skip, start + skip + steps
         self._running = False
 
     def before_step(self, step: int) -> None:
@@ -472,4 +476,7 @@ class Tracer:
     def stop(self) -> None:
         if self._running:
             self._running = False
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except Exception as error:  # a full disk, for instance: no reason to end the run
+                self._say(f"note: cannot write the trace to {self._path}: {error}.")

@@ -117,6 +117,21 @@ def test_run_that_begins_anew_replaces_all_steps(tmp_path, new_file):
     assert found == [(1, 2.0), (2, 2.0), (3, 2.0)]
 
 
+@pytest.mark.parametrize("before", ["", "events.out.tfevents.9999999999.host.1.0", "tfevents-by-another-tool"])
+def test_a_clock_that_went_back_loses_no_steps(tmp_path, monkeypatch, before):
+    """As after a suspend of WSL, or on another host: TensorBoard reads files in the order of their names."""
+    if before:
+        (tmp_path / before).touch()
+    for i, now in enumerate((1.7e9, 1.6e9, 1.5e9, 1.5e9)):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        board = TensorBoard(tmp_path, start_step=10 * i)
+        for step in range(10 * i + 1, 10 * i + 15):  # four more than are saved
+            board.scalars(step, {"loss": float(i)})
+        board.close()
+    found = events(tmp_path).Scalars("loss")
+    assert [(event.step, event.value) for event in found] == [(n, min((n - 1) // 10, 3)) for n in range(1, 45)]
+
+
 def test_disabled_writes_no_file(tmp_path):
     """On all processes but one."""
     board = TensorBoard(tmp_path / "run", 5, enabled=False)

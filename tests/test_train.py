@@ -16,7 +16,7 @@ import optax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt import loaded, metrics, sharding, train
+from gpt import checkpoint, generate, loaded, metrics, sharding, signals, train
 from gpt import program as program_lib
 from gpt.checkpoint import Workdir
 from gpt.data import IGNORED, pipeline, text
@@ -71,7 +71,7 @@ class StopAfter:
 
 
 @pytest.mark.parametrize(
-    ("stop_at", "number"), [(7, signal.SIGTERM), (9, signal.SIGTERM), (13, signal.SIGTERM), (7, signal.SIGINT)]
+    ("stop_at", "number"), [(7, signal.SIGTERM), (8, signal.SIGHUP), (13, signal.SIGTERM), (7, signal.SIGINT)]
 )
 def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
     tiny, whole, tmp_path, monkeypatch, capsys, stop_at, number
@@ -82,7 +82,8 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
         StopAfter(patch, stop_at, number)
         assert train.train(tiny, workdir) == 128 + number
     last_line = capsys.readouterr().out.splitlines()[-1]
-    assert last_line.startswith(f"Stopped by {number.name}, saved after step ")
+    # No step is begun after the signal; the one after `stop_at` was going on already.
+    assert last_line.startswith(f"Stopped by {number.name}, saved after step {stop_at + 1} of 20;")
     assert train.train(tiny, workdir) == 0
     assert "resuming after step" in capsys.readouterr().out
     expected, found = checkpoint_arrays(whole(tiny), 20), checkpoint_arrays(workdir, 20)
@@ -91,6 +92,94 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
     for tag in ("train/loss", "train/gradient_norm", "train/learning_rate", "validation/loss"):
         assert scalars(workdir, tag) == scalars(whole(tiny), tag)
+
+
+@pytest.mark.parametrize("moment", ["before", "within", "in the sample"])
+def test_a_signal_is_not_kept_waiting_by_an_evaluation(tiny, tmp_path, monkeypatch, capsys, moment):
+    """It may take minutes where a scheduler grants 30 s. The step is saved with its loss only if that is known."""
+    calls = []
+
+    def interrupt(check):
+        calls.append(moment)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        check()
+
+    evaluate, continuations, report = train.evaluate, generate.continuations, train.Training._report
+
+    def evaluation(program, params, source, batch_size, check):
+        assert moment != "before"
+        return evaluate(
+            program, params, source, batch_size, (lambda: interrupt(check)) if moment == "within" else check
+        )
+
+    def samples(*args, check, **kwargs):
+        assert moment == "in the sample"
+        return continuations(*args, check=lambda: interrupt(check), **kwargs)
+
+    def report_and_interrupt(training, step, measured):
+        report(training, step, measured)
+        if moment == "before" and step == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "evaluate", evaluation)
+        patch.setattr(generate, "continuations", samples)
+        patch.setattr(train.Training, "_report", report_and_interrupt)
+        assert train.train(tiny, Workdir(tmp_path)) == 128 + signal.SIGTERM
+    assert len(calls) == (0 if moment == "before" else 3)
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("Stopped by SIGTERM, saved after step 10 of 20;")
+    assert ("validation loss" in out) == (moment == "in the sample")
+    best = Workdir(tmp_path).checkpoints().best()
+    assert (best and best[0]) == (10 if moment == "in the sample" else None)
+    assert train.train(tiny, Workdir(tmp_path)) == 0
+    assert "resuming after step 10" in capsys.readouterr().out
+
+
+def test_a_step_is_saved_before_its_evaluation_which_a_resume_makes_up_for(tiny, whole, tmp_path, monkeypatch, capsys):
+    """A scheduler's SIGKILL comes in the middle of the last evaluation."""
+    workdir, events, save, evaluate = Workdir(tmp_path), [], checkpoint.Checkpoints.save, train.evaluate
+
+    def saving(checkpoints, step, *args):
+        events.append(("save", step))
+        save(checkpoints, step, *args)
+
+    def evaluating(*args):
+        events.append(("evaluate", events[-1][1]))
+        if events[-1][1] == 20:
+            raise signals.Stopped(signal.SIGTERM)
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.Checkpoints, "save", saving)
+        patch.setattr(train, "evaluate", evaluating)
+        train.train(tiny, workdir)
+    assert events == [("save", 5), ("save", 10), ("evaluate", 10), ("save", 15), ("save", 20), ("evaluate", 20)]
+    assert workdir.checkpoints().validation_loss(20) is None
+    capsys.readouterr()
+    assert train.train(tiny, workdir) == 0
+    assert "step 20/20  validation loss" in capsys.readouterr().out
+    for step in (10, 20):
+        loss = whole(tiny).checkpoints().validation_loss(step)
+        assert workdir.checkpoints().validation_loss(step) == loss is not None
+    assert train.train(tiny, workdir) == 0
+    assert "Nothing to do" in capsys.readouterr().out
+
+
+def test_a_second_signal_does_not_disturb_the_save(tiny, tmp_path, monkeypatch, capsys):
+    """A scheduler sends SIGTERM again, systemd SIGHUP after it."""
+    close = checkpoint.Checkpoints.close
+
+    def disturbed(checkpoints):
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        close(checkpoints)
+
+    StopAfter(monkeypatch, 7, signal.SIGTERM)
+    monkeypatch.setattr(checkpoint.Checkpoints, "close", disturbed)
+    assert train.train(tiny, Workdir(tmp_path)) == 128 + signal.SIGTERM
+    assert Workdir(tmp_path).checkpoints().last() == 8
 
 
 def test_resuming_on_another_mesh_goes_on_the_same(tiny, whole, tmp_path, monkeypatch):
@@ -307,6 +396,12 @@ def test_profile_leaves_a_trace(tmp_path, play, command):
     result = command("main", *config, f"--workdir={tmp_path}", "--profile", env=env)
     assert (result.returncode, result.stderr) == (0, "")
     assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+
+
+def test_a_trace_that_cannot_be_written_ends_no_run(tiny, tmp_path, capsys):
+    (tmp_path / "plugins").touch()
+    assert train.train(tiny, Workdir(tmp_path), profile=True) == 0
+    assert f"note: cannot write the trace to {tmp_path}: " in capsys.readouterr().out
 
 
 def test_loss_falls_and_the_model_learns_a_pattern(tiny, tmp_path):

@@ -96,14 +96,14 @@ class Dataset:
 
     def preview(
         self, program: "Program", config: "Config", source: Source
-    ) -> Callable[[Any, int, dict[str, Any]], Shown]:
-        """What a run shows at each evaluation, by the parameters, the step and the result.
+    ) -> Callable[[Any, int, dict[str, Any], Callable[[], object]], Shown]:
+        """What a run shows at each evaluation, by the parameters, the step, the result, and `check` as of `evaluate`.
 
         Args:
           program, config: the run's `gpt.program.Program` and `gpt.config.Config`.
           source: what is evaluated.
         """
-        return lambda params, step, result: self.examples(source, result)
+        return lambda params, step, result, check: self.examples(source, result)
 
 
 class DataConfig:

@@ -279,7 +279,7 @@ class Pixels(Dataset):
 
     def preview(
         self, program: "Program", config: "Config", source: Rows
-    ) -> Callable[[Any, int, dict[str, Any]], Shown]:
+    ) -> Callable[[Any, int, dict[str, Any], Callable[[], object]], Shown]:
         """Samples of each class, and images of which the lower half is drawn anew: the image, its half, and samples."""
         from gpt import generate
 
@@ -291,19 +291,21 @@ class Pixels(Dataset):
         wholes = [np.append(row["inputs"][:1], row["targets"]) for row in wholes]
         halves = [np.append(whole[:1], palette.half(whole[1:])) for whole in wholes]
 
-        def draw(params: Any, step: int, prompts: list[np.ndarray], number: int, first: int = 0) -> list[np.ndarray]:
+        def draw(
+            params: Any, step: int, prompts: list[np.ndarray], number: int, check: Callable[[], object], first: int = 0
+        ) -> list[np.ndarray]:
             decoding = generator.start(params, prompts, number, seed=step, first_prompt=first)
-            *_, made = generate.continuations(decoding, palette.decode, palette.sample_length(prompts))
+            *_, made = generate.continuations(decoding, palette.decode, palette.sample_length(prompts), check=check)
             prompted = [prompt for prompt in prompts for _ in range(number)]
             return [np.append(prompt, found.tokens) for prompt, found in zip(prompted, made, strict=True)]
 
-        def show(params: Any, step: int, result: dict[str, Any]) -> Shown:
+        def show(params: Any, step: int, result: dict[str, Any], check: Callable[[], object]) -> Shown:
             if not config.train.sample_tokens:
                 return Shown()
-            drawn = draw(params, step, begun, PREVIEW_ROWS)
+            drawn = draw(params, step, begun, PREVIEW_ROWS, check)
             by_row = [drawn[i] for row in range(PREVIEW_ROWS) for i in range(row, len(drawn), PREVIEW_ROWS)]
             number = PREVIEW_COLUMNS - 2
-            ends = draw(params, step, halves, number, first=len(begun))
+            ends = draw(params, step, halves, number, check, first=len(begun))
             completed = [
                 x
                 for i, (whole, half) in enumerate(zip(wholes, halves, strict=True))

@@ -153,7 +153,7 @@ class Corpus(Dataset):
 
     def preview(
         self, program: "Program", config: "Config", source: Source
-    ) -> Callable[[Any, int, dict[str, Any]], Shown]:
+    ) -> Callable[[Any, int, dict[str, Any], Callable[[], object]], Shown]:
         """A text that the model writes from `train.sample_prompt` on."""
         from gpt import generate
 
@@ -162,12 +162,12 @@ class Corpus(Dataset):
         sampling = generate.Sampling(temperature=0.8)
         generator = generate.Generator(program.model, program.layout, sampling, stop_tokens=stop_tokens)
 
-        def write(params: Any, step: int, result: dict[str, Any]) -> Shown:
+        def write(params: Any, step: int, result: dict[str, Any], check: Callable[[], object]) -> Shown:
             if not config.train.sample_tokens:
                 return Shown()
             decoding, decode = generator.start(params, [prompt], seed=step), self.tokenizer.decode
             *_, (sample,) = generate.continuations(
-                decoding, decode, config.train.sample_tokens, stop_tokens=stop_tokens
+                decoding, decode, config.train.sample_tokens, stop_tokens=stop_tokens, check=check
             )
             return Shown((config.train.sample_prompt or "\n") + sample.text)
 
