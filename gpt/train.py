@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt import cluster, hardware, metrics, sharding, versions
+from gpt import cluster, durable, hardware, metrics, sharding, versions
 from gpt.checkpoint import ORDER, Checkpoints, Run, Workdir, refuse_changes
 from gpt.config import Config, TrainConfig
 from gpt.data import Dataset, Shown, pipeline
@@ -385,6 +385,11 @@ def first_weights(config: Config, before: Run | None, workdir: Workdir) -> Weigh
                 "train.init_from."
             )
         return None
+    if config.model.lora_rank and durable.is_local(workdir.path) and not durable.is_local(config.train.init_from):
+        raise UserError(
+            f"train.init_from={config.train.init_from}: adapters in a local workdir need a local base, for opening one "
+            "uses no network; download that workdir first."
+        )
     try:
         weights = Weights(Workdir(config.train.init_from), "best")
     except UserError as error:

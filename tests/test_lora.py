@@ -350,6 +350,17 @@ def test_weights_that_are_gone_or_others_are_refused(base, adapted, tmp_path):
         np.testing.assert_array_equal(array, arrays(adapted)[name])
 
 
+def test_weights_in_a_bucket_are_refused_for_adapters_on_a_disk(base, tmp_path):
+    """At the start, for no later start could read them."""
+    config = adapting(base)
+    elsewhere = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from="gs://bucket/run"))
+    with pytest.raises(
+        UserError, match=r"train\.init_from=gs://bucket/run: adapters in a local workdir need a local base"
+    ):
+        train.train(elsewhere, Workdir(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_adapters_without_weights_are_refused(base, tmp_path):
     config = adapting(base)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from=""))
