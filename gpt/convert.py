@@ -8,17 +8,20 @@ of a tokenizer, or of a ViT preprocessor_config.json. All is read and written ar
 in memory.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
 import re
+import secrets
+import shutil
 import typing
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from gpt import cli, tokenizers
+from gpt import cli, durable, tokenizers
 from gpt.checkpoint import Deferred, Run, Workdir, write_params
 from gpt.config import Config
 from gpt.data.images import ImagesConfig
@@ -631,8 +634,13 @@ def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> GPTConfig | 
         recorded = Config(model=model, tokenizer=tokenizers.TokenizerConfig(name=tokenizer.name))
     run = Run(recorded, tokenizer, None)
     workdir.create()
-    write_params(workdir, run, _tree({name: deferred(name, tensor) for name, tensor in wanted.items()}))
-    workdir.record(run)
+    try:
+        write_params(workdir, run, _tree({name: deferred(name, tensor) for name, tensor in wanted.items()}))
+        workdir.record(run)
+    except BaseException:  # the folder was empty, and is to be so for the next try
+        with contextlib.suppress(OSError):
+            durable.remove_tree(workdir.path / "checkpoints")
+        raise
     return config
 
 
@@ -651,15 +659,20 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[GPTConfig | 
         theirs[PREPROCESSOR] = write_processor(config, run.config.data)
     weights = Weights(workdir, checkpoint)
     _refuse_to_overwrite("to_hf", folder)
+    folder = folder.absolute()
+    partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{durable.PARTIAL}")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors(folder / "model.safetensors", config, weights)
+        partial.mkdir(parents=True)
+        write_safetensors(partial / "model.safetensors", config, weights)
         for name, text in write_tokenizer(run.tokenizer).items():
-            (folder / name).write_text(text, encoding="utf-8")
+            (partial / name).write_text(text, encoding="utf-8")
         for name, content in theirs.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+            (partial / name).write_text(json.dumps(content, indent=2) + "\n")
+        durable.publish(partial, folder)
     except OSError as error:
         raise UserError(f"Cannot write to --to_hf={folder}: {error.strerror or error}.") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return config, weights.step
 
 
@@ -681,8 +694,7 @@ def write_safetensors(path: Path, config: GPTConfig | ViTConfig, weights: Weight
                 offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # so that the arrays are aligned
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as out:
+    with open(path, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         shapes = {name: _lead(name, config) + tensor.ours for name, tensor in wanted.items()}
         for (name, tensor), array in zip(wanted.items(), weights.restore_each(shapes), strict=True):
@@ -690,7 +702,6 @@ def write_safetensors(path: Path, config: GPTConfig | ViTConfig, weights: Weight
                 ours = array[layer] if name.startswith("blocks/") else array
                 for part in tensor.write(ours):
                     out.write(part.astype("<f4").tobytes())
-    partial.replace(path)
 
 
 def _layers(name: str, config: GPTConfig | ViTConfig) -> range:

@@ -288,7 +288,16 @@ def test_a_damaged_checkpoint_is_not_written(base, tmp_path):
         file.write_bytes(b"")
     with pytest.raises(UserError, match=r"checkpoints/0 is damaged"):
         convert.to_hf(workdir, "best", tmp_path / "hf")
-    assert not (tmp_path / "hf" / "model.safetensors").exists()
+    assert not list(tmp_path.glob("hf*"))  # nothing by halves
+
+
+def test_weights_that_cannot_be_read_to_the_end_leave_nothing_in_the_workdir(tmp_path, monkeypatch):
+    folder, read = write_folder(tmp_path / "hf"), convert.Tensor.read
+    monkeypatch.setattr(convert.Tensor, "read", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error"):
+        converted(folder, tmp_path / "run")
+    monkeypatch.setattr(convert.Tensor, "read", read)
+    converted(folder, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
