@@ -21,10 +21,8 @@ SEPARATOR = "<|endoftext|>"  # GPT-2's name of the token between documents
 SMALLEST_BPE = 257  # tokens: the bytes and the separator
 BATCH = 1 << 20  # characters that BPE encodes at a time, all cores together
 PIECE = 1 << 12  # characters that one core takes of them at a time
-WINDOW, LOOKAHEAD = (
-    1 << 19,
-    1 << 16,
-)  # characters encoded, and looked at beyond them, where a text has no white space to cut at
+WINDOW = 1 << 19  # characters that are encoded at a time where a text has no white space to cut at
+LOOKAHEAD = 1 << 16  # characters after a place to cut that are encoded to see whether it is one
 LONGEST_WORD = 256  # bytes: training splits longer words, because its time grows with the square of a word's length
 MOST_STOPS = 1024  # tokens that may end a sample
 

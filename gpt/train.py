@@ -110,8 +110,6 @@ class Training:
         workdir.record(self.run)  # only now: what could not be restored leaves no mark
         for line in describe_changes(changes, before, self.run, len(self.examples), self.step):
             progress.say(line)
-        if changes.keys() & self.run.environment.keys():
-            progress.say("note: with these the run resumes to rounding, not to the bit.")
         best = self.checkpoints.best()
         self.best_loss = best[1] if best else math.inf
 
@@ -160,11 +158,8 @@ class Training:
         flops_per_step = self.tokens_per_step * self.program.model.config.flops_per_token()
         self.speed = metrics.Speed(self.tokens_per_step, flops_per_step, chip and chip.flops * self.layout.mesh.size)
 
-        tracer, may_wait, began = (
-            Tracer(workdir.path, start, progress.say) if profile else None,
-            True,
-            time.perf_counter(),
-        )
+        tracer = Tracer(workdir.path, start, progress.say) if profile else None
+        may_wait, began = True, time.perf_counter()
         with Interrupted(self.layout) as interrupted:
             try:
                 stop_signal = self._make_steps(interrupted, tracer)
@@ -456,6 +451,8 @@ def describe_changes(
             shifted = f": the learning rate at step {step:,} becomes {is_now:.2g} instead of {was:.2g}"
     for key, (old, new) in changes.items():
         yield f"changed: {key} {old!r} → {new!r}{shifted if [key] == of_the_schedule[-1:] else ''}"
+    if changes.keys() & now.environment.keys():
+        yield "note: with these the run resumes to rounding, not to the bit."
 
 
 def learning_rate(config: Config, rows_per_epoch: int, step: int) -> float:
