@@ -172,7 +172,12 @@ def test_the_config_chooses_family_and_kind_by_name():
     tree = default_config(data=SortConfig()).to_dict()
     for key, field, value, said in (
         ("data", "kind", "sorts", r"data\.kind='sorts' is not known; choose one of .*sort"),
-        ("data", "kind", "text", r"data\.(size|digits|validation_rows) is no option of TextConfig"),
+        (
+            "data",
+            "kind",
+            "text",
+            r"data\.(size|digits|validation_rows) is a key of another model\.family or data\.kind",
+        ),
         ("data", "kind", 3, r"data\.kind=3 has to be of type str"),
         ("model", "family", "rnn", r"model\.family='rnn' is not known"),
     ):

@@ -341,7 +341,10 @@ def test_a_path_that_leads_nowhere_is_a_sentence(path):
 def test_a_large_jpeg_is_read_at_a_lower_resolution(tmp_path):
     """The limit is for what is decoded."""
     Image.new("L", (13_000, 9_000), 200).save(tmp_path / "large.jpg")
-    np.testing.assert_array_equal(ImagesConfig().inputs(str(tmp_path / "large.jpg"), DIGITS), np.full((8, 8, 1), 200))
+    # An eighth, which is the least that libjpeg can give, and not below twice the size that is wanted.
+    assert images.decode(tmp_path / "large.jpg", 1, 500).size == (1625, 1125)
+    with pytest.raises(UserError, match="117,000,000 pixels are more than"):
+        images.decode(tmp_path / "large.jpg", 1)
 
 
 @pytest.mark.parametrize("format_", images.FORMATS)

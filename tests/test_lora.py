@@ -237,7 +237,7 @@ def test_any_mesh_trains_the_same(base, adapted, tmp_path):
 def test_frozen_weights_that_change_in_memory_stop_the_run(base, tmp_path, monkeypatch):
     save = train.Training._save
 
-    def change_and_save(self, loss):
+    def change_and_save(self, loss=None):
         if self.step == 6:
             frozen = self.state.frozen
             scale = frozen["final_norm"]["scale"]

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import select
 import subprocess
 import sys
 import textwrap
@@ -43,7 +44,7 @@ def pipe(*, size=None):
     """A descriptor to write to, and a function that reads what was written."""
     reader, writer = os.pipe()
     try:
-        yield writer, lambda: os.read(reader, 1 << 20).decode()
+        yield writer, lambda: os.read(reader, 1 << 20).decode() if select.select([reader], [], [], 1)[0] else ""
     finally:
         os.close(writer)
         with contextlib.suppress(OSError):

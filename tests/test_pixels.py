@@ -218,7 +218,7 @@ def test_the_parts_of_a_preview_share_no_random_numbers(digits, monkeypatch):
     config = Config(data=digits.config, model=GPTConfig(block_size=64))
     program = types.SimpleNamespace(model=GPT(config.model.resolve(28, "cpu")), layout=None)
     show = digits.preview(program, config, digits.evaluation("val", None))
-    assert show(None, 7, {}).images.keys() == {"samples", "completions"}
+    assert show(None, 7, {}, lambda: None).images.keys() == {"samples", "completions"}
     assert len(set(streams)) == len(streams) == 10 * 4 + 4 * 8
 
 
