@@ -96,7 +96,8 @@ class Run:
     base: "Base | None" = None  # of a run that trains adapters
     skipped: tuple[int, ...] = ()  # numbers of the batches that are left out: see `train.on_nonfinite`
     environment: dict[str, str] = dataclasses.field(default_factory=dict)  # versions, devices: what exactness needs
-    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8))  # its checkpoints carry the same
+    # The checkpoints of the run carry the same. Two runs of one config are equal otherwise.
+    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8), compare=False)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ of a tokenizer, or of a ViT preprocessor_config.json. All is read and written ar
 in memory.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -634,13 +633,8 @@ def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> GPTConfig | 
         recorded = Config(model=model, tokenizer=tokenizers.TokenizerConfig(name=tokenizer.name))
     run = Run(recorded, tokenizer, None)
     workdir.create()
-    try:
-        write_params(workdir, run, _tree({name: deferred(name, tensor) for name, tensor in wanted.items()}))
-        workdir.record(run)
-    except BaseException:  # the folder was empty, and is to be so for the next try
-        with contextlib.suppress(OSError):
-            durable.remove_tree(workdir.path / "checkpoints")
-        raise
+    write_params(workdir, run, _tree({name: deferred(name, tensor) for name, tensor in wanted.items()}))
+    workdir.record(run)
     return config
 
 

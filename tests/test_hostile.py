@@ -210,6 +210,7 @@ def _sparse(path):
     os.truncate(path, 1 << 40)
 
 
+BPE = '{"name": "bpe", "tokens": TOKENS, "merges": [], "added": [], "settings": {}}'
 ABSURD = {
     "an array": (
         lambda path: _zarr(path, shape=[10**12, 16]),
@@ -244,8 +245,8 @@ ABSURD = {
     "tokenizer of halves": (lambda path: _tokenizer(path, r'{"name": "char", "alphabet": "a\ud800"}'), "damaged"),
     "tokenizer elsewhere": (lambda path: _tokenizer(path, '{"name": "../../x"}'), "damaged"),
     "tokenizer of a list": (lambda path: _tokenizer(path, '{"name": ["char"]}'), "damaged"),
-    "bpe without bytes": (lambda path: _tokenizer(path, '{"name": "bpe", "tokens": ["a"], "merges": []}'), "256 bytes"),
-    "bpe of numbers": (lambda path: _tokenizer(path, '{"name": "bpe", "tokens": [1, 2], "merges": []}'), "damaged"),
+    "bpe without bytes": (lambda path: _tokenizer(path, BPE.replace("TOKENS", '["a"]')), "256 bytes"),
+    "bpe of numbers": (lambda path: _tokenizer(path, BPE.replace("TOKENS", "[1, 2]")), "damaged"),
     "skipped batches": (
         lambda path: edit_json(path / "run.json", lambda record: record.update(skipped_batches="x")),
         "damaged",
