@@ -480,18 +480,30 @@ def test_facts_tell_what_changes_results(monkeypatch):
 # What other programs do to a connection: in this process, with threads for both ends.
 
 
-@pytest.fixture
-def exits(monkeypatch):
-    """The codes with which this process would have ended. Threads that ended it go no further."""
-    codes = []
+class Os:
+    """`os` for gpt.cluster, with an `_exit` that notes the code and goes no further.
 
-    def end(code):
-        codes.append(code)
+    It stays when the test is over, for the test's threads live on and may end the process later.
+    """
+
+    def __init__(self):
+        self.codes, self._of_others = [], set(threading.enumerate()) - {threading.current_thread()}
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+    def _exit(self, code):
+        if threading.current_thread() not in self._of_others:
+            self.codes.append(code)
         threading.Event().wait()
 
-    monkeypatch.setattr(os, "_exit", end)
+
+@pytest.fixture
+def exits(monkeypatch) -> list[int]:
+    """The codes with which this process would have ended."""
+    cluster.os = Os()
     monkeypatch.setattr(cluster.threading, "Timer", lambda *_: types.SimpleNamespace(start=lambda: None))
-    return codes
+    return cluster.os.codes
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import subprocess
 import time
 
 import jax
@@ -388,20 +389,32 @@ def test_what_tensorboard_shows(tiny, whole):
     assert math.isfinite(histogram.min)
 
 
-def test_profile_leaves_a_trace(tmp_path, play, command):
-    """Also where libtpu is installed and nobody said JAX_PLATFORMS: in vain it would look for a TPU, and crash here."""
-    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    flags = ("--config.model.num_layers=1", "--config.model.embed_dim=16", "--config.train.sample_tokens=0")
-    config = ("--config=configs/char_tiny.py", f"--config.data.path={play}", "--config.train.steps=8", *flags)
-    result = command("main", *config, f"--workdir={tmp_path}", "--profile", env=env)
+@pytest.fixture
+def profiled(tmp_path, play, command):
+    """Trains eight steps with `--profile`, in a process of its own: JAX's profiler crashes where libtpu is loaded."""
+
+    def run() -> subprocess.CompletedProcess:
+        # Without JAX_PLATFORMS libtpu would make JAX look for a TPU, which gpt.main prevents.
+        env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+        flags = ("--config.model.num_layers=1", "--config.model.embed_dim=16", "--config.train.sample_tokens=0")
+        config = ("--config=configs/char_tiny.py", f"--config.data.path={play}", "--config.train.steps=8", *flags)
+        return command("main", *config, f"--workdir={tmp_path}/run", "--profile", env=env)
+
+    return run
+
+
+def test_profile_leaves_a_trace(tmp_path, profiled):
+    result = profiled()
     assert (result.returncode, result.stderr) == (0, "")
-    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+    assert list(tmp_path.glob("run/plugins/profile/*/*.xplane.pb"))
 
 
-def test_a_trace_that_cannot_be_written_ends_no_run(tiny, tmp_path, capsys):
-    (tmp_path / "plugins").touch()
-    assert train.train(tiny, Workdir(tmp_path), profile=True) == 0
-    assert f"note: cannot write the trace to {tmp_path}: " in capsys.readouterr().out
+def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, profiled):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/plugins").touch()
+    result = profiled()
+    assert result.returncode == 0
+    assert f"note: cannot write the trace to {tmp_path}/run: " in result.stdout
 
 
 def test_loss_falls_and_the_model_learns_a_pattern(tiny, tmp_path):
