@@ -16,6 +16,8 @@ from gpt import backend, cluster, output, signals
 from gpt import config as config_lib
 from gpt.errors import UsageError, UserError, one_line
 
+MAX_PIPED = 1 << 20  # bytes of a prompt on stdin; a model sees the end of it only
+
 
 def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
     """Parses the flags, runs `main` and exits with its code or that of a UserError.
@@ -153,3 +155,22 @@ def _hint(name: str) -> str:
 def _fail(error: object, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
+
+
+def read_stdin() -> str:
+    """The prompt that a pipe or a file holds, without the line feed at its end; empty where there is none.
+
+    Raises:
+      UserError: it is too long, or not UTF-8.
+    """
+    try:
+        content = (sys.stdin.buffer.read(MAX_PIPED + 1) or b"") if sys.stdin is not None else b""
+    except OSError as error:
+        raise UserError(f"Cannot read the prompt from stdin: {error.strerror}.") from None
+    if len(content) > MAX_PIPED:
+        raise UserError(f"The prompt on stdin has more than {MAX_PIPED:,} bytes; pass only the last part of it.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompt on stdin is not UTF-8 (byte {error.start:,}); convert it to UTF-8.") from None
+    return text.removesuffix("\n").removesuffix("\r")

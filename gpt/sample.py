@@ -61,8 +61,6 @@ _STOP_NEWLINES = flags.DEFINE_integer("stop_newlines", 0, "End a sample with its
 _OUT = flags.DEFINE_string("out", "samples.png", "File for the samples of a model that draws; it must not exist.")
 flags.adopt_module_key_flags(cluster)
 
-MAX_PIPED = 1 << 20  # bytes of a prompt on stdin; a model sees the end of it only
-
 
 def main() -> int:
     from gpt import backend, generate, loaded  # after the flags: mistakes in them need not wait for it
@@ -73,7 +71,7 @@ def main() -> int:
     saved = workdir.read()
     prompts = _PROMPT.value
     if prompts is None and not cluster.share("terminal", lambda: sys.stdin is not None and sys.stdin.isatty()):
-        prompts = [cluster.share("piped prompt", _read_stdin)]
+        prompts = [cluster.share("piped prompt", cli.read_stdin)]
     backend.divide_cpu(saved.config, rows=len(prompts or [""]) * _NUM_SAMPLES.value)
     if isinstance(saved.tokenizer, Labels):
         return _classify(loaded.load(workdir, _CHECKPOINT.value), prompts or [])
@@ -184,25 +182,6 @@ def _loop(write: Callable[[list[str], int], None]) -> None:
             if cluster.is_several():  # they may not all have stopped at the same token
                 raise
             print()
-
-
-def _read_stdin() -> str:
-    """The prompt that a pipe or a file holds, without the line feed at its end; empty where there is none.
-
-    Raises:
-      UserError: it is too long, or not UTF-8.
-    """
-    try:
-        content = (sys.stdin.buffer.read(MAX_PIPED + 1) or b"") if sys.stdin is not None else b""
-    except OSError as error:
-        raise UserError(f"Cannot read the prompt from stdin: {error.strerror}.") from None
-    if len(content) > MAX_PIPED:
-        raise UserError(f"The prompt on stdin has more than {MAX_PIPED:,} bytes; pass only the last part of it.")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"The prompt on stdin is not UTF-8 (byte {error.start:,}); convert it to UTF-8.") from None
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def _read_prompt() -> str:

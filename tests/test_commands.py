@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt import loaded, sample, train
+from gpt import cli, loaded, train
 from gpt.checkpoint import Workdir
 from gpt.config import default_config, flatten
 from gpt.errors import UserError
@@ -156,18 +156,18 @@ def test_prompt_on_stdin(monkeypatch):
 
     def read(content):
         monkeypatch.setattr(sys, "stdin", content and io.TextIOWrapper(io.BytesIO(content)))
-        return sample._read_stdin()
+        return cli.read_stdin()
 
     assert read(b"KING:\n") == read(b"KING:\r\n") == read(b"\xef\xbb\xbfKING:") == "KING:"
     assert read("é\n\nO\n\n".encode()) == "é\n\nO\n"
     assert read(b" ") == " "
     assert read(b"\n") == ""
     monkeypatch.setattr(sys, "stdin", open(os.devnull))  # noqa: SIM115
-    assert sample._read_stdin() == ""
+    assert cli.read_stdin() == ""
     assert read(None) == ""  # stdin is closed
-    assert len(read(b"a" * sample.MAX_PIPED)) == sample.MAX_PIPED
+    assert len(read(b"a" * cli.MAX_PIPED)) == cli.MAX_PIPED
     with pytest.raises(UserError, match=r"stdin has more than 1,048,576 bytes; pass only the last part"):
-        read("é".encode() * sample.MAX_PIPED)
+        read("é".encode() * cli.MAX_PIPED)
     with pytest.raises(UserError, match=r"stdin is not UTF-8 \(byte 3\); convert it to UTF-8"):
         read(b"caf\xe9")
 

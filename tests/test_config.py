@@ -6,6 +6,7 @@ import pytest
 from absl import flags
 
 from gpt import cli, config, train
+from gpt.checkpoint import Run
 from gpt.config import Config, OptimizerConfig, TrainConfig
 from gpt.errors import UsageError
 
@@ -168,12 +169,8 @@ def test_errors_of_flags_name_the_flag(text, sentence):
 
 def changed(old: Config, new: Config, step: int = 1000) -> list[str]:
     """What is said of a resume after some steps, with 640 rows in an epoch."""
-
-    class Recorded:
-        def __init__(self, config):
-            self.config = config
-
-    return list(train.describe_changes(config.differences(old, new), Recorded(old), Recorded(new), 640, step))
+    before, now = (Run(config, tokenizer=None, fingerprint="") for config in (old, new))
+    return list(train.describe_changes(config.differences(old, new), before, now, 640, step))
 
 
 def with_train(old: Config, **changes) -> Config:

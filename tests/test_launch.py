@@ -385,7 +385,7 @@ def test_slurm_keeps_other_codes(tmp_path, slurm):
 
 def test_slurm_makes_a_secret_of_each_job(slurm, monkeypatch):
     monkeypatch.delenv("GPT_CLUSTER_SECRET", raising=False)
-    shown = slurm("-c", "import os; print(os.environ['GPT_CLUSTER_SECRET'])").communicate()[0]
+    shown = slurm("-c", "import os; os.write(1, os.environb[b'GPT_CLUSTER_SECRET'] + b'\\n')").communicate()[0]
     first, second = shown.split()
     assert first == second
     assert re.fullmatch(r"[0-9a-f]{32}", first)
