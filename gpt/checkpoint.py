@@ -106,7 +106,7 @@ class Base:
 
     Attributes:
       path: of its workdir.
-      digest: of the weights.
+      digest: of what that checkpoint holds.
     """
 
     path: str
@@ -301,6 +301,7 @@ class Checkpoints:
         self._path, self._keep, self._say, self._run = path, keep, say, run
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._saving: int | None = None
+        self._frozen = 0  # digest of the weights that adapters belong to
         self._verified: concurrent.futures.Future | None = None  # digests of what was written, as far as read here
         self.failure: str | None = None
         self._records: dict[int, dict[str, Any]] = {}  # what each checkpoint records of itself
@@ -330,6 +331,15 @@ class Checkpoints:
         """The running mean of the training loss that a step was saved with."""
         return self._records[step]["mean_loss"]
 
+    def digest(self, step: int) -> int:
+        """The digest of the parameters (or adapters) of a checkpoint, as it records it."""
+        arrays = self._records[step]["arrays"]
+        return sum(arrays[name] for name in arrays if name.startswith("params/")) % 2**32
+
+    def keep_frozen(self, frozen: Any) -> None:
+        """From now on, `save` compares the weights that adapters belong to with these."""
+        self._frozen = digest(frozen) if frozen else 0
+
     def save(
         self,
         step: int,
@@ -345,7 +355,7 @@ class Checkpoints:
         and the next save is another try. With several processes it is an error.
 
         Args:
-          frozen: the weights that adapters belong to. They are not saved, but have to be what they were.
+          frozen: the weights that adapters belong to. They are not saved, but compared with those of `keep_frozen`.
 
         Raises:
           UserError: devices that have to hold the same numbers hold different ones. Nothing is saved then.
@@ -354,7 +364,7 @@ class Checkpoints:
         stacked = _stack({"params": params, "optimizer": optimizer})
         try:
             digests = integrity.digests(stacked)
-            if frozen and digest(frozen) != self._run.base.digest:
+            if frozen and digest(frozen) != self._frozen:
                 raise integrity.ReplicasDiffer("the frozen weights are not what they were")
         except integrity.ReplicasDiffer as error:
             raise UserError(

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from gpt import cluster, durable, integrity, lora, sharding, tokenizers
-from gpt.checkpoint import Base, Run, Workdir, digest
+from gpt import cluster, durable, lora, sharding, tokenizers
+from gpt.checkpoint import Base, Run, Workdir
 from gpt.config import Config
 from gpt.data import Dataset
 from gpt.errors import UserError
@@ -35,14 +35,14 @@ class Weights:
         self._checkpoints = workdir.checkpoints(run=self.run)
         self.step = self._checkpoints.find(checkpoint)
         self._base = Weights.of_base(self.run.base, workdir) if self.run.base else None
-        self._digest: int | None = None  # that the parameters must have
 
     @classmethod
     def of_base(cls, base: Base, workdir: Workdir) -> "Weights":
         """The weights that the adapters in a workdir belong to.
 
         Raises:
-          UserError: they are missing, or in a bucket although the workdir is not: opening one uses no network.
+          UserError: they are missing, have changed, or are in a bucket although the workdir is not: opening one uses no
+            network.
         """
         if durable.is_local(workdir.path) and not durable.is_local(base.path):
             raise UserError(
@@ -53,18 +53,22 @@ class Weights:
             weights = cls(Workdir(base.path), str(base.step))
         except UserError as error:
             raise UserError(f"The weights that adapters were trained for: {error}") from None
-        weights._digest = base.digest
+        if weights._checkpoints.digest(weights.step) != base.digest:
+            raise UserError(
+                f"Step {base.step} of {base.path} has other weights than those that the adapters were trained for: put "
+                "these back, or name their workdir as base.path in run.json."
+            )
         return weights
 
-    def as_base(self, params: Any) -> Base:
-        """The record of these weights, once restored as `params`, for adapters."""
-        return Base(str(self.workdir.path), self.step, digest(params))
+    def as_base(self) -> Base:
+        """The record of these weights for adapters."""
+        return Base(str(self.workdir.path), self.step, self._checkpoints.digest(self.step))
 
     def restore(self, program: Program) -> Any:
         """The parameters, adapters merged, sharded as the program wants them.
 
         Raises:
-          UserError: a shape differs, by its name, or adapters belong to other weights.
+          UserError: a shape differs, by its name, or the checkpoint is damaged.
         """
         if self._base:
             scan_layers = program.model.config.scan_layers
@@ -72,12 +76,8 @@ class Weights:
             config = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=scan_layers))
             own = build(config, self.run.tokenizer.vocab_size, program.layout, total_steps=1)
             adapters = self._checkpoints.restore(self.step, params=own.abstract_state.params)["params"]
-            params = own.merge(self._base.restore(program), adapters)
-        else:
-            params = self._checkpoints.restore(self.step, params=program.abstract_params)["params"]
-        if self._digest is not None:
-            self._check(digest(params))
-        return params
+            return own.merge(self._base.restore(program), adapters)
+        return self._checkpoints.restore(self.step, params=program.abstract_params)["params"]
 
     def restore_each(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
         """All parameters, by name, as `Checkpoints.restore_each` gives them, adapters merged.
@@ -85,16 +85,12 @@ class Weights:
         Raises:
           UserError: as `restore`.
         """
-        adapters, total = self._adapters(), 0
+        adapters = self._adapters()
         arrays = self._base.restore_each(shapes) if self._base else self._checkpoints.restore_each(self.step, shapes)
         for name, array in zip(shapes, arrays, strict=True):
             if name in adapters:
                 array = array + self.run.config.model.lora_scale * lora.product(adapters[name], array.shape)
-            if self._digest is not None:
-                total = (total + integrity.on_host(array)) % 2**32
             yield array
-        if self._digest is not None:
-            self._check(total)
 
     def _adapters(self) -> dict[str, dict[str, np.ndarray]]:
         """The matrices of each adapter, by the name of its kernel, layers stacked."""
@@ -110,13 +106,6 @@ class Weights:
             place, _, matrix = name.rpartition("/")
             found.setdefault(f"{place}/kernel", {})[matrix] = array
         return found
-
-    def _check(self, found: int) -> None:
-        if found != self._digest:
-            raise UserError(
-                f"Step {self.step} of {self.workdir.path} has other weights than those that the adapters were trained "
-                "for: put these back, or name their workdir as base.path in run.json."
-            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,7 @@ class Training:
             self.run = dataclasses.replace(self.run, base=before.base, skipped=before.skipped)
         self._first_params = origin.restore(self.program) if origin else None  # used up by `begin`
         if config.model.lora_rank and not self.run.base:
-            self.run = dataclasses.replace(self.run, base=origin.as_base(self._first_params))
+            self.run = dataclasses.replace(self.run, base=origin.as_base())
         self.checkpoints = workdir.checkpoints(config.train.keep_checkpoints, progress.say, self.run)
         changes = self._refuse_changes(before, allow_config_change) if before else {}
         self.preview = self.dataset.preview(self.program, config, self.validation)
@@ -135,6 +135,7 @@ class Training:
         else:
             with self.layout.use():
                 state = self.program.begin(params) if self.origin else self.program.init()
+        self.checkpoints.keep_frozen(state.frozen)
         batch_size, rows = config.train.batch_size, self.layout.local_rows(config.train.batch_size)
         numbers = self.examples, batch_size, config.seed, rows, step, config.data.prefetch, self.run.skipped
         self.batches = pipeline.to_devices(pipeline.training_batches(*numbers), self.layout, rows, batch_size)

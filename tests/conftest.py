@@ -7,8 +7,16 @@ from pathlib import Path
 # Before the first import of JAX. Processes that the tests start inherit all of it.
 CACHE = Path(tempfile.gettempdir()) / f"gpt-test-cache-{os.getuid()}"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# The second as `gpt.backend` sets it, so that a test and a process that it starts compute alike.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_experimental_ynn_fusion_type= --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_force_host_platform_device_count=8",
+        # As `gpt.backend` sets it, so that a test and a process that it starts compute alike.
+        "--xla_cpu_experimental_ynn_fusion_type=",
+        # Most of the time goes into compiling tiny programs, which need not be fast.
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "xla")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
