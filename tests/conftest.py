@@ -23,9 +23,11 @@ os.environ["XDG_CACHE_HOME"] = str(CACHE)
 os.environ.pop("GPT_CACHE_DIR", None)
 
 import dataclasses  # noqa: E402
+import gc  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from gpt.cache import Cache  # noqa: E402
@@ -34,6 +36,14 @@ from gpt.data import text  # noqa: E402
 from gpt.models.gpt import GPTConfig  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Thousands of compiled programs would fill the memory of a process that runs many files, and slow it down."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

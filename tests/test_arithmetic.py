@@ -188,6 +188,7 @@ def test_the_config_chooses_family_and_kind_by_name():
         from_tree(tree)
 
 
+@pytest.mark.slow
 def test_the_commands_train_evaluate_and_answer(tmp_path, command):
     """A model that has learnt little: the answers are numbers, most of them wrong, and said to be."""
     model = ("--config.model.num_layers=1", "--config.model.num_heads=2", "--config.model.embed_dim=16")

@@ -150,24 +150,32 @@ def shards_of(folder) -> dict[str, np.ndarray]:
     return found
 
 
-def test_a_run_goes_on_with_other_processes_and_meshes(undisturbed, play, tmp_path, monkeypatch):
-    """1 → 2 → 4 → 1 processes, dp → fsdp → fsdp_tp → sp: losses as in one process, and parameters to the bit."""
-    workdir, flags = tmp_path / "run", (*MODEL, f"--config.data.path={play}", f"--workdir={tmp_path / 'run'}")
-    (tmp_path / "restore.py").write_text(textwrap.dedent(RESTORE))
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    stages = [
+# (Processes, mesh) of one part of a run after the other.
+STAGES = {
+    "2 → 1": [(2, "--config.mesh.rules=fsdp"), (1, "--config.mesh.rules=sp", "--config.mesh.sequence=2")],
+    "1 → 2 → 4 → 1": [
         (1, "--config.mesh.rules=dp"),
         (2, "--config.mesh.rules=fsdp"),
         (4, "--config.mesh.rules=fsdp_tp", "--config.mesh.data=2", "--config.mesh.model=2"),
         (1, "--config.mesh.rules=sp", "--config.mesh.sequence=2"),
-    ]
-    for i, (count, *mesh) in enumerate(stages, 1):
-        ended = Processes(count, "gpt.main", *flags, *mesh, f"--config.train.steps={4 * i}").succeeded()
-        assert f"Done: {4 * i} steps" in ended.out[0]
+    ],
+}
+
+
+@pytest.mark.parametrize("stages", ["2 → 1", pytest.param("1 → 2 → 4 → 1", marks=pytest.mark.slow)])
+def test_a_run_goes_on_with_other_processes_and_meshes(undisturbed, play, tmp_path, monkeypatch, stages):
+    """Losses as in one process, and parameters to the bit."""
+    workdir, flags = tmp_path / "run", (*MODEL, f"--config.data.path={play}", f"--workdir={tmp_path / 'run'}")
+    (tmp_path / "restore.py").write_text(textwrap.dedent(RESTORE))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    for i, (count, *mesh) in enumerate(STAGES[stages], 1):
+        steps = 16 * i // len(STAGES[stages])
+        ended = Processes(count, "gpt.main", *flags, *mesh, f"--config.train.steps={steps}").succeeded()
+        assert f"Done: {steps} steps" in ended.out[0]
         assert (f"of {count} processes" in ended.out[0]) == (count > 1)
         assert not re.search("^(model|step|Done)", "".join(ended.out[1:]), re.M), "only process 0 prints"
         if count == 2:
-            # What these two hold after step 8, against what one process reads of the same files.
+            # What these two hold after that step, against what one process reads of the same files.
             (tmp_path / "several").mkdir()
             restore = ("restore", f"--workdir={workdir}", f"--out={tmp_path / 'several'}")
             Processes(2, *restore).succeeded()
@@ -225,7 +233,7 @@ def test_each_process_reads_the_rows_of_its_devices(play, tmp_path, monkeypatch)
     assert len({tuple(row) for rows in read for row in rows}) == (5 + 1) * 8
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_one_process_stops_all_after_the_same_step(undisturbed, play, tmp_path, number):
     """And the same command goes on."""
     flags = (*MODEL, f"--config.data.path={play}", f"--workdir={tmp_path}", "--config.train.eval_every=0")
@@ -241,7 +249,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(undisturbed, play
         assert list(losses(tmp_path)) == list(range(1, step + 3))
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_others_with_a_word(play, tmp_path, killed):
     flags = (*MODEL, f"--config.data.path={play}", f"--workdir={tmp_path}", "--config.train.eval_every=0")
     running = Processes(2, "gpt.main", *flags, "--config.train.steps=100000", "--config.train.checkpoint_every=5")

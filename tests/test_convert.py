@@ -432,6 +432,7 @@ def finetuning(workdir, play, **mesh):
     )
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_weights_on_any_mesh_and_goes_on_without_them(base, play, tmp_path, capsys):
     origin = Workdir(shutil.copytree(base.path, tmp_path / "origin"))
     losses = []

@@ -176,7 +176,13 @@ def test_a_skipped_update_is_one_left_out_by_hand(small, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    "variant", ["nan", pytest.param("gradient", marks=SLOW), pytest.param("zero1", marks=SLOW), "sharded"]
+    "variant",
+    [
+        "nan",
+        pytest.param("gradient", marks=SLOW),
+        pytest.param("zero1", marks=SLOW),
+        pytest.param("sharded", marks=SLOW),
+    ],
 )
 def test_a_run_rolled_back_is_one_that_never_saw_those_batches(small, tmp_path, monkeypatch, capsys, devices, variant):
     kind, train_options, mesh_options = VARIANTS[variant]

@@ -77,10 +77,15 @@ def run_20_steps():
 
 
 # Compiling is what takes the time, so the variants are not tried on every mesh, and on some only with the slow tests.
-MESHES_OF = {"plain": MESHES, "scan": MESHES[2:3], "chunked-scan-remat": [MESHES[2], MESHES[5]]}
+MESHES_OF = {"plain": [*MESHES[:3], *MESHES[4:7]], "chunked-scan-remat": [MESHES[2], MESHES[5]]}
 CASES = [(variant, mesh) for variant, meshes in MESHES_OF.items() for mesh in meshes]
+SLOW_MESHES_OF = {
+    "plain": [MESHES[3], MESHES[7]],
+    "scan": MESHES[2:3],
+    "chunked-scan-remat": [MESHES[1], MESHES[4], MESHES[6]],
+}
 CASES += [
-    pytest.param("chunked-scan-remat", mesh, marks=pytest.mark.slow) for mesh in (MESHES[1], MESHES[4], MESHES[6])
+    pytest.param(variant, mesh, marks=pytest.mark.slow) for variant, meshes in SLOW_MESHES_OF.items() for mesh in meshes
 ]
 
 
@@ -249,7 +254,7 @@ def test_constraints_on_activations_are_in_force(tiny, monkeypatch, mesh_config,
         assert spy.seen[key].is_equivalent_to(jax.NamedSharding(layout.mesh, spec), len(key[1])), (key, spy.seen[key])
 
 
-@pytest.mark.parametrize("attention", ["dense", "chunked"])
+@pytest.mark.parametrize("attention", ["dense", pytest.param("chunked", marks=pytest.mark.slow)])
 def test_memory_of_a_long_block_falls_with_the_sequence_axis(tiny, attention):
     """Of the whole step, at a length at which activations are most of it; keys and values alone stay whole."""
     model = dataclasses.replace(tiny.model, block_size=2048, attention=attention, positions="rotary")

@@ -203,7 +203,7 @@ def test_resuming_on_another_mesh_goes_on_the_same(tiny, whole, tmp_path, monkey
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
 
 
-@pytest.mark.parametrize("scan_first", [False, True])
+@pytest.mark.parametrize("scan_first", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_may_change_to_scanned_layers_and_back(tiny, tmp_path, scan_first):
     """Without dropout, whose masks are drawn another way, the two go on the same."""
     config = change(tiny, "model", embed_dropout=0.0, residual_dropout=0.0, attention_dropout=0.0, num_layers=3)
