@@ -1,9 +1,10 @@
 """What checkpoints cost a run, and how long a start takes.
 
-python tests/benchmarks/saving.py [--config=configs/char.py] [--steps=9]
+python tests/benchmarks/saving.py [--config=configs/char.py] [--every=3] [--steps=9]
 
-Trains a few steps with a checkpoint every third, and measures by the wall clock: a step, the time that the loop
-stands still for a save (device to host, and the wait for the save before), and what the steps beside it take longer.
+Trains a few steps with a checkpoint every third, or more rarely, and measures by the wall clock: a step just before a
+save, the time that the loop stands still for a save (device to host, and the wait for the save before), and what all
+steps after it take longer while it goes on in the background.
 From these follows the share of the time at the config's own train.checkpoint_every.
 Then it starts the same command with an empty and with a filled compilation cache (JAX_COMPILATION_CACHE_DIR).
 """
@@ -23,7 +24,7 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def measure_saves(file: str, steps: int) -> dict[str, float]:
+def measure_saves(file: str, every: int, steps: int) -> dict[str, float]:
     """Seconds of a step, and of the parts of a save."""
     import importlib.util
 
@@ -35,7 +36,7 @@ def measure_saves(file: str, steps: int) -> dict[str, float]:
     spec.loader.exec_module(module)
     tree = module.get_config()
     interval = tree.train.checkpoint_every
-    tree.train.update({"checkpoint_every": 3, "eval_every": 0, "sample_tokens": 0, "log_every": 1})
+    tree.train.update({"checkpoint_every": every, "eval_every": 0, "sample_tokens": 0, "log_every": 1})
     reported, stood, waited = {}, [], []
     update, save, wait = metrics.Progress.update, Checkpoints.save, Checkpoints.wait
 
@@ -67,12 +68,13 @@ def measure_saves(file: str, steps: int) -> dict[str, float]:
         newest = Path(folder, "checkpoints", str(workdir.checkpoints().last()))
         size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
     # Where a save stood between two reports, the later step is not measured; the one after ran beside the save.
-    times = {step: reported[step] - reported[step - 1] for step in range(3, steps + 1) if step - 1 in reported}
-    alone = [seconds for step, seconds in times.items() if step % 3 == 0]
-    beside = [seconds for step, seconds in times.items() if step % 3 == 2]
+    times = [[] for _ in range(every)]
+    for step in range(every + 1, steps + 1):
+        times[step % every].append(reported[step] - reported[step - 1])
+    alone, _, *beside = [statistics.median(seconds) for seconds in times]
     return {
-        "step": statistics.median(alone),
-        "beside": statistics.median(beside),
+        "step": alone,
+        "slower": sum(max(seconds - alone, 0) for seconds in beside),
         "first": stood[0],
         "stands": statistics.median(stood[1:]),
         "waits": max(waited),
@@ -100,18 +102,19 @@ def measure_start(file: str, cache: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", default=str(ROOT / "configs" / "char.py"))
+    parser.add_argument("--every", type=int, default=3)
     parser.add_argument("--steps", type=int, default=9)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         starts = {name: measure_start(arguments.config, cache) for name in ("empty", "filled")}
-    found = measure_saves(arguments.config, arguments.steps)
+    found = measure_saves(arguments.config, arguments.every, arguments.steps)
     whole = found["interval"] * found["step"]
     rows = [
         ("a step", found["step"]),
-        ("the step beside a save", found["beside"]),
+        ("all steps beside a save take longer", found["slower"]),
         ("the loop stands still for a save", found["stands"]),
         ("  for the first, which compiles", found["first"]),
-        ("  and waits for the one before, 3 steps ago", found["waits"]),
+        (f"  and waits for the one before, {arguments.every} steps ago", found["waits"]),
     ]
     print(f"\n{Path(arguments.config).name}, a checkpoint of {found['size'] / 1e6:,.0f} MB")
     for name, seconds in rows:
@@ -119,7 +122,7 @@ def main() -> None:
     for name, seconds in (
         ("standing still", found["stands"]),
         ("standing still and waiting as above", found["stands"] + found["waits"]),
-        ("these and the slower steps", found["stands"] + found["waits"] + 3 * max(found["beside"] - found["step"], 0)),
+        ("these and the slower steps", found["stands"] + found["waits"] + found["slower"]),
     ):
         print(f"share of {found['interval']:,} steps: {name:36}{seconds / whole:8.3%}")
     for name, seconds in starts.items():
