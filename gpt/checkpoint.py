@@ -301,7 +301,7 @@ class Checkpoints:
         self._path, self._keep, self._say, self._run = path, keep, say, run
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._saving: int | None = None
-        self._frozen = 0  # digest of the weights that adapters belong to
+        self._frozen: dict[str, int] = {}  # digests of the weights that adapters belong to
         self._verified: concurrent.futures.Future | None = None  # digests of what was written, as far as read here
         self.failure: str | None = None
         self._records: dict[int, dict[str, Any]] = {}  # what each checkpoint records of itself
@@ -332,13 +332,13 @@ class Checkpoints:
         return self._records[step]["mean_loss"]
 
     def digest(self, step: int) -> int:
-        """The digest of the parameters (or adapters) of a checkpoint, as it records it."""
+        """One digest for all parameters (or adapters) of a checkpoint, as it records them: the same on any mesh."""
         arrays = self._records[step]["arrays"]
         return sum(arrays[name] for name in arrays if name.startswith("params/")) % 2**32
 
     def keep_frozen(self, frozen: Any) -> None:
         """From now on, `save` compares the weights that adapters belong to with these."""
-        self._frozen = digest(frozen) if frozen else 0
+        self._frozen = integrity.digests(frozen) if frozen else {}
 
     def save(
         self,
@@ -364,7 +364,7 @@ class Checkpoints:
         stacked = _stack({"params": params, "optimizer": optimizer})
         try:
             digests = integrity.digests(stacked)
-            if frozen and digest(frozen) != self._frozen:
+            if frozen and integrity.digests(frozen) != self._frozen:
                 raise integrity.ReplicasDiffer("the frozen weights are not what they were")
         except integrity.ReplicasDiffer as error:
             raise UserError(
@@ -778,11 +778,6 @@ def _digests_of_files(folder: epath.Path, names: dict[str, Any], index: int, cou
                 found[name] = (found[name] + integrity.on_host(part, origin, array.shape)) % 2**32
             number += 1
     return found
-
-
-def digest(tree: Any) -> int:
-    """A number of 32 bits for the arrays of a tree: the same on any mesh, and for layers stacked or not."""
-    return sum(integrity.digests(_stack(tree)).values()) % 2**32
 
 
 def _saved(checkpoints: epath.Path) -> list[str]:

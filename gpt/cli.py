@@ -85,6 +85,25 @@ MUST_NAME = {"config", "workdir", "checkpoint", "out", "html", "topology", "data
 _overrides: list[tuple[str, str | None]] = []  # of the config, in their order: a key, and its value as text
 
 
+def read_stdin() -> str:
+    """The prompt that a pipe or a file holds, without the line feed at its end; empty where there is none.
+
+    Raises:
+      UserError: it is too long, or not UTF-8.
+    """
+    try:
+        content = (sys.stdin.buffer.read(MAX_PIPED + 1) or b"") if sys.stdin is not None else b""
+    except OSError as error:
+        raise UserError(f"Cannot read the prompt from stdin: {error.strerror}.") from None
+    if len(content) > MAX_PIPED:
+        raise UserError(f"The prompt on stdin has more than {MAX_PIPED:,} bytes; pass only the last part of it.")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"The prompt on stdin is not UTF-8 (byte {error.start:,}); convert it to UTF-8.") from None
+    return text.removesuffix("\n").removesuffix("\r")
+
+
 def _parse(argv: list[str]) -> list[str]:
     argv = ["--help" if argument == "-h" else argument for argument in argv]
     asked_for_help = any(argument.lstrip("-") in ("help", "helpshort", "helpfull") for argument in argv[1:])
@@ -155,22 +174,3 @@ def _hint(name: str) -> str:
 def _fail(error: object, code: int) -> int:
     print(f"error: {error}", file=sys.stderr)
     return code
-
-
-def read_stdin() -> str:
-    """The prompt that a pipe or a file holds, without the line feed at its end; empty where there is none.
-
-    Raises:
-      UserError: it is too long, or not UTF-8.
-    """
-    try:
-        content = (sys.stdin.buffer.read(MAX_PIPED + 1) or b"") if sys.stdin is not None else b""
-    except OSError as error:
-        raise UserError(f"Cannot read the prompt from stdin: {error.strerror}.") from None
-    if len(content) > MAX_PIPED:
-        raise UserError(f"The prompt on stdin has more than {MAX_PIPED:,} bytes; pass only the last part of it.")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"The prompt on stdin is not UTF-8 (byte {error.start:,}); convert it to UTF-8.") from None
-    return text.removesuffix("\n").removesuffix("\r")
