@@ -7,7 +7,7 @@ Muon makes the most of few tokens, so a step may cost more and see more rows; RE
 """
 
 from gpt.config import default_config
-from gpt.errors import check_choice
+from gpt.runtime.fields import check_choice
 
 # Layers, heads, width, tokens in a row, rows, steps, dropout.
 TIMES = {

@@ -7,17 +7,16 @@ The recipe is nanoGPT's for GPT-2: a tenth of the learning rate of training and 
 a million tokens is learnt by heart soon, so watch the validation loss; the best checkpoint is kept.
 """
 
-from gpt.checkpoint import Workdir
-from gpt.config import default_config
-from gpt.errors import UserError
+from gpt.config import default_config, read_recorded
+from gpt.runtime.errors import UserError
 
 
 def get_config(workdir: str = ""):
     if not workdir:
         raise UserError("Name the workdir to start from: --config=configs/finetune.py:WORKDIR.")
-    run = Workdir(workdir).read()
-    config = default_config(run.config.model, type(run.config.data)())
-    config.tokenizer.name = run.config.tokenizer.name
+    trained = read_recorded(workdir)
+    config = default_config(trained.model, type(trained.data)())
+    config.tokenizer.name = trained.tokenizer.name
     config.train.init_from = workdir
     config.train.batch_size = 32
     config.train.steps = 200

@@ -1,31 +1,29 @@
-"""The whole configuration: dataclasses here, an ml_collections tree towards the user.
+"""The config of a run: dataclasses, to an ml_collections tree for config files to change, and back.
 
-Each part is declared next to the code that uses it. `configs/*.py` start from `default_config()`,
-which is typed and locked, so a misspelt key or a wrong type is refused.
+Each part is declared beside the code that uses it. `configs/*.py` start from `default_config()`, which is typed and
+locked, so that a misspelt key or a wrong type is refused. `gpt.config_files` reads these files.
 """
 
 import dataclasses
 import difflib
-import importlib
-import inspect
 import math
-import re
-import traceback
 import typing
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import ml_collections
+from etils import epath
 
-from gpt.data import KINDS, DataConfig
+from gpt.data.base import KINDS, DataConfig
 from gpt.data.text import TextConfig
-from gpt.errors import UsageError, UserError, check_choice, check_positive, one_line
-from gpt.models import FAMILIES, ModelConfig
+from gpt.data.tokenizers import TokenizerConfig
+from gpt.models.base import FAMILIES, ModelConfig
 from gpt.models.gpt import GPTConfig
 from gpt.optimizer import OptimizerConfig
+from gpt.runtime.backend import Work
+from gpt.runtime.errors import UserError
+from gpt.runtime.fields import check_choice, check_positive, harmless, harmless_names, named
+from gpt.runtime.files import read_json
 from gpt.sharding import MeshConfig
-from gpt.tokenizers import TokenizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,18 +33,18 @@ class TrainConfig:
     batch_size: int = 128  # rows in one step, over all devices
     init_from: str = ""  # workdir whose best parameters the run starts from; "": random ones
     micro_batches: int = 1  # the gradient is accumulated over this many parts of the batch
-    steps: int = 5000
-    epochs: float = 0.0
-    tokens: float = 0.0
-    log_every: int = 10  # steps between points on TensorBoard and lines in a log
-    eval_every: int = 500  # steps between evaluations of the whole validation split; 0: only at the end
-    checkpoint_every: int = 1000  # steps; the last step and the best evaluation are saved in any case
-    keep_checkpoints: int = 2  # newest ones, besides the best
-    sample_prompt: str = ""  # text that the sample at each evaluation continues; "": a line feed
-    sample_tokens: int = 256  # its length; 0: no samples
-    on_nonfinite: str = "stop"  # where a loss or gradient is not finite; or skip (the update), rollback
-    max_skipped: int = 10  # updates or batches that a run may leave out; one more stops it
-    spike_factor: float = 0.0  # a loss above this times its running mean counts as not finite; 0: none does
+    steps: int = harmless(5000)
+    epochs: float = harmless(0.0)
+    tokens: float = harmless(0.0)
+    log_every: int = harmless(10)  # steps between points on TensorBoard and lines in a log
+    eval_every: int = harmless(500)  # steps between evaluations of the whole validation split; 0: only at the end
+    checkpoint_every: int = harmless(1000)  # steps; the last step and the best evaluation are saved in any case
+    keep_checkpoints: int = harmless(2)  # newest ones, besides the best
+    sample_prompt: str = harmless("")  # text that the sample at each evaluation continues; "": a line feed
+    sample_tokens: int = harmless(256)  # its length; 0: no samples
+    on_nonfinite: str = harmless("stop")  # where a loss or gradient is not finite; or skip (the update), rollback
+    max_skipped: int = harmless(10)  # updates or batches that a run may leave out; one more stops it
+    spike_factor: float = harmless(0.0)  # a loss above this times its running mean counts as not finite; 0: none does
 
     def __post_init__(self):
         check_positive("train", self, "batch_size", "micro_batches", "log_every", "checkpoint_every")
@@ -99,9 +97,24 @@ class Config:
                 f"{self.data.gives}."
             )
 
+    def work(self, rows: int) -> Work:
+        """Returns what a step over so many rows asks of a CPU; 0 rows: as many as will be needed."""
+
+        def divides(count: int) -> bool:
+            try:
+                shape = self.mesh.shape(count)
+            except UserError:
+                return False
+            return rows % (shape["data"] * shape["fsdp"]) == 0
+
+        vocab_size = self.model.vocab_size or self.tokenizer.vocab_size
+        parameters = dataclasses.replace(self.model, vocab_size=vocab_size).num_parameters()
+        return Work(parameters, rows * self.model.length, divides)
+
 
 # What is one of several classes: the field that tells which, and where they are.
 CHOICES = {ModelConfig: ("family", FAMILIES), DataConfig: ("kind", KINDS)}
+PLACES = (("model", FAMILIES), ("data", KINDS))
 
 
 def default_config(model: ModelConfig | None = None, data: DataConfig | None = None) -> ml_collections.ConfigDict:
@@ -119,106 +132,26 @@ def from_tree(tree: ml_collections.ConfigDict | dict) -> Config:
     return _build(Config, dict(tree.items()), "")
 
 
-def read_file(place: str) -> ml_collections.ConfigDict:
-    """The tree that a config file returns.
-
-    Args:
-      place: FILE, or FILE:ARGUMENT for a `get_config` with a parameter.
+def read_recorded(workdir: str) -> Config:
+    """Returns the config of the run in a workdir, for config files that start from another run.
 
     Raises:
-      UsageError: there is no such file, it is not a config file, or there is a mistake in it.
+      UserError: there is no run, or its record is damaged.
     """
-    name, colon, argument = place.partition(":")
-    path = Path(name).expanduser()
-    if not path.is_file():
-        is_folder = name and path.is_dir()
-        stems = {file.stem: file for folder in ("configs", path.parent) for file in sorted(Path(folder).glob("*.py"))}
-        near = difflib.get_close_matches(path.stem, stems, n=1) if not is_folder else []
-        what = "is a folder, not a config file" if is_folder else "there is no such config file"
-        hint = f"did you mean {stems[near[0]]}{colon}{argument}?" if near else "name one, like configs/char.py."
-        raise UsageError(f"--config={place}: {what}; {hint}")
-    if path.suffix != ".py":
-        raise UsageError(f"--config={place}: a config file is a Python file, like configs/char.py.")
-    module = ModuleType("config_file")
-    module.__file__ = str(path)
+    path = epath.Path(workdir).expanduser() / "run.json"
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
-        get_config = getattr(module, "get_config", None)
-        if not callable(get_config):
-            raise UsageError("it defines no function get_config(); see configs/char.py.")
-        arguments = [argument] if colon else []
-        try:
-            inspect.signature(get_config).bind(*arguments)
-        except TypeError:
-            takes = "takes no argument; leave out" if colon else "needs an argument; add"
-            raise UsageError(f"its get_config() {takes} {colon or ':'}{argument or 'ARGUMENT'}.") from None
-        tree = get_config(*arguments)
-        if not isinstance(tree, ml_collections.ConfigDict) or set(tree) != set(default_config()):
-            raise UsageError(f"its get_config() has to return what default_config() made, not a {type(tree).__name__}.")
-    except UserError as error:
-        raise UsageError(f"--config={place}: {error}") from None
-    except Exception as error:  # of the user's code, unless it comes from within this package
-        frames = traceback.extract_tb(error.__traceback__)
-        if Path(frames[-1].filename).is_relative_to(Path(__file__).parent) and frames[-1].name != read_file.__name__:
-            raise
-        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        what = _mistake(error)
-        if isinstance(error, SyntaxError) and error.filename == str(path):
-            lines, what = [error.lineno], error.msg
-        line = f"line {lines[-1]}: " if lines else ""
-        raise UsageError(f"--config={place}: {line}{what if what.endswith('?') else what.rstrip('.') + '.'}") from None
-    return tree
+        return from_tree(read_json(path)["config"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"Cannot read the config of the run in {workdir}: {error}.") from None
 
 
-def _mistake(error: Exception) -> str:
-    """What to say of an exception in a config file. A locked ConfigDict names keys and types in its own words."""
-    text = one_line(error).replace("\\n", " ")
-    if key := re.match(r"\W*(?:Key )?['\"]+(\w+)['\"]+(?: does not exist| Did you mean|$)", text):
-        return str(unknown_key(key[1]))
-    if wrong := re.match(
-        r"Could not override field '(\w+)'.*?\. (.*) is of original type .* type <class '(.*)'>", text
-    ):
-        if "ConfigDict" in wrong[3]:
-            return f"{wrong[1]} is a group of keys and cannot be set to {wrong[2]}"
-        return f"{wrong[1]}={wrong[2]} has to be of type {wrong[3]}"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-READERS = {
-    int: (int, "a whole number, like 1000"),
-    float: (float, "a number, like 0.1"),
-    bool: (lambda text: BOOLEANS[text.lower()], "true or false"),
-    str: (str, "a text"),
-}
-
-
-def override(tree: ml_collections.ConfigDict, key: str, text: str | None) -> None:
-    """Sets a key of a tree to the value that a flag gives as text; None is true, for a key that is true or false.
-
-    Raises:
-      UsageError: there is no such key, or it has another type.
-    """
-    *path, name = key.split(".")
-    group: Any = tree
-    for part in path:
-        group = group.get(part) if isinstance(group, ml_collections.ConfigDict) else None
-    if not isinstance(group, ml_collections.ConfigDict) or name not in group:
-        raise UsageError(str(unknown_key(key)))
-    kind, flag = group.get_type(name), f"--config.{key}"
-    if kind not in READERS:
-        example = next(iter(flatten(group[name].to_dict())))
-        given = flag if text is None else f"{flag}={text}"
-        raise UsageError(f"{given}: {key} is a group of keys; set one of them, like {flag}.{example}=VALUE.")
-    if key in ("model.family", "data.kind") and text != group[name] and text in (*FAMILIES, *KINDS):
-        raise UsageError(f"{flag}={text}: other keys depend on it, so start from a config file for {text}.")
-    if text is None and kind is not bool:
-        raise UsageError(f"{flag} needs a value: {flag}=VALUE.")
-    read, wanted = READERS[kind]
-    try:
-        group[name] = read("true" if text is None else text)
-    except (ValueError, KeyError):
-        raise UsageError(f"{flag}={text} has to be {wanted}.") from None
+def help_text() -> str:
+    """Returns lines that list the config keys and their defaults."""
+    lines = [f"    {key}={value!r}" for key, value in flatten(dataclasses.asdict(Config())).items()]
+    return "\n".join(lines) + (
+        f"\n\nEach family of models ({', '.join(FAMILIES)}) and kind of data ({', '.join(KINDS)}) has its own keys "
+        "under\nmodel and data: those of its class in gpt/models or gpt/data."
+    )
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -236,11 +169,20 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
+def is_harmless(key: str) -> bool:
+    """Returns whether a resumed run may change the value of a config key: see `gpt.runtime.fields.harmless`."""
+    section, _, name = key.partition(".")
+    if section in dict(PLACES):
+        return any(name in harmless_names(named(place)) for place in dict(PLACES)[section].values())
+    part = typing.get_type_hints(Config)[section]
+    return dataclasses.is_dataclass(part) and name in harmless_names(part)
+
+
 def known_keys() -> list[str]:
     """The config keys that there are, of all families and kinds."""
     keys = list(flatten(dataclasses.asdict(Config())))
-    for section, places in (("model", FAMILIES), ("data", KINDS)):
-        keys += [f"{section}.{field.name}" for place in places.values() for field in dataclasses.fields(_load(place))]
+    for section, places in PLACES:
+        keys += [f"{section}.{field.name}" for place in places.values() for field in dataclasses.fields(named(place))]
     return list(dict.fromkeys(keys))
 
 
@@ -274,12 +216,7 @@ def _chosen_class(expected, values, key: str):
     if not isinstance(values[field], str):
         raise UserError(f"{key}.{field}={values[field]!r} has to be of type str.")
     check_choice(f"{key}.{field}", values[field], classes)
-    return _load(classes[values[field]])
-
-
-def _load(place: str):
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return named(classes[values[field]])
 
 
 def _build(cls, values: dict, prefix: str):

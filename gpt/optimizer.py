@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from gpt.errors import UserError, check_choice, check_fraction, check_positive
+from gpt.runtime.errors import UserError
+from gpt.runtime.fields import check_choice, check_fraction, check_positive
 
 
 @dataclasses.dataclass(frozen=True)

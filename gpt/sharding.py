@@ -15,8 +15,9 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gpt import hardware
-from gpt.errors import UserError
+from gpt.runtime import hardware
+from gpt.runtime.errors import UserError
+from gpt.runtime.fields import harmless
 
 Rules = tuple[tuple[str, tuple[str, ...]], ...]
 
@@ -47,12 +48,12 @@ class MeshConfig:
     (for the rules `dp` on `data`), or on `data` if `fsdp` is set; 1 for the other axes.
     """
 
-    rules: str = "dp"  # dp, fsdp, fsdp_tp, sp; changes may follow: "fsdp,embed=fsdp+data,vocab="
-    data: int = 0  # the batch; parameters replicated
-    fsdp: int = 0  # the batch and the parameters
-    sequence: int = 0  # the length of activations, for long blocks
-    model: int = 0  # heads, MLP and vocabulary
-    zero1: bool = False  # optimizer state sharded over `data` as well (ZeRO stage 1, arXiv 1910.02054)
+    rules: str = harmless("dp")  # dp, fsdp, fsdp_tp, sp; changes may follow: "fsdp,embed=fsdp+data,vocab="
+    data: int = harmless(0)  # the batch; parameters replicated
+    fsdp: int = harmless(0)  # the batch and the parameters
+    sequence: int = harmless(0)  # the length of activations, for long blocks
+    model: int = harmless(0)  # heads, MLP and vocabulary
+    zero1: bool = harmless(False)  # optimizer state sharded over `data` as well (ZeRO stage 1, arXiv 1910.02054)
 
     def __post_init__(self):
         sizes = {axis: getattr(self, axis) for axis in AXES}

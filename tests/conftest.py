@@ -30,10 +30,10 @@ import sys  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-from gpt.cache import Cache  # noqa: E402
 from gpt.config import Config, TrainConfig  # noqa: E402
-from gpt.data import text  # noqa: E402
+from gpt.data import tokens  # noqa: E402
 from gpt.models.gpt import GPTConfig  # noqa: E402
+from gpt.runtime.cache import Cache  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,7 +50,7 @@ def _forget_programs():
 def play(tmp_path_factory) -> Path:
     """A text file of 30,000 characters."""
     path = tmp_path_factory.mktemp("text") / "play.txt"
-    path.write_text(text._shakespeare(Cache()).read_text()[:30_000])
+    path.write_text(tokens.shakespeare(Cache()).read_text()[:30_000])
     return path
 
 

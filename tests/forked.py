@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import jax
 
-from gpt import backend, cli, inspection, loaded, train  # noqa: F401  imported once for all
+from gpt import train  # noqa: F401  imported once for all
+from gpt.runtime import cli
 
 TIMEOUT = 60  # seconds of a case
 

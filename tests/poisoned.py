@@ -4,9 +4,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
 
-from gpt import cli
+from gpt import config_files
 from gpt import main as gpt_main
+from gpt.runtime import cli
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_nonfinite import poison
@@ -14,7 +16,7 @@ from test_nonfinite import poison
 
 def main() -> int:
     with pytest.MonkeyPatch.context() as patch:
-        poison(patch, cli.config(), {3, 6})
+        poison(patch, config_files.read(flags.FLAGS.config, cli.overrides()), {3, 6})
         return gpt_main.main()
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from gpt.config import Config, default_config, from_tree
-from gpt.data import IGNORED
 from gpt.data.arithmetic import ArithmeticConfig, Questions, SortConfig, _scattered
-from gpt.errors import UsageError, UserError
+from gpt.data.base import IGNORED
+from gpt.data.tokenizers import CharTokenizer, TokenizerConfig
 from gpt.models.gpt import GPTConfig
-from gpt.tokenizers import CharTokenizer, TokenizerConfig
+from gpt.runtime.errors import UsageError, UserError
 
 KINDS = [
     ArithmeticConfig(digits=2),
@@ -129,9 +129,9 @@ def test_mistakes_are_shown_in_words():
     said = source.row(0, 2)["targets"].copy()
     said[3:5] = [dataset.tokenizer.alphabet.index(character) for character in "99"]
     question, written = source.pose(0, 2)
-    shown = dataset.examples(source, {"mistakes": [(2, said)]}).text
+    shown = dataset.mistakes(source, {"mistakes": [(2, said)]}).text
     assert shown == f"mistake  {question}99, right is {int(written[::-1])}"
-    assert dataset.examples(source, {"mistakes": []}).text == ""
+    assert dataset.mistakes(source, {"mistakes": []}).text == ""
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt.models import attention
+from gpt.models import attention, kernels
 
 # Without LLVM's optimizations: a third of the compilation time, and the arithmetic is the same but for rounding.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -21,8 +21,8 @@ RATE = 0.3
 CHUNKS = [(1, 8, 16), (7, 2, 16), (32, 16, 8), (50, 64, 7), (50, 7, 20)]
 ALL = {
     "dense": attention.dense,
-    "flax": attention.flax,
-    "chunked": functools.partial(attention.chunked, query_chunk=4, key_chunk=6),
+    "flax": kernels.flax,
+    "chunked": functools.partial(kernels.chunked, query_chunk=4, key_chunk=6),
 }
 every_attention = pytest.mark.parametrize("attend", ALL.values(), ids=ALL)
 
@@ -90,10 +90,10 @@ def test_all_three_agree_in_output_and_gradients(length, query_chunk, key_chunk,
     q, k, v, cotangent = random_arrays(4, length)
     options = {"dropout_rate": RATE, "dropout_key": jax.random.key(1)} if dropout else {}
     expected = out_and_gradients(attention.dense, q, k, v, cotangent, **options)
-    chunked = functools.partial(attention.chunked, query_chunk=query_chunk, key_chunk=key_chunk)
+    chunked = functools.partial(kernels.chunked, query_chunk=query_chunk, key_chunk=key_chunk)
     # Of a single token, the gradients of q and k are zero: its one weight is 1 whatever they are.
     scale = max(np.abs(x).max() for x in expected.values())
-    for attend in (attention.flax, chunked):
+    for attend in (kernels.flax, chunked):
         for name, value in out_and_gradients(attend, q, k, v, cotangent, **options).items():
             np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-6 * scale, err_msg=name)
 
@@ -180,7 +180,7 @@ def test_keep_block_is_a_slice_of_bernoulli(make_key):
     """Blocks in the middle, at both ends, and one that hangs over the end, as the last one may."""
     key, shape, block = make_key(11), (2, 3, 50, 50), (2, 3, 8, 16)
     whole = np.asarray(jax.random.bernoulli(key, 1 - RATE, shape))
-    draw = quick_jit(functools.partial(attention._keep_block, key, 1 - RATE, shape, block))
+    draw = quick_jit(functools.partial(kernels._keep_block, key, 1 - RATE, shape, block))
     for q_start, k_start in [(0, 0), (8, 16), (13, 7), (42, 34), (48, 48)]:
         expected = whole[:, :, q_start : q_start + 8, k_start : k_start + 16]
         actual = draw((0, 0, q_start, k_start))[:, :, : expected.shape[2], : expected.shape[3]]
@@ -204,7 +204,7 @@ def test_keep_block_where_the_index_needs_more_than_32_bits():
     high, low = (index >> 32).astype(np.uint32), index.astype(np.uint32)
     words = jax.extend.random.threefry2x32_p.bind(*jax.random.key_data(key), jnp.asarray(high), jnp.asarray(low))
     uniform = (np.asarray(words[0] ^ words[1]) >> 9) / 2**23
-    keep = attention._keep_block(key, 1 - RATE, shape, block, (0, 0, q_start, k_start))
+    keep = kernels._keep_block(key, 1 - RATE, shape, block, (0, 0, q_start, k_start))
     np.testing.assert_array_equal(keep, uniform < 1 - RATE)
 
 
@@ -212,7 +212,7 @@ def test_multiply_32_equals_integer_multiplication():
     edges = [0, 1, 2, 0xFFFF, 0x10000, 0x10001, 0x7FFFFFFF, 0x80000000, 0xFFFF0000, 0xFFFFFFFE, 0xFFFFFFFF]
     numbers = edges + np.random.default_rng(0).integers(0, 2**32, 1000).tolist()
     for size in [*edges, 1024, 10007, 50257, 0xDEADBEEF]:
-        high, low = attention._multiply_32(np.array(numbers, np.uint32), size)
+        high, low = kernels._multiply_32(np.array(numbers, np.uint32), size)
         products = [x * size for x in numbers]
         np.testing.assert_array_equal(high, [product >> 32 for product in products])
         np.testing.assert_array_equal(low, [product & 0xFFFFFFFF for product in products])
@@ -234,7 +234,7 @@ def training_memory(attend, length, dropout):
 def test_memory_of_chunked_grows_linearly(dropout):
     """Each doubling of the length doubles the memory of `chunked` and quadruples that of `dense` (nothing is run)."""
     lengths = (1024, 2048, 4096)
-    chunked = functools.partial(attention.chunked, query_chunk=64, key_chunk=128)
+    chunked = functools.partial(kernels.chunked, query_chunk=64, key_chunk=128)
     linear = [training_memory(chunked, length, dropout) for length in lengths]
     square = [training_memory(attention.dense, length, dropout) for length in (lengths[0], lengths[-1])]
     assert linear[1] < 2.2 * linear[0]
@@ -250,7 +250,7 @@ def test_memory_of_chunked_grows_linearly(dropout):
 
 def test_chunked_refuses_keys_whose_bits_it_cannot_draw_in_blocks():
     q = jnp.ones((1, 4, 1, 8))
-    chunked = functools.partial(attention.chunked, query_chunk=2, key_chunk=2, dropout_rate=0.5)
+    chunked = functools.partial(kernels.chunked, query_chunk=2, key_chunk=2, dropout_rate=0.5)
     with pytest.raises(ValueError, match="partitionable threefry"):
         chunked(q, q, q, dropout_key=jax.random.key(0, impl="rbg"))
     with jax.threefry_partitionable(False), pytest.raises(ValueError, match="partitionable threefry"):

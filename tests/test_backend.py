@@ -10,9 +10,9 @@ import jax
 import pytest
 from jax._src import compilation_cache
 
-from gpt import backend
 from gpt.config import Config, from_tree
 from gpt.models.gpt import GPTConfig
+from gpt.runtime import backend
 from gpt.sharding import MeshConfig
 
 ROOT = Path(__file__).parent.parent
@@ -25,21 +25,21 @@ GB = 1e9
     [(128, 1, 1), (128, 2, 2), (128, 6, 4), (12, 6, 6), (12, 8, 6), (7, 2, 1), (0, 6, 6), (1, 4, 1), (128, 64, 8)],
 )
 def test_the_devices_of_a_cpu_divide_the_rows(rows, cores, expected):
-    assert backend.cpu_devices(CONFIG, rows, cores, 64 * GB) == expected
+    assert backend.cpu_devices(CONFIG.work(rows), cores, 64 * GB) == expected
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(16, 1), (128, 2), (1024, 8)])
 def test_the_devices_of_a_cpu_have_enough_tokens_for_their_parameters(rows, expected):
     """Of these there are 29 million, with the largest vocabulary, and a row has 128 tokens."""
-    assert backend.cpu_devices(Config(), rows, 8, 64 * GB) == expected
+    assert backend.cpu_devices(Config().work(rows), 8, 64 * GB) == expected
 
 
 def test_the_devices_of_a_cpu_leave_memory():
     model = GPTConfig(vocab_size=50257, block_size=1024, num_layers=12, num_heads=12, embed_dim=768)
     config = dataclasses.replace(CONFIG, model=model)
-    assert backend.cpu_devices(config, 256, 8, 16 * GB) == 2  # of 2 GB each
-    assert backend.cpu_devices(config, 256, 8, 64 * GB) == 8
-    assert backend.cpu_devices(config, 256, 8, 2 * GB) == 1
+    assert backend.cpu_devices(config.work(256), 8, 16 * GB) == 2  # of 2 GB each
+    assert backend.cpu_devices(config.work(256), 8, 64 * GB) == 8
+    assert backend.cpu_devices(config.work(256), 8, 2 * GB) == 1
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_the_devices_of_a_cpu_leave_memory():
     ],
 )
 def test_a_cpu_has_the_devices_that_the_mesh_wants(mesh, rows, expected):
-    assert backend.cpu_devices(dataclasses.replace(CONFIG, mesh=mesh), rows, 8, 64 * GB) == expected
+    assert backend.cpu_devices(dataclasses.replace(CONFIG, mesh=mesh).work(rows), 8, 64 * GB) == expected
 
 
 def test_compiled_programs_are_whole_or_compiled_again(tmp_path, monkeypatch):
@@ -96,7 +96,7 @@ def test_a_program_uses_all_cores_and_keeps_what_it_compiled(command, play, tmp_
     ]
     done = command("main", *flags, f"--workdir={tmp_path / 'run'}", env=environment)
     assert done.returncode == 0, done.stderr
-    count = backend.cpu_devices(config, config.train.batch_size, len(os.sched_getaffinity(0)), 64 * GB)
+    count = backend.cpu_devices(config.work(config.train.batch_size), len(os.sched_getaffinity(0)), 64 * GB)
     assert re.search(rf"mesh   data={count} .* over {count} × cpu", done.stdout)
     assert any((tmp_path / "cache" / "xla").glob("*-cache"))
     assert any((tmp_path / "cache").glob("tokens-*.npy"))

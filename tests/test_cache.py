@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt import cache
-from gpt.cache import VARIABLE, Cache
-from gpt.errors import UserError
+from gpt.runtime import cache
+from gpt.runtime.cache import VARIABLE, Cache
+from gpt.runtime.errors import UserError
 
 
 @pytest.fixture(autouse=True)

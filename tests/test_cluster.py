@@ -25,10 +25,11 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from gpt import cluster, metrics, train, versions
-from gpt.checkpoint import Workdir
+from gpt import train
+from gpt.checkpointing.workdir import Workdir
 from gpt.config import from_tree
-from gpt.errors import UsageError, UserError
+from gpt.runtime import cluster, lifeline, tensorboard, versions
+from gpt.runtime.errors import UsageError, UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -102,7 +103,7 @@ class Processes:
 
 
 def losses(workdir) -> dict[int, float]:
-    steps, values = metrics.read_scalars(workdir, ["train/loss"])["train/loss"]
+    steps, values = tensorboard.read_scalars(workdir, ["train/loss"])["train/loss"]
     return dict(zip(steps, values, strict=True))
 
 
@@ -121,13 +122,16 @@ RESTORE = """
     import sys
     import numpy as np
     import jax
-    from gpt import cli, cluster, loaded, train
-    from gpt.checkpoint import Workdir
+    from gpt import train
+    from gpt.checkpointing import loading
+    from gpt.checkpointing.workdir import Workdir
+    from gpt.runtime import cli, cluster
     from absl import flags
     out = flags.DEFINE_string("out", None, "Folder.")
+    job = cli.define_cluster_flags()
     def main():
-        cluster.start()
-        run = loaded.load(Workdir(flags.FLAGS.workdir), "last")
+        cluster.start(job())
+        run = loading.load(Workdir(flags.FLAGS.workdir), "last")
         state = train.restore(run.workdir.checkpoints(), run.step, run.program)
         held = {}
         for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)):
@@ -209,8 +213,9 @@ def test_each_process_reads_the_rows_of_its_devices(play, tmp_path, monkeypatch)
     """Counted in real processes: no row twice, and in all just the rows of the batches that were trained on."""
     spy = """
         import atexit, json, os, pathlib
-        from gpt import cli, main
+        from gpt import main
         from gpt.data import text
+        from gpt.runtime import cli
         rows, original = [], text.TrainingWindows.row
         def row(self, epoch, index):
             rows.append([epoch, index])
@@ -299,7 +304,7 @@ def test_a_mistake_that_all_make_is_said_once(play, tmp_path):
 
 def run_script(script: str, *, wait=True, **variables):
     """A process that runs lines with `gpt.cluster` at hand."""
-    lines = ["import json, os, signal, sys, time", "from gpt import cluster", textwrap.dedent(script)]
+    lines = ["import json, os, signal, sys, time", "from gpt.runtime import cluster", textwrap.dedent(script)]
     command = [sys.executable, "-c", "\n".join(lines)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     process = subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in variables.items()}, **options)
@@ -313,7 +318,7 @@ def finished(process, seconds=60):
 
 CONNECT = """
     index, count = int(os.environ["INDEX"]), int(os.environ["COUNT"])
-    kind = cluster._Spoke if index else cluster._Hub
+    kind = cluster.Spoke if index else cluster.Hub
     try:
         address, facts = f"127.0.0.1:{os.environ['PORT']}", json.loads(os.environ.get("FACTS", "{}"))
         line = cluster._lifeline = kind(address, count, index, float(os.environ["TIMEOUT"]), facts)
@@ -442,9 +447,10 @@ def test_a_changed_copy_of_the_code_ends_all_at_the_start(tmp_path):
     port = free_port()
     start = """
         from absl import app
-        from gpt import cluster
+        from gpt.runtime import cli, cluster
+        job = cli.define_cluster_flags()
         def main(_):
-            cluster.start()
+            cluster.start(job())
             print("joined")
         app.run(main)
     """
@@ -519,7 +525,7 @@ def hub(exits):
     """The address of a process 0 that waits for a process 1, and a call that waits until it has joined."""
     port = free_port()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(cluster._Hub, f"127.0.0.1:{port}", 2, 0, 30, {})
+        waiting = pool.submit(lifeline.Hub, f"127.0.0.1:{port}", 2, 0, 30, {})
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
@@ -533,7 +539,7 @@ def join(address, *, pieces=1, **changes) -> tuple[socket.socket, dict]:
     file = connection.makefile("r")
     nonce = json.loads(file.readline())["nonce"]
     hello = {"process": 1, "count": 2, "name": "process 1", "facts": {}, "nonce": "mine"}
-    hello |= {"proof": cluster._proof("process", nonce, "mine")} | changes
+    hello |= {"proof": lifeline._proof("process", nonce, "mine")} | changes
     data = json.dumps(hello).encode() + b"\n"
     for i in range(pieces):
         connection.sendall(data[len(data) * i // pieces : len(data) * (i + 1) // pieces])
@@ -635,12 +641,12 @@ def test_another_secret_keeps_a_process_out(hub, monkeypatch, capfd):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: (time.sleep(0.3), join(("127.0.0.1", port), proof="0" * 64)))
         with pytest.raises(UserError, match=r"waited 2 s .* with another GPT_CLUSTER_SECRET"):
-            cluster._Hub(f"127.0.0.1:{port}", 2, 0, 2, {})
+            lifeline.Hub(f"127.0.0.1:{port}", 2, 0, 2, {})
     notice = r"^waiting at .* for process 1 of 2 … A program on 127.0.0.1 tried to join with another GPT_CLUSTER_SECRET"
     assert re.search(notice, capfd.readouterr().err, re.M)
-    right = cluster._proof("process", "a")
+    right = lifeline._proof("process", "a")
     monkeypatch.setenv("GPT_CLUSTER_SECRET", "right")
-    assert cluster._proof("process", "a") == right
+    assert lifeline._proof("process", "a") == right
 
 
 def test_a_connection_has_to_prove_itself_in_time(hub, exits, monkeypatch):
@@ -714,7 +720,7 @@ def test_a_thread_that_dies_ends_the_process(hub, exits, capfd, monkeypatch):
     def broken(*_):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(cluster._Hub, "_take", broken)
+    monkeypatch.setattr(lifeline.Hub, "_take", broken)
     address, joined = hub
     spoke, _ = join(address)
     joined()
@@ -790,7 +796,7 @@ def test_another_program_at_the_coordinator_is_told_from_process_0(answer):
     daemon = Daemon(answer)
     began = time.monotonic()
     with pytest.raises(UserError) as raised:
-        cluster._Spoke(daemon.address, 2, 1, 1, {})
+        lifeline.Spoke(daemon.address, 2, 1, 1, {})
     assert time.monotonic() - began < 4
     assert re.fullmatch(
         rf"process 1 on \S+ waited 1 s for process 0 at {daemon.address}: (the program there (does not answer as "
@@ -808,11 +814,11 @@ def test_a_strange_end_is_no_success(exits, capfd, line):
     def answer(connection):
         connection.sendall(b'{"nonce": "a"}\n')
         hello = json.loads(connection.makefile("r").readline())
-        proof = cluster._proof("process 0", hello["nonce"], "a")
+        proof = lifeline._proof("process 0", hello["nonce"], "a")
         connection.sendall(json.dumps({"proof": proof, "refusal": ""}).encode() + b"\n" + line + b"\n")
 
     daemon = Daemon(answer)
-    cluster._Spoke(daemon.address, 2, 1, 5, {})
+    lifeline.Spoke(daemon.address, 2, 1, 5, {})
     wait_until(lambda: exits)
     assert exits[0] == 1
     daemon.close()
@@ -846,8 +852,8 @@ def test_nothing_listens_beyond_the_coordinators_address():
 def test_other_forms_of_the_coordinators_address(coordinator, address, exits):
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         at = f"{coordinator}:{free_port()}"
-        hub = pool.submit(cluster._Hub, at, 2, 0, 30, {})
-        spoke = cluster._Spoke(at, 2, 1, 30, {})
+        hub = pool.submit(lifeline.Hub, at, 2, 0, 30, {})
+        spoke = lifeline.Spoke(at, 2, 1, 30, {})
         reached, listens_at = hub.result(10).service()
     assert reached == listens_at
     assert reached.startswith(f"{address}:")
@@ -866,7 +872,7 @@ def test_too_many_open_files_are_waited_for():
             sys.exit()
 
     with pytest.raises(SystemExit):
-        cluster._Hub._accept(None, Server())
+        lifeline.Hub._accept(None, Server())
 
 
 @pytest.mark.parametrize("trouble", ["os.close(1); os.close(2)", "os.dup2(full, 1); os.dup2(full, 2)"])
@@ -889,9 +895,9 @@ def test_an_address_of_another_host_is_refused_at_once():
     with pytest.raises(
         UserError, match=r"process 0 on \S+ cannot listen at 192\.0\.2\.77:29999: Cannot assign .* --coordinator"
     ):
-        cluster._Hub("192.0.2.77:29999", 2, 0, 5, {})
+        lifeline.Hub("192.0.2.77:29999", 2, 0, 5, {})
     with pytest.raises(UserError, match="cannot listen at " + "a" * 70):
-        cluster._Hub(f"{'a' * 70}:29999", 2, 0, 5, {})
+        lifeline.Hub(f"{'a' * 70}:29999", 2, 0, 5, {})
 
 
 def test_without_a_secret_process_0_warns_where_others_can_connect(monkeypatch, capfd):
@@ -902,7 +908,7 @@ def test_without_a_secret_process_0_warns_where_others_can_connect(monkeypatch, 
     for secret, warnings in (("", 1), ("secret", 0)):
         monkeypatch.setenv("GPT_CLUSTER_SECRET", secret)
         with pytest.raises(UserError, match="waited 0 s"):
-            cluster._Hub(f"this-host:{free_port()}", 2, 0, 0, {})
+            lifeline.Hub(f"this-host:{free_port()}", 2, 0, 0, {})
         assert capfd.readouterr().err.count("warning: GPT_CLUSTER_SECRET is not set") == warnings
 
 
@@ -981,7 +987,7 @@ def test_one_process_by_flags_is_one_process(undisturbed, command):
 
 def test_processes_have_to_share_the_workdir(tiny, tmp_path, monkeypatch):
     """As process 1 sees it when process 0 wrote to a disk of its own."""
-    monkeypatch.setattr("gpt.cluster.is_first", lambda: False)
-    monkeypatch.setattr("gpt.cluster.share", lambda key, compute: None)
+    monkeypatch.setattr("gpt.runtime.cluster.is_first", lambda: False)
+    monkeypatch.setattr("gpt.runtime.cluster.share", lambda key, compute: None)
     with pytest.raises(train.UserError, match=r"run\.json, by process 0, is not there; all hosts need the same disk"):
         train.train(from_tree(json.loads(json.dumps(train.dataclasses.asdict(tiny)))), Workdir(tmp_path))

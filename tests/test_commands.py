@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from gpt import cli, loaded, train
-from gpt.checkpoint import Workdir
+from gpt import train
+from gpt.checkpointing import loading
+from gpt.checkpointing.workdir import Workdir
 from gpt.config import default_config, flatten
-from gpt.errors import UserError
+from gpt.runtime import cli
+from gpt.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -475,4 +477,4 @@ def test_changed_corpus_is_noticed_after_training(tiny, tmp_path, play):
     train.train(config, Workdir(tmp_path / "run"))
     text.write_text(play.read_text()[::-1])
     with pytest.raises(Exception, match="has changed since the training began"):
-        loaded.load(Workdir(tmp_path / "run"), "best").dataset()
+        loading.load(Workdir(tmp_path / "run"), "best").dataset()

@@ -5,10 +5,11 @@ import math
 import pytest
 from absl import flags
 
-from gpt import cli, config, train
-from gpt.checkpoint import Run
+from gpt import config, config_files, reporting
+from gpt.checkpointing.run import Run
 from gpt.config import Config, OptimizerConfig, TrainConfig
-from gpt.errors import UsageError
+from gpt.runtime import cli
+from gpt.runtime.errors import UsageError
 
 HEAD = "from gpt.config import default_config\ndef get_config():\n    config = default_config()\n"
 
@@ -61,7 +62,7 @@ def test_a_mistake_in_a_config_file_is_a_sentence(tmp_path, name):
     path = tmp_path / "mine.py"
     path.write_text(text)
     with pytest.raises(UsageError, match=sentence) as raised:
-        config.read_file(str(path))
+        config_files.read_file(str(path))
     assert str(raised.value).startswith(f"--config={path}: ")
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 300
@@ -71,7 +72,7 @@ def test_an_error_of_the_package_keeps_its_traceback(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text("from gpt.config import flatten\ndef get_config():\n    return flatten(3)\n")
     with pytest.raises(AttributeError):
-        config.read_file(str(path))
+        config_files.read_file(str(path))
 
 
 # What --config names, in a folder with configs/char.py, notes.md and other/mine.py.
@@ -97,9 +98,9 @@ def test_what_is_no_config_file_is_a_sentence(tmp_path, monkeypatch, place):
         path.parent.mkdir(exist_ok=True)
         path.write_text(HEAD + "    return config\n")
     with pytest.raises(UsageError, match=PLACES[place]) as raised:
-        config.read_file(place)
+        config_files.read_file(place)
     assert str(raised.value).startswith(f"--config={place}: ")
-    assert config.read_file("configs/char.py").seed == 0
+    assert config_files.read_file("configs/char.py").seed == 0
 
 
 OVERRIDES = {
@@ -128,7 +129,7 @@ OVERRIDES = {
 @pytest.mark.parametrize(("key", "text"), OVERRIDES)
 def test_a_mistake_in_an_override_is_a_sentence(key, text):
     with pytest.raises(UsageError, match=OVERRIDES[key, text]):
-        config.override(config.default_config(), key, text)
+        config_files.override(config.default_config(), key, text)
 
 
 def test_overrides_of_every_type():
@@ -136,7 +137,7 @@ def test_overrides_of_every_type():
     changes = {"train.steps": "1_000", "optimizer.learning_rate": "1e-3", "model.norm": "rmsnorm", "data.path": ""}
     changes |= {"model.bias": "False", "model.tie_embeddings": "0", "model.scan_layers": None, "seed": "7"}
     for key, text in changes.items():
-        config.override(tree, key, text)
+        config_files.override(tree, key, text)
     found = config.flatten(tree.to_dict())
     expected = [1000, 1e-3, "rmsnorm", "", False, False, True, 7]
     assert [found[key] for key in changes] == expected
@@ -169,8 +170,8 @@ def test_errors_of_flags_name_the_flag(text, sentence):
 
 def changed(old: Config, new: Config, step: int = 1000) -> list[str]:
     """What is said of a resume after some steps, with 640 rows in an epoch."""
-    before, now = (Run(config, tokenizer=None, fingerprint="") for config in (old, new))
-    return list(train.describe_changes(config.differences(old, new), before, now, 640, step))
+    before, now = (Run(each, tokenizer=None, fingerprint="") for each in (old, new))
+    return list(reporting.describe_changes(config.differences(old, new), before, now, 640, step))
 
 
 def with_train(old: Config, **changes) -> Config:
@@ -202,4 +203,4 @@ def test_nothing_is_said_of_a_learning_rate_that_stays():
     for old in (fixed, Config(optimizer=OptimizerConfig(final_fraction=1.0), train=COSINE.train)):
         assert changed(old, with_train(old, steps=2000)) == ["changed: train.steps 1000 → 2000"]
     assert changed(COSINE, with_train(COSINE, steps=1000, log_every=5)) == ["changed: train.log_every 10 → 5"]
-    assert not math.isnan(train.learning_rate(COSINE, 640, 0))
+    assert not math.isnan(reporting.learning_rate(COSINE, 640, 0))

@@ -16,15 +16,16 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt import data, loaded, sharding, train
-from gpt import program as program_lib
-from gpt.checkpoint import Workdir
+from gpt import reporting, sharding, step, train
+from gpt.checkpointing import loading
+from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config, TrainConfig, from_tree
-from gpt.errors import UserError
+from gpt.data import base
+from gpt.data.tokenizers import Labels, TokenizerConfig
 from gpt.models.gpt import GPTConfig
-from gpt.planning import step
+from gpt.planning import compiling
+from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
-from gpt.tokenizers import Labels, TokenizerConfig
 
 CONFIGS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
 CONFIGS.remove("finetune")  # it takes the config of a workdir
@@ -88,7 +89,7 @@ def scalars(workdir, tag):
 
 
 def arrays(workdir, number):
-    run = loaded.load(workdir, str(number))
+    run = loading.load(workdir, str(number))
     return jax.tree.map(np.asarray, train.restore(workdir.checkpoints(), number, run.program))
 
 
@@ -99,14 +100,14 @@ def test_a_config_builds(name):
     vocab_size = config.model.vocab_size or config.data.vocab_size or 80
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, batch_size=8, micro_batches=1))
     layout = sharding.make_layout(MeshConfig("fsdp"))
-    program = program_lib.build(config, vocab_size, layout, 10)
+    program = step.build(config, vocab_size, layout, 10)
     assert program.num_parameters() == program.model.config.num_parameters()
     assert program.model.config.flops_per_token() > 0
     with layout.use():
-        batch = step.batch(config, program)
+        batch = compiling.batch(config, program)
         _, measured = jax.eval_shape(program.train_step, program.abstract_state, batch)
     assert measured["loss"].shape == ()
-    assert program.model.config.summary() in next(train.describe(program, config, None, 1, 1))
+    assert program.model.config.summary() in next(reporting.describe(program, config, None, 1, 1))
 
 
 @pytest.fixture(scope="module", params=one_of_each())
@@ -138,41 +139,41 @@ def test_it_is_the_same_on_a_mesh_of_data_fsdp_and_model(trained, tmp_path):
 def test_it_is_evaluated_from_its_workdir(trained):
     """The report is that of the training, and counts what the source has."""
     _, workdir = trained
-    run = loaded.load(workdir, "last")
+    run = loading.load(workdir, "last")
     dataset = run.dataset()
     source = dataset.evaluation("val", run.model_config)
-    result = program_lib.evaluate(run.program, run.params, source, run.batch_size)
+    result = step.evaluate(run.program, run.params, source, run.batch_size)
     report = dataset.report(source, result)
     assert report["loss"] == pytest.approx(scalars(workdir, "validation/loss")[-1], rel=1e-5)
     assert result["rows"] == len(source)
     assert result["targets"] == sum((source.row(0, i)["targets"] >= 0).sum() for i in range(len(source)))
     assert 0 <= result["accuracy"] <= 1
-    assert len(result["mistakes"]) == min(program_lib.MOST_MISTAKES, round((1 - result["exact_match"]) * len(source)))
-    assert dataset.examples(source, result).text.count("mistake") in (0, len(result["mistakes"]))
+    assert len(result["mistakes"]) == min(step.MOST_MISTAKES, round((1 - result["exact_match"]) * len(source)))
+    assert dataset.mistakes(source, result).text.count("mistake") in (0, len(result["mistakes"]))
 
 
 def test_it_is_planned(trained):
     """Its step, compiled for devices that are given, without its data."""
     config, _ = trained
-    program = step.build(config, jax.devices()[:2])
-    used = step.compile_step(config, program).executable.memory_analysis()
+    program = compiling.build(config, jax.devices()[:2])
+    used = compiling.compile_step(config, program).executable.memory_analysis()
     assert used.argument_size_in_bytes > 4 * program.num_parameters()
 
 
 def test_the_kind_that_the_page_on_data_writes_trains(tmp_path, monkeypatch):
     """The blocks of Python in gpt/data/README.md are a kind of data, as they stand."""
-    page = (Path(data.__file__).parent / "README.md").read_text()
-    names = {name: getattr(data, name) for name in ("IGNORED", "Dataset", "DataConfig")}
+    page = (Path(base.__file__).parent / "README.md").read_text()
+    names = {name: getattr(base, name) for name in ("IGNORED", "Dataset", "DataConfig")}
     module = types.ModuleType("parity")
     monkeypatch.setitem(sys.modules, "parity", module)
     vars(module).update(names | {"dataclasses": dataclasses, "np": np, "Labels": Labels})
     for block in re.findall(r"```python\n(.*?)```", page, re.S):
         exec(block, vars(module))
-    monkeypatch.setitem(data.KINDS, "parity", "parity:ParityConfig")
+    monkeypatch.setitem(base.KINDS, "parity", "parity:ParityConfig")
     model = GPTConfig(num_layers=1, num_heads=2, embed_dim=16, block_size=8)
     config = Config(model=model, data=module.ParityConfig(), train=TrainConfig(**TRAIN))
     assert train.train(config, Workdir(tmp_path)) == 0
-    assert loaded.load(Workdir(tmp_path), "best").dataset().describe().startswith("100,000 training")
+    assert loading.load(Workdir(tmp_path), "best").dataset().describe().startswith("100,000 training")
     assert 0 <= scalars(Workdir(tmp_path), "validation/accuracy")[-1] <= 1
 
 

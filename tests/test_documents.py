@@ -9,17 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt import generate, loaded, sharding, train
-from gpt import program as program_lib
-from gpt.checkpoint import Workdir
-from gpt.data import IGNORED, text
+from gpt import sharding, step, train
+from gpt.checkpointing import loading
+from gpt.checkpointing.workdir import Workdir
+from gpt.data import text, tokens
+from gpt.data.base import IGNORED
+from gpt.data.bpe import BPETokenizer
 from gpt.data.text import EvaluationWindows, TextConfig, TrainingWindows
-from gpt.errors import UserError
-from gpt.models import attention
+from gpt.data.tokenizers import TokenizerConfig
+from gpt.inference import generation
+from gpt.models import attention, kernels
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.models.layers import stack_layers
+from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
-from gpt.tokenizers import BPETokenizer, TokenizerConfig
 
 pytest.importorskip("tokenizers", reason='needs pip install -e ".[bpe]"')
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -30,8 +33,8 @@ BORDERS = [(0, 1, 7, 13), (0, 10)]
 STARTS = np.array([np.repeat(row, np.diff([*row, LENGTH])) for row in BORDERS], np.int32)
 ATTENTION = {
     "dense": attention.dense,
-    "flax": attention.flax,
-    "chunked": functools.partial(attention.chunked, query_chunk=5, key_chunk=3),
+    "flax": kernels.flax,
+    "chunked": functools.partial(kernels.chunked, query_chunk=5, key_chunk=3),
 }
 CONFIG = GPTConfig(
     vocab_size=VOCAB, num_layers=2, num_heads=2, embed_dim=16, block_size=LENGTH, query_chunk=4, key_chunk=3,
@@ -190,8 +193,8 @@ def test_trained_bpe_and_its_tokens_are_kept(load, monkeypatch):
 
 
 def test_a_long_tokenising_shows_a_bar(load, monkeypatch):
-    monkeypatch.setattr(text, "CHUNK", 100)
-    monkeypatch.setattr(text.time, "perf_counter", iter(np.arange(0.0, 1e4, 0.3)).__next__)
+    monkeypatch.setattr(tokens, "CHUNK", 100)
+    monkeypatch.setattr(tokens.time, "perf_counter", iter(np.arange(0.0, 1e4, 0.3)).__next__)
     lines = []
     load({"a.txt": "the cat sat " * 100}, TokenizerConfig("byte"), status=lines.append)
     assert lines[-1].startswith("tokenising [####################] 100%  0.0 MB/s  0 s left")
@@ -208,7 +211,7 @@ def test_borders_without_a_separator_are_refused(load):
 
 def test_an_empty_prompt_is_the_beginning_of_a_document():
     tokenizer = BPETokenizer.train(["abc"], 257)
-    assert generate.encode_prompt(tokenizer, "", "--prompt").tolist() == [tokenizer.separator]
+    assert generation.encode_prompt(tokenizer, "", "--prompt").tolist() == [tokenizer.separator]
 
 
 # A run.
@@ -231,11 +234,11 @@ def test_train_evaluate_and_sample_from_the_workdir_alone(tiny, play, tmp_path):
     workdir = Workdir(tmp_path / "run")
     assert train.train(config, workdir) == 0
 
-    run = loaded.load(workdir, "last")
+    run = loading.load(workdir, "last")
     corpus = run.dataset()
     assert run.step == 4
     source = EvaluationWindows(corpus.validation, 16, corpus.border)
-    result = program_lib.evaluate(run.program, run.params, source, run.batch_size)
+    result = step.evaluate(run.program, run.params, source, run.batch_size)
     assert result["targets"] == len(corpus.validation) - 1
     inputs, targets = [], []
     for row in (source.row(0, i) for i in range(len(source))):
@@ -247,7 +250,7 @@ def test_train_evaluate_and_sample_from_the_workdir_alone(tiny, play, tmp_path):
 
     @quick_jit
     def total(params, inputs, targets):
-        return program_lib.token_losses(GPT(run.model_config).apply({"params": params}, inputs), targets).sum()
+        return step.token_losses(GPT(run.model_config).apply({"params": params}, inputs), targets).sum()
 
     alone = total(jax.device_get(run.params), np.array(inputs), np.array(targets))
     assert result["loss"] == pytest.approx(float(alone) / result["targets"], rel=1e-5)

@@ -20,10 +20,12 @@ import numpy as np
 import pytest
 from test_cluster import MODEL, Processes
 
-from gpt import durable, integrity, loaded, sharding, train
-from gpt.checkpoint import Workdir
+from gpt import sharding, train
+from gpt.checkpointing import integrity, loading
+from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config
-from gpt.errors import UserError
+from gpt.runtime import files
+from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
 ROOT = Path(__file__).parent.parent
@@ -156,7 +158,7 @@ def test_power_cuts_on_ext4(play, tmp_path):
     for i, newest in enumerate(found):
         subprocess.run(["mount", "-o", "loop", tmp_path / f"cut{i}", mounted], check=True)
         try:
-            run = loaded.load(Workdir(mounted / "run"), "last")
+            run = loading.load(Workdir(mounted / "run"), "last")
             assert run.step >= newest - 20, "the newest whole checkpoint was lost"
         finally:
             subprocess.run(["umount", mounted], check=True)
@@ -234,7 +236,8 @@ def test_a_run_whose_replicas_differ_stops_and_keeps_the_checkpoint_before(small
 
 DRIFTS = """
     import jax, numpy as np
-    from gpt import cli, main, train
+    from gpt import main, train
+    from gpt.runtime import cli
     from test_durable import flip
     save = train.Training._save
     def flip_and_save(self, loss=None):
@@ -261,7 +264,7 @@ def test_a_replica_of_another_process_is_compared_too(play, tmp_path, monkeypatc
 
 def test_what_was_written_is_read_back_before_it_counts(small, tmp_path, monkeypatch, capsys):
     """Numbers that reach the disk wrong: the save has failed, and the checkpoint before is not deleted for it."""
-    publish, wrong = durable.publish, []
+    publish, wrong = files.publish, []
 
     def publish_wrong(partial, final):
         if final.name == "4":
@@ -272,7 +275,7 @@ def test_what_was_written_is_read_back_before_it_counts(small, tmp_path, monkeyp
             wrong.append(file)
         publish(partial, final)
 
-    monkeypatch.setattr(durable, "publish", publish_wrong)
+    monkeypatch.setattr(files, "publish", publish_wrong)
     with pytest.raises(UserError, match=r"Cannot save .*/4: .*that of step 2 is kept"):
         train.train(change(small, "train", keep_checkpoints=1), Workdir(tmp_path))
     assert wrong
@@ -288,7 +291,7 @@ def test_what_was_written_is_read_back_before_it_counts(small, tmp_path, monkeyp
 def test_a_checkpoint_without_its_digests_is_damaged(small, workdir, capsys):
     shutil.rmtree(workdir.path / "checkpoints" / "4" / "digests")
     with pytest.raises(UserError, match=r"4 is damaged \(digests/metadata is missing\)"):
-        loaded.load(workdir, "last")
+        loading.load(workdir, "last")
     assert train.train(small, workdir) == 0
     assert "resuming after step 2" in capsys.readouterr().out
 
@@ -383,7 +386,7 @@ def test_the_best_loss_on_other_data_does_not_stand(small, workdir, tmp_path, pl
     step, loss = workdir.checkpoints().best()
     assert step == 6
     assert f"best validation loss {loss:.4f}" in capsys.readouterr().out
-    assert loaded.load(workdir, "best").step == 6
+    assert loading.load(workdir, "best").step == 6
 
 
 def test_a_start_that_fails_leaves_no_folder(small, tmp_path):

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from gpt import inspection, loaded
-from gpt.checkpoint import Workdir
-from gpt.errors import UserError
+from gpt.checkpointing import loading
+from gpt.checkpointing.workdir import Workdir
+from gpt.inference import explanation
+from gpt.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 TEXT = "what <light> is it?"
@@ -37,11 +38,11 @@ def run(request, tmp_path_factory):
     }
     flags = [f"--config.{name}={value}" for name, value in options.items()]
     subprocess.run([*command, *flags], cwd=ROOT, check=True, capture_output=True, timeout=300)
-    return loaded.load(Workdir(str(path / "run")), "last", batch_size=1)
+    return loading.load(Workdir(str(path / "run")), "last", batch_size=1)
 
 
 def test_losses_are_those_of_the_model_and_attention_looks_back(run):
-    seen = inspection.explain(run, TEXT)
+    seen = explanation.explain(run, TEXT)
     assert "".join(seen.pieces) == TEXT
     tokens = run.tokenizer.encode(TEXT)
     rows = np.tile(tokens, (run.program.layout.batch_shards, 1))
@@ -81,17 +82,17 @@ def test_the_attention_is_what_the_model_computes_with(run):
     scores = np.einsum("thk,shk->hts", rotated(q), rotated(k)) / np.sqrt(2 * half)
     weights = np.exp(scores) * np.tri(len(tokens))
     weights /= weights.sum(axis=-1, keepdims=True)
-    np.testing.assert_allclose(inspection.explain(run, TEXT).attention_LxHxTxT[0], weights, atol=1e-5)
+    np.testing.assert_allclose(explanation.explain(run, TEXT).attention_LxHxTxT[0], weights, atol=1e-5)
 
 
 def test_a_text_of_the_wrong_length_is_refused(run):
     for text in ("w", "what " * 20):
         with pytest.raises(UserError, match=r"texts of 2 to model\.block_size=32"):
-            inspection.explain(run, text)
+            explanation.explain(run, text)
 
 
 def test_the_page_holds_all_and_no_text_ends_its_script(run):
-    page = inspection.page(inspection.explain(run, "is <light> it"), "title")
+    page = explanation.page(explanation.explain(run, "is <light> it"), "title")
     data = page.split("const d = ")[1].split(", [L, H, T]")[0]
     assert "<" not in data
     assert "".join(json.loads(data)["pieces"]) == "is <light> it"

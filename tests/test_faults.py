@@ -24,9 +24,12 @@ import numpy as np
 import pytest
 from test_cluster import Processes
 
-from gpt import loaded, metrics, train
-from gpt.checkpoint import Damaged, Workdir
-from gpt.errors import UserError
+from gpt import train
+from gpt.checkpointing import loading
+from gpt.checkpointing.checkpoints import Damaged
+from gpt.checkpointing.workdir import Workdir
+from gpt.runtime import progress, tensorboard
+from gpt.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY = 120, 20
@@ -73,7 +76,7 @@ def arrays(workdir: Path, step: int, program) -> dict[str, np.ndarray]:
 
 
 def points(workdir: Path) -> dict[str, tuple[list[int], list[float]]]:
-    return metrics.read_scalars(workdir, ("train/loss", "train/gradient_norm", "validation/loss"))
+    return tensorboard.read_scalars(workdir, ("train/loss", "train/gradient_norm", "validation/loss"))
 
 
 class Undisturbed:
@@ -84,7 +87,7 @@ class Undisturbed:
         assert start(path, play, steps=steps).wait(240) == 0, said(path)
         self.path, self.steps, self.seconds = path, steps, time.monotonic() - began
         self.config = Workdir(path).read().config
-        self.program = loaded.load(Workdir(path), "last").program
+        self.program = loading.load(Workdir(path), "last").program
         self.arrays, self.points = arrays(path, steps, self.program), points(path)
         assert self.points["train/loss"][0] == list(range(1, steps + 1))
 
@@ -294,7 +297,7 @@ def test_damage_is_said_by_whoever_reads(undisturbed, play, tmp_path, command, d
     other = train.dataclasses.replace(undisturbed.config.train, init_from=str(workdir))
     with pytest.raises(UserError, match="is damaged"):
         train.train(train.dataclasses.replace(undisturbed.config, train=other), Workdir(tmp_path / "other"))
-    assert loaded.load(Workdir(workdir), str(STEPS - EVERY)).step == STEPS - EVERY
+    assert loading.load(Workdir(workdir), str(STEPS - EVERY)).step == STEPS - EVERY
     assert sorted(file.name for file in (workdir / "checkpoints").iterdir()) == names
 
 
@@ -337,9 +340,11 @@ def mount(*mounts: str) -> tuple[str, ...]:
 
 FILLS_THE_DISK = """
     import os, pathlib
-    from gpt import checkpoint, cli, main
+    from gpt import main
+    from gpt.checkpointing import checkpoints
+    from gpt.runtime import cli
     fill, full, free = pathlib.Path(os.environ["FILL"]), int(os.environ["FULL"]), int(os.environ["FREE"])
-    save = checkpoint.Checkpoints.save
+    save = checkpoints.Checkpoints.save
     def fills_the_disk(self, step, *args):
         self.wait()
         if step == full:
@@ -352,7 +357,7 @@ FILLS_THE_DISK = """
         if step == free:
             fill.unlink()
         save(self, step, *args)
-    checkpoint.Checkpoints.save = fills_the_disk
+    checkpoints.Checkpoints.save = fills_the_disk
     if __name__ == "__main__":
         cli.run(main.main)
 """
@@ -408,14 +413,14 @@ def test_a_workdir_that_cannot_be_written_to(undisturbed, play, tmp_path):
 def test_a_workdir_that_is_removed_under_the_run(undisturbed, tmp_path, monkeypatch, capsys):
     """The run goes on, for the folder may come back (a network disk), and says at each save that it is in vain."""
     workdir = tmp_path / "run"
-    update = metrics.Progress.update
+    update = progress.Progress.update
 
     def update_and_remove(progress, step, *args, **kwargs):
         update(progress, step, *args, **kwargs)
         if step == EVERY + 5:
             shutil.rmtree(workdir.rename(tmp_path / "gone"), ignore_errors=True)  # a save may be going on
 
-    monkeypatch.setattr(metrics.Progress, "update", update_and_remove)
+    monkeypatch.setattr(progress.Progress, "update", update_and_remove)
     settings = train.dataclasses.replace(undisturbed.config.train, steps=3 * EVERY, eval_every=0)
     with pytest.raises(UserError, match=rf"^Cannot save {workdir}/checkpoints/{3 * EVERY}: "):
         train.train(train.dataclasses.replace(undisturbed.config, train=settings), Workdir(workdir))
@@ -425,7 +430,7 @@ def test_a_workdir_that_is_removed_under_the_run(undisturbed, tmp_path, monkeypa
 
 HOLD = """
     import sys, time
-    from gpt.checkpoint import Workdir
+    from gpt.checkpointing.workdir import Workdir
     with Workdir(sys.argv[1]).lock():
         print("locked", flush=True)
         time.sleep(1000)
@@ -443,7 +448,7 @@ def test_two_runs_do_not_share_a_workdir(undisturbed, play, tmp_path):
         by = f"process {holder.pid} on {socket.gethostname()}"
         assert said(workdir).startswith(f"error: --workdir={workdir} is in use by {by}; "), said(workdir)
         assert said(workdir).count("\n") == 1
-        loaded.load(Workdir(workdir), "last")  # who only reads is welcome
+        loading.load(Workdir(workdir), "last")  # who only reads is welcome
     finally:
         holder.kill()
         holder.wait()

@@ -13,14 +13,14 @@ import pytest
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from gpt import config as config_lib
-from gpt import generate, sharding, tokenizers, train
-from gpt import program as program_lib
-from gpt.checkpoint import Workdir
-from gpt.config import Config
-from gpt.data import pipeline, text
-from gpt.errors import UserError
-from gpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer
+from gpt import sharding, step, train
+from gpt.checkpointing.workdir import Workdir
+from gpt.config import Config, flatten, from_tree
+from gpt.data import pipeline, text, tokenizers
+from gpt.data.bpe import BPETokenizer
+from gpt.data.tokenizers import ByteTokenizer, CharTokenizer
+from gpt.inference import generation
+from gpt.runtime.errors import UserError
 
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None, "print_blob": True}
 
@@ -63,7 +63,7 @@ WILD = {
 }
 WILD[float] = [-1.0, 1.0, 1.5, float("nan"), float("inf"), 1e-300, 1e-45, 1e30, 1e300, 10**400]
 WILD[bool] = []
-BASE = config_lib.flatten(
+BASE = flatten(
     dataclasses.asdict(
         Config(
             model=dataclasses.replace(Config().model, num_layers=1, num_heads=2, embed_dim=16, block_size=16),
@@ -117,10 +117,10 @@ def nested(changes):
 def program_of(changes, vocab_size=61):
     """The program of a config, or None where it is refused by a sentence."""
     try:
-        config = config_lib.from_tree(nested(changes))
+        config = from_tree(nested(changes))
         layout = sharding.make_layout(config.mesh)
         total_steps = config.train.total_steps(config.model.block_size, 100)
-        program = program_lib.build(config, vocab_size, layout, total_steps)
+        program = step.build(config, vocab_size, layout, total_steps)
         program.check_memory(program.abstract_state)
     except UserError as error:
         said = str(error)
@@ -172,7 +172,7 @@ def refused_or_trained(changes, play, path):
         "train.init_from": "",
     }
     try:
-        config = config_lib.from_tree(nested(changes))
+        config = from_tree(nested(changes))
         assert train.train(config, Workdir(path)) == 0
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017
@@ -255,7 +255,7 @@ def test_any_text_goes_there_and_back_at_length(name, content):
 def prompt_of_any_kind(name, prompt):
     """Tokens, or a sentence; also for halves of characters."""
     try:
-        tokens = generate.encode_prompt(tokenizer_of(name, "abc"), prompt, "--prompt")
+        tokens = generation.encode_prompt(tokenizer_of(name, "abc"), prompt, "--prompt")
     except UserError as error:
         assert str(error).startswith("--prompt: ")  # noqa: PT017
         return

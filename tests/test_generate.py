@@ -11,14 +11,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt import generate, sharding
-from gpt.errors import UserError
-from gpt.generate import Continuation, Generator, Sampling, Segment, continuations, encode_prompt, kept, sample_token
+from gpt import sharding
+from gpt.data.tokenizers import ByteTokenizer, CharTokenizer
+from gpt.inference import generation
+from gpt.inference.generation import (
+    Continuation,
+    Generator,
+    Sampling,
+    Segment,
+    continuations,
+    encode_prompt,
+    kept,
+    sample_token,
+)
 from gpt.models.attention import MASKED
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.models.layers import stack_layers
+from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
-from gpt.tokenizers import ByteTokenizer, CharTokenizer
 
 # 11 tokens, and 5 more that pad the table.
 SIZES = {"num_layers": 1, "num_heads": 2, "embed_dim": 16, "block_size": 8, "vocab_size": 11, "vocab_multiple": 8}
@@ -169,8 +179,8 @@ def test_each_prompt_and_each_sample_has_random_numbers_of_its_own(name):
 def test_cache_grows_with_the_text(monkeypatch):
     """By half steps between powers of two, up to the block; the tokens stay the same."""
     expected = tokens_of(generator_of("1", Sampling()), 12, num_samples=3)
-    monkeypatch.setattr(generate, "MIN_CAPACITY", 2)
-    monkeypatch.setattr(generate, "MIN_PROMPT", 2)
+    monkeypatch.setattr(generation, "MIN_CAPACITY", 2)
+    monkeypatch.setattr(generation, "MIN_PROMPT", 2)
     decoding = generator_of("1", Sampling()).start(params_of("1"), [PROMPT], num_samples=3)
     found, sizes = np.zeros((3, 0), int), []
     while found.shape[1] < 12:

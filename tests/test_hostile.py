@@ -15,11 +15,16 @@ import jax
 import pytest
 import tensorstore
 
-from gpt import convert, generate, loaded, metrics, sharding, tokenizers, train
-from gpt.checkpoint import Workdir
+from gpt import sharding, train
+from gpt.checkpointing import loading
+from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config, TrainConfig
-from gpt.errors import UserError
+from gpt.data import bpe, tokenizers
+from gpt.inference import generation
+from gpt.interop import huggingface
 from gpt.models.gpt import GPTConfig
+from gpt.runtime import tensorboard
+from gpt.runtime.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,7 +65,7 @@ def stranger(made, tmp_path) -> Path:
 @pytest.fixture
 def folder(made, tmp_path) -> Path:
     """A folder in the layout of transformers, to be changed."""
-    convert.to_hf(Workdir(made), "last", tmp_path / "hf")
+    huggingface.to_hf(Workdir(made), "last", tmp_path / "hf")
     return tmp_path / "hf"
 
 
@@ -118,9 +123,9 @@ def test_no_file_of_a_workdir_is_unpickled(made, payload, config, tmp_path):
 
         def open_it(workdir=workdir, name=name):
             if name.parts[0].startswith("events"):
-                metrics.read_scalars(workdir.path, ["train/loss"])
+                tensorboard.read_scalars(workdir.path, ["train/loss"])
                 return
-            run = loaded.load(workdir, "last")
+            run = loading.load(workdir, "last")
             run.dataset()
             if "optimizer" in name.parts:
                 train.restore(workdir.checkpoints(), 2, run.program)
@@ -139,17 +144,17 @@ def test_no_file_of_weights_is_unpickled_or_imported(folder, payload, tmp_path):
     )
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "tokenizer.pkl"):
         (folder / name).write_bytes(payload)
-    assert not refused_or_done(convert.from_hf, folder, Workdir(tmp_path / "fine"), 1)
+    assert not refused_or_done(huggingface.from_hf, folder, Workdir(tmp_path / "fine"), 1)
     whole = {path: path.read_bytes() for path in folder.iterdir()}
-    read = {"config.json", convert.GENERATION, "model.safetensors", convert.OUR_TOKENIZER, convert.INDEX}
+    read = {"config.json", huggingface.GENERATION, "model.safetensors", huggingface.OUR_TOKENIZER, huggingface.INDEX}
     read |= {"vocab.json", "tokenizer.json"}
     for name in sorted(read | {path.name for path in whole}):
-        if name == convert.INDEX:
+        if name == huggingface.INDEX:
             (folder / "model.safetensors").unlink()
         if name in ("vocab.json", "tokenizer.json"):  # without them
-            (folder / convert.OUR_TOKENIZER).unlink(missing_ok=True)
+            (folder / huggingface.OUR_TOKENIZER).unlink(missing_ok=True)
         (folder / name).write_bytes(payload)
-        refused = refused_or_done(convert.from_hf, folder, Workdir(tmp_path / f"run-{name}"), 1)
+        refused = refused_or_done(huggingface.from_hf, folder, Workdir(tmp_path / f"run-{name}"), 1)
         assert refused == (name in read), name
         assert not (tmp_path / "marker").exists(), name
         (folder / name).unlink()
@@ -171,7 +176,7 @@ def test_a_workdir_does_not_say_where_to_write(stranger, tmp_path, monkeypatch):
         ),
     )
     before = sorted(stranger.rglob("*"))
-    run = loaded.load(Workdir(stranger), "last")
+    run = loading.load(Workdir(stranger), "last")
     run.dataset()
     assert not outside.exists()
     assert sorted(stranger.rglob("*")) == before
@@ -181,9 +186,9 @@ def test_a_workdir_does_not_say_where_to_write(stranger, tmp_path, monkeypatch):
 def test_an_index_names_files_of_its_folder_alone(folder, tmp_path, name):
     shutil.copy(folder / "model.safetensors", tmp_path / "x.safetensors")
     (folder / "model.safetensors").unlink()
-    (folder / convert.INDEX).write_text(json.dumps({"weight_map": {"wte.weight": name}}))
+    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": {"wte.weight": name}}))
     with pytest.raises(UserError, match=r"names .*, which is not in the folder"):
-        convert.from_hf(folder, Workdir(tmp_path / "new"), 1)
+        huggingface.from_hf(folder, Workdir(tmp_path / "new"), 1)
     assert not (tmp_path / "new").exists()
 
 
@@ -286,8 +291,11 @@ ABSURD_WEIGHTS = {
     ),
     "deep": (lambda folder: (folder / "config.json").write_text("[" * 10**6), "nested too deeply"),
     "long": (lambda folder: _sparse(folder / "config.json"), "more than 64 MiB"),
-    "deep tokenizer": (lambda folder: (folder / convert.OUR_TOKENIZER).write_text("[" * 10**6), "nested too deeply"),
-    "tokenizer of a list": (lambda folder: (folder / convert.OUR_TOKENIZER).write_text("[1]"), "is damaged"),
+    "deep tokenizer": (
+        lambda folder: (folder / huggingface.OUR_TOKENIZER).write_text("[" * 10**6),
+        "nested too deeply",
+    ),
+    "tokenizer of a list": (lambda folder: (folder / huggingface.OUR_TOKENIZER).write_text("[1]"), "is damaged"),
 }
 
 
@@ -295,7 +303,7 @@ ABSURD_WEIGHTS = {
 def attempts(made, tmp_path_factory):
     """{case: (what was said, GB of memory at most)}, all by a process that may take 12 GB of addresses."""
     tmp, cases = tmp_path_factory.mktemp("absurd"), {}
-    convert.to_hf(Workdir(made), "last", tmp / "hf")
+    huggingface.to_hf(Workdir(made), "last", tmp / "hf")
     for source, wanted, way in ((made, ABSURD, "load"), (tmp / "hf", ABSURD_WEIGHTS, "from_hf")):
         for i, (name, (damage, _)) in enumerate(wanted.items()):
             path = Path(shutil.copytree(source, tmp / f"{way}-{i}"))
@@ -305,12 +313,14 @@ def attempts(made, tmp_path_factory):
         import json, resource, sys
         resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
         from pathlib import Path
-        from gpt import convert, errors, loaded
-        from gpt.checkpoint import Workdir
+        from gpt.checkpointing import loading
+        from gpt.checkpointing.workdir import Workdir
+        from gpt.interop import huggingface
+        from gpt.runtime import errors
 
         ways = {
-            "load": lambda path: loaded.load(Workdir(path), "last"),
-            "from_hf": lambda path: convert.from_hf(Path(path), Workdir(path + "-run"), 1),
+            "load": lambda path: loading.load(Workdir(path), "last"),
+            "from_hf": lambda path: huggingface.from_hf(Path(path), Workdir(path + "-run"), 1),
         }
         for name, (way, path) in json.loads(sys.argv[1]).items():
             try:
@@ -353,16 +363,16 @@ def test_prompts_of_any_bytes_are_tokens_or_one_sentence(name, prompt):
     tokenizer = {
         "char": lambda: tokenizers.CharTokenizer.from_text("abc \n"),
         "byte": tokenizers.ByteTokenizer,
-        "bpe": tokenizers.gpt2,
+        "bpe": bpe.gpt2,
     }[name]()
     if name == "char" or prompt == "\ud800" or (name == "bpe" and "\udce9" in prompt):
         if name == "char" and prompt[0] == "a":
-            assert len(generate.encode_prompt(tokenizer, prompt, "--prompt")) == 100_000
+            assert len(generation.encode_prompt(tokenizer, prompt, "--prompt")) == 100_000
             return
         with pytest.raises(UserError, match=r"^--prompt: .*\.$"):
-            generate.encode_prompt(tokenizer, prompt, "--prompt")
+            generation.encode_prompt(tokenizer, prompt, "--prompt")
         return
-    tokens = generate.encode_prompt(tokenizer, prompt, "--prompt")
+    tokens = generation.encode_prompt(tokenizer, prompt, "--prompt")
     assert 0 < len(tokens) <= len(prompt) * 4
     assert tokens.max() < tokenizer.vocab_size
 

@@ -15,14 +15,14 @@ pytest.importorskip("sklearn")
 from PIL import Image
 
 from gpt import train
-from gpt.checkpoint import Workdir
+from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config, OptimizerConfig, TrainConfig
 from gpt.data import images, pipeline
 from gpt.data.images import ImagesConfig
 from gpt.data.pixels import Palette, PixelsConfig
-from gpt.errors import UsageError, UserError
+from gpt.data.tokenizers import Labels, TokenizerConfig
 from gpt.models.vit import ViTConfig
-from gpt.tokenizers import Labels, TokenizerConfig
+from gpt.runtime.errors import UsageError, UserError
 
 MODEL = ViTConfig(num_layers=1, num_heads=2, embed_dim=16, image_size=8, patch_size=4, channels=3)
 DIGITS = dataclasses.replace(MODEL, channels=1)

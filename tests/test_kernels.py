@@ -12,17 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt import convert, loaded, program, sharding, train
-from gpt.checkpoint import Workdir
-from gpt.errors import UserError
-from gpt.models import attention
+from gpt import sharding, step, train
+from gpt.checkpointing import loading
+from gpt.checkpointing.workdir import Workdir
+from gpt.interop import huggingface
+from gpt.models import attention, kernels
 from gpt.models.gpt import GPT, GPTConfig
+from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 BATCH, HEADS, KV = 4, 2, 8
 TENSOR, SEQUENCE = MeshConfig("fsdp_tp", data=2, fsdp=2, model=2), MeshConfig("sp", fsdp=2, sequence=2, model=2)
-interpreted = functools.partial(attention.splash, interpret=True)
+interpreted = functools.partial(kernels.splash, interpret=True)
 
 
 def random_arrays(length, dtype=np.float32):
@@ -91,12 +93,12 @@ def test_what_cudnn_is_asked_for_equals_dense(monkeypatch, mesh, borders):
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     *arrays, starts = random_arrays(24)
     starts = starts if borders else None
-    found = out_and_gradients(attention.cudnn, arrays, starts, mesh)
+    found = out_and_gradients(kernels.cudnn, arrays, starts, mesh)
     assert_close(found, out_and_gradients(attention.dense, arrays, starts))
     assert set(asked) == {("cudnn", True)}
 
 
-@pytest.mark.parametrize("attend", [attention.cudnn, attention.splash])
+@pytest.mark.parametrize("attend", [kernels.cudnn, kernels.splash])
 def test_kernels_drop_nothing_in_silence(attend):
     q, k, v, *_ = random_arrays(128)
     with pytest.raises(ValueError, match="no dropout"):
@@ -145,7 +147,7 @@ def test_auto_is_the_kernel_of_the_platform_and_the_model_runs_it(monkeypatch, p
     config = dataclasses.replace(KERNEL, attention="auto").resolve(9, platform)
     assert config.attention == name
     called = []
-    monkeypatch.setitem(attention.ATTENTION, name, lambda q, k, v, starts, **options: called.append(options) or v)
+    monkeypatch.setitem(kernels.ATTENTION, name, lambda q, k, v, starts, **options: called.append(options) or v)
     jax.eval_shape(GPT(config).init, jax.random.key(0), jnp.zeros((1, 128), jnp.int32))
     assert called == [{"dropout_rate": 0.0, "dropout_key": None}]
 
@@ -162,7 +164,7 @@ def test_a_mesh_with_parts_of_the_length_is_refused_or_dense(tiny):
             seen.append(arguments)
             return super().resolve(*arguments)
 
-    program.build(dataclasses.replace(tiny, model=Spy(**dataclasses.asdict(tiny.model))), 64, layout, 1)
+    step.build(dataclasses.replace(tiny, model=Spy(**dataclasses.asdict(tiny.model))), 64, layout, 1)
     assert seen == [(64, "cpu", 2)]
 
 
@@ -177,5 +179,5 @@ def test_a_run_with_a_kernel_is_evaluated_and_converted_anywhere(tiny, tmp_path)
     (record,) = (path for path in (tmp_path / "run").glob("*.json") if '"attention"' in path.read_text())
     record.write_text(record.read_text().replace('"attention": "dense"', '"attention": "splash"'))
     assert workdir.read().config.model.attention == "splash"
-    assert loaded.load(workdir, "last").model_config.attention == "dense"
-    assert convert.to_hf(workdir, "last", tmp_path / "hf")[0].attention == "dense"
+    assert loading.load(workdir, "last").model_config.attention == "dense"
+    assert huggingface.to_hf(workdir, "last", tmp_path / "hf")[0].attention == "dense"

@@ -12,14 +12,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file
 
-from gpt import convert, loaded, lora, sharding, train
-from gpt import program as program_lib
-from gpt.checkpoint import Workdir
+from gpt import sharding, step, train
+from gpt.checkpointing import loading
+from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config
-from gpt.errors import UserError
+from gpt.interop import huggingface
+from gpt.models import lora
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.models.layers import stack_layers, unstack_layers
 from gpt.optimizer import OptimizerConfig
+from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
 TARGETS = "qkv,out,up,down"
@@ -174,12 +176,12 @@ def adapted(base, tmp_path_factory):
 
 
 def arrays(workdir, step="last"):
-    params = loaded.load(workdir, step).params
+    params = loading.load(workdir, step).params
     return {"/".join(name): np.asarray(x) for name, x in flatten_dict(params).items()}
 
 
 def adapters_of(workdir, step):
-    abstract = loaded.load(workdir, str(step)).program.abstract_state.params
+    abstract = loading.load(workdir, str(step)).program.abstract_state.params
     restored = workdir.checkpoints().restore(step, params=abstract)["params"]
     return {"/".join(name): np.asarray(x) for name, x in flatten_dict(restored).items()}
 
@@ -197,12 +199,12 @@ def test_a_run_changes_the_adapted_kernels_and_nothing_else(base, adapted):
 
 
 def test_a_checkpoint_holds_the_adapters_and_their_optimizer_state_alone(base, adapted):
-    program = loaded.load(adapted, "last").program
+    program = loading.load(adapted, "last").program
     trained = 2 * 2 * (32 + 96 + 128 + 32)
-    assert program_lib.count(program.abstract_state.params) == trained
+    assert step.count(program.abstract_state.params) == trained
     moments = [x for x in jax.tree.leaves(program.abstract_state.opt_state) if x.ndim]
-    assert program_lib.count(moments) == 2 * trained
-    assert program.num_parameters() == program_lib.count(loaded.load(base, "last").params)
+    assert step.count(moments) == 2 * trained
+    assert program.num_parameters() == step.count(loading.load(base, "last").params)
     for item, arrays_saved in (("params", trained), ("optimizer", 2 * trained)):
         saved = ocp.PyTreeCheckpointHandler().metadata(adapted.path / "checkpoints" / "6" / item).tree
         shapes = [x.shape for x in jax.tree.leaves(saved, is_leaf=lambda x: hasattr(x, "shape"))]
@@ -269,9 +271,9 @@ def test_stacked_layers_train_what_layers_apart_do(base, tmp_path):
             train=dataclasses.replace(config.train, micro_batches=2),
         )
         vocab_size = base.read().tokenizer.vocab_size
-        program = program_lib.build(config, vocab_size, sharding.make_layout(config.mesh), 6)
+        program = step.build(config, vocab_size, sharding.make_layout(config.mesh), 6)
         with program.layout.use():
-            state = program.begin(loaded.Weights(base, "last").restore(program))
+            state = program.begin(loading.Weights(base, "last").restore(program))
             if scan_layers:
                 shardings = jax.tree.map(lambda x: x.sharding, state.params)
                 state = state.replace(params=jax.device_put(stack_layers(adapters), shardings))
@@ -286,13 +288,13 @@ def test_stacked_layers_train_what_layers_apart_do(base, tmp_path):
 
 def test_an_export_has_the_adapters_merged(adapted, tmp_path):
     folder = tmp_path / "hf"
-    convert.to_hf(adapted, "last", folder)
+    huggingface.to_hf(adapted, "last", folder)
     tensors, expected = load_file(folder / "model.safetensors"), arrays(adapted)
     for i in range(2):
         found = tensors[f"transformer.h.{i}.mlp.c_proj.weight"]
         np.testing.assert_allclose(found, expected[f"block_{i}/mlp/down/kernel"], atol=1e-6)
     back = Workdir(tmp_path / "back")
-    convert.from_hf(folder, back, 8)
+    huggingface.from_hf(folder, back, 8)
     for name, array in arrays(back).items():
         rows = 60 if name.startswith("token") else None  # without the padding
         np.testing.assert_allclose(array[:rows], expected[name][:rows], atol=1e-6, err_msg=name)
@@ -304,8 +306,8 @@ def test_a_run_starts_from_merged_weights_and_adapters_go_on_top_of_adapters(ada
     config = dataclasses.replace(
         config, model=dataclasses.replace(config.model, lora_rank=0, scan_layers=True), mesh=MeshConfig("fsdp")
     )
-    program = program_lib.build(config, adapted.read().tokenizer.vocab_size, sharding.make_layout(config.mesh), 1)
-    same = unstack_layers(loaded.Weights(adapted, "best").restore(program))
+    program = step.build(config, adapted.read().tokenizer.vocab_size, sharding.make_layout(config.mesh), 1)
+    same = unstack_layers(loading.Weights(adapted, "best").restore(program))
     for name, array in flatten_dict(same).items():
         np.testing.assert_allclose(array, expected["/".join(name)], atol=1e-6, err_msg=str(name))
 
@@ -320,7 +322,7 @@ def test_a_run_starts_from_merged_weights_and_adapters_go_on_top_of_adapters(ada
         again, mesh=MeshConfig("fsdp_tp", model=2), train=dataclasses.replace(again.train, steps=2)
     )
     assert train.train(longer, workdir, allow_config_change=True) == 0
-    convert.to_hf(workdir, "last", tmp_path / "hf")
+    huggingface.to_hf(workdir, "last", tmp_path / "hf")
     found = load_file(tmp_path / "hf" / "model.safetensors")["transformer.h.1.mlp.c_proj.weight"]
     np.testing.assert_allclose(found, expected["block_1/mlp/down/kernel"], atol=1e-6)
 
@@ -335,13 +337,13 @@ def test_weights_that_are_gone_or_others_are_refused(base, adapted, tmp_path):
     record["base"]["path"] = str(tmp_path / "gone")
     (moved.path / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match=r"The weights that adapters were trained for: .*gone: there is no such folder"):
-        loaded.load(moved, "last")
+        loading.load(moved, "last")
 
     record["base"] |= {"path": str(base.path), "digest": record["base"]["digest"] ^ 1}
     (moved.path / "run.json").write_text(json.dumps(record))
     for use in (
-        lambda: loaded.load(moved, "last"),
-        lambda: convert.to_hf(moved, "last", tmp_path / "hf"),
+        lambda: loading.load(moved, "last"),
+        lambda: huggingface.to_hf(moved, "last", tmp_path / "hf"),
         lambda: train.train(adapting(base, steps=7), moved),
     ):
         with pytest.raises(UserError, match=r"Step 4 of .*base\d has other weights than those that the adapters were"):

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt import hardware, metrics
-from gpt.metrics import Progress, Speed, TensorBoard
+from gpt.runtime import hardware, progress, tensorboard
+from gpt.runtime.progress import Progress, Speed
+from gpt.runtime.tensorboard import TensorBoard
 
 # TensorBoard.
 
@@ -46,7 +47,7 @@ def test_scalars_are_read_back(tmp_path):
     assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 0.5), (2, 1.0), (30, 15.0)]
     assert [event.value for event in found.Scalars("train/rate")] == [0.25] * 3
     assert np.isnan(found.Scalars("validation/loss")[0].value)
-    assert metrics.read_scalars(tmp_path, ("train/loss", "absent")) == {
+    assert tensorboard.read_scalars(tmp_path, ("train/loss", "absent")) == {
         "train/loss": ([1, 2, 30], [0.5, 1.0, 15.0]),
         "absent": ([], []),
     }
@@ -381,7 +382,7 @@ def test_tokens_a_second_are_short(clock, number, shown):
     ],
 )
 def test_duration(seconds, shown):
-    assert metrics.duration(seconds) == shown
+    assert progress.duration(seconds) == shown
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gpt.errors import UserError
-from gpt.models import attention, layers
+from gpt.models import kernels, layers
 from gpt.models.gpt import GPT, SIZES, GPTConfig, named_size
+from gpt.runtime.errors import UserError
 
 # Without LLVM's optimizations: a third of the compilation time, and the arithmetic is the same but for rounding.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -431,9 +431,9 @@ def test_the_chosen_attention_is_the_one_that_runs(name, monkeypatch):
         calls.append((called, {key: value for key, value in options.items() if key.endswith("chunk")}))
         return v
 
-    for other in attention.ATTENTION:
-        monkeypatch.setitem(attention.ATTENTION, other, functools.partial(spy, other))
-    monkeypatch.setattr(attention, "chunked", functools.partial(spy, "chunked"))
+    for other in kernels.ATTENTION:
+        monkeypatch.setitem(kernels.ATTENTION, other, functools.partial(spy, other))
+    monkeypatch.setattr(kernels, "chunked", functools.partial(spy, "chunked"))
     jax.eval_shape(GPT(config).apply, random_variables(config), TOKENS)
     expected = (name, {"query_chunk": 5, "key_chunk": 7} if name == "chunked" else {})
     assert len(calls) >= config.num_layers  # JAX may trace more than once

@@ -13,16 +13,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_cluster import MODEL, Processes
 from test_train import StopAfter, change, checkpoint_arrays, scalars
 
-from gpt import program as program_lib
-from gpt import sharding, train
-from gpt.checkpoint import Workdir
+from gpt import sharding, step, train
+from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config
 from gpt.data import pipeline, text
-from gpt.errors import UserError
 from gpt.models.gpt import GPTConfig
+from gpt.runtime.errors import UserError
 
 POISON = -2  # a target that no text has, by which the batches to be poisoned are known on the devices
-REAL_LOSSES, REAL_BATCHES, MAKE_LAYOUT = program_lib.token_losses, pipeline.training_batches, sharding.make_layout
+REAL_LOSSES, REAL_BATCHES, MAKE_LAYOUT = step.token_losses, pipeline.training_batches, sharding.make_layout
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def poison(patch, config, numbers, kind="nan"):
             yield {name: array[np.asarray(rows)] for name, array in batch.items()}
 
     patch.setattr(pipeline, "training_batches", training_batches)
-    patch.setattr(program_lib, "token_losses", damaged(kind))
+    patch.setattr(step, "token_losses", damaged(kind))
 
 
 def leave_out_by_hand(patch, numbers, kind="nan"):
@@ -87,7 +86,7 @@ def leave_out_by_hand(patch, numbers, kind="nan"):
         return (batch for i, batch in enumerate(REAL_BATCHES(source, batch_size, seed, rows)) if i not in numbers)
 
     patch.setattr(pipeline, "training_batches", training_batches)
-    patch.setattr(program_lib, "token_losses", damaged(kind))
+    patch.setattr(step, "token_losses", damaged(kind))
 
 
 def same_arrays(a, b, step):
@@ -152,8 +151,8 @@ def test_a_skipped_update_is_one_left_out_by_hand(small, tmp_path, monkeypatch, 
     # By hand: steps whose update is thrown away.
     corpus = text.load(config.data, config.tokenizer, config.model.block_size)
     layout = sharding.make_layout(config.mesh)
-    monkeypatch.setattr(program_lib, "token_losses", damaged(kind))
-    program = program_lib.build(config, corpus.tokenizer.vocab_size, layout, config.train.steps)
+    monkeypatch.setattr(step, "token_losses", damaged(kind))
+    program = step.build(config, corpus.tokenizer.vocab_size, layout, config.train.steps)
     source = text.TrainingWindows(corpus.train, config.model.block_size, config.seed)
     rows = range(config.train.batch_size)
     batches = pipeline.to_devices(pipeline.training_batches(source, 16, config.seed, rows), layout, rows, 16)
@@ -262,7 +261,7 @@ def test_parameters_of_a_checkpoint_that_are_poisoned(small, tmp_path):
     workdir = Workdir(tmp_path)
     train.train(change(small, "train", steps=4), workdir)
     layout = sharding.make_layout(small.mesh)
-    program = program_lib.build(small, workdir.read().tokenizer.vocab_size, layout, 14)
+    program = step.build(small, workdir.read().tokenizer.vocab_size, layout, 14)
     checkpoints = workdir.checkpoints(keep=9)
     state = train.restore(checkpoints, 4, program)
     params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params)

@@ -11,9 +11,9 @@ import optax
 import pytest
 
 from gpt import optimizer, sharding
-from gpt.errors import UserError
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.optimizer import OptimizerConfig
+from gpt.runtime.errors import UserError
 
 # The learning-rate schedule.
 

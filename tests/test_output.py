@@ -14,8 +14,8 @@ import time
 
 import pytest
 
-from gpt import output
-from gpt.metrics import Progress
+from gpt.runtime import output
+from gpt.runtime.progress import Progress
 
 HOSTILE = "\0\a\b\r\x1b]0;title\x07\x7f\x85\x9b31m\u202etxt.exe\u2066"
 ESCAPED = r"\x00\x07\x08\x0d\x1b]0;title\x07\u007f\u0085\u009b31m\u202etxt.exe\u2066"
@@ -130,7 +130,7 @@ def test_a_descriptor_that_does_not_block_is_waited_for():
 PRINTS = """
     import os, sys, warnings
     from absl import logging
-    from gpt import cli
+    from gpt.runtime import cli
     def main():
         assert os.open(os.devnull, os.O_RDONLY) > 2, "libraries would print into this file"
         assert sys.stdin.read() == ""

@@ -11,10 +11,10 @@ import pytest
 
 from gpt import sharding
 from gpt.data.text import EvaluationWindows, TrainingWindows
-from gpt.errors import UserError
-from gpt.generate import Generator, Sampling, kept
+from gpt.inference.generation import Generator, Sampling, kept
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.models.perceiver import PerceiverAR, PerceiverARConfig, PerceiverIO, PerceiverIOConfig
+from gpt.runtime.errors import UserError
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 

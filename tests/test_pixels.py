@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gpt import generate
 from gpt.config import Config
 from gpt.data.pixels import Palette, PixelsConfig, Rows, fit_palette, nearest
-from gpt.errors import UserError
+from gpt.data.tokenizers import TokenizerConfig
+from gpt.inference import generation, pictures, previews
 from gpt.models.gpt import GPT, GPTConfig
-from gpt.tokenizers import TokenizerConfig
+from gpt.runtime.errors import UserError
 
 pytest.importorskip("sklearn")
 
@@ -122,7 +122,7 @@ def test_other_prompts_are_refused_with_what_there_is(prompt):
 
 def test_a_picture_shows_every_sample_pixel_by_pixel():
     samples = [np.array([3, 0, 1, 2, 1] + [2] * 12), np.array([4, 2, 2]), np.array([5, 1, 4] + [1] * 14)]
-    picture = opened(GREYS.picture(samples, columns=2))
+    picture = opened(pictures.png(pictures.grid(GREYS, samples, columns=2)))
     scale = 64 // 4
     border = scale // 4
     side = 64 + border
@@ -134,7 +134,7 @@ def test_a_picture_shows_every_sample_pixel_by_pixel():
             {0: 0, 1: 100, 2: 255}.get(token, 0) for token in sample[1:]
         ]  # what is no colour, or missing, is black
         assert cells.tolist() == drawn + [0] * (16 - len(drawn))
-    assert opened(HUES.picture([np.array([3, 0, 1, 2, 0])])).shape[-1] == 3
+    assert opened(pictures.png(pictures.grid(HUES, [np.array([3, 0, 1, 2, 0])]))).shape[-1] == 3
 
 
 def test_a_block_of_another_size_than_the_image_is_refused():
@@ -212,13 +212,13 @@ def test_the_parts_of_a_preview_share_no_random_numbers(digits, monkeypatch):
             self.over_B = np.zeros(len(prompts), bool)
 
         def advance(self, most):
-            return generate.Segment(np.zeros((len(self.over_B), most), int))
+            return generation.Segment(np.zeros((len(self.over_B), most), int))
 
-    monkeypatch.setattr(generate, "Decoding", Blank)
+    monkeypatch.setattr(generation, "Decoding", Blank)
     config = Config(data=digits.config, model=GPTConfig(block_size=64))
     program = types.SimpleNamespace(model=GPT(config.model.resolve(28, "cpu")), layout=None)
-    show = digits.preview(program, config, digits.evaluation("val", None))
-    assert show(None, 7, {}, lambda: None).images.keys() == {"samples", "completions"}
+    show = previews.make(digits, program, config, digits.evaluation("val", None))
+    assert show(None, 7, {}, lambda: None).pictures.keys() == {"samples", "completions"}
     assert len(set(streams)) == len(streams) == 10 * 4 + 4 * 8
 
 

@@ -12,12 +12,12 @@ import sys
 
 import pytest
 
-from gpt import hardware
-from gpt.cache import Cache
 from gpt.config import Config, TrainConfig, from_tree
-from gpt.errors import UserError
 from gpt.models.gpt import GPTConfig
-from gpt.planning import report, step
+from gpt.planning import compiling, report
+from gpt.runtime import hardware
+from gpt.runtime.cache import Cache
+from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
 needs_libtpu = pytest.mark.skipif(
@@ -54,7 +54,7 @@ def planned():
         if key not in done:
             devices = len(hardware.topology_devices(topology))
             config = Config(model=MODEL, train=TrainConfig(batch_size=4 * devices), mesh=MeshConfig(**mesh))
-            done[key] = step.measure(config, topology)
+            done[key] = compiling.measure(config, topology)
         return done[key]
 
     return plan
@@ -138,7 +138,7 @@ def plan_of_blocks(topology, block_size, attention, document_borders=False):
     model = dataclasses.replace(MODEL, block_size=block_size, attention=attention)
     data = dataclasses.replace(Config().data, document_borders=document_borders)
     mesh = MeshConfig("fsdp_tp", model=2)
-    return step.measure(Config(model=model, data=data, train=TrainConfig(batch_size=16), mesh=mesh), topology)
+    return compiling.measure(Config(model=model, data=data, train=TrainConfig(batch_size=16), mesh=mesh), topology)
 
 
 def assert_kernels_are_counted(plan, products):
@@ -207,8 +207,8 @@ def test_planned_memory_is_what_a_run_allocates():
 
 
 def test_the_compilers_words_hold_what_it_needed():
-    assert step.DoesNotFit("Used 110.50G of 95.74G hbm").needed == 110.5 * 2**30
-    assert step.DoesNotFit("the memory required (2.5T) exceeds available HBM (15.75G)").needed == 2.5 * 2**40
+    assert compiling.DoesNotFit("Used 110.50G of 95.74G hbm").needed == 110.5 * 2**30
+    assert compiling.DoesNotFit("the memory required (2.5T) exceeds available HBM (15.75G)").needed == 2.5 * 2**40
 
 
 def small_flags(model: GPTConfig = MODEL) -> list[str]:

@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 
-from gpt.data import IGNORED, text
+from gpt.data import tokens
+from gpt.data.base import IGNORED
 from gpt.data.text import TextConfig
-from gpt.errors import UserError
+from gpt.data.tokenizers import TokenizerConfig
 from gpt.models.gpt import GPTConfig
-from gpt.tokenizers import TokenizerConfig
+from gpt.runtime.errors import UserError
 
 PAIRS = [{"prompt": f"{i} and {i} is ", "completion": str(2 * i)} for i in range(60)]
 STREAM = "".join(f"{pair['prompt']}{pair['completion']}\n" for pair in PAIRS)
@@ -176,4 +177,4 @@ def test_plain_text_has_no_mask(load, tmp_path):
     assert (corpus.train_counts, corpus.validation_counts) == (None, None)
     assert corpus.training(MODEL, 0).row(0, 0)["targets"].min() >= 0
     assert not list((tmp_path / "cache").glob("counts-*"))
-    assert text.RECORD_END not in corpus.tokenizer.alphabet
+    assert tokens.RECORD_END not in corpus.tokenizer.alphabet

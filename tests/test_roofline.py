@@ -5,9 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from gpt import hardware
 from gpt.planning import roofline
 from gpt.planning.hlo import Collective, Operation
+from gpt.runtime import hardware
 
 CHIP = hardware.Chip("x", ("X",), flops=100.0, memory=1000, bandwidth=10.0, link=2.0, network=0.5, ring=4)
 GPU = dataclasses.replace(CHIP, ring=0)

@@ -29,7 +29,7 @@ TEXT = "dear " * 1000
 HARMLESS = ("/dev/", "/proc/", "/memfd:")
 
 
-def _record(**groups) -> Callable[[Path], None]:
+def make_record(**groups) -> Callable[[Path], None]:
     def change(run: Path) -> None:
         def edit(record: dict) -> None:
             for name, values in groups.items():
@@ -47,7 +47,7 @@ def _record(**groups) -> Callable[[Path], None]:
 def _elsewhere(run: Path) -> None:
     """Every setting that names a place names one outside."""
     outside = str(run.parent.parent / "outside")
-    _record(
+    make_record(
         data={"cache_dir": outside}, tokenizer={"name": "gpt2", "path": outside}, train={"init_from": "gs://bucket/x"}
     )(run)
 
@@ -161,33 +161,45 @@ CASES = {
     "explain: places": (_elsewhere, "explain", EXPLAIN, 0, ""),
     "convert: places": (_elsewhere, "convert", CONVERT, 0, ""),
     "resume: places": (_elsewhere, "main", RESUME, 1, "tokenizer.name|init_from"),
-    "resume: a cache": (_record(data={"cache_dir": "/nowhere/x"}), "main", RESUME, 0, "Done"),
-    "evaluate: other data": (_record(data={"path": "{outside}/dear.txt"}), "evaluate", EVALUATE, 1, "has changed"),
-    "evaluate: a bucket": (_record(data={"path": "gs://bucket/x.txt"}), "evaluate", EVALUATE, 1, "address on the net"),
-    "evaluate: a pipe": (_record(data={"path": "{outside}/pipe"}), "evaluate", EVALUATE, 1, "a pipe and not a regular"),
+    "resume: a cache": (make_record(data={"cache_dir": "/nowhere/x"}), "main", RESUME, 0, "Done"),
+    "evaluate: other data": (make_record(data={"path": "{outside}/dear.txt"}), "evaluate", EVALUATE, 1, "has changed"),
+    "evaluate: a bucket": (
+        make_record(data={"path": "gs://bucket/x.txt"}),
+        "evaluate",
+        EVALUATE,
+        1,
+        "address on the net",
+    ),
+    "evaluate: a pipe": (
+        make_record(data={"path": "{outside}/pipe"}),
+        "evaluate",
+        EVALUATE,
+        1,
+        "a pipe and not a regular",
+    ),
     "sample: base in a bucket": (
-        _record(base={"path": "gs://bucket/x", "step": 1, "digest": 1}),
+        make_record(base={"path": "gs://bucket/x", "step": 1, "digest": 1}),
         "sample",
         SAMPLE,
         1,
         "base.path=gs://bucket/x .* the network",
     ),
     "convert: base in a bucket": (
-        _record(base={"path": "s3://bucket/x", "step": 1, "digest": 1}),
+        make_record(base={"path": "s3://bucket/x", "step": 1, "digest": 1}),
         "convert",
         CONVERT,
         1,
         "base.path=s3://bucket/x .* the network",
     ),
     "sample: base on a server": (
-        _record(base={"path": "{url}/x", "step": 1, "digest": 1}),
+        make_record(base={"path": "{url}/x", "step": 1, "digest": 1}),
         "sample",
         SAMPLE,
         1,
         "base.path=http://.* the network",
     ),
     "resume: base elsewhere": (
-        _record(base={"path": "{outside}", "step": 1, "digest": 1}),
+        make_record(base={"path": "{outside}", "step": 1, "digest": 1}),
         "main",
         RESUME,
         1,

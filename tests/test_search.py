@@ -7,11 +7,12 @@ import math
 import jax
 import pytest
 
-from gpt import hardware, sharding
+from gpt import sharding
 from gpt.config import Config, TrainConfig
-from gpt.metrics import Progress
 from gpt.models.gpt import GPTConfig
-from gpt.planning import search, step
+from gpt.planning import compiling, search
+from gpt.runtime import hardware
+from gpt.runtime.progress import Progress
 
 CHIP = hardware.Chip("x", ("cpu",), flops=1e14, memory=16e9, bandwidth=1e12, link=1e11, network=1e10)
 MODEL = GPTConfig(vocab_size=512, num_layers=4, num_heads=4, embed_dim=256, block_size=256, scan_layers=True)
@@ -44,7 +45,7 @@ def test_candidates_are_every_change_that_can_be_built():
     assert {c.config.mesh.rules for c in found} == {"dp", "fsdp", "fsdp_tp", "sp"}
     assert [c.seconds for c in found] == sorted(c.seconds for c in found)
     for candidate in {sizes(c.config): c for c in found}.values():
-        step.build(candidate.config, jax.devices())  # refuses nothing
+        compiling.build(candidate.config, jax.devices())  # refuses nothing
 
 
 def test_arithmetic_knows_what_saves_memory():
@@ -64,7 +65,7 @@ def test_arithmetic_finds_the_compilers_memory():
     """Roughly, on this machine's compiler: what is compiled first depends on it."""
     for remat in ("none", "full"):
         config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, remat=remat, dtype="float32"))
-        used = step.compile_step(config, step.build(config, jax.devices())).executable.memory_analysis()
+        used = compiling.compile_step(config, compiling.build(config, jax.devices())).executable.memory_analysis()
         total = used.argument_size_in_bytes + used.temp_size_in_bytes
         assert 0.3 < expected(config).memory / total < 3  # arithmetic takes bfloat16
 

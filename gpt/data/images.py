@@ -7,21 +7,19 @@ training, and whether it is mirrored, is a pure function of (seed, epoch, index)
 import dataclasses
 import hashlib
 import importlib.util
-import io
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from gpt.data import DataConfig, Dataset, Say, Shown, paths
-from gpt.errors import UsageError, UserError, check_choice
-from gpt.tokenizers import Labels
-
-if TYPE_CHECKING:
-    from gpt.models import ModelConfig
+from gpt.data import paths
+from gpt.data.base import DataConfig, Dataset, ModelShape, Say, Shown
+from gpt.data.tokenizers import Labels
+from gpt.runtime.errors import UsageError, UserError
+from gpt.runtime.fields import check_choice, harmless
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Whatever the suffix, Pillow may try no other format: that of PostScript, for one, starts a program.
@@ -37,7 +35,7 @@ class ImagesConfig(DataConfig):
     kind: str = dataclasses.field(default="images", kw_only=True)  # see gpt/data/__init__.py
     # A folder with a subfolder of images for each class, or with two such folders, `train` and `val`; "": the 1,797
     # digits of 8 × 8 pixels that come with scikit-learn.
-    path: str = ""
+    path: str = harmless("")
     validation_fraction: float = 0.2  # part of the images held out, at random but always the same; not where `val` is
     crop: float = 1.0  # in training, cut out at least this part of an image's area; 1: the square in its middle
     shift: int = 0  # in training, move an image by up to so many pixels, to each side
@@ -48,7 +46,7 @@ class ImagesConfig(DataConfig):
     resample: str = "bicubic"  # filter that images are scaled with: bilinear, bicubic or lanczos
     on_white: bool = False  # put transparent images on a white ground; False: drop their transparency
     threads: int = 4  # that decode images
-    prefetch: int = 4  # batches prepared ahead
+    prefetch: int = harmless(4)  # batches prepared ahead
 
     def __post_init__(self):
         if not 0 < self.validation_fraction < 1:
@@ -71,12 +69,12 @@ class ImagesConfig(DataConfig):
     def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Folders":
         return load(self, tokenizer if isinstance(tokenizer, Labels) else None, say)
 
-    def inputs(self, prompt: str, model: "ModelConfig") -> np.ndarray:
+    def inputs(self, prompt: str, model: ModelShape) -> np.ndarray:
         size, channels = self.shape(model)
         image = decode(paths.located(prompt, "--prompt", "file"), channels, on_white=self.on_white)
         return fit(image, size, self).reshape(size, size, channels)
 
-    def shape(self, model: "ModelConfig") -> tuple[int, int]:
+    def shape(self, model: ModelShape) -> tuple[int, int]:
         """Size and channels of the images that a model reads. Raises UserError if `resize` is less than the size."""
         _, size, channels = model.row()["inputs"].shape
         if 0 < self.resize < size:
@@ -221,10 +219,10 @@ class Folders(Dataset):
     tokenizer: Labels
     fingerprint: str
 
-    def training(self, model: "ModelConfig", seed: int) -> Images:
+    def training(self, model: ModelShape, seed: int) -> Images:
         return Images(*self.train, *self.config.shape(model), self.config, seed)
 
-    def evaluation(self, split: str, model: "ModelConfig", stride: int | None = None) -> Images:
+    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Images:
         if stride:
             raise UsageError("--stride is for windows over a text, not for images.")
         parts = {"train": [self.train], "val": [self.validation], "all": [self.train, self.validation]}[split]
@@ -238,7 +236,7 @@ class Folders(Dataset):
     def report(self, source: Images, result: dict[str, Any]) -> dict[str, float]:
         return {"images": result["rows"]} | {name: result[name] for name in ("loss", "accuracy")}
 
-    def examples(self, source: Images, result: dict[str, Any]) -> Shown:
+    def mistakes(self, source: Images, result: dict[str, Any]) -> Shown:
         """The images that the model took for others."""
         if not result["mistakes"]:
             return Shown()
@@ -248,16 +246,7 @@ class Folders(Dataset):
             place = f" ({source.images[row]})" if isinstance(source.images[row], Path) else ""
             lines.append(f"{names[int(found['targets'])]} taken for {names[int(said)]}{place}")
             pixels.append(found["inputs"])
-        return Shown("\n".join(lines), {"mistakes": png(np.concatenate(pixels, axis=1))})
-
-
-def png(pixels_HxWxC: np.ndarray) -> bytes:
-    """A PNG file of uint8 pixels."""
-    from PIL import Image
-
-    out = io.BytesIO()
-    Image.fromarray(pixels_HxWxC.squeeze(-1) if pixels_HxWxC.shape[-1] == 1 else pixels_HxWxC).save(out, "PNG")
-    return out.getvalue()
+        return Shown("\n".join(lines), {"mistakes": np.concatenate(pixels, axis=1)})
 
 
 def load(config: ImagesConfig, labels: Labels | None, say: Say = lambda line: None) -> Folders:

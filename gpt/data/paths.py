@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from gpt.errors import UserError
+from gpt.runtime.errors import UserError
 
 HIDDEN = re.compile(r"\..*|.*~|__MACOSX|Thumbs\.db|desktop\.ini")
 SHOWN = 3  # names of what was left out for one reason

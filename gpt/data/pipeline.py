@@ -14,8 +14,8 @@ import grain
 import jax
 import numpy as np
 
-from gpt.data import IGNORED, Source
-from gpt.errors import UserError
+from gpt.data.base import IGNORED, Source
+from gpt.runtime.errors import UserError
 from gpt.sharding import Layout
 
 

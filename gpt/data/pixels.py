@@ -10,23 +10,18 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
-from gpt.data import Dataset, Shown, Source, images, paths
-from gpt.errors import UserError, check_choice, check_fraction, check_positive
-from gpt.tokenizers import Labels, Tokenizer
-
-if TYPE_CHECKING:
-    from gpt.config import Config
-    from gpt.models import ModelConfig
-    from gpt.program import Program
+from gpt.data import images, paths
+from gpt.data.base import Dataset, ModelShape, Source
+from gpt.data.tokenizers import Labels, Tokenizer
+from gpt.runtime.errors import UserError
+from gpt.runtime.fields import check_choice, check_fraction, check_positive
 
 FITTED_IMAGES, FITTED_PIXELS = 2000, 1 << 15  # that a palette is made of, at most
-SHOWN_SIZE = 64  # pixels that a side of an image has at least in a picture
-PREVIEW_ROWS, PREVIEW_COLUMNS = 4, 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,19 +189,6 @@ class Palette(Tokenizer):
     def decode(self, ids: np.ndarray) -> str:
         return ""
 
-    def picture(self, samples: Sequence[np.ndarray], columns: int | None = None) -> bytes:
-        """A PNG file of the images of samples, which begin with a class, in rows of so many."""
-        columns = columns or math.ceil(math.sqrt(len(samples)))
-        scale, rows = -(-SHOWN_SIZE // self.size), -(-len(samples) // columns)
-        border = max(1, scale // 4)
-        side = self.size * scale + border
-        canvas = np.full((rows * side + border, columns * side + border, self.channels), 128, np.uint8)
-        for i, sample in enumerate(samples):
-            top, left = border + i // columns * side, border + i % columns * side
-            large = self.pixels(np.asarray(sample)[1:]).repeat(scale, axis=0).repeat(scale, axis=1)
-            canvas[top : top + large.shape[0], left : left + large.shape[1]] = large
-        return images.png(canvas)
-
     def to_json(self) -> str:
         return json.dumps({"name": self.name, "size": self.size, "names": self.names, "colors": self.colors})
 
@@ -263,10 +245,10 @@ class Pixels(Dataset):
     def fingerprint(self) -> str:
         return hashlib.sha256((self.folders.fingerprint + self.tokenizer.to_json()).encode()).hexdigest()[:32]
 
-    def training(self, model: "ModelConfig", seed: int) -> Rows:
+    def training(self, model: ModelShape, seed: int) -> Rows:
         return Rows(self.folders.training(self.config, seed), self.tokenizer, self.config.class_dropout, seed)
 
-    def evaluation(self, split: str, model: "ModelConfig", stride: int | None = None) -> Rows:
+    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Rows:
         return Rows(self.folders.evaluation(split, self.config, stride), self.tokenizer)
 
     def describe(self) -> str:
@@ -276,42 +258,3 @@ class Pixels(Dataset):
         """With the bits for each channel of a pixel, the class known, as far as the palette tells colours apart."""
         bits = result["loss"] / math.log(2) / self.config.channels
         return {"images": result["rows"], "loss": result["loss"], "bits_per_dimension": bits}
-
-    def preview(
-        self, program: "Program", config: "Config", source: Rows
-    ) -> Callable[[Any, int, dict[str, Any], Callable[[], object]], Shown]:
-        """Samples of each class, and images of which the lower half is drawn anew: the image, its half, and samples."""
-        from gpt import generate
-
-        palette = self.tokenizer
-        generator = generate.Generator(program.model, program.layout, generate.Sampling())
-        classes = np.arange(PREVIEW_COLUMNS) % max(1, len(palette.names))
-        begun = [palette.any_class + 1 + classes[i : i + 1] for i in range(len(classes))]
-        wholes = [source.row(0, i * len(source) // PREVIEW_ROWS) for i in range(PREVIEW_ROWS)]
-        wholes = [np.append(row["inputs"][:1], row["targets"]) for row in wholes]
-        halves = [np.append(whole[:1], palette.half(whole[1:])) for whole in wholes]
-
-        def draw(
-            params: Any, step: int, prompts: list[np.ndarray], number: int, check: Callable[[], object], first: int = 0
-        ) -> list[np.ndarray]:
-            decoding = generator.start(params, prompts, number, seed=step, first_prompt=first)
-            *_, made = generate.continuations(decoding, palette.decode, palette.sample_length(prompts), check=check)
-            prompted = [prompt for prompt in prompts for _ in range(number)]
-            return [np.append(prompt, found.tokens) for prompt, found in zip(prompted, made, strict=True)]
-
-        def show(params: Any, step: int, result: dict[str, Any], check: Callable[[], object]) -> Shown:
-            if not config.train.sample_tokens:
-                return Shown()
-            drawn = draw(params, step, begun, PREVIEW_ROWS, check)
-            by_row = [drawn[i] for row in range(PREVIEW_ROWS) for i in range(row, len(drawn), PREVIEW_ROWS)]
-            number = PREVIEW_COLUMNS - 2
-            ends = draw(params, step, halves, number, check, first=len(begun))
-            completed = [
-                x
-                for i, (whole, half) in enumerate(zip(wholes, halves, strict=True))
-                for x in (whole, half, *ends[i * number : (i + 1) * number])
-            ]
-            pictures = {"samples": by_row, "completions": completed}
-            return Shown(images={name: palette.picture(x, PREVIEW_COLUMNS) for name, x in pictures.items()})
-
-        return show

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from gpt.data import paths
-from gpt.errors import LARGEST_JSON, UserError
+from gpt.runtime.errors import UserError
+from gpt.runtime.files import LARGEST_JSON
 
 COLUMNS = ("text", "prompt", "completion")
 FORM = 'has to hold a "text", or a "prompt" and a "completion", each a string'

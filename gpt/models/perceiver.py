@@ -16,11 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt.errors import UserError, check_fraction, check_positive
-from gpt.models import attention, gpt
-from gpt.models.gpt import MLP, REMAT_POLICIES, Block, BlockConfig, GPTConfig, SelfAttention, apply_blocks, linear
+from gpt.models import attention, gpt, transformer
+from gpt.models.gpt import GPTConfig
 from gpt.models.layers import rotary, unit_rms
+from gpt.models.transformer import MLP, REMAT_POLICIES, Block, BlockConfig, SelfAttention, apply_blocks, linear
 from gpt.models.vit import ViT, ViTConfig
+from gpt.runtime.errors import UserError
+from gpt.runtime.fields import check_fraction, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,7 @@ class PerceiverARConfig(GPTConfig):
 
     def init_cache(self, first_latent_B: jax.Array, capacity: int) -> dict[str, Any]:
         blocks = super().init_cache(first_latent_B, min(capacity, self.num_latents))
-        read = gpt.block_cache(self, len(first_latent_B), capacity)
+        read = transformer.block_cache(self, len(first_latent_B), capacity)
         return blocks | {"read": read, "first_latent": first_latent_B}
 
     def summary(self) -> str:

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt.errors import UserError, check_choice, check_positive
-from gpt.models.gpt import BlockConfig, apply_blocks
 from gpt.models.layers import Linear
+from gpt.models.transformer import BlockConfig, apply_blocks
+from gpt.runtime.errors import UserError
+from gpt.runtime.fields import check_choice, check_positive
 
 # Name: (layers, heads, width). S and Ti are those of arXiv 2012.12877, the others of arXiv 2010.11929.
 SIZES: dict[str, tuple[int, int, int]] = {

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator
 from html import escape
 from typing import Any, NamedTuple
 
-from gpt.metrics import duration
-from gpt.models.attention import KERNELS
+from gpt.models.kernels import KERNELS
 from gpt.planning.report import ASSUMPTIONS, BINDS, MEMORY_PARTS, Report, duration_ms, mesh_name, model_name
+from gpt.runtime.progress import duration
 from gpt.sharding import MeshConfig
 
 # How much is drawn or shown at once: more would be too small to read.

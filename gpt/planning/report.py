@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from gpt import hardware
-from gpt.hardware import Chip
-from gpt.metrics import duration
-from gpt.models.attention import KERNELS
+from gpt.models.kernels import KERNELS
+from gpt.runtime import hardware
+from gpt.runtime.hardware import Chip
+from gpt.runtime.progress import duration
 
 Report = dict[str, Any]
 
@@ -162,7 +162,7 @@ def columns(lines: list[list[str]], left: int) -> Iterator[str]:
         yield "  ".join([*aligned, last]).rstrip()
 
 
-def chips(known: Iterable[Chip]) -> Iterator[str]:
+def chips(known: Iterable[Chip] = hardware.CHIPS) -> Iterator[str]:
     """A table of what can be asked for."""
     lines = [["chip", "up to", "TFLOP/s", "memory GB", "GB/s", "link GB/s", "network GB/s", ""]]
     for chip in known:

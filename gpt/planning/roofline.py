@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt import hardware
-from gpt.hardware import Chip
 from gpt.planning.hlo import Collective, Operation
+from gpt.runtime import hardware
+from gpt.runtime.hardware import Chip
 
 
 def estimate(

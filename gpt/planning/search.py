@@ -18,13 +18,13 @@ import jax
 
 from gpt import sharding
 from gpt.config import Config, differences
-from gpt.errors import UserError
-from gpt.hardware import Chip
-from gpt.metrics import Progress, duration
-from gpt.models import ModelConfig
-from gpt.models.attention import KERNELS
-from gpt.models.gpt import REMAT_POLICIES
+from gpt.models.base import ModelConfig
+from gpt.models.kernels import KERNELS
+from gpt.models.transformer import REMAT_POLICIES
 from gpt.planning import roofline
+from gpt.runtime.errors import UserError
+from gpt.runtime.hardware import Chip
+from gpt.runtime.progress import Progress, duration
 from gpt.sharding import AXES, MeshConfig
 
 Report = dict[str, Any]

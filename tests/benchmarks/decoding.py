@@ -20,9 +20,10 @@ import torch
 import transformers
 from flax import linen as nn
 
-from gpt import backend, sharding
-from gpt.generate import Generator, Sampling
+from gpt import sharding
+from gpt.inference.generation import Generator, Sampling
 from gpt.models.gpt import GPT, GPTConfig
+from gpt.runtime import backend
 
 MODELS = {
     # 10.8 million parameters, nanoGPT's for characters.

@@ -16,9 +16,10 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from gpt import backend, program, sharding
+from gpt import sharding, step
 from gpt.config import from_tree
 from gpt.models.gpt import GPTConfig
+from gpt.runtime import backend
 
 VOCAB = 80
 
@@ -39,7 +40,7 @@ def main() -> None:
     rows = np.random.default_rng(0).integers(0, VOCAB, (config.train.batch_size, latents.length + 1), dtype=np.int32)
     contestants, flops = {}, {}
     for name, model in (("latents", latents), ("whole", whole)):
-        built = program.build(dataclasses.replace(config, model=model), VOCAB, layout, config.train.steps)
+        built = step.build(dataclasses.replace(config, model=model), VOCAB, layout, config.train.steps)
         batch = {"inputs": rows[:, :-1], "targets": rows[:, -model.num_targets :]}
         contestants[name] = built, built.init(), jax.device_put(batch, layout.batch)
         flops[name] = built.model.config.flops_per_token()

@@ -48,7 +48,7 @@ def pipeline(tree, batches: int = 200) -> float:
 
 def run(file: str, data: str, steps: int) -> tuple[float, float]:
     """Tokens a second of a run, and the share of time in which the devices waited for input."""
-    from gpt import metrics
+    from gpt.runtime import tensorboard
 
     flags = {"data.path": data, "train.steps": steps, "train.log_every": 1, "train.eval_every": 0}
     flags |= {"train.sample_tokens": 0, "train.checkpoint_every": steps}
@@ -56,7 +56,7 @@ def run(file: str, data: str, steps: int) -> tuple[float, float]:
         command = [sys.executable, "-m", "gpt.main", f"--config={file}", f"--workdir={folder}/run"]
         command += [f"--config.{key}={value}" for key, value in flags.items()]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-        scalars = metrics.read_scalars(Path(folder) / "run", ("progress/tokens_per_second", "progress/input_wait"))
+        scalars = tensorboard.read_scalars(Path(folder) / "run", ("progress/tokens_per_second", "progress/input_wait"))
     rates, waits = (values[2:] for _, values in scalars.values())  # the first of them compile
     return statistics.median(rates), statistics.mean(waits)
 

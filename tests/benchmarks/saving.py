@@ -28,8 +28,10 @@ def measure_saves(file: str, every: int, steps: int) -> dict[str, float]:
     """Seconds of a step, and of the parts of a save."""
     import importlib.util
 
-    from gpt import backend, config, metrics, train
-    from gpt.checkpoint import Checkpoints, Workdir
+    from gpt import config, train
+    from gpt.checkpointing.checkpoints import Checkpoints
+    from gpt.checkpointing.workdir import Workdir
+    from gpt.runtime import backend, progress
 
     spec = importlib.util.spec_from_file_location("chosen", file)
     module = importlib.util.module_from_spec(spec)
@@ -38,7 +40,7 @@ def measure_saves(file: str, every: int, steps: int) -> dict[str, float]:
     interval = tree.train.checkpoint_every
     tree.train.update({"checkpoint_every": every, "eval_every": 0, "sample_tokens": 0, "log_every": 1})
     reported, stood, waited = {}, [], []
-    update, save, wait = metrics.Progress.update, Checkpoints.save, Checkpoints.wait
+    update, save, wait = progress.Progress.update, Checkpoints.save, Checkpoints.wait
 
     def timed_update(self, step, *args, **kwargs):
         update(self, step, *args, **kwargs)
@@ -58,7 +60,7 @@ def measure_saves(file: str, every: int, steps: int) -> dict[str, float]:
         save(self, step, *args)
         stood.append(time.perf_counter() - since)
 
-    metrics.Progress.update, Checkpoints.save, Checkpoints.wait = timed_update, timed_save, timed_wait
+    progress.Progress.update, Checkpoints.save, Checkpoints.wait = timed_update, timed_save, timed_wait
     with tempfile.TemporaryDirectory() as folder:
         settings = config.from_tree(tree)
         backend.set_xla_options()  # as gpt.main does

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
-from gpt.checkpoint import Workdir
-from gpt.loaded import load
+from gpt.checkpointing.loading import load
+from gpt.checkpointing.workdir import Workdir
 
 ROOT = Path(__file__).parent.parent.parent
 RECIPES = {"plain": "configs/char_tiny.py", "speedrun": "configs/char_speedrun.py"}

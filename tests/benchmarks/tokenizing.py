@@ -12,16 +12,15 @@ import random
 import sys
 import time
 
-from gpt import tokenizers
-from gpt.cache import Cache
-from gpt.data import text
+from gpt.data import bpe, tokens
+from gpt.runtime.cache import Cache
 
 PART = 2_000_000  # characters
 
 
 def corpus(megabytes: float) -> list[str]:
     """Parts of `PART` characters or somewhat more."""
-    scenes = text._shakespeare(Cache()).read_text().split("\n\n")
+    scenes = tokens.shakespeare(Cache()).read_text().split("\n\n")
     rng, parts, size = random.Random(0), [], 0
     while size < megabytes * 1e6:
         part, length = [], 0
@@ -34,15 +33,15 @@ def corpus(megabytes: float) -> list[str]:
 
 
 def main(megabytes: float) -> None:
-    tokenizer, parts = tokenizers.gpt2(), corpus(megabytes)
+    tokenizer, parts = bpe.gpt2(), corpus(megabytes)
     size = sum(len(part.encode()) for part in parts) / 1e6
     ways = {
         "gpt.tokenizers": lambda part: sum(map(len, tokenizer.encode_stream([part]))),
         "encode_batch": lambda part: sum(
-            map(len, tokenizer._model.encode_batch(tokenizers._pieces(part), add_special_tokens=False))
+            map(len, tokenizer._model.encode_batch(bpe._pieces(part), add_special_tokens=False))
         ),
         "encode_batch_fast": lambda part: sum(
-            map(len, tokenizer._model.encode_batch_fast(tokenizers._pieces(part), add_special_tokens=False))
+            map(len, tokenizer._model.encode_batch_fast(bpe._pieces(part), add_special_tokens=False))
         ),
     }
     seconds, counts = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)

@@ -37,8 +37,9 @@ def ours(size: str, dropout: float, forward: bool) -> Work:
     import jax
     import numpy as np
 
-    from gpt import backend, config, program, sharding
+    from gpt import config, sharding, step
     from gpt.models.gpt import GPTConfig
+    from gpt.runtime import backend
 
     layers, heads, width, vocab, length, rows = SIZES[size]
     rates = dict.fromkeys(("embed_dropout", "residual_dropout", "attention_dropout"), dropout)
@@ -47,7 +48,7 @@ def ours(size: str, dropout: float, forward: bool) -> Work:
     settings = config.Config(model=model, train=config.TrainConfig(batch_size=rows))
     backend.set_xla_options()
     backend.divide_cpu(settings, rows)
-    built = program.build(settings, vocab, sharding.make_layout(settings.mesh), 1000)
+    built = step.build(settings, vocab, sharding.make_layout(settings.mesh), 1000)
     tokens = np.random.default_rng(0).integers(0, vocab, (rows, length + 1), np.int32)
     with built.layout.use():
         state = built.init()

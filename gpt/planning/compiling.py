@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt import hardware, sharding
-from gpt import program as program_lib
+from gpt import sharding, step
 from gpt.config import Config
-from gpt.errors import UserError
 from gpt.planning import hlo, roofline
+from gpt.runtime import hardware
+from gpt.runtime.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class DoesNotFit(Exception):
         return max((float(number) * 1024 ** ("KMGT".index(unit) + 1) for number, unit in figures), default=0.0)
 
 
-def build(config: Config, devices: list[jax.Device]) -> program_lib.Program:
+def build(config: Config, devices: list[jax.Device]) -> step.Program:
     """The program that gpt.main would run on the devices.
 
     Raises:
@@ -53,14 +53,14 @@ def build(config: Config, devices: list[jax.Device]) -> program_lib.Program:
     layout = sharding.make_layout(config.mesh, devices)
     # The length of the run is a constant of the learning rate, and costs nothing.
     try:
-        return program_lib.build(config, vocab_size, layout, config.train.total_steps(config.model.length, 1))
+        return step.build(config, vocab_size, layout, config.train.total_steps(config.model.length, 1))
     except RuntimeError as error:
         if "cuDNN not found" in str(error):
             raise UserError('cuDNN is not installed: pip install "gpt-spmd[plan-cuda]".') from error
         raise
 
 
-def compile_step(config: Config, program: program_lib.Program) -> Compiled:
+def compile_step(config: Config, program: step.Program) -> Compiled:
     """Compiles the training step of a program of the config.
 
     Raises:
@@ -87,7 +87,7 @@ def compile_step(config: Config, program: program_lib.Program) -> Compiled:
     return Compiled(executable, hlo_text, [f"{size}: {shapes}" for size, shapes in largest[:3]])
 
 
-def batch(config: Config, program: program_lib.Program) -> dict[str, jax.ShapeDtypeStruct]:
+def batch(config: Config, program: step.Program) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, types and shardings of the arrays of a batch."""
     row = config.model.row()
     row |= {name: jax.ShapeDtypeStruct(row["inputs"].shape, jnp.int32) for name in config.data.extras}

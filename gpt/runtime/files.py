@@ -6,16 +6,19 @@ the folder of the new name to the disk, and only then is anything older deleted.
 durable once it is written.
 """
 
+import contextlib
 import errno
+import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
 
 from etils import epath
 
-from gpt.errors import UserError
+from gpt.runtime.errors import UserError
 
 PARTIAL = ".partial"  # ends the name of a file that is being written
 
@@ -116,3 +119,44 @@ def _refuse(folder: epath.Path, status: Callable[[str], os.stat_result], rule: s
                     f"--workdir={folder}: {os.path.relpath(path, folder)} is {what}; {rule}. Replace it, or choose "
                     "another --workdir."
                 )
+
+
+LARGEST_JSON = 1 << 26  # bytes: a hundred times a real vocabulary, and still parsed in a gigabyte or so
+
+
+def read_json(path: Any) -> Any:
+    """What a JSON file of any author holds.
+
+    Raises:
+      OSError: it cannot be read.
+      ValueError: it is not JSON, or would fill the memory or the stack.
+    """
+    with path.open("rb") as file:
+        data = file.read(LARGEST_JSON + 1)
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"{path.name} has more than {LARGEST_JSON >> 20} MiB")
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
+
+
+@contextlib.contextmanager
+def new_file(flag: str, path: str) -> Iterator[IO[bytes]]:
+    """Opens a file that a flag names and that must not exist; without content, it is removed again.
+
+    Raises:
+      UserError: the file exists, or cannot be written.
+    """
+    place = Path(path).expanduser().absolute()
+    if place.exists() or place.is_symlink():
+        raise UserError(f"--{flag}={path} exists already; name another file.")
+    try:
+        with place.open("xb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"Cannot write --{flag}={path}: {error.strerror or error}.") from None
+    finally:
+        with contextlib.suppress(OSError):
+            if not place.stat().st_size:
+                place.unlink()

@@ -1,22 +1,11 @@
-"""Several processes as one program: they find each other, wait for the first one, and end together.
-
-JAX finds out how a job was launched (Slurm, Open MPI, TPU pods, Kubernetes) and joins the devices. Its coordination
-service has no sentence for the person at the log (it aborts with a stack trace, 10 s after a death at the earliest) and
-lets any program in. So each process first connects to process 0 and keeps this connection, its lifeline: when a process
-dies, the connection closes, and all others end at once and know why.
-
-Both ends of a lifeline first prove that they know the job's secret, which is in GPT_CLUSTER_SECRET, without sending it.
-Where none is set, the proof only tells processes of gpt from other programs. launch/README.md describes this for users.
-"""
+"""TODO."""
 
 import contextlib
 import errno
 import hmac
-import importlib.util
 import ipaddress
 import json
 import os
-import re
 import resource
 import secrets
 import socket
@@ -28,21 +17,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from absl import flags
-
-from gpt import versions
-from gpt.errors import UsageError, UserError
-
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator",
-    None,
-    "HOST:PORT of process 0, a free port. Not needed where the launcher is known: launch/README.md.",
-)
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
-_TIMEOUT = flags.DEFINE_float(
-    "cluster_timeout", 300, "Seconds to wait for the other processes to start.", lower_bound=1
-)
+from gpt.runtime import versions
+from gpt.runtime.errors import UserError
 
 SECRET = "GPT_CLUSTER_SECRET"  # the environment variable
 NOTICE_AFTER = 10  # seconds of waiting until a line says for what
@@ -53,119 +29,7 @@ MAX_HELLO, MAX_MESSAGE = 1 << 16, 1 << 26  # bytes
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
 
 
-def start() -> None:
-    """Joins the other processes of this job, if there are any, before JAX is used.
-
-    Raises:
-      UsageError: the flags contradict each other.
-      UserError: a process did not come within --cluster_timeout.
-    """
-    global _lifeline
-    _leave_an_absent_tpu_alone()
-    given = {flag.name: flag.value for flag in (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)}
-    missing = [name for name, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
-        raise UsageError(f"--{' and --'.join(set(given) - set(missing))} needs --{' and --'.join(missing)}.")
-    address, count, index, devices = given["coordinator"], given["num_processes"], given["process_id"], None
-    if missing:
-        # The public jax.distributed.initialize finds out the same, but ends the process when a peer is missing.
-        from jax._src.clusters import ClusterEnv
-
-        try:
-            found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(_TIMEOUT.value))
-        except (RuntimeError, LookupError, ValueError, OSError) as error:
-            raise UserError(
-                f"Cannot tell the processes of this job from the launcher's variables: {error!r}. "
-                "Set --coordinator, --num_processes and --process_id."
-            ) from None
-        address, count, index, devices = found
-    elif index >= count:
-        raise UsageError(f"--process_id={index} has to be less than --num_processes={count}.")
-    elif not re.fullmatch(r".+:0*[1-9]\d{0,4}", address, re.ASCII) or _host_and_port(address)[1] > 65535:
-        raise UsageError(f"--coordinator={address} has to be of the form HOST:PORT.")
-    if not address or count == 1:
-        return
-    import jax
-
-    _lifeline = (_Hub if index == 0 else _Spoke)(address, count, index, _TIMEOUT.value, versions.facts())
-    # The port that was agreed on is the lifeline's, so JAX's service gets another one.
-    service, listens_at = share("service", lambda: _lifeline.service())
-    jax.config.update("jax_enable_preemption_service", False)  # the loop has its own way to agree on where to stop
-    jax.distributed.initialize(
-        service,
-        count,
-        index,
-        coordinator_bind_address=listens_at,
-        local_device_ids=devices,
-        cluster_detection_method="deactivate",
-        initialization_timeout=int(_TIMEOUT.value),
-        shutdown_timeout_seconds=60,
-    )
-
-
-def _leave_an_absent_tpu_alone() -> None:
-    """Where libtpu is installed for `gpt.plan` alone, JAX looks for a TPU in vain, loudly, and its profiler crashes."""
-    if "JAX_PLATFORMS" in os.environ or not importlib.util.find_spec("libtpu"):
-        return
-    import jax
-    from jax._src import hardware_utils  # as JAX does itself, to tell whether a TPU should be there
-
-    if hardware_utils.num_available_tpu_chips_and_device_id()[0] == 0:
-        has_gpu = hardware_utils.has_visible_nvidia_gpu() and importlib.util.find_spec("jax_cuda13_plugin")
-        jax.config.update("jax_platforms", "cuda,cpu" if has_gpu else "cpu")
-
-
-def is_first() -> bool:
-    """Whether this is the process that prints and writes."""
-    return _lifeline is None or _lifeline.index == 0
-
-
-def is_several() -> bool:
-    """Whether this process is one of several."""
-    return _lifeline is not None
-
-
-def share(key: str, compute: Callable[[], Any]) -> Any:
-    """What `compute` gives on process 0, the only one to call it; the others wait.
-
-    Args:
-      key: names it; used once.
-      compute: returns what JSON can hold, which is the form that it arrives in.
-    """
-    return _lifeline.share(key, compute) if _lifeline else compute()
-
-
-def first_before_others(key: str, function: Callable[[], Any]) -> Any:
-    """`function()` on every process, on process 0 before the others: they find done what it left in a cache."""
-    if is_first():
-        result = function()
-        share(key, lambda: None)
-        return result
-    share(key, lambda: None)
-    return function()
-
-
-def failed(text: str, code: int, own_fault: bool) -> int:
-    """Ends all processes because of an error in this one; returns `code` where there is only one.
-
-    Args:
-      text: for the user; process 0 shows it too.
-      own_fault: False if a process that has gone may be what caused the error; its word comes first then.
-    """
-    if _lifeline is None:
-        if text:
-            print(text, file=sys.stderr)
-        return code
-    return _lifeline.failed(text, code, own_fault)
-
-
-def finish() -> None:
-    """Says that this process is done, so that it may close its lifeline."""
-    if _lifeline:
-        _lifeline.finish()
-
-
-class _Lifeline:
+class Lifeline:
     """What both ends of the connections have in common.
 
     Args:
@@ -204,7 +68,7 @@ class _Lifeline:
         _exit(text, code)
 
 
-class _Hub(_Lifeline):
+class Hub(Lifeline):
     """Process 0, with a connection from each of the others."""
 
     def __init__(self, address: str, count: int, index: int, timeout: float, facts: dict[str, str]):
@@ -246,7 +110,7 @@ class _Hub(_Lifeline):
 
     def _listen(self) -> list[socket.socket]:
         """Listens at the addresses that the coordinator's name stands for, and at no others."""
-        host, port = _host_and_port(self.address)
+        host, port = host_and_port(self.address)
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             places = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
@@ -382,7 +246,7 @@ class _Hub(_Lifeline):
                 self._end(*_fields(message, error=str, code=int))
 
 
-class _Spoke(_Lifeline):
+class Spoke(Lifeline):
     """Any other process, with its connection to process 0."""
 
     def __init__(self, address: str, count: int, index: int, timeout: float, facts: dict[str, str]):
@@ -413,7 +277,7 @@ class _Spoke(_Lifeline):
         patience = min(HANDSHAKE, max(self._began + self.timeout - time.monotonic(), 1))
         deadline = time.monotonic() + patience
         with contextlib.ExitStack() as opened:
-            connection = opened.enter_context(socket.create_connection(_host_and_port(self.address), patience))
+            connection = opened.enter_context(socket.create_connection(host_and_port(self.address), patience))
             try:
                 hub = _Connection(connection)
                 (theirs,) = _fields(hub.receive(deadline), nonce=str)
@@ -465,9 +329,6 @@ class _Spoke(_Lifeline):
                     _exit("", *_fields(message, end=int))
         if not self._done:
             _exit(f"error: {self.name}: {_gone(f'process 0 at {self.address}')}", 1)
-
-
-_lifeline: _Hub | _Spoke | None = None
 
 
 class _Malformed(ValueError):
@@ -542,7 +403,7 @@ def _is_proof(proof: str, *args: str) -> bool:
     return hmac.compare_digest(proof.encode(), _proof(*args).encode())
 
 
-def _host_and_port(address: str) -> tuple[str, int]:
+def host_and_port(address: str) -> tuple[str, int]:
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
 

@@ -16,18 +16,11 @@ All are plain formats: opening a workdir runs no code of its author.
 
 import concurrent.futures
 import contextlib
-import dataclasses
-import fcntl
-import hashlib
 import itertools
 import json
 import math
 import os
 import re
-import secrets
-import socket
-import sys
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -37,243 +30,18 @@ import orbax.checkpoint as ocp
 import tensorstore
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint import type_handlers
 from orbax.checkpoint.path import atomicity
 
-from gpt import cluster, durable, integrity, tokenizers
-from gpt import config as config_lib
-from gpt.errors import UserError, read_json
+from gpt.checkpointing import integrity
+from gpt.checkpointing.run import Run
+from gpt.checkpointing.writing import RECORD, checksum, evaluated_on, make_record, make_writer
 from gpt.models.layers import stack_layers, unstack_layers
+from gpt.runtime import cluster, files
+from gpt.runtime.errors import UserError
+from gpt.runtime.files import read_json
 from gpt.sharding import path_name
 
-ORDER = "order of examples"  # in the environment of a run
-RECORD = "digests/metadata"  # of a checkpoint; where orbax's own handler of JSON would write it
 STEP = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint
-CHUNK = 1 << 26  # bytes of a piece of a converted array on disk: what a device that needs a part has to read at most
-
-# A change of these leaves the course of a run the same, or is the very reason to start it again:
-# a run may go on longer, on another mesh, log more often, find its text in another place, or
-# compute the same function another way.
-HARMLESS = (
-    "train.steps",
-    "train.epochs",
-    "train.tokens",
-    "train.log_every",
-    "train.eval_every",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.sample_prompt",
-    "train.sample_tokens",
-    "train.on_nonfinite",  # it makes a difference only where the run would have ended
-    "train.max_skipped",
-    "train.spike_factor",
-    "data.path",  # the text itself is compared by its fingerprint
-    "data.validation_path",
-    "data.cache_dir",
-    "data.prefetch",
-    "tokenizer.path",  # the vocabulary itself is in the workdir
-    "mesh.rules",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.sequence",
-    "mesh.model",
-    "mesh.zero1",
-    "model.attention",
-    "model.query_chunk",
-    "model.key_chunk",
-    "model.remat",
-    "model.scan_layers",
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A workdir's record of what is trained in it."""
-
-    config: config_lib.Config
-    tokenizer: tokenizers.Tokenizer
-    fingerprint: str | None  # of the data; None for weights that were converted, whose data is not known
-    base: "Base | None" = None  # of a run that trains adapters
-    skipped: tuple[int, ...] = ()  # numbers of the batches that are left out: see `train.on_nonfinite`
-    environment: dict[str, str] = dataclasses.field(default_factory=dict)  # versions, devices: what exactness needs
-    # The checkpoints of the run carry the same. Two runs of one config are equal otherwise.
-    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8), compare=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class Base:
-    """The checkpoint whose weights a run's adapters belong to.
-
-    Attributes:
-      path: of its workdir.
-      digest: of what that checkpoint holds.
-    """
-
-    path: str
-    step: int
-    digest: int
-
-
-class Workdir:
-    """A folder with a run in it, or one to be: on a disk that all hosts share, or in a bucket (gs://, s3://).
-
-    Raises:
-      UserError: the path has characters that a checkpoint cannot be written or found under.
-    """
-
-    def __init__(self, path: str | os.PathLike):
-        _check_path(path)
-        path = epath.Path(path)
-        self.path = path.expanduser().absolute() if durable.is_local(path) else path
-        _check_path(self.path)
-
-    @property
-    def has_run(self) -> bool:
-        return (self.path / "run.json").exists()
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether there is a run with anything to lose: one that saved, usable or not."""
-        return self.has_run and bool(_saved(self.path / "checkpoints"))
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Makes the folder and keeps other runs out of it until the end of the context.
-
-        Process 0 holds the lock, and its death, however sudden, releases it. In a bucket there are no locks, nor on
-        some network disks: there it is up to the user that no two runs write to one workdir. A folder in which no run
-        was recorded is removed again.
-
-        Raises:
-          UserError: the folder cannot be made or written to, holds something else, or another run is at work in it.
-        """
-        with contextlib.ExitStack() as held:
-            cluster.share("workdir", lambda: self._occupy(held))
-            yield
-
-    def _occupy(self, held: contextlib.ExitStack) -> None:
-        made = self.create()
-        if not durable.is_local(self.path):
-            return
-        file = held.enter_context(self._open_lock())
-        held.callback(self._leave_no_trace, made)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = file.read() or "another process"
-            raise UserError(
-                f"--workdir={self.path} is in use by {holder}; wait for it, end it, or choose another --workdir."
-            ) from None
-        except OSError:  # a disk without locks
-            return
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-
-    def _open_lock(self) -> Any:
-        path = self.path / ".lock"
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644), "r+")
-        if os.fstat(file.fileno()).st_nlink > 1:
-            file.close()
-            raise UserError(f"{path} is another file as well (a hard link), which would be overwritten; delete it.")
-        return file
-
-    def _leave_no_trace(self, made: list[str]) -> None:
-        """Removes the lock and the folders made for it where nothing else was written."""
-        with contextlib.suppress(OSError):
-            if os.listdir(self.path) == [".lock"]:
-                (self.path / ".lock").unlink()
-                for folder in reversed(made):
-                    os.rmdir(folder)
-
-    def create(self) -> list[str]:
-        """Makes the folder; returns those that did not exist before.
-
-        Raises:
-          UserError: that is not permitted, the folder holds something else, or leads to another place by a link.
-        """
-        try:
-            made = durable.make_folder(self.path)
-            if durable.is_local(self.path):
-                durable.refuse_links(self.path)
-            probe = self.path / f".write-test-{secrets.token_hex(4)}"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"Cannot write to --workdir={self.path}: {error.strerror or error}.") from None
-        except ImportError as error:  # of what buckets need
-            raise UserError(f"--workdir={self.path}: {error}") from None
-        if not self.has_run and (self.path / "checkpoints").exists():
-            raise UserError(f"--workdir={self.path} has checkpoints but no run.json; choose another folder.")
-        return made
-
-    def record(self, run: Run) -> None:
-        """Writes what `read` reads, once for all processes.
-
-        Raises:
-          UserError: this process does not see what process 0 wrote, or has another config or other data.
-        """
-        cluster.share(f"record {len(run.skipped)}", lambda: self._write(run))
-        if cluster.is_first():
-            return
-        if not self.has_run:
-            raise UserError(
-                f"--workdir={self.path}: run.json, by process 0, is not there; all hosts need the same disk."
-            )
-        recorded = self.read()
-        others = _differences(recorded, run, "≠")
-        for name in ("id", "base", "skipped"):  # a disk may show a file of before for a while
-            if getattr(recorded, name) != getattr(run, name):
-                others.append(f"{name} {getattr(recorded, name)} ≠ {getattr(run, name)}")
-        if others:
-            raise UserError(f"Process 0 and this one are to train different runs: {'; '.join(others)}.")
-
-    def _write(self, run: Run) -> None:
-        record = {
-            "id": run.id,
-            "config": dataclasses.asdict(run.config),
-            "data_fingerprint": run.fingerprint,
-            "base": run.base and dataclasses.asdict(run.base),
-            "skipped_batches": run.skipped,
-            "environment": run.environment,
-        }
-        # The record last: a folder with a run.json is complete.
-        durable.write(self.path / "tokenizer.json", run.tokenizer.to_json())
-        durable.write(self.path / "run.json", json.dumps(record, indent=1))
-
-    def read(self) -> Run:
-        """The run that is recorded here. Raises UserError where there is none or it is damaged."""
-        if not self.path.is_dir():
-            raise UserError(f"--workdir={self.path}: there is no such folder.")
-        if not self.has_run:
-            raise UserError(f"--workdir={self.path} holds no run: there is no run.json in it.")
-        if durable.is_local(self.path):
-            durable.refuse_pipes(self.path)
-        try:
-            record = read_json(self.path / "run.json")
-            config = config_lib.from_tree(record["config"])
-            return Run(
-                config,
-                config.data.tokenizer(read_json(self.path / "tokenizer.json")),
-                record["data_fingerprint"],
-                Base(**record["base"]) if record["base"] else None,
-                tuple(map(int, record["skipped_batches"])),
-                {str(name): str(value) for name, value in record["environment"].items()},
-                str(record["id"]),
-            )
-        except FileNotFoundError as error:
-            raise UserError(f"--workdir={self.path}: {error.filename} is missing.") from None
-        except OSError as error:
-            raise UserError(f"--workdir={self.path}: cannot read run.json or tokenizer.json: {error}.") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"--workdir={self.path}: run.json or tokenizer.json is damaged ({error}).") from None
-        except UserError as error:
-            raise UserError(f"--workdir={self.path}: run.json: {error}") from None
-
-    def checkpoints(self, keep: int = 1, say: Callable[[str], None] = print, run: Run | None = None) -> "Checkpoints":
-        """The checkpoints of the run that is recorded here, or of `run`, which is about to be."""
-        return Checkpoints(self.path / "checkpoints", keep, say, run or self.read())
 
 
 class Damaged(UserError):
@@ -306,8 +74,8 @@ class Checkpoints:
         self.failure: str | None = None
         self._records: dict[int, dict[str, Any]] = {}  # what each checkpoint records of itself
         self._damaged: dict[int, Damaged] = {}  # those that have no such record
-        self._unusable = [name for name in _saved(path) if not STEP.fullmatch(name)]
-        for step in sorted(int(name) for name in _saved(path) if STEP.fullmatch(name)):
+        self._unusable = [name for name in saved_names(path) if not STEP.fullmatch(name)]
+        for step in sorted(int(name) for name in saved_names(path) if STEP.fullmatch(name)):
             try:
                 self._records[step] = self._read_record(step)
             except Damaged as error:
@@ -319,7 +87,7 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """Step and loss of the lowest validation loss on the run's present data among the checkpoints, or None."""
-        data, losses = _evaluated_on(self._run), []
+        data, losses = evaluated_on(self._run), []
         for step, record in self._records.items():
             loss = record["validation_loss"]
             if loss is not None and math.isfinite(loss) and record["data"] == data:
@@ -371,14 +139,14 @@ class Checkpoints:
                 f"Step {step:,} is not saved, because {error}: the hardware, or the program on one process, is at "
                 f"fault. Exclude it, and start again from the checkpoint before ({self._kept()})."
             ) from None
-        record = _record(self._run, step, digests, validation_loss, mean_loss)
+        record = make_record(self._run, step, digests, validation_loss, mean_loss)
         with self._may_fail(step):
             if not (self._path.parent / "run.json").exists():  # orbax would make the folder again, without a record
                 raise FileNotFoundError(0, "the workdir is gone")
             if cluster.is_first():
-                durable.make_folder(self._path)
+                files.make_folder(self._path)
                 self._remove_unfinished()
-            writer = _writer(self._path / str(step), lambda: record)
+            writer = make_writer(self._path / str(step), lambda: record)
             args = {name: ocp.args.StandardSave(tree) for name, tree in stacked.items()}
             writer.save(self._path / str(step), args=ocp.args.Composite(**args))
             self._records[step], self._saving = record, step
@@ -394,10 +162,10 @@ class Checkpoints:
         if step not in self._records:  # its save failed
             return
         before = self._records[step]
-        record = _record(self._run, step, before["arrays"], validation_loss, before["mean_loss"])
+        record = make_record(self._run, step, before["arrays"], validation_loss, before["mean_loss"])
         try:
             if cluster.is_first():
-                durable.write(self._path / str(step) / RECORD, json.dumps(record))
+                files.write(self._path / str(step) / RECORD, json.dumps(record))
         except UserError as error:
             if cluster.is_several():  # they would not agree on which checkpoint is the best
                 raise
@@ -454,7 +222,7 @@ class Checkpoints:
                 try:
                     folder = self._path / str(step)
                     # Under a temporary name first, so that one deleted in part is never taken for a checkpoint.
-                    durable.remove_tree(folder.rename(folder.with_name(folder.name + atomicity.TMP_DIR_SUFFIX)))
+                    files.remove_tree(folder.rename(folder.with_name(folder.name + atomicity.TMP_DIR_SUFFIX)))
                 except OSError as error:
                     self._say(f"Cannot delete the old checkpoint {folder}: {_reason(error)}.")
 
@@ -462,7 +230,7 @@ class Checkpoints:
         """Deletes what saves left that a death or a full disk cut short."""
         for folder in self._path.iterdir():
             if folder.name.endswith(atomicity.TMP_DIR_SUFFIX):
-                durable.remove_tree(folder)
+                files.remove_tree(folder)
 
     @contextlib.contextmanager
     def _may_fail(self, step: int) -> Iterator[None]:
@@ -513,7 +281,7 @@ class Checkpoints:
     def _set_aside(self, step: int) -> str:
         names = (self._path / f"{step}.damaged{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
         aside = (self._path / str(step)).rename(next(name for name in names if not name.exists()))
-        durable.sync(self._path)
+        files.sync(self._path)
         return aside.name
 
     def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
@@ -581,7 +349,7 @@ class Checkpoints:
         try:
             record = read_json(self._path / str(step) / RECORD)
             rest = {name: value for name, value in record.items() if name != "checksum"}
-            if record["checksum"] != _checksum(rest) or not {"arrays", "validation_loss", "mean_loss"} <= rest.keys():
+            if record["checksum"] != checksum(rest) or not {"arrays", "validation_loss", "mean_loss"} <= rest.keys():
                 raise ValueError("not what was written")
             if record["step"] != step:
                 raise ValueError(f"this is the checkpoint of step {record['step']}")
@@ -661,102 +429,6 @@ class Checkpoints:
         return step
 
 
-@dataclasses.dataclass(frozen=True)
-class Deferred:
-    """A float32 array that is made when it is written, so that a model need not be in memory to be saved."""
-
-    shape: tuple[int, ...]
-    make: Callable[[], np.ndarray]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
-
-
-class _DeferredHandler(type_handlers.NumpyHandler):
-    """Writes Deferred arrays one after the other. Orbax by itself holds all that it writes, twice."""
-
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.digests: dict[str, int] = {}  # of what was written
-
-    async def serialize(self, values, infos, args=None):
-        for value, info, arg in zip(values, infos, args, strict=True):
-            array = value.make()
-            self.digests[f"params/{info.name.replace('.', '/')}"] = integrity.on_host(array)
-            for written in await super().serialize([array], [info], [arg]):
-                written.result()
-        return []
-
-    def memory_size(self, values):
-        sizes = [math.prod(value.shape) * value.dtype.itemsize for value in values]
-        return [(size, size) for size in sizes]
-
-
-def write_params(workdir: Workdir, run: Run, params: Any) -> None:
-    """Saves step 0 of a workdir that has no checkpoint yet: a tree of `Deferred`, with stacked layers."""
-    folder, handler = workdir.path / "checkpoints" / "0", _DeferredHandler(deepcopy_host_arrays=False)
-    registry = type_handlers.create_type_handler_registry(
-        (Deferred, handler),
-        (jax.Array, type_handlers.ArrayHandler()),  # there are none, but without it orbax warns
-    )
-    durable.make_folder(folder.parent)
-    item = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    writer = _writer(folder, lambda: _record(run, 0, handler.digests), params=item)
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), params)
-    writer.save(folder, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params, save_args=save_args)))
-    writer.wait_until_finished()
-    writer.close()
-
-
-def _writer(folder: epath.Path, record: Callable[[], dict[str, Any]], **handlers: Any) -> ocp.AsyncCheckpointer:
-    """What writes one checkpoint: its items, its record, and then its name."""
-    partial = folder.with_name(folder.name + atomicity.TMP_DIR_SUFFIX)
-
-    def add_record() -> None:
-        (partial / RECORD).parent.mkdir()
-        (partial / RECORD).write_text(json.dumps(record()))
-
-    return ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler("params", "optimizer", **handlers),
-        async_options=ocp.options.AsyncOptions(post_finalization_callback=add_record),
-        temporary_path_class=_DurableFolder if durable.is_local(folder) else None,
-    )
-
-
-class _DurableFolder(atomicity.AtomicRenameTemporaryPath):
-    """Orbax's temporary folder of a checkpoint, of which nothing is lost in a power cut once it has its name."""
-
-    async def finalize(self) -> None:
-        if self._checkpoint_metadata_store:
-            self._checkpoint_metadata_store.wait_until_finished()
-        durable.publish(self.get(), self.get_final())
-
-
-def _record(
-    run: Run,
-    step: int,
-    digests: dict[str, int],
-    validation_loss: float | None = None,
-    mean_loss: float | None = None,
-) -> dict[str, Any]:
-    """What a checkpoint records of itself."""
-    record = {"run": run.id, "step": step, "data": _evaluated_on(run), "arrays": digests}
-    record |= {"validation_loss": validation_loss, "mean_loss": mean_loss}
-    return record | {"checksum": _checksum(record)}
-
-
-def _evaluated_on(run: Run) -> str:
-    """Names what validation losses are measured on: those on other data, or on it in another form, do not compare."""
-    options = config_lib.flatten(dataclasses.asdict(run.config.data), "data.")
-    form = {key: value for key, value in options.items() if key not in HARMLESS}
-    return hashlib.sha256(json.dumps([run.fingerprint, form], sort_keys=True).encode()).hexdigest()[:32]
-
-
-def _checksum(record: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
-
-
 def _digests_of_files(folder: epath.Path, names: dict[str, Any], index: int, count: int) -> dict[str, int]:
     """For each array of a checkpoint, the digest of the part that process `index` of `count` has to read.
 
@@ -766,7 +438,7 @@ def _digests_of_files(folder: epath.Path, names: dict[str, Any], index: int, cou
     for name in names:
         item, _, path = name.partition("/")
         base = f"{folder / item}/"
-        base = {"driver": "file", "path": base} if durable.is_local(folder) else base
+        base = {"driver": "file", "path": base} if files.is_local(folder) else base
         kvstore = {"driver": "ocdbt", "base": base, "path": f"{path.replace('/', '.')}/"}
         array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
         pieces = array.chunk_layout.read_chunk.shape or ()
@@ -780,23 +452,10 @@ def _digests_of_files(folder: epath.Path, names: dict[str, Any], index: int, cou
     return found
 
 
-def _saved(checkpoints: epath.Path) -> list[str]:
+def saved_names(checkpoints: epath.Path) -> list[str]:
     """The names in a folder of checkpoints, but for what a save left that was cut short, and hidden files."""
     names = (entry.name for entry in checkpoints.iterdir()) if checkpoints.exists() else ()
     return sorted(name for name in names if not name.endswith(atomicity.TMP_DIR_SUFFIX) and name[0] != ".")
-
-
-def _check_path(path: Any) -> None:
-    """Raises UserError for a path that orbax, which searches its folders by patterns, or tensorstore misreads."""
-    if not durable.is_local(path):
-        if not re.match("(gs|s3)://.", str(path)):
-            raise UserError(f"--workdir={path}: a workdir is a folder, or a place in a bucket: gs://… or s3://….")
-    elif odd := re.search(r"[][*?\\]", str(path)):
-        raise UserError(f"--workdir={path}: the character {odd[0]} cannot be in the path of a workdir; rename it.")
-    elif sys.getfilesystemencoding() != "utf-8" and not str(path).isascii():
-        raise UserError(f"--workdir={path}: letters beyond ASCII need a locale with UTF-8; set PYTHONUTF8=1.")
-    elif not str(path).isprintable():  # bytes that are not UTF-8 among them
-        raise UserError(f"--workdir={str(path)!r}: a path of a workdir can have only characters that can be shown.")
 
 
 def _reason(error: Exception) -> str:
@@ -838,41 +497,3 @@ def _stack(tree: Any) -> Any:
 
 def _shardings(tree: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding, tree)
-
-
-def refuse_changes(
-    old: Run, new: Run, workdir: epath.Path, allow: bool, obstacle: str = ""
-) -> dict[str, tuple[Any, Any]]:
-    """The differences between a workdir's run and the one wanted, if they may be, environments included.
-
-    Args:
-      obstacle: why the newest checkpoint cannot be restored under the new config, in a sentence; "": it can.
-
-    Raises:
-      UserError: the data, the order of examples, or a key that is not `HARMLESS`, has changed and `allow` is false.
-    """
-    serious = _differences(old, new, "→", besides=HARMLESS)
-    if serious and not allow:
-        advice = obstacle or "To resume with the changes, add --allow_config_change."
-        raise UserError(
-            f"--workdir={workdir} holds a run with another config: {'; '.join(serious)}. Choose another --workdir, or "
-            f"undo the changes. {advice}"
-        )
-    keys = [key for key in new.environment if key in old.environment and old.environment[key] != new.environment[key]]
-    if ORDER in keys and not serious and not allow:
-        versions = ", ".join(f"{key} {old.environment[key]} → {new.environment[key]}" for key in keys if key != ORDER)
-        raise UserError(
-            f"--workdir={workdir}: the examples would come in another order than before ({versions or 'grain'}). "
-            "Install the versions that the run began with, or add --allow_config_change."
-        )
-    environments = {key: (old.environment[key], new.environment[key]) for key in keys if key != ORDER}
-    return config_lib.differences(old.config, new.config) | environments
-
-
-def _differences(a: Run, b: Run, sign: str, besides: tuple[str, ...] = ()) -> list[str]:
-    """In words, with the sign between the values: where configs and data of two runs differ."""
-    changes = config_lib.differences(a.config, b.config)
-    said = [f"{key} {was!r} {sign} {now!r}" for key, (was, now) in changes.items() if key not in besides]
-    if a.fingerprint != b.fingerprint:
-        said.append(f"fingerprint of the data {a.fingerprint} {sign} {b.fingerprint}")
-    return said

@@ -12,9 +12,8 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from gpt import backend, cluster, output, signals
-from gpt import config as config_lib
-from gpt.errors import UsageError, UserError, one_line
+from gpt.runtime import backend, cluster, output, signals
+from gpt.runtime.errors import UserError, one_line
 
 MAX_PIPED = 1 << 20  # bytes of a prompt on stdin; a model sees the end of it only
 
@@ -67,21 +66,45 @@ def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
         sys.exit(end(getattr(stopped, "number", signal.SIGINT)))
 
 
-def config() -> config_lib.Config:
-    """The config of the flags: the file of --config, with the changes of --config.KEY=VALUE.
+def overrides() -> list[tuple[str, str | None]]:
+    """Returns the flags --config.KEY=VALUE in their order: KEY, and VALUE as text (None if there is none)."""
+    return list(_overrides)
 
-    Raises:
-      UserError: there is none, or a mistake in it.
-    """
-    if flags.FLAGS.config is None:
-        raise UsageError("Name a config file: --config=configs/char.py.")
-    tree = config_lib.read_file(flags.FLAGS.config)
-    for key, text in _overrides:
-        config_lib.override(tree, key, text)
-    return config_lib.from_tree(tree)
+
+def define_workdir_flag(text: str = "Folder of the run.", required: bool = True) -> flags.FlagHolder:
+    """Defines --workdir."""
+    return flags.DEFINE_string("workdir", None, text, required=required)
+
+
+def define_config_flag(text: str, keys: Callable[[], list[str]]) -> flags.FlagHolder:
+    """Defines --config, with which --config.KEY=VALUE is accepted too; `keys` returns the keys that exist."""
+    global _config_keys
+    _config_keys = keys
+    return flags.DEFINE_string("config", None, text)
+
+
+def define_checkpoint_flag() -> flags.FlagHolder:
+    """Defines --checkpoint."""
+    return flags.DEFINE_string("checkpoint", "best", "best (lowest validation loss), last, or a step.")
+
+
+def define_cluster_flags() -> Callable[[], cluster.Job]:
+    """Defines the flags that tell a process which job it is part of; returns a function that reads them."""
+    coordinator = flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of process 0, a free port. Not needed where the launcher is known: launch/README.md.",
+    )
+    count = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
+    index = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+    timeout = flags.DEFINE_float(
+        "cluster_timeout", 300, "Seconds to wait for the other processes to start.", lower_bound=1
+    )
+    return lambda: cluster.Job(coordinator.value, count.value, index.value, timeout.value)
 
 
 MUST_NAME = {"config", "workdir", "checkpoint", "out", "html", "topology", "data", "from_hf", "to_hf"}
+_config_keys: Callable[[], list[str]] | None = None
 _overrides: list[tuple[str, str | None]] = []  # of the config, in their order: a key, and its value as text
 
 
@@ -109,7 +132,7 @@ def _parse(argv: list[str]) -> list[str]:
     asked_for_help = any(argument.lstrip("-") in ("help", "helpshort", "helpfull") for argument in argv[1:])
     try:
         argv = flags.FLAGS.read_flags_from_files(argv)
-        rest = flags.FLAGS(_take_overrides(argv) if "config" in flags.FLAGS else argv)
+        rest = flags.FLAGS(_take_overrides(argv) if _config_keys else argv)
     except SystemExit:
         # absl prints help while it parses, and counts that as a failure.
         sys.exit(0 if asked_for_help else 2)
@@ -165,7 +188,7 @@ def _reworded(error: flags.Error) -> str:
 
 def _hint(name: str) -> str:
     """What may have been meant by a flag that does not exist."""
-    keys = config_lib.known_keys() if "config" in flags.FLAGS else []
+    keys = _config_keys() if _config_keys else []
     near = [f"config.{key}" for key in keys if name in (key, key.split(".")[-1])]
     near = near or difflib.get_close_matches(name, list(flags.FLAGS), n=1, cutoff=0.7)
     return f"did you mean --{near[0]}?" if near else "see --help."

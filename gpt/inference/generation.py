@@ -24,11 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from gpt.errors import UserError
+from gpt.data.tokenizers import Tokenizer
 from gpt.models import attention
 from gpt.models.gpt import GPTConfig
+from gpt.runtime.errors import UserError
 from gpt.sharding import Layout
-from gpt.tokenizers import Tokenizer
 
 # Each length of a prompt and of a cache is a program to compile, so they are rounded up to one in a few; a new token
 # reads all of its cache, filled or not.

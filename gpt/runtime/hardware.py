@@ -10,7 +10,7 @@ import resource
 
 import jax
 
-from gpt.errors import UsageError, UserError, one_line
+from gpt.runtime.errors import UsageError, UserError, one_line
 
 GIB = 2**30
 GPUS_OF_A_HOST = 8  # an NVLink domain of the systems that are meant here (DGX, HGX)

@@ -14,10 +14,8 @@ from types import FrameType
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-
-from gpt import sharding
 
 PATIENCE = 2  # seconds that the main thread may take to answer: within a compilation, it does not
 _answered = 0.0  # when it did last
@@ -71,10 +69,10 @@ def _watch(reader: int, give_up: Callable[[int], object]) -> None:
 class Interrupted:
     """From `begin` on, turns a signal into a number that all processes agree on; a second Ctrl-C is immediate."""
 
-    def __init__(self, layout: sharding.Layout):
+    def __init__(self, mesh: Mesh):
         self._signal, self._asked, self._before = 0, 0, {}
-        self._everywhere = NamedSharding(layout.mesh, P(layout.mesh.axis_names))
-        self._max = jax.jit(jnp.max, in_shardings=self._everywhere, out_shardings=layout.replicated)
+        self._everywhere = NamedSharding(mesh, P(mesh.axis_names))
+        self._max = jax.jit(jnp.max, in_shardings=self._everywhere, out_shardings=NamedSharding(mesh, P()))
 
     def begin(self) -> None:
         """From now on a signal is noted only."""

@@ -12,10 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gpt import hardware, lora, optimizer, sharding
+from gpt import optimizer, sharding
 from gpt.config import Config
-from gpt.data import IGNORED, Source, pipeline
-from gpt.errors import UserError
+from gpt.data import pipeline
+from gpt.data.base import IGNORED, Source
+from gpt.models import lora
+from gpt.runtime import hardware
+from gpt.runtime.errors import UserError
 
 HISTOGRAM_POSITIONS, HISTOGRAM_BINS = 64, 64
 MOST_MISTAKES = 8  # rows that an evaluation keeps to be shown

@@ -43,6 +43,11 @@ class ModelConfig:
     def num_targets(self) -> int:
         return self.length
 
+    @property
+    def length_key(self) -> str:
+        """The config key of the length of what the blocks work on."""
+        return "model.block_size"
+
     def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> Self:
         """This config with what `0` and `auto` stand for filled in.
 

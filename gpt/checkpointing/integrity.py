@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gpt.errors import UserError
+from gpt.runtime.errors import UserError
 from gpt.sharding import path_name
 
 MIX = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))

@@ -13,12 +13,12 @@ import dataclasses
 import hashlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from gpt import cluster
-from gpt.cache import Cache
-from gpt.config import Config
-from gpt.errors import UserError
+from gpt.runtime import cluster
+from gpt.runtime.cache import Cache
+from gpt.runtime.errors import UserError
 
 # YNNPACK's matrix products, the default of jaxlib 0.10, are slower than Eigen's: by a fifth for 16 rows.
 XLA_OPTIONS = {"--xla_cpu_experimental_ynn_fusion_type": ""}
@@ -29,7 +29,22 @@ PARAMETERS_PER_TOKEN = 5_000  # of a step on a device; of more, one device for a
 STATE_BYTES = 16  # of a parameter: itself, its gradient and Adam's two moments, in float32
 
 
-def start() -> None:
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What decides how many devices a CPU is worth dividing into.
+
+    Attributes:
+      parameters: number of parameters of the model, all of which each device reads and updates in a step.
+      tokens: tokens of a step, or of one part of its batch; 0 if not known.
+      divides: whether the mesh and the batch can be divided over that many devices.
+    """
+
+    parameters: int
+    tokens: int
+    divides: Callable[[int], bool]
+
+
+def start(job: cluster.Job) -> None:
     """Makes the settings, and joins the other processes of this job, if there are any.
 
     Raises:
@@ -38,7 +53,7 @@ def start() -> None:
     import jax
 
     set_xla_options()
-    cluster.start()
+    cluster.start(job)
     if not jax.config.jax_compilation_cache_dir:
         cache = Cache(say=lambda line: cluster.is_first() and print(line, file=sys.stderr))
         keep_compiled(cache.path / "xla")
@@ -106,39 +121,26 @@ def set_xla_options() -> None:
         os.environ["XLA_FLAGS"] = " ".join([given, *options]).strip()
 
 
-def divide_cpu(config: Config, rows: int) -> None:
-    """Makes devices of the cores, where one process has them all.
-
-    Args:
-      rows: to be divided evenly among devices, of a batch or of a part of it; 0: as many as will be needed.
-    """
+def divide_cpu(work: Work) -> None:
+    """Turns the cores of a CPU into devices, unless several processes share the machine."""
     import jax
 
     if not cluster.is_several() and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", cpu_devices(config, rows, cores, memory))
+        jax.config.update("jax_num_cpu_devices", cpu_devices(work, cores, memory))
 
 
-def cpu_devices(config: Config, rows: int, cores: int, memory: float) -> int:
-    """Into how many devices a CPU is divided: the most that mesh and rows allow, or the fewest beyond the cores.
+def cpu_devices(work: Work, cores: int, memory: float) -> int:
+    """Returns into how many devices to divide a CPU: the most that are worth it, or the fewest beyond the cores.
 
     Args:
-      rows: as in `divide_cpu`. Each device goes through all parameters, so it needs enough tokens to be worth it.
       memory: bytes of the machine; the training state of all devices may take a quarter.
     """
-    vocab_size = config.model.vocab_size or config.tokenizer.vocab_size
-    parameters = dataclasses.replace(config.model, vocab_size=vocab_size).num_parameters()
-    most = min(cores, MAX_CPU_DEVICES, int(memory / 4 / (STATE_BYTES * parameters)))
-    if rows:
-        most = min(most, PARAMETERS_PER_TOKEN * rows * config.model.length // parameters)
+    most = min(cores, MAX_CPU_DEVICES, int(memory / 4 / (STATE_BYTES * work.parameters)))
+    if work.tokens:
+        most = min(most, PARAMETERS_PER_TOKEN * work.tokens // work.parameters)
     most = max(1, most)
-    # Beyond the cores: so a mesh can be tried where there are too few of them.
-    for count in (*range(most, 0, -1), *range(most + 1, 65)):
-        try:
-            shape = config.mesh.shape(count)
-        except UserError:
-            continue
-        if rows % (shape["data"] * shape["fsdp"]) == 0:
-            return count
-    return 1
+    # More devices than cores let a user try a mesh that needs them.
+    counts = (*range(most, 0, -1), *range(most + 1, 65))
+    return next((count for count in counts if work.divides(count)), 1)

@@ -10,13 +10,17 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from gpt import cluster, durable, lora, sharding, tokenizers
-from gpt.checkpoint import Base, Run, Workdir
+from gpt import sharding
+from gpt.checkpointing.run import Base, Run
+from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config
-from gpt.data import Dataset
-from gpt.errors import UserError
-from gpt.models import ModelConfig
-from gpt.program import Program, build
+from gpt.data import tokenizers
+from gpt.data.base import Dataset
+from gpt.models import lora
+from gpt.models.base import ModelConfig
+from gpt.runtime import cluster, files
+from gpt.runtime.errors import UserError
+from gpt.step import Program, build
 
 
 class Weights:
@@ -44,7 +48,7 @@ class Weights:
           UserError: they are missing, have changed, or are in a bucket although the workdir is not: opening one uses no
             network.
         """
-        if durable.is_local(workdir.path) and not durable.is_local(base.path):
+        if files.is_local(workdir.path) and not files.is_local(base.path):
             raise UserError(
                 f"--workdir={workdir.path}: base.path={base.path} in run.json is an address on the network; download "
                 "that workdir and name the copy there."

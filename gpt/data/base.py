@@ -6,17 +6,12 @@ A kind is a file here with a configuration, a subclass of `DataConfig`, that loa
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
-from gpt import tokenizers
-from gpt.errors import UserError
-
-if TYPE_CHECKING:  # data is unaware of JAX
-    from gpt.config import Config
-    from gpt.models import ModelConfig
-    from gpt.program import Program
+from gpt.data import tokenizers
+from gpt.runtime.errors import UserError
 
 KINDS = {
     "text": "gpt.data.text:TextConfig",
@@ -44,12 +39,27 @@ class Source(Protocol):
         """One row: arrays that have the same shapes for every index."""
 
 
+class ModelShape(Protocol):
+    """What data needs to know of a model: see `gpt.models.base.ModelConfig`."""
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def num_targets(self) -> int: ...
+
+    @property
+    def length_key(self) -> str: ...
+
+    def row(self) -> dict[str, Any]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """What a person is shown: text, and PNG files by their name on TensorBoard."""
+    """What a person is shown: text, and pictures (uint8 of [H, W, C]) by their name on TensorBoard."""
 
     text: str = ""
-    images: dict[str, bytes] = dataclasses.field(default_factory=dict)
+    pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Dataset:
@@ -64,11 +74,11 @@ class Dataset:
     tokenizer: tokenizers.Tokenizer
     fingerprint: str
 
-    def training(self, model: "ModelConfig", seed: int) -> Source:
+    def training(self, model: ModelShape, seed: int) -> Source:
         """Rows to train on, of the shapes of `model.row`; targets that do not count are `IGNORED`."""
         raise NotImplementedError
 
-    def evaluation(self, split: str, model: "ModelConfig", stride: int | None = None) -> Source:
+    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Source:
         """Every row of "train", "val" or "all" once, where training has them again and again, changed or shuffled.
 
         Args:
@@ -90,20 +100,9 @@ class Dataset:
         """
         return {"rows": result["rows"]} | {name: result[name] for name in ("loss", "accuracy", "exact_match")}
 
-    def examples(self, source: Source, result: dict[str, Any]) -> Shown:
-        """Some rows that the model had wrong: `result["mistakes"]`, of (row, what it said in the place of targets)."""
+    def mistakes(self, source: Source, result: dict[str, Any]) -> Shown:
+        """Some examples with a wrong prediction: `result["mistakes"]`, pairs of an index and its predictions."""
         return Shown()
-
-    def preview(
-        self, program: "Program", config: "Config", source: Source
-    ) -> Callable[[Any, int, dict[str, Any], Callable[[], object]], Shown]:
-        """What a run shows at each evaluation, by the parameters, the step, the result, and `check` as of `evaluate`.
-
-        Args:
-          program, config: the run's `gpt.program.Program` and `gpt.config.Config`.
-          source: what is evaluated.
-        """
-        return lambda params, step, result, check: self.examples(source, result)
 
 
 class DataConfig:
@@ -120,7 +119,7 @@ class DataConfig:
     def load(
         self,
         tokenizer: tokenizers.Tokenizer | tokenizers.TokenizerConfig,
-        model: "ModelConfig | None",
+        model: ModelShape | None,
         say: Say = lambda line: None,
         status: Say = lambda line: None,
     ) -> Dataset:
@@ -141,7 +140,7 @@ class DataConfig:
         """That of a workdir, of what its tokenizer.json holds. Raises ValueError and the like where that is none."""
         return tokenizers.from_tree(saved)
 
-    def inputs(self, prompt: str, model: "ModelConfig") -> np.ndarray:
+    def inputs(self, prompt: str, model: ModelShape) -> np.ndarray:
         """What a classifier reads of a prompt, a file for instance. Raises UserError where that is not possible."""
         raise UserError(f"data.kind={self.kind} has nothing that can be classified by --prompt; see gpt.evaluate.")
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from gpt.errors import UserError
+from gpt.runtime.errors import UserError
 
 VARIABLE = "GPT_CACHE_DIR"
 

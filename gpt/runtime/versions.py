@@ -13,7 +13,7 @@ FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 def code_digest() -> str:
     """Returns the SHA-256 of the names and bytes of gpt's Python files."""
-    digest, root = hashlib.sha256(), Path(__file__).parent
+    digest, root = hashlib.sha256(), Path(__file__).parent.parent
     for path in sorted(root.rglob("*.py")):
         code = path.read_bytes()
         digest.update(f"{path.relative_to(root)} {len(code)}\n".encode() + code)

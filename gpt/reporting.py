@@ -1,0 +1,155 @@
+"""What a person sees of a training run: lines of text, and TensorBoard."""
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gpt import sharding
+from gpt.checkpointing.run import Run
+from gpt.config import Config
+from gpt.data.base import Dataset, Shown
+from gpt.inference import pictures
+from gpt.optimizer import schedule
+from gpt.runtime import hardware
+from gpt.runtime.progress import Progress, Speed
+from gpt.runtime.tensorboard import TensorBoard
+from gpt.step import Program, count
+
+# The config keys that decide the learning rate of a step, with those of the optimizer.
+SCHEDULE_KEYS = ("train.steps", "train.epochs", "train.tokens", "train.batch_size", "model.block_size")
+
+
+class Report:
+    """Shows the steps and evaluations of a run, as a line of progress and on TensorBoard.
+
+    Attributes:
+      progress: prints the lines.
+      tensorboard: writes the events.
+      speed: measures the rates of the steps.
+    """
+
+    def __init__(self, config: Config, program: Program, progress: Progress, tensorboard: TensorBoard):
+        self.progress, self.tensorboard, self._settings = progress, tensorboard, config.train
+        self._tokens_per_step = config.train.batch_size * config.model.length
+        mesh = program.layout.mesh
+        chip = hardware.of_device(mesh.devices.flat[0])
+        flops_per_step = self._tokens_per_step * program.model.config.flops_per_token()
+        self.speed = Speed(self._tokens_per_step, flops_per_step, chip and chip.flops * mesh.size)
+
+    def step(self, step: int, metrics: dict[str, float], skipped: int) -> bool:
+        """Shows the metrics of a step; returns whether it was one of each `train.log_every` steps.
+
+        Args:
+          skipped: how many updates or batches the run has left out so far.
+        """
+        is_logged = step % self._settings.log_every == 0
+        self.progress.update(step, metrics["loss"], self.speed.rates(), milestone=is_logged)
+        if is_logged:
+            totals = {"tokens": step * self._tokens_per_step, "skipped": skipped} | self.speed.rates()
+            self.tensorboard.scalars(step, {f"train/{name}": value for name, value in metrics.items()})
+            self.tensorboard.scalars(step, {f"progress/{name}": value for name, value in totals.items()})
+            self.speed.restart()
+        return is_logged
+
+    def evaluation(self, step: int, measures: dict[str, float], result: dict[str, Any], is_best: bool) -> None:
+        """Shows the result of an evaluation."""
+        self.progress.evaluated(step, measures, best=is_best)
+        self.tensorboard.scalars(step, {f"validation/{name}": value for name, value in measures.items()})
+        self.tensorboard.histogram(step, "validation/logits", result["logits_counts"], result["logits_edges"])
+        self.tensorboard.flush()
+
+    def preview(self, step: int, shown: Shown) -> None:
+        """Shows samples, or examples of mistakes."""
+        if shown.text:
+            self.progress.say("\n".join("  │ " + line for line in shown.text.splitlines()))
+            self.tensorboard.text(step, "sample", "    " + shown.text.replace("\n", "\n    "))
+        for name, pixels in shown.pictures.items():
+            self.tensorboard.image(step, name, pictures.png(pixels))
+        self.tensorboard.flush()
+
+    def left_out(self, step: int, text: str, skipped: int) -> None:
+        """Shows that the update or the batch of a step is left out."""
+        text = f"Step {step:,} {text} ({skipped} of at most {self._settings.max_skipped})."
+        self.progress.say(text)
+        self.tensorboard.text(step, "skipped", text)
+
+
+class Tracer:
+    """Writes a profiler trace of a few steps, after the first steps.
+
+    Args:
+      path: folder of TensorBoard's events.
+      start: the step that the run starts after.
+    """
+
+    def __init__(self, path: Path, start: int, say: Callable[[str], None], skip: int = 3, steps: int = 3):
+        self._path, self._say, self._first, self._after = path, say, start + skip, start + skip + steps
+        self._running = False
+
+    def before_step(self, step: int) -> None:
+        """Starts or stops the trace, where that is due."""
+        if step == self._first and not self._running:
+            jax.profiler.start_trace(str(self._path))
+            self._running = True
+        elif step == self._after:
+            self.stop()
+
+    def stop(self) -> None:
+        """Stops the trace, if it is running."""
+        if self._running:
+            self._running = False
+            try:
+                jax.profiler.stop_trace()
+            except Exception as error:  # a full disk, for instance: no reason to end the run
+                self._say(f"note: cannot write the trace to {self._path}: {error}.")
+
+
+def describe(
+    program: Program, config: Config, dataset: Dataset, total_steps: int, examples_per_epoch: int
+) -> Iterator[str]:
+    """Yields lines that tell what is about to be trained, on what data and which devices."""
+    c, mesh, batch_size = program.model.config, program.layout.mesh, config.train.batch_size
+    yield f"model  {program.num_parameters():,} parameters: {c.summary()}, {c.dtype}"
+    state = program.abstract_state
+    if c.lora_rank:
+        yield f"lora   {count(state.params):,} parameters are trained: rank {c.lora_rank} at {c.lora_targets}"
+    yield f"data   {dataset.describe()}"
+    trees = (state.params, state.frozen), state.opt_state
+    held = [sharding.bytes_per_device(tree) / 1e6 for tree in trees]
+    whole = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e6 for tree in trees]
+    sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    yield f"mesh   {sizes} over {mesh.size} × {mesh.devices.flat[0].device_kind}{hosts}, rules {config.mesh.rules}"
+    yield (
+        f"memory {sum(held):,.1f} MB a device: parameters {held[0]:,.1f}, optimizer {held[1]:,.1f} "
+        f"(of {whole[0]:,.1f} and {whole[1]:,.1f} in all)"
+    )
+    yield from ("       " + line for line in sharding.table(program.parameters()))
+    tokens = batch_size * c.length
+    epochs = total_steps * batch_size / examples_per_epoch
+    yield f"run    {total_steps:,} steps × {tokens:,} tokens = {total_steps * tokens:,} tokens, {epochs:.1f} epochs"
+
+
+def describe_changes(
+    changes: dict[str, tuple[Any, Any]], recorded: Run | None, run: Run, examples_per_epoch: int, step: int
+) -> Iterator[str]:
+    """Yields a line for each value that a resumed run changes, and what they do to the learning rate."""
+    shifted = ""
+    of_the_schedule = [key for key in changes if key.startswith("optimizer.") or key in SCHEDULE_KEYS]
+    if recorded and of_the_schedule and step:
+        was, is_now = (learning_rate(each.config, examples_per_epoch, step) for each in (recorded, run))
+        if not math.isclose(was, is_now, rel_tol=1e-3):
+            shifted = f": the learning rate at step {step:,} becomes {is_now:.2g} instead of {was:.2g}"
+    for key, (old, new) in changes.items():
+        yield f"changed: {key} {old!r} → {new!r}{shifted if [key] == of_the_schedule[-1:] else ''}"
+    if changes.keys() & run.environment.keys():
+        yield "note: with these the run resumes to rounding, not to the bit."
+
+
+def learning_rate(config: Config, examples_per_epoch: int, step: int) -> float:
+    """Returns the learning rate of the step that follows `step` steps."""
+    total_steps = config.train.total_steps(config.model.length, examples_per_epoch)
+    return float(schedule(config.optimizer, config.train.batch_size * config.model.length, total_steps)(step))

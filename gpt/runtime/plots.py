@@ -1,0 +1,40 @@
+"""Draws the losses of runs with matplotlib, from their TensorBoard events."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gpt.runtime.errors import UserError
+from gpt.runtime.files import new_file
+
+
+def draw_losses(folders: Sequence[Path], out: str) -> str:
+    """Draws training and validation loss over steps; returns the absolute path of the picture.
+
+    Args:
+      folders: of runs, with events in them.
+      out: the picture to write; its suffix names the format.
+
+    Raises:
+      UserError: matplotlib is not installed, or the picture exists, has an unknown format or cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError('Plots need matplotlib: pip install "gpt-spmd[plot]".') from None
+    from gpt.runtime.tensorboard import read_scalars
+
+    figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
+    form = Path(out).suffix[1:].lower() or "png"
+    if form not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"--out={out}: there is no picture format {form!r}; choose one like .png, .svg or .pdf.")
+    with new_file("out", out) as file:
+        axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
+        for color, folder in enumerate(folders):
+            scalars = read_scalars(folder, ("train/loss", "validation/loss"))
+            axes.plot(*scalars["train/loss"], color=f"C{color}", alpha=0.35, label=f"{folder.name}, training")
+            axes.plot(*scalars["validation/loss"], "o-", color=f"C{color}", label=f"{folder.name}, validation")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(file, format=form)
+        return file.name
