@@ -58,11 +58,11 @@ class Program:
     model: nn.Module
     abstract_state: TrainState
     logical_axes: Any
-    init: Callable[[], TrainState]
-    begin: Callable[[Any], TrainState]
-    train_step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
-    merge: Callable[[Any, Any], Any]
-    eval_step: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
+    init: jax.stages.Wrapped
+    begin: jax.stages.Wrapped
+    train_step: jax.stages.Wrapped
+    merge: jax.stages.Wrapped
+    eval_step: jax.stages.Wrapped
 
     @property
     def abstract_params(self) -> Any:

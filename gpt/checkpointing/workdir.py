@@ -32,7 +32,7 @@ class Workdir:
     def __init__(self, path: str | os.PathLike):
         _check_path(path)
         path = epath.Path(path)
-        self.path = path.expanduser().absolute() if files.is_local(path) else path
+        self.path: epath.Path = path.expanduser().absolute() if files.is_local(path) else path
         _check_path(self.path)
 
     @property

@@ -27,8 +27,8 @@ OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b:
 class QuestionConfig(DataConfig):
     """What the kinds of questions share."""
 
-    validation_rows: int = dataclasses.field(default=2000, kw_only=True)  # questions held out
-    prefetch: int = harmless(4, kw_only=True)  # batches prepared ahead
+    validation_rows: int = 2000  # questions held out
+    prefetch: int = harmless(4)  # batches prepared ahead
 
     # Of each kind: what is asked with, how many questions there are, and how long question and answer are.
     alphabet: ClassVar[str]
@@ -91,7 +91,7 @@ class QuestionConfig(DataConfig):
 class ArithmeticConfig(QuestionConfig):
     """a+b, a-b, a*b, also modulo a number. The answer's last digit comes first, as one computes it on paper."""
 
-    kind: str = dataclasses.field(default="arithmetic", kw_only=True)
+    kind: str = "arithmetic"  # see gpt/data/base.py
     digits: int = 3  # of a and b, each from 0 on
     operators: str = "+"  # one or several of +, - and *
     modulus: int = 0  # a, b and the answer are less than this; 0: there is none
@@ -158,7 +158,7 @@ class ArithmeticConfig(QuestionConfig):
 class SortConfig(QuestionConfig):
     """Digits to be put in order."""
 
-    kind: str = dataclasses.field(default="sort", kw_only=True)
+    kind: str = "sort"  # see gpt/data/base.py
     size: int = 10  # digits to be sorted
     digits: int = 10  # different ones, from 0 on
 

@@ -6,7 +6,7 @@ A kind is a file here with a configuration, a subclass of `DataConfig`, that loa
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -105,6 +105,7 @@ class Dataset:
         return Shown()
 
 
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Options of the data: the base of a frozen dataclass for each kind, with `kind`, `prefetch` and its own fields.
 
@@ -113,8 +114,15 @@ class DataConfig:
       vocab_size: width of the logits, where that is known before the data is read; else 0.
     """
 
-    gives = "tokens"
-    vocab_size = 0
+    kind: str
+    prefetch: int
+
+    gives: ClassVar[str] = "tokens"
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of different targets where it is known before the data is read; else 0."""
+        return 0
 
     def load(
         self,

@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -32,7 +32,7 @@ FILTERS = ("bilinear", "bicubic", "lanczos")  # that Pillow and torchvision comp
 
 @dataclasses.dataclass(frozen=True)
 class ImagesConfig(DataConfig):
-    kind: str = dataclasses.field(default="images", kw_only=True)  # see gpt/data/__init__.py
+    kind: str = "images"  # see gpt/data/base.py
     # A folder with a subfolder of images for each class, or with two such folders, `train` and `val`; "": the 1,797
     # digits of 8 × 8 pixels that come with scikit-learn.
     path: str = harmless("")
@@ -60,7 +60,7 @@ class ImagesConfig(DataConfig):
             raise UserError(f"data.threads={self.threads} has to be at least 1.")
         check_choice("data.resample", self.resample, FILTERS)
 
-    gives = "images"
+    gives: ClassVar[str] = "images"
 
     @property
     def vocab_size(self) -> int:

@@ -23,7 +23,7 @@ def training_batches(
     source: Source,
     batch_size: int,
     seed: int,
-    rows: Sequence[int],
+    rows: Sequence[int] | np.ndarray,
     start: int = 0,
     prefetch: int = 0,
     skipped: Sequence[int] = (),
@@ -69,7 +69,9 @@ def batch_number(step: int, skipped: Sequence[int]) -> int:
     return step
 
 
-def evaluation_batches(source: Source, batch_size: int, rows: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
+def evaluation_batches(
+    source: Source, batch_size: int, rows: Sequence[int] | np.ndarray
+) -> Iterator[dict[str, np.ndarray]]:
     """This process's rows of the batches that hold every row of the source once, in order.
 
     Rows whose targets are all `IGNORED` fill the last batch up to `batch_size`.
@@ -86,7 +88,7 @@ def evaluation_batches(source: Source, batch_size: int, rows: Sequence[int]) -> 
 
 
 def to_devices(
-    batches: Iterator[dict[str, np.ndarray]], layout: Layout, rows: Sequence[int], batch_size: int
+    batches: Iterator[dict[str, np.ndarray]], layout: Layout, rows: Sequence[int] | np.ndarray, batch_size: int
 ) -> Iterator[dict[str, jax.Array]]:
     """The batches, of which each process has its `rows`, as global arrays sharded over the batch axes of the mesh."""
     place = {row: i for i, row in enumerate(rows)}  # of a global row among those that are here

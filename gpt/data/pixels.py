@@ -26,13 +26,13 @@ FITTED_IMAGES, FITTED_PIXELS = 2000, 1 << 15  # that a palette is made of, at mo
 
 @dataclasses.dataclass(frozen=True)
 class PixelsConfig(images.ImagesConfig):
-    kind: str = dataclasses.field(default="pixels", kw_only=True)
+    kind: str = "pixels"  # see gpt/data/base.py
     image_size: int = 8  # height and width that images are brought to; model.block_size is the square of it
     channels: int = 1  # 3: red, green, blue; 1: grey
     palette_size: int = 512  # colours; fewer where the images have fewer
     class_dropout: float = 0.1  # part of the rows in training whose class is not told
 
-    gives = "tokens"
+    gives: ClassVar[str] = "tokens"
 
     def __post_init__(self):
         super().__post_init__()

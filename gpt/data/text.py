@@ -20,7 +20,7 @@ from gpt.runtime.fields import harmless
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig(DataConfig):
-    kind: str = dataclasses.field(default="text", kw_only=True)  # see gpt/data/__init__.py
+    kind: str = "text"  # see gpt/data/base.py
     path: str = harmless(
         ""
     )  # a file (text, .jsonl, .parquet), several joined by commas, or a folder; "": Shakespeare's plays

@@ -4,7 +4,8 @@ A family is a file here with a configuration, a subclass of `ModelConfig`, and t
 line in `FAMILIES`. `config.model.family` chooses it.
 """
 
-from typing import Self
+import dataclasses
+from typing import ClassVar, Self
 
 import flax.linen as nn
 import jax
@@ -18,30 +19,60 @@ FAMILIES = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and options of a model: the base of a frozen dataclass for each family, with its own fields.
-
-    Each has the fields `family`, `vocab_size` (width of the logits: tokens or classes; 0: as the data has), `dtype`,
-    `scan_layers` and `remat`, and for `gpt.plan` the attributes `num_layers`, `num_heads`, `embed_dim`, `mlp_dim` and
-    `padded_vocab_size`.
+    """Shape and options of a model: the base of a frozen dataclass for each family, which gives each field a default.
 
     Attributes:
+      family: name in `FAMILIES`.
+      vocab_size: number of different targets, tokens or classes; 0: as the data has.
+      num_layers, num_heads, embed_dim: number of blocks, of attention heads in each, and width of the residual stream.
+      attention: the implementation of attention.
+      dtype: of the computation.
+      scan_layers: one compiled block in a loop over the layers.
+      remat: what the backward pass recomputes.
+      lora_rank, lora_targets: rank of adapters (0: none), and the kernels that have one.
       reads: what the inputs are: "tokens", int32 [length], or "images", uint8 [height, width, channels].
-      length: tokens of a row: what warmup, speed and `train.tokens` count, and the mesh's `sequence` divides.
-      num_targets: how many of the last tokens of a row have a target.
     """
 
-    reads = "tokens"
-    attention = "dense"
-    lora_rank = 0
+    family: str
+    vocab_size: int
+    num_layers: int
+    num_heads: int
+    embed_dim: int
+    attention: str
+    dtype: str
+    scan_layers: bool
+    remat: str
+    lora_rank: int
+    lora_targets: str
+
+    reads: ClassVar[str] = "tokens"
 
     @property
     def length(self) -> int:
+        """Tokens of an example: what warm-up, speed and `train.tokens` count, and the mesh axis `sequence` divides."""
         raise NotImplementedError
 
     @property
     def num_targets(self) -> int:
+        """How many of the last tokens of an example have a target."""
         return self.length
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of the MLP of a block."""
+        raise NotImplementedError
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Width of the logits, which `vocab_size` of them use."""
+        return self.vocab_size
+
+    @property
+    def lora_scale(self) -> float:
+        """The factor of what adapters add."""
+        raise NotImplementedError
 
     @property
     def length_key(self) -> str:

@@ -35,7 +35,7 @@ SIZES: dict[str, tuple[int, int, int]] = {
 class GPTConfig(BlockConfig):
     """Shape and options of the model. The defaults are a GPT-2 for characters."""
 
-    family: str = dataclasses.field(default="gpt", kw_only=True)  # see gpt/models/__init__.py
+    family: str = "gpt"
     vocab_size: int = 0  # 0: the tokenizer's
     vocab_multiple: int = 1  # pad the table of embeddings to a multiple, so that a mesh axis divides it
     block_size: int = 128  # longest context, in tokens

@@ -10,7 +10,7 @@ head, V vocabulary, C classes.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -29,7 +29,7 @@ from gpt.runtime.fields import check_fraction, check_positive
 class PerceiverARConfig(GPTConfig):
     """Shape and options of the model; `num_layers` are the blocks on the latents, after the one that reads."""
 
-    family: str = dataclasses.field(default="perceiver_ar", kw_only=True)  # see gpt/models/__init__.py
+    family: str = "perceiver_ar"  # see gpt/models/base.py
     block_size: int = 512  # longest context, in tokens
     num_latents: int = 128  # the last tokens of the context, which the blocks work on and which are predicted from
     # Of the rows in training, whose context is cut to begin at a random place before the latents, so that short
@@ -234,13 +234,13 @@ class PerceiverAR(nn.Module):
 class PerceiverIOConfig(ViTConfig):
     """Shape and options of the model; `num_layers` are the blocks on the latents, between reading and answering."""
 
-    family: str = dataclasses.field(default="perceiver_io", kw_only=True)  # see gpt/models/__init__.py
+    family: str = "perceiver_io"  # see gpt/models/base.py
     image_size: int = 32
     patch_size: int = 1  # single pixels
     num_latents: int = 64
     pooling: str = "query"  # a learned one, which reads the classes from the latents
 
-    pooling_kinds = ("query",)
+    pooling_kinds: ClassVar = ("query",)
 
     def __post_init__(self):
         check_positive("model", self, "num_latents")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -31,9 +31,9 @@ class BlockConfig(ModelConfig):
     """Shape and options of the blocks, which the families share: what `Block` reads."""
 
     # Of a family, and no fields of the config: whether a token sees only those before it, and what it can choose from.
-    causal = True
-    position_kinds = ("learned", "rotary")
-    attention_kinds = ("auto", *kernels.ATTENTION)
+    causal: ClassVar = True
+    position_kinds: ClassVar = ("learned", "rotary")
+    attention_kinds: ClassVar = ("auto", *kernels.ATTENTION)
 
     num_layers: int = 8
     num_heads: int = 8

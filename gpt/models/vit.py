@@ -5,6 +5,7 @@ them a class token if there is one), D width, L classes.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -31,7 +32,7 @@ MAX_SIZE = 1 << 14  # pixels; more is a slip
 class ViTConfig(BlockConfig):
     """Shape and options of the model. The defaults are a ViT-Ti/16 for photographs, but for the classes."""
 
-    family: str = dataclasses.field(default="vit", kw_only=True)  # see gpt/models/__init__.py
+    family: str = "vit"  # see gpt/models/base.py
     num_layers: int = 12
     num_heads: int = 3
     embed_dim: int = 192
@@ -45,11 +46,11 @@ class ViTConfig(BlockConfig):
     pixel_mean: str = "0.5"  # subtracted from pixels, which go from 0 to 1; "0.485,0.456,0.406": one for each channel
     pixel_std: str = "0.5"  # and what the difference is divided by
 
-    reads = "images"
-    causal = False
-    position_kinds = ("learned", "sincos")
-    pooling_kinds = ("class_token", "mean")
-    attention_kinds = ("auto", "dense", "flax")
+    reads: ClassVar[str] = "images"
+    causal: ClassVar = False
+    position_kinds: ClassVar = ("learned", "sincos")
+    pooling_kinds: ClassVar = ("class_token", "mean")
+    attention_kinds: ClassVar = ("auto", "dense", "flax")
 
     def __post_init__(self):
         check_positive("model", self, "image_size", "channels", "patch_size")
@@ -70,10 +71,6 @@ class ViTConfig(BlockConfig):
     def length(self) -> int:
         """Tokens of an image: the patches, and the class token if there is one."""
         return (self.image_size // self.patch_size) ** 2 + (self.pooling == "class_token")
-
-    @property
-    def padded_vocab_size(self) -> int:
-        return self.vocab_size
 
     @property
     def kernel_scale(self) -> float:
