@@ -49,7 +49,7 @@ def test_answers_are_right_and_rows_ask_for_them_alone(config):
     for index in range(0, len(source), 7):
         question, written = source.pose(0, index)
         assert config.show(written) == answer(config, question)
-        row = source.row(0, index)
+        row = source.example(0, index)
         text = "".join(config.alphabet[i] for i in row["inputs"])
         assert text == question + written
         counted = row["targets"] != IGNORED
@@ -93,7 +93,7 @@ def test_another_epoch_asks_the_other_way_round_by_the_seed():
 
 def test_rows_fill_a_longer_block():
     config = ArithmeticConfig(digits=1, validation_rows=9)
-    row = config.load(TokenizerConfig(), None).training(GPTConfig(block_size=12), 0).row(0, 0)
+    row = config.load(TokenizerConfig(), None).training(GPTConfig(block_size=12), 0).example(0, 0)
     assert row["inputs"].shape == row["targets"].shape == (12,)
     assert (row["targets"][7:] == IGNORED).all()
     assert (row["targets"] != IGNORED).sum() == config.answer_length + 1
@@ -126,7 +126,7 @@ def test_a_prompt_is_written_as_people_do_and_so_is_the_answer():
 def test_mistakes_are_shown_in_words():
     dataset, model = load(ArithmeticConfig(digits=1, validation_rows=9))
     source = dataset.evaluation("val", model)
-    said = source.row(0, 2)["targets"].copy()
+    said = source.example(0, 2)["targets"].copy()
     said[3:5] = [dataset.tokenizer.alphabet.index(character) for character in "99"]
     question, written = source.pose(0, 2)
     shown = dataset.mistakes(source, {"mistakes": [(2, said)]}).text

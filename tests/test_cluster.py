@@ -216,11 +216,11 @@ def test_each_process_reads_the_rows_of_its_devices(play, tmp_path, monkeypatch)
         from gpt import main
         from gpt.data import text
         from gpt.runtime import cli
-        rows, original = [], text.TrainingWindows.row
-        def row(self, epoch, index):
+        rows, original = [], text.TrainingWindows.example
+        def example(self, epoch, index):
             rows.append([epoch, index])
             return original(self, epoch, index)
-        text.TrainingWindows.row = row
+        text.TrainingWindows.example = row
         if __name__ == "__main__":
             out = pathlib.Path(os.environ["SPY"], str(os.getpid()))
             atexit.register(lambda: out.write_text(json.dumps(rows, default=int)))

@@ -105,7 +105,7 @@ def test_each_epoch_has_another_order_and_another_offset():
 def test_every_token_is_reached_in_the_long_run(tokens):
     """By offsets that vary: at the smallest corpus there is only one, and never a row that is too short."""
     source = windows(tokens=tokens)
-    rows = [source.row(epoch, i) for epoch in range(60) for i in range(len(source))]
+    rows = [source.example(epoch, i) for epoch in range(60) for i in range(len(source))]
     assert {len(row["inputs"]) for row in rows} == {len(row["targets"]) for row in rows} == {BLOCK}
     assert {int(t) for row in rows for t in row["inputs"]} == set(range(tokens - 1))
     assert {int(t) for row in rows for t in row["targets"]} == set(range(1, tokens))
@@ -159,9 +159,9 @@ class Counting(TrainingWindows):
 
     reads = 0
 
-    def row(self, epoch, index):
+    def example(self, epoch, index):
         Counting.reads += 1
-        return super().row(epoch, index)
+        return super().example(epoch, index)
 
 
 @pytest.mark.parametrize("rows", [range(8), range(2, 4), [0, 1, 6, 7]], ids=str)
@@ -182,7 +182,7 @@ def test_no_row_is_read_that_is_not_wanted(rows):
 @pytest.mark.parametrize("tokens", [2, 4, 5, 6, 8, 9, 10, 31])
 def test_evaluation_has_every_target_once_and_in_order(tokens):
     source = EvaluationWindows(np.arange(tokens, dtype=np.uint8), BLOCK)
-    rows = [source.row(epoch, i) for epoch, i in enumerate(range(len(source)))]
+    rows = [source.example(epoch, i) for epoch, i in enumerate(range(len(source)))]
     inputs, targets = (np.concatenate([row[name] for row in rows]) for name in ("inputs", "targets"))
     real = targets != IGNORED
     np.testing.assert_array_equal(targets[real], np.arange(1, tokens))
@@ -204,7 +204,7 @@ def test_evaluation_batches_hold_each_row_once_and_are_filled_with_ignored_rows(
     assert {len(part) for part in parts} == {2}
     for name, blank in {"inputs": 0, "targets": IGNORED}.items():
         found = np.concatenate([np.concatenate([part[step][name] for part in parts]) for step in range(2)])
-        expected = [source.row(0, i)[name] for i in range(11)] + [np.full(BLOCK, blank)] * 5
+        expected = [source.example(0, i)[name] for i in range(11)] + [np.full(BLOCK, blank)] * 5
         np.testing.assert_array_equal(found, expected)
 
 
@@ -886,7 +886,7 @@ def test_byte_corpus_keeps_every_byte(load, write):
 def test_every_target_counts_once_with_all_the_context_that_the_stride_leaves(length, stride):
     tokens = np.arange(length) + 100
     windows = text.EvaluationWindows(tokens, block_size=8, stride=stride)
-    rows = [windows.row(0, index) for index in range(len(windows))]
+    rows = [windows.example(0, index) for index in range(len(windows))]
     counted = np.concatenate([row["targets"][row["targets"] != IGNORED] for row in rows])
     np.testing.assert_array_equal(counted, tokens[1:])
     for row in rows[1:]:
@@ -923,7 +923,7 @@ def test_texts_of_few_bytes_are_refused_or_long_enough(load, write, tokenizer, m
             text.EvaluationWindows(corpus.validation, BLOCK),
         ):
             for i in range(len(windows)):
-                assert windows.row(0, i)["inputs"].shape == (BLOCK,)
+                assert windows.example(0, i)["inputs"].shape == (BLOCK,)
     assert accepted
 
 
@@ -951,10 +951,10 @@ def test_a_single_giant_line(load, write, tokenizer):
 
 
 class Failing(TrainingWindows):
-    def row(self, epoch, index):
+    def example(self, epoch, index):
         if index == 3:
             raise OSError(5, "Input/output error")
-        return super().row(epoch, index)
+        return super().example(epoch, index)
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])

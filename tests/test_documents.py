@@ -127,14 +127,14 @@ CORPUS = np.array([9, 1, 2, 9, 3, 4, 5, 6, 7, 9, 8, 9], np.uint16)  # 9 is the s
 
 
 def test_rows_say_where_documents_begin():
-    rows = [EvaluationWindows(CORPUS, 4, border=9).row(0, i) for i in range(3)]
+    rows = [EvaluationWindows(CORPUS, 4, border=9).example(0, i) for i in range(3)]
     np.testing.assert_array_equal([row["inputs"] for row in rows], [[9, 1, 2, 9], [3, 4, 5, 6], [7, 9, 8, 0]])
     np.testing.assert_array_equal([row["starts"] for row in rows], [[0, 0, 0, 3], [0, 0, 0, 0], [0, 1, 1, 1]])
     # The separator is the last target of one document and the first input of the next.
     np.testing.assert_array_equal([row["targets"] for row in rows], [[1, 2, 9, 3], [4, 5, 6, 7], [9, 8, 9, IGNORED]])
     source = TrainingWindows(CORPUS, 4, seed=0, border=9)
     for epoch in range(9):
-        row = source.row(epoch, 1)
+        row = source.example(epoch, 1)
         np.testing.assert_array_equal(
             row["starts"], [max([0, *np.flatnonzero(row["inputs"][: i + 1] == 9)]) for i in range(4)]
         )
@@ -145,9 +145,9 @@ def test_without_borders_rows_are_as_they_were():
         (EvaluationWindows(CORPUS, 4), EvaluationWindows(CORPUS, 4, border=9)),
         (TrainingWindows(CORPUS, 4, 0), TrainingWindows(CORPUS, 4, 0, border=9)),
     ):
-        assert source.row(3, 0).keys() == {"inputs", "targets"}
-        for name, array in source.row(3, 0).items():
-            np.testing.assert_array_equal(array, other.row(3, 0)[name])
+        assert source.example(3, 0).keys() == {"inputs", "targets"}
+        for name, array in source.example(3, 0).items():
+            np.testing.assert_array_equal(array, other.example(3, 0)[name])
 
 
 # Corpora.
@@ -241,7 +241,7 @@ def test_train_evaluate_and_sample_from_the_workdir_alone(tiny, play, tmp_path):
     result = step.evaluate(run.program, run.params, source, run.batch_size)
     assert result["targets"] == len(corpus.validation) - 1
     inputs, targets = [], []
-    for row in (source.row(0, i) for i in range(len(source))):
+    for row in (source.example(0, i) for i in range(len(source))):
         starts = np.unique(row["starts"])
         for start, end in zip(starts, [*starts[1:], 16], strict=True):  # each document in a row of its own
             inputs.append(np.pad(row["inputs"][start:end], (0, 16 - end + start)))

@@ -53,14 +53,14 @@ def test_digits():
     assert digits.describe() == "1,438 training and 359 validation images, 10 classes"
     assert digits.tokenizer == Labels(tuple("0123456789"))
     rows = digits.evaluation("all", DIGITS)
-    found = [rows.row(0, i) for i in range(len(rows))]
+    found = [rows.example(0, i) for i in range(len(rows))]
     assert {(row["inputs"].shape, row["inputs"].dtype.name) for row in found} == {((8, 8, 1), "uint8")}
     pixels = np.stack([row["inputs"] for row in found])
     assert (pixels.min(), pixels.max()) == (0, 255)
     assert np.bincount([row["targets"] for row in found]).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
     # Each of them is on one side, and that is the same for every seed and in every run.
     sides = [
-        {digits.evaluation(part, DIGITS).row(0, i)["inputs"].tobytes() for i in range(n)}
+        {digits.evaluation(part, DIGITS).example(0, i)["inputs"].tobytes() for i in range(n)}
         for part, n in (("train", 1438), ("val", 359))
     ]
     assert not sides[0] & sides[1]
@@ -76,10 +76,10 @@ def test_a_folder(folder):
     assert found.tokenizer.names == ("blue", "red")
     for source in (found.training(MODEL, 0), found.evaluation("val", MODEL)):
         for i in range(len(source)):
-            row = source.row(0, i)
+            row = source.example(0, i)
             assert (row["inputs"].shape, row["inputs"].dtype) == ((8, 8, 3), np.uint8)
             assert row["inputs"][..., 0 if row["targets"] == 1 else 2].min() > 190  # JPEG is not exact
-    grey = found.evaluation("all", dataclasses.replace(MODEL, channels=1)).row(0, 0)
+    grey = found.evaluation("all", dataclasses.replace(MODEL, channels=1)).example(0, 0)
     assert grey["inputs"].shape == (8, 8, 1)
 
 
@@ -92,7 +92,7 @@ def test_folders_for_both_splits(tmp_path, name):
     found = load(tmp_path)
     assert found.describe() == "9 training and 4 validation images, 3 classes"
     assert found.tokenizer.names == ("blue", "green", "red")
-    assert {int(found.evaluation("val", MODEL).row(0, i)["targets"]) for i in range(4)} == {0, 2}
+    assert {int(found.evaluation("val", MODEL).example(0, i)["targets"]) for i in range(4)} == {0, 2}
 
 
 def test_the_fingerprint_tells_other_images_apart(folder):
@@ -128,14 +128,14 @@ def test_augmentation_is_a_function_of_seed_epoch_and_index(options):
     rows = load(**options).training(DIGITS, seed=3)
     again, other = load(**options).training(DIGITS, seed=3), load(**options).training(DIGITS, seed=4)
     places = [(epoch, index) for epoch in range(2) for index in range(20)]
-    found = {place: rows.row(*place)["inputs"] for place in places}
+    found = {place: rows.example(*place)["inputs"] for place in places}
     for place in reversed(places):
-        np.testing.assert_array_equal(again.row(*place)["inputs"], found[place])
+        np.testing.assert_array_equal(again.example(*place)["inputs"], found[place])
     assert np.mean([(found[0, i] != found[1, i]).any() for i in range(20)]) > 0.2
-    assert np.mean([(other.row(*place)["inputs"] != found[place]).any() for place in places]) > 0.2
+    assert np.mean([(other.example(*place)["inputs"] != found[place]).any() for place in places]) > 0.2
     plain = load().training(DIGITS, seed=3)
     np.testing.assert_array_equal(
-        plain.row(0, 1)["inputs"], load(**options).evaluation("train", DIGITS).row(0, 1)["inputs"]
+        plain.example(0, 1)["inputs"], load(**options).evaluation("train", DIGITS).example(0, 1)["inputs"]
     )
 
 
@@ -144,10 +144,10 @@ def test_what_augmentation_does():
     shifted, flipped = load(shift=1).training(DIGITS, 0), load(flip=True).training(DIGITS, 0)
     moves, mirrored = set(), []
     for i in range(60):
-        whole, moved = plain.row(0, i)["inputs"], shifted.row(0, i)["inputs"]
+        whole, moved = plain.example(0, i)["inputs"], shifted.example(0, i)["inputs"]
         padded = np.pad(whole, ((1, 1), (1, 1), (0, 0)))
         moves |= {(y, x) for y in range(3) for x in range(3) if (padded[y : y + 8, x : x + 8] == moved).all()}
-        mirror = flipped.row(0, i)["inputs"]
+        mirror = flipped.example(0, i)["inputs"]
         assert (mirror == whole).all() or (mirror == whole[:, ::-1]).all()
         mirrored.append((mirror != whole).any())
     assert len(moves) == 9
@@ -160,7 +160,7 @@ def test_a_crop_has_the_area_that_was_asked_for():
     source = images.Images(np.array([ramp]), np.zeros(1, np.int32), 32, 3, ImagesConfig(crop=0.5), 0)
     areas = []
     for epoch in range(40):
-        pixels = source.row(epoch, 0)["inputs"].astype(float)
+        pixels = source.example(epoch, 0)["inputs"].astype(float)
         width, height = np.ptp(pixels[..., 0]) / 255, np.ptp(pixels[..., 1]) / 255
         areas.append(width * height)
     assert 0.35 < min(areas) < 0.55  # the ends of a ramp are blurred, and what would stand out is cut off
@@ -398,7 +398,7 @@ def test_too_few_images_for_two_sides(folder):
 def test_classes_of_a_model_stay_what_they_are(folder):
     labels = Labels(("red", "green", "blue"))
     found = load(folder, labels).evaluation("all", MODEL)
-    assert {int(found.row(0, i)["targets"]) for i in range(12)} == {0, 2}
+    assert {int(found.example(0, i)["targets"]) for i in range(12)} == {0, 2}
     with pytest.raises(UserError, match=r"photos/red is none of the 2 classes that training knows"):
         load(folder, Labels(("blue", "green")))
 

@@ -301,7 +301,7 @@ def pairs(row):
 def test_evaluation_predicts_each_token_once_from_all_that_there_is_before_it(size, stride):
     tokens = np.arange(100, 100 + size, dtype=np.uint16)
     windows = EvaluationWindows(tokens, LENGTH, stride=stride, num_targets=LATENTS)
-    found = [pair for index in range(len(windows)) for pair in pairs(windows.row(0, index))]
+    found = [pair for index in range(len(windows)) for pair in pairs(windows.example(0, index))]
     assert [target for _, target in found] == tokens[1:].tolist()
     for context, target in found:
         before = list(range(100, target))
@@ -315,7 +315,7 @@ def test_targets_of_training_tile_the_text_anew_in_each_epoch():
     assert len(windows) == (61 - LENGTH) // LATENTS
     first_targets = set()
     for epoch in range(20):
-        rows = [windows.row(epoch, index) for index in range(len(windows))]
+        rows = [windows.example(epoch, index) for index in range(len(windows))]
         assert {(row["inputs"].shape, row["targets"].shape) for row in rows} == {((LENGTH,), (LATENTS,))}
         targets = [target for row in rows for _, target in pairs(row)]
         assert targets == list(range(targets[0], targets[0] + len(windows) * LATENTS))

@@ -39,7 +39,7 @@ def test_few_colours_are_all_kept_and_rows_are_the_images(digits):
     rows, images = digits.evaluation("all", None), digits.folders.evaluation("all", digits.config)
     assert len(rows) == len(images) == 1797
     for index in (0, 500, 1796):
-        row, image = rows.row(0, index), images.row(0, index)
+        row, image = rows.example(0, index), images.example(0, index)
         np.testing.assert_array_equal(digits.tokenizer.pixels(row["targets"]), image["inputs"])
         assert row["inputs"][0] == 17 + 1 + image["targets"]
         np.testing.assert_array_equal(row["inputs"][1:], row["targets"][:-1])
@@ -49,11 +49,13 @@ def test_few_colours_are_all_kept_and_rows_are_the_images(digits):
 def test_part_of_the_classes_is_not_told_in_training_and_all_are_in_evaluation(digits):
     images = digits.folders.evaluation("train", digits.config)
     rows = Rows(images, digits.tokenizer, class_dropout=0.3, seed=1)
-    firsts = np.array([[rows.row(epoch, index)["inputs"][0] for index in range(300)] for epoch in range(2)])
+    firsts = np.array([[rows.example(epoch, index)["inputs"][0] for index in range(300)] for epoch in range(2)])
     assert abs((firsts == digits.tokenizer.any_class).mean() - 0.3) < 0.06
     assert (firsts[0] != firsts[1]).any()
-    assert firsts[0].tolist() == [rows.row(0, index)["inputs"][0] for index in range(300)]
-    assert all(digits.evaluation("val", None).row(0, i)["inputs"][0] != digits.tokenizer.any_class for i in range(300))
+    assert firsts[0].tolist() == [rows.example(0, index)["inputs"][0] for index in range(300)]
+    assert all(
+        digits.evaluation("val", None).example(0, i)["inputs"][0] != digits.tokenizer.any_class for i in range(300)
+    )
 
 
 def test_k_means_finds_clusters_and_serves_frequent_colours_better():

@@ -47,7 +47,7 @@ def load(tmp_path):
 def counted(corpus) -> str:
     """What of a whole corpus counts in the loss, by its evaluation."""
     source = corpus.evaluation("all", MODEL)
-    targets = np.concatenate([source.row(0, i)["targets"] for i in range(len(source))])
+    targets = np.concatenate([source.example(0, i)["targets"] for i in range(len(source))])
     return corpus.tokenizer.decode(targets[targets != IGNORED])
 
 
@@ -61,7 +61,7 @@ def test_only_completions_count(load, tmp_path, form):
     source = corpus.training(MODEL, seed=0)
     for epoch in range(3):
         for i in range(len(source)):
-            row = source.row(epoch, i)
+            row = source.example(epoch, i)
             place = "".join(corpus.tokenizer.decode(row["inputs"]))
             start = STREAM.index(place)
             expected = corpus.counts("train")[start + 1 : start + 17]
@@ -109,7 +109,7 @@ def test_with_bpe_separators_stand_around_records_and_count_after_them(load, tmp
     # A prompt has the tokens that it has when it comes alone.
     prompt = corpus.tokenizer.encode(PAIRS[0]["prompt"])
     np.testing.assert_array_equal(corpus.split("all")[1 : 1 + len(prompt)], prompt)
-    starts = corpus.training(MODEL, 0).row(0, 0)["starts"]
+    starts = corpus.training(MODEL, 0).example(0, 0)["starts"]
     assert starts.max() > 0
 
 
@@ -175,6 +175,6 @@ def test_plain_text_has_no_mask(load, tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 99)
     corpus = load(tmp_path / "a.txt")
     assert (corpus.train_counts, corpus.validation_counts) == (None, None)
-    assert corpus.training(MODEL, 0).row(0, 0)["targets"].min() >= 0
+    assert corpus.training(MODEL, 0).example(0, 0)["targets"].min() >= 0
     assert not list((tmp_path / "cache").glob("counts-*"))
     assert tokens.RECORD_END not in corpus.tokenizer.alphabet

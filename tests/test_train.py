@@ -438,7 +438,7 @@ def test_unknown_sample_prompt_is_refused_before_training(tiny, tmp_path):
 
 def test_slow_input_is_seen(tiny, tmp_path, monkeypatch, capsys):
     """In the log, once every `log_every` steps, and on TensorBoard."""
-    real = text.TrainingWindows.row
+    real = text.TrainingWindows.example
 
     def slow(*args):
         time.sleep(0.05)
@@ -456,7 +456,7 @@ def test_slow_input_is_seen(tiny, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("prefetch", [0, 4])
 def test_input_that_fails_ends_the_run_with_its_own_words(tiny, tmp_path, monkeypatch, prefetch):
     """Raised in the thread that reads ahead, and no checkpoint of steps before is lost."""
-    real, count = text.TrainingWindows.row, itertools.count()
+    real, count = text.TrainingWindows.example, itertools.count()
 
     def failing(*args):
         if next(count) == 12 * 16:

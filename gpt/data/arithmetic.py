@@ -249,7 +249,7 @@ class QuestionRows:
         number = _scattered(self.first + index, self.config.num_questions)
         return self.config.pose(number, _mix(number + _mix(epoch + _mix(self.seed))) >> 20)
 
-    def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+    def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
         question, answer = self.pose(epoch, index)
         places = _places(self.config.alphabet)
         tokens = [places[character] for character in question + answer + END]

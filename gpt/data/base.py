@@ -35,7 +35,7 @@ class Source(Protocol):
     def __len__(self) -> int:
         """Rows in an epoch."""
 
-    def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+    def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
         """One row: arrays that have the same shapes for every index."""
 
 
@@ -51,7 +51,7 @@ class ModelShape(Protocol):
     @property
     def length_key(self) -> str: ...
 
-    def row(self) -> dict[str, Any]: ...
+    def example_shapes(self) -> dict[str, Any]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Dataset:
     fingerprint: str
 
     def training(self, model: ModelShape, seed: int) -> Source:
-        """Rows to train on, of the shapes of `model.row`; targets that do not count are `IGNORED`."""
+        """Rows to train on, of the shapes of `model.example_shapes`; targets that do not count are `IGNORED`."""
         raise NotImplementedError
 
     def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Source:

@@ -76,7 +76,7 @@ class ImagesConfig(DataConfig):
 
     def shape(self, model: ModelShape) -> tuple[int, int]:
         """Size and channels of the images that a model reads. Raises UserError if `resize` is less than the size."""
-        _, size, channels = model.row()["inputs"].shape
+        _, size, channels = model.example_shapes()["inputs"].shape
         if 0 < self.resize < size:
             raise UserError(
                 f"data.resize={self.resize} has to be at least {size}, the size of the model's images, or 0."
@@ -114,7 +114,7 @@ class Images:
     def __len__(self) -> int:
         return len(self.images)
 
-    def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+    def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
         """{"inputs": uint8 [size, size, channels], "targets": the class, int32}.
 
         Raises:
@@ -242,7 +242,7 @@ class Folders(Dataset):
             return Shown()
         names, lines, pixels = self.tokenizer.names, [], []
         for row, said in result["mistakes"]:
-            found = source.row(0, row)
+            found = source.example(0, row)
             place = f" ({source.images[row]})" if isinstance(source.images[row], Path) else ""
             lines.append(f"{names[int(found['targets'])]} taken for {names[int(said)]}{place}")
             pixels.append(found["inputs"])

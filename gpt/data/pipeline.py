@@ -38,7 +38,9 @@ def training_batches(
       skipped: numbers of global batches that are left out.
     """
     epoch_length, shuffled = len(source), _shuffled(source, seed)
-    every_row = shuffled.map_with_index(lambda position, index: source.row(int(position) // epoch_length, int(index)))
+    every_row = shuffled.map_with_index(
+        lambda position, index: source.example(int(position) // epoch_length, int(index))
+    )
 
     def batch(step: int, _) -> dict[str, np.ndarray]:
         first = batch_number(step, skipped) * batch_size
@@ -76,11 +78,13 @@ def evaluation_batches(
 
     Rows whose targets are all `IGNORED` fill the last batch up to `batch_size`.
     """
-    blank = {name: np.full_like(array, IGNORED if name == "targets" else 0) for name, array in source.row(0, 0).items()}
+    blank = {
+        name: np.full_like(array, IGNORED if name == "targets" else 0) for name, array in source.example(0, 0).items()
+    }
 
     def batch(number: int) -> dict[str, np.ndarray]:
         places = [number * batch_size + int(row) for row in rows]
-        return _stack([source.row(0, place) if place < len(source) else blank for place in places])
+        return _stack([source.example(0, place) if place < len(source) else blank for place in places])
 
     threads = _threads(source)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)

@@ -69,13 +69,13 @@ class PixelsConfig(images.ImagesConfig):
         if palette is None:
             source = folders.evaluation("train", self)
             chosen = np.unique(np.linspace(0, len(source) - 1, FITTED_IMAGES).astype(int))
-            pixels = np.concatenate([source.row(0, int(i))["inputs"].reshape(-1, self.channels) for i in chosen])
+            pixels = np.concatenate([source.example(0, int(i))["inputs"].reshape(-1, self.channels) for i in chosen])
             colors = fit_palette(pixels, self.palette_size)
             palette = Palette(tuple(map(tuple, colors.tolist())), self.image_size, folders.tokenizer.names)
         return Pixels(self, folders, palette)
 
-    def row(self) -> dict[str, np.ndarray]:
-        """An image before it becomes tokens, as `ModelConfig.row` of a model that reads images."""
+    def example_shapes(self) -> dict[str, np.ndarray]:
+        """An image before it becomes tokens, as `ModelConfig.example_shapes` of a model that reads images."""
         return {"inputs": np.zeros((self.image_size, self.image_size, self.channels), np.uint8)}
 
     def tokenizer(self, saved: dict) -> "Palette":
@@ -224,9 +224,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.images)
 
-    def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+    def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
         """{"inputs": int32 [size²], a class and all pixels but the last, "targets": the pixels}."""
-        image = self.images.row(epoch, index)
+        image = self.images.example(epoch, index)
         tokens, first = self.palette.tokens(image["inputs"]), self.palette.any_class
         if np.random.default_rng((self.seed, epoch, index, 1)).random() >= self.class_dropout:
             first += 1 + int(image["targets"])

@@ -216,7 +216,7 @@ class TrainingWindows:
         """Rows in an epoch."""
         return max(1, (len(self.tokens) - self.block_size) // (self.num_targets or self.block_size))
 
-    def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+    def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
         """{"inputs": [block_size] int32, "targets": the tokens that follow each of the last `num_targets`}.
 
         With a border also "starts": for each input, where in the row its document begins.
@@ -258,7 +258,7 @@ class EvaluationWindows:
         after_the_first = max(0, len(self.tokens) - 1 - self._targets)
         return 1 + -(-after_the_first // (self.stride or self._targets))
 
-    def row(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+    def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
         """As in `TrainingWindows`, with "starts" also where rows are filled up; every epoch is the same."""
         stride = self.stride or self._targets
         start = index * stride - (self.block_size - self._targets)

@@ -59,7 +59,7 @@ def _sampled_images(dataset: Pixels, program: Program, config: Config, source: R
     generator = generation.Generator(program.model, program.layout, generation.Sampling())
     classes = np.arange(COLUMNS) % max(1, len(palette.names))
     class_prompts = [palette.any_class + 1 + classes[i : i + 1] for i in range(len(classes))]
-    examples = [source.row(0, i * len(source) // ROWS) for i in range(ROWS)]
+    examples = [source.example(0, i * len(source) // ROWS) for i in range(ROWS)]
     wholes = [np.append(example["inputs"][:1], example["targets"]) for example in examples]
     halves = [np.append(whole[:1], palette.half(whole[1:])) for whole in wholes]
 

@@ -95,14 +95,14 @@ class ModelConfig:
         """This config without what only some platforms have, to be used on whatever platform."""
         return self
 
-    def row(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def example_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes and types of a row: "inputs", and "targets", int32. The module's logits are [*targets, V], float32."""
         tokens = jax.ShapeDtypeStruct((self.length,), jnp.int32)
         return {"inputs": tokens, "targets": jax.ShapeDtypeStruct((self.num_targets,), jnp.int32)}
 
     def blank(self, rows: int) -> jax.Array:
         """Inputs of zeros."""
-        inputs = self.row()["inputs"]
+        inputs = self.example_shapes()["inputs"]
         return jnp.zeros((rows, *inputs.shape), inputs.dtype)
 
     def module(self) -> nn.Module:

@@ -76,7 +76,7 @@ class ViTConfig(BlockConfig):
     def kernel_scale(self) -> float:
         return self.embed_dim**-0.5
 
-    def row(self) -> dict[str, jax.ShapeDtypeStruct]:
+    def example_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         shape = self.image_size, self.image_size, self.channels
         return {"inputs": jax.ShapeDtypeStruct(shape, jnp.uint8), "targets": jax.ShapeDtypeStruct((), jnp.int32)}
 

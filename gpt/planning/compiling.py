@@ -89,7 +89,7 @@ def compile_step(config: Config, program: step.Program) -> Compiled:
 
 def batch(config: Config, program: step.Program) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, types and shardings of the arrays of a batch."""
-    row = config.model.row()
+    row = config.model.example_shapes()
     row |= {name: jax.ShapeDtypeStruct(row["inputs"].shape, jnp.int32) for name in config.data.extras}
     rows, layout = config.train.batch_size, program.layout
     return {name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=layout.batch) for name, x in row.items()}
