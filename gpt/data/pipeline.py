@@ -38,13 +38,13 @@ def training_batches(
       skipped: numbers of global batches that are left out.
     """
     epoch_length, shuffled = len(source), _shuffled(source, seed)
-    every_row = shuffled.map_with_index(
+    examples = shuffled.map_with_index(
         lambda position, index: source.example(int(position) // epoch_length, int(index))
     )
 
     def batch(step: int, _) -> dict[str, np.ndarray]:
         first = batch_number(step, skipped) * batch_size
-        return _stack([every_row[first + row] for row in rows])
+        return _stack([examples[first + row] for row in rows])
 
     options = grain.ReadOptions(num_threads=min(prefetch, _threads(source)), prefetch_buffer_size=prefetch)
     batches = iter(grain.MapDataset.range(1).repeat(None).map_with_index(batch).to_iter_dataset(options))
