@@ -28,23 +28,23 @@ from gpt.sharding import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Length and rhythm of a run. Just one of `steps`, `epochs` and `tokens` is set."""
+    """Length of a run, and its intervals. Exactly one of `steps`, `epochs` and `tokens` is set."""
 
-    batch_size: int = 128  # rows in one step, over all devices
-    init_from: str = ""  # workdir whose best parameters the run starts from; "": random ones
-    micro_batches: int = 1  # the gradient is accumulated over this many parts of the batch
+    batch_size: int = 128  # examples of a step, over all devices
+    init_from: str = ""  # workdir whose best parameters the run starts from; "": random parameters
+    micro_batches: int = 1  # parts of the batch over which the gradient is accumulated
     steps: int = harmless(5000)
     epochs: float = harmless(0.0)
     tokens: float = harmless(0.0)
-    log_every: int = harmless(10)  # steps between points on TensorBoard and lines in a log
+    log_every: int = harmless(10)  # steps between points on TensorBoard, and between lines in a log
     eval_every: int = harmless(500)  # steps between evaluations of the whole validation split; 0: only at the end
     checkpoint_every: int = harmless(1000)  # steps; the last step and the best evaluation are saved in any case
-    keep_checkpoints: int = harmless(2)  # newest ones, besides the best
+    keep_checkpoints: int = harmless(2)  # how many of the newest checkpoints are kept, besides the best
     sample_prompt: str = harmless("")  # text that the sample at each evaluation continues; "": a line feed
-    sample_tokens: int = harmless(256)  # its length; 0: no samples
-    on_nonfinite: str = harmless("stop")  # where a loss or gradient is not finite; or skip (the update), rollback
-    max_skipped: int = harmless(10)  # updates or batches that a run may leave out; one more stops it
-    spike_factor: float = harmless(0.0)  # a loss above this times its running mean counts as not finite; 0: none does
+    sample_tokens: int = harmless(256)  # length of that sample; 0: no samples
+    on_nonfinite: str = harmless("stop")  # if a loss or gradient is not finite: stop, skip (the update) or rollback
+    max_skipped: int = harmless(10)  # updates or batches that a run may leave out before it stops
+    spike_factor: float = harmless(0.0)  # a loss above this factor times its running mean counts as not finite; 0: off
 
     def __post_init__(self):
         check_positive("train", self, "batch_size", "micro_batches", "log_every", "checkpoint_every")
@@ -54,7 +54,7 @@ class TrainConfig:
             raise UserError(f"train.spike_factor={self.spike_factor} has to be greater than 1, or 0 for none.")
         if self.spike_factor and self.on_nonfinite == "skip":
             raise UserError(
-                "train.spike_factor needs train.on_nonfinite=stop or rollback: a spike is seen when its update is made."
+                "train.spike_factor needs train.on_nonfinite=stop or rollback: a spike is known after its update only."
             )
         for name in ("steps", "epochs", "tokens", "eval_every", "sample_tokens"):
             if not getattr(self, name) >= 0:
@@ -63,22 +63,22 @@ class TrainConfig:
             f"train.{name}={getattr(self, name):g}" for name in ("steps", "epochs", "tokens") if getattr(self, name)
         ]
         if len(lengths) != 1:
-            found = " and ".join(lengths) or "none is"
+            given = " and ".join(lengths) or "none is"
             raise UserError(
-                f"Set just one of train.steps, train.epochs and train.tokens, and the others to 0; {found} set."
+                f"Set just one of train.steps, train.epochs and train.tokens, and the others to 0; {given} set."
             )
 
-    def total_steps(self, row_length: int, rows_per_epoch: int) -> int:
-        """Length of the run in steps, for rows of so many tokens; a last partial step counts as one."""
+    def total_steps(self, length: int, examples_per_epoch: int) -> int:
+        """Returns the length of the run in steps, with examples of `length` tokens; a partial step counts as one."""
         if self.steps:
             return self.steps
-        rows = self.epochs * rows_per_epoch if self.epochs else self.tokens / row_length
-        return math.ceil(rows / self.batch_size)
+        examples = self.epochs * examples_per_epoch if self.epochs else self.tokens / length
+        return math.ceil(examples / self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that a run is made of; see the classes of its parts."""
+    """All settings of a run; the classes of its parts describe them."""
 
     seed: int = 0
     model: ModelConfig = GPTConfig()
@@ -98,7 +98,11 @@ class Config:
             )
 
     def work(self, rows: int) -> Work:
-        """Returns what a step over so many rows asks of a CPU; 0 rows: as many as will be needed."""
+        """Returns what decides how many devices a CPU is divided into.
+
+        Args:
+          rows: examples that a step divides over the devices; 0: not known, any number of devices will do.
+        """
 
         def divides(count: int) -> bool:
             try:
@@ -112,19 +116,24 @@ class Config:
         return Work(parameters, rows * self.model.length, divides)
 
 
-# What is one of several classes: the field that tells which, and where they are.
+# The parts of a config that are one of several classes: the field that names the class, and the places of the classes.
 CHOICES = {ModelConfig: ("family", FAMILIES), DataConfig: ("kind", KINDS)}
-PLACES = (("model", FAMILIES), ("data", KINDS))
+PLACES = {"model": FAMILIES, "data": KINDS}
 
 
 def default_config(model: ModelConfig | None = None, data: DataConfig | None = None) -> ml_collections.ConfigDict:
-    """A typed, locked tree of all options for a config file to change; with the defaults of a GPT on text."""
+    """Returns a typed, locked tree of all options for a config file to change.
+
+    Args:
+      model: options of the model; None: the defaults of a GPT.
+      data: options of the data; None: the defaults of text.
+    """
     config = Config(model=model or GPTConfig(), data=data or TextConfig())
     return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
 
 
 def from_tree(tree: ml_collections.ConfigDict | dict) -> Config:
-    """The validated dataclasses of a tree.
+    """Returns the config of a tree.
 
     Raises:
       UserError: an unknown or missing key, a wrong type, or a value that its part refuses.
@@ -139,6 +148,10 @@ def read_recorded(workdir: str) -> Config:
       UserError: there is no run, or its record is damaged.
     """
     path = epath.Path(workdir).expanduser() / "run.json"
+    if not path.parent.exists():
+        raise UserError(f"--workdir={workdir}: there is no such folder.")
+    if not path.exists():
+        raise UserError(f"--workdir={workdir} holds no run: there is no run.json in it.")
     try:
         return from_tree(read_json(path)["config"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -155,41 +168,40 @@ def help_text() -> str:
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """{"model.num_layers": 8, …} of a nested dictionary."""
-    flat = {}
+    """Returns a nested dictionary in the form {"model.num_layers": 8, …}."""
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """{key: (old value, new value)} where two configs differ."""
+    """Returns {key: (old value, new value)} for the keys in which two configs differ."""
     before, after = flatten(dataclasses.asdict(old)), flatten(dataclasses.asdict(new))
-    keys = dict.fromkeys([*before, *after])  # families and kinds have their own
+    keys = dict.fromkeys([*before, *after])  # families and kinds have different keys
     return {key: (before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)}
 
 
 def is_harmless(key: str) -> bool:
     """Returns whether a resumed run may change the value of a config key: see `gpt.runtime.fields.harmless`."""
     section, _, name = key.partition(".")
-    if section in dict(PLACES):
-        return any(name in harmless_names(named(place)) for place in dict(PLACES)[section].values())
     part = typing.get_type_hints(Config)[section]
-    return dataclasses.is_dataclass(part) and name in harmless_names(part)
+    classes = [named(place) for place in PLACES[section].values()] if section in PLACES else [part]
+    return any(name in harmless_names(cls) for cls in classes if dataclasses.is_dataclass(cls))
 
 
 def known_keys() -> list[str]:
-    """The config keys that there are, of all families and kinds."""
+    """Returns all config keys, those of every family and kind included."""
     keys = list(flatten(dataclasses.asdict(Config())))
-    for section, places in PLACES:
+    for section, places in PLACES.items():
         keys += [f"{section}.{field.name}" for place in places.values() for field in dataclasses.fields(named(place))]
     return list(dict.fromkeys(keys))
 
 
 def nearest_keys(key: str) -> list[str]:
-    """Known config keys that `key` may have meant, best first."""
+    """Returns the config keys that a misspelt key may stand for, the best first."""
     known = known_keys()
-    by_leaf = {}
+    by_leaf: dict[str, list[str]] = {}
     for name in known:
         by_leaf.setdefault(name.split(".")[-1], []).append(name)
     leaves = difflib.get_close_matches(key.split(".")[-1], by_leaf, n=2)
@@ -199,7 +211,7 @@ def nearest_keys(key: str) -> list[str]:
 
 
 def unknown_key(key: str) -> UserError:
-    """The error for a key that a config does not have."""
+    """Returns the error for a key that a config does not have."""
     if key in known_keys():
         return UserError(f"{key} is a key of another model.family or data.kind; start from a config file that has it.")
     near = nearest_keys(key)
@@ -207,7 +219,7 @@ def unknown_key(key: str) -> UserError:
 
 
 def _chosen_class(expected, values, key: str):
-    """The dataclass for a part of the config."""
+    """Returns the dataclass for a part of the config that has these values."""
     if expected not in CHOICES:
         return expected
     field, classes = CHOICES[expected]

@@ -4,7 +4,7 @@ import difflib
 import inspect
 import re
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,13 +42,13 @@ def default_workdir(place: str) -> Path:
 
 
 def read_file(place: str) -> ml_collections.ConfigDict:
-    """The tree that a config file returns.
+    """Returns the tree that a config file makes.
 
     Args:
       place: FILE, or FILE:ARGUMENT for a `get_config` with a parameter.
 
     Raises:
-      UsageError: there is no such file, it is not a config file, or there is a mistake in it.
+      UsageError: there is no such file, it is not a config file, or it has an error.
     """
     name, colon, argument = place.partition(":")
     path = Path(name).expanduser()
@@ -76,15 +76,17 @@ def read_file(place: str) -> ml_collections.ConfigDict:
             raise UsageError(f"its get_config() {takes} {colon or ':'}{argument or 'ARGUMENT'}.") from None
         tree = get_config(*arguments)
         if not isinstance(tree, ml_collections.ConfigDict) or set(tree) != set(default_config()):
-            raise UsageError(f"its get_config() has to return what default_config() made, not a {type(tree).__name__}.")
+            raise UsageError(
+                f"its get_config() has to return the tree of default_config(), not a {type(tree).__name__}."
+            )
     except UserError as error:
         raise UsageError(f"--config={place}: {error}") from None
-    except Exception as error:  # of the user's code, unless it comes from within this package
+    except Exception as error:  # an error of the user's code, unless it was raised within this package
         frames = traceback.extract_tb(error.__traceback__)
         if Path(frames[-1].filename).is_relative_to(Path(__file__).parent) and frames[-1].name != read_file.__name__:
             raise
         lines = [frame.lineno for frame in frames if frame.filename == str(path)]
-        what = _mistake(error)
+        what = _describe(error)
         if isinstance(error, SyntaxError) and error.filename == str(path):
             lines, what = [error.lineno], error.msg
         line = f"line {lines[-1]}: " if lines else ""
@@ -92,8 +94,8 @@ def read_file(place: str) -> ml_collections.ConfigDict:
     return tree
 
 
-def _mistake(error: Exception) -> str:
-    """What to say of an exception in a config file. A locked ConfigDict names keys and types in its own words."""
+def _describe(error: Exception) -> str:
+    """Returns a description of an exception in a config file; those of a locked ConfigDict are hard to read."""
     text = one_line(error).replace("\\n", " ")
     if key := re.match(r"\W*(?:Key )?['\"]+(\w+)['\"]+(?: does not exist| Did you mean|$)", text):
         return str(unknown_key(key[1]))
@@ -107,7 +109,7 @@ def _mistake(error: Exception) -> str:
 
 
 BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
-READERS = {
+READERS: dict[type, tuple[Callable[[str], Any], str]] = {
     int: (int, "a whole number, like 1000"),
     float: (float, "a number, like 0.1"),
     bool: (lambda text: BOOLEANS[text.lower()], "true or false"),
@@ -116,10 +118,13 @@ READERS = {
 
 
 def override(tree: ml_collections.ConfigDict, key: str, text: str | None) -> None:
-    """Sets a key of a tree to the value that a flag gives as text; None is true, for a key that is true or false.
+    """Sets a key of a tree to the value of a flag.
+
+    Args:
+      text: the value as text; None: the flag has no value, which means true for a boolean key.
 
     Raises:
-      UsageError: there is no such key, or it has another type.
+      UsageError: there is no such key, or the value has another type.
     """
     *path, name = key.split(".")
     group: Any = tree

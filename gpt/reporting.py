@@ -37,7 +37,7 @@ class Report:
         mesh = program.layout.mesh
         chip = hardware.of_device(mesh.devices.flat[0])
         flops_per_step = self._tokens_per_step * program.model.config.flops_per_token()
-        self.speed = Speed(self._tokens_per_step, flops_per_step, chip and chip.flops * mesh.size)
+        self.speed = Speed(self._tokens_per_step, flops_per_step, chip.flops * mesh.size if chip else None)
 
     def step(self, step: int, metrics: dict[str, float], skipped: int) -> bool:
         """Shows the metrics of a step; returns whether it was one of each `train.log_every` steps.

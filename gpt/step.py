@@ -1,4 +1,4 @@
-"""What a run compiles: the state, the training step and the evaluation step, over a mesh."""
+"""The training state, the training step and the evaluation step of a run, compiled over a mesh."""
 
 import dataclasses
 import math
@@ -21,15 +21,17 @@ from gpt.runtime import hardware
 from gpt.runtime.errors import UserError
 
 HISTOGRAM_POSITIONS, HISTOGRAM_BINS = 64, 64
-MOST_MISTAKES = 8  # rows that an evaluation keeps to be shown
+MAX_MISTAKES = 8  # examples with a wrong prediction that an evaluation returns
 
 
-@flax.struct.dataclass
-class TrainState:
-    """All that a step works on. `step` counts the steps done.
+class TrainState(flax.struct.PyTreeNode):
+    """What a training step reads and replaces.
 
-    `params` are those that are trained: the adapters of LoRA, with the model's own parameters in `frozen`, or these,
-    and `frozen` is empty.
+    Attributes:
+      step: number of steps done.
+      params: the parameters that are trained: those of the model, or with LoRA those of its adapters.
+      opt_state: the state of the optimizer.
+      frozen: with LoRA, the parameters of the model; else empty.
     """
 
     step: jax.Array
@@ -40,18 +42,18 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """The functions of a run, to be compiled for a mesh, and the shardings they are compiled with.
+    """The compiled functions of a run over a mesh, and the shardings of what they work on.
 
     Attributes:
       layout: the mesh and the rules.
-      model: the module that maps inputs to logits; its config is resolved.
-      abstract_state: TrainState of jax.ShapeDtypeStruct, with shardings.
-      logical_axes: of each parameter, by collection, the names of its axes, as a PartitionSpec.
-      init: () -> TrainState, each array made on the devices that hold it.
-      begin: (params) -> TrainState before the first step from given parameters of the model, which are used up.
-      train_step: (state, batch) -> (state, metrics); the state given is used up.
-      merge: (params, adapters) -> the model's parameters with the adapters in them.
-      eval_step: (the model's parameters, batch) -> sums over the batch.
+      model: the module that maps inputs to logits, with a resolved config.
+      abstract_state: a TrainState of jax.ShapeDtypeStruct with shardings.
+      logical_axes: for each collection of variables, the logical axes of each parameter as a PartitionSpec.
+      init: () -> TrainState with random parameters, each created on the devices that hold it.
+      begin: (params) -> TrainState that starts from parameters of the model, which are donated.
+      train_step: (state, batch) -> (state, metrics); the state passed in is donated.
+      merge: (params, adapters) -> the parameters of the model with the adapters added.
+      eval_step: (parameters of the model, batch) -> sums over the batch.
     """
 
     layout: sharding.Layout
@@ -66,15 +68,15 @@ class Program:
 
     @property
     def abstract_params(self) -> Any:
-        """The model's parameters, as in `abstract_state`."""
+        """The parameters of the model as jax.ShapeDtypeStruct with shardings."""
         return self.abstract_state.frozen or self.abstract_state.params
 
-    def whole(self, state: TrainState) -> Any:
-        """The model's parameters in a state, adapters merged: what evaluation and sampling work with."""
+    def merged_params(self, state: TrainState) -> Any:
+        """Returns the parameters of the model with adapters merged, for evaluation and sampling."""
         return self.merge(state.frozen, state.params) if state.frozen else state.params
 
     def parameters(self) -> list[sharding.Parameter]:
-        """How each is sharded, of the model and of adapters."""
+        """Returns how each parameter of the model and of its adapters is sharded."""
         state = self.abstract_state
         return [
             parameter
@@ -83,37 +85,38 @@ class Program:
         ]
 
     def num_parameters(self) -> int:
-        """Of the model, without adapters."""
+        """Returns the number of parameters of the model, without adapters."""
         return count(self.abstract_params)
 
     def check_memory(self, tree: Any) -> None:
-        """Raises UserError if a device has too little memory to hold its part of a tree alone."""
-        needed, there = sharding.bytes_per_device(tree), hardware.memory(self.layout.mesh.local_devices[0])
-        if needed > there:
+        """Raises UserError if the part of a tree that each device holds exceeds the memory of a device."""
+        needed, available = sharding.bytes_per_device(tree), hardware.memory(self.layout.mesh.local_devices[0])
+        if needed > available:
             raise UserError(
-                f"The {needed / 1e9:,.1f} GB of parameters and optimizer state that are for each device are more than "
-                f"its {there / 1e9:,.1f} GB; choose a smaller model, or shard it over more devices (mesh.rules)."
+                f"Parameters and optimizer state need {needed / 1e9:,.1f} GB on each device, which has "
+                f"{available / 1e9:,.1f} GB; choose a smaller model, or shard it over more devices (mesh.rules)."
             )
 
 
 def variables(params: Any, frozen: Any) -> dict[str, Any]:
-    """Flax's collections for the model, of what is trained and what is not."""
+    """Returns the collections of variables that the model is applied with."""
     return {"params": frozen, "lora": params} if frozen else {"params": params}
 
 
 def count(tree: Any) -> int:
-    """Numbers in the arrays of a tree."""
+    """Returns the number of elements of all arrays in a tree."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps: int) -> Program:
-    """The program of a run on a mesh; nothing is compiled or allocated yet.
+    """Returns the program of a run on a mesh; nothing is compiled or allocated yet.
 
     Args:
-      vocab_size: of the tokenizer, or the number of classes.
+      vocab_size: number of tokens of the tokenizer, or of classes.
+      total_steps: length of the run, which the learning rate depends on.
 
     Raises:
-      UserError: the mesh does not divide the batch or a parameter.
+      UserError: the mesh does not divide the batch, the sequence length or a parameter.
     """
     pipeline.check_batch(config.train.batch_size, layout, config.train.micro_batches)
     platform = layout.mesh.devices.flat[0].platform
@@ -123,12 +126,12 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
     tokens_per_step = config.train.batch_size * model_config.length
     learning_rate = optimizer.schedule(config.optimizer, tokens_per_step, total_steps)
 
-    def init_variables() -> dict[str, Any]:
-        # Parameters do not depend on the batch, so the smallest that the mesh divides will do.
+    def init_variables() -> Any:
+        # The parameters do not depend on the batch, so the smallest one that the mesh divides is enough.
         return model.init(jax.random.key(config.seed), model_config.blank(layout.batch_shards))
 
-    def logits_of(variables: dict[str, Any], batch: dict[str, jax.Array], **options: Any) -> jax.Array:
-        starts = (batch["starts"],) if "starts" in batch else ()  # of documents, where these have borders
+    def logits_of(variables: dict[str, Any], batch: dict[str, jax.Array], **options: Any) -> Any:
+        starts = (batch["starts"],) if "starts" in batch else ()  # where documents begin, with data.document_borders
         return model.apply(variables, batch["inputs"], *starts, **options)
 
     logical_axes = nn.get_partition_spec(jax.eval_shape(init_variables))
@@ -143,7 +146,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         return begin(init_variables()["params"])
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
-        # A key for each (seed, step), so that a run resumed draws what it would have drawn.
+        # A key for each (seed, step): a resumed run draws what it would have drawn without the interruption.
         dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
 
         def loss_of(params, batch, key):
@@ -154,10 +157,10 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         loss, grads = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches)(
             state.params, batch, dropout_key
         )
-        # Last, as a sum over the devices' tokens before the model would have them all wait there for each other.
+        # The division comes last: a sum over all devices' tokens before the model would make them wait for each other.
         weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
         loss, grads = jax.tree.map(lambda total: weight * total, (loss, grads))
-        if layout.zero1:  # each device updates the part of the parameters that its optimizer state is for
+        if layout.zero1:  # each device updates the parameters whose optimizer state it holds
             grads = jax.lax.with_sharding_constraint(grads, layout.spread(abstract.params, shardings.params))
         gradient_norm = optimizer.global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -181,15 +184,15 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         logits, targets = logits_of({"params": params}, batch), batch["targets"]
         first = logits[0].reshape(-1, logits.shape[-1])[:HISTOGRAM_POSITIONS, :vocab_size]
         counts, edges = jnp.histogram(first, HISTOGRAM_BINS)
-        counted, said = targets != IGNORED, logits.argmax(axis=-1)
-        within_row = tuple(range(1, targets.ndim))
+        valid, predictions = targets != IGNORED, logits.argmax(axis=-1)
+        within_example = tuple(range(1, targets.ndim))
         return {
             "loss": token_losses(logits, targets).sum(),
-            "targets": counted.sum(),
-            "correct": jnp.sum(counted & (said == targets)),
-            "rows": counted.any(axis=within_row),
-            "mistaken": jnp.any(counted & (said != targets), axis=within_row),
-            "said": said,
+            "targets": valid.sum(),
+            "correct": jnp.sum(valid & (predictions == targets)),
+            "examples": valid.any(axis=within_example).sum(),
+            "has_error": jnp.any(valid & (predictions != targets), axis=within_example),
+            "predictions": predictions,
             "logits_counts": counts,
             "logits_edges": edges,
         }
@@ -226,8 +229,11 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
 
 
 def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
-    """[B, T] cross-entropies in nats; 0 where the target is `IGNORED`. For classes, [B] of [B, V]."""
-    # A comparison and a sum instead of an index: no gather across a sharded vocabulary.
+    """Returns the cross-entropy of each target in nats, [B, T]; 0 where the target is `IGNORED`.
+
+    For classes, the logits are [B, V], and targets and losses [B].
+    """
+    # A comparison and a sum need no gather across a sharded vocabulary, as indexing would.
     is_target_BxTxV = targets_BxT[..., None] == jnp.arange(logits_BxTxV.shape[-1])
     target_logits_BxT = jnp.sum(jnp.where(is_target_BxTxV, logits_BxTxV, 0), axis=-1)
     losses_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - target_logits_BxT
@@ -235,13 +241,13 @@ def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
 
 
 def accumulate(value_and_grad: Callable, parts: int) -> Callable:
-    """`value_and_grad(params, batch, key)` as a sum over `parts` of the batch, one after the other."""
+    """Returns a function that adds up `value_and_grad(params, batch, key)` over `parts` of the batch, one by one."""
     if parts == 1:
         return value_and_grad
 
     def accumulated(params, batch, key):
         def split(x):
-            # Each part takes rows from every device's share, so that no row has to move.
+            # Each part takes examples from every device's share, so that no example moves between devices.
             x = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
             return nn.with_logical_constraint(x, (None, "batch") + (None,) * (x.ndim - 2))
 
@@ -259,32 +265,39 @@ def accumulate(value_and_grad: Callable, parts: int) -> Callable:
 def evaluate(
     program: Program, params: Any, source: Source, batch_size: int, check: Callable[[], object] = lambda: None
 ) -> dict[str, Any]:
-    """Means over every target of a source.
+    """Returns means over all targets of a source of examples.
 
-    Greedy decoding of what a row asks for gives all of its targets just where each of them is the likeliest after
-    those before it. So `exact_match` needs no decoding.
+    An example counts as an exact match if each of its targets is the likeliest token after the targets before it. Then
+    greedy decoding would generate exactly these targets, so no decoding is needed.
 
     Args:
+      params: the parameters of the model, as `Program.merged_params` returns them.
       check: called with each batch; it may raise an exception to end the evaluation.
 
     Returns:
-      {"loss": nats per target, "targets", "rows": how many, "accuracy": part of the targets that the model holds for
-      the likeliest, "exact_match": part of the rows in which that is so of every target, "mistakes": of the first
-      other rows the number and the likeliest in the place of each target, "logits_counts", "logits_edges": a
-      histogram of the logits of the first tokens}.
+      loss: mean cross-entropy in nats per target.
+      targets, examples: how many there are.
+      accuracy: fraction of the targets that are the likeliest prediction.
+      exact_match: fraction of the examples whose targets all are.
+      mistakes: for the first other examples, pairs of the index and the predictions, [T].
+      logits_counts, logits_edges: a histogram of the logits of the first tokens.
     """
     rows = program.layout.local_rows(batch_size)
-    total, mistaken, mistakes, pending, first = {}, 0, [], None, {}
+    sums: dict[str, Any] = dict.fromkeys(("loss", "targets", "correct", "examples"), 0)
+    mistakes: list[tuple[int, np.ndarray]] = []
+    histogram: dict[str, np.ndarray] = {}
+    num_mistakes, pending = 0, None
 
-    def add(number: int, sums: dict[str, Any]) -> None:
-        nonlocal mistaken, first
-        sums = jax.device_get(sums)
-        wrong, said = np.flatnonzero(sums.pop("mistaken")), sums.pop("said")
-        mistaken += len(wrong)
-        mistakes.extend((number * batch_size + int(row), said[row]) for row in wrong[: MOST_MISTAKES - len(mistakes)])
-        first = first or {name: sums[name] for name in ("logits_counts", "logits_edges")}
-        for name in ("loss", "targets", "correct", "rows"):
-            total[name] = total.get(name, 0) + sums[name].sum().item()
+    def add(number: int, results: dict[str, jax.Array]) -> None:
+        nonlocal num_mistakes, histogram
+        found = jax.device_get(results)
+        wrong = np.flatnonzero(found["has_error"])
+        num_mistakes += len(wrong)
+        for row in wrong[: MAX_MISTAKES - len(mistakes)]:
+            mistakes.append((number * batch_size + int(row), found["predictions"][row]))
+        histogram = histogram or {name: found[name] for name in ("logits_counts", "logits_edges")}
+        for name in sums:
+            sums[name] += found[name].item()
 
     with program.layout.use():
         batches = pipeline.evaluation_batches(source, batch_size, rows)
@@ -295,7 +308,9 @@ def evaluate(
             if pending:
                 add(*pending)
             pending = dispatched
-        add(*pending)
-    means = {"loss": total["loss"] / total["targets"], "accuracy": total["correct"] / total["targets"]}
-    counts = {"targets": total["targets"], "rows": total["rows"], "exact_match": 1 - mistaken / total["rows"]}
-    return means | counts | {"mistakes": mistakes} | first
+        if pending:
+            add(*pending)
+    targets, examples = sums["targets"], sums["examples"]
+    means = {"loss": sums["loss"] / targets, "accuracy": sums["correct"] / targets}
+    counts = {"targets": targets, "examples": examples, "exact_match": 1 - num_mistakes / examples}
+    return means | counts | {"mistakes": mistakes} | histogram

@@ -244,9 +244,9 @@ class Training:
             except BadStep as bad:
                 stop_signal = 0  # polled again after a step that is kept
                 with speed.pause():
-                    batch = pending = metrics = None  # frees memory for the restored state
+                    del batch, metrics  # frees memory for the restored state
                     self._roll_back(bad)
-                    batch = next(self.batches)
+                    batch, pending = next(self.batches), None
         return stop_signal
 
     def _is_evaluated(self) -> bool:
@@ -307,7 +307,7 @@ class Training:
         number = pipeline.batch_number(bad.step - 1, skipped)
         self.run = dataclasses.replace(self.run, skipped=(*skipped, number))
         self.workdir.record(self.run)
-        self.state = None  # frees memory for the restored state
+        del self.state  # frees memory for the restored state
         self.step, self.state, self.batches, self.mean_loss = self._begin()
         self.report.tensorboard.restart(self.step)
         back = f"back to step {self.step:,} and on without batch {number:,}"
@@ -319,7 +319,7 @@ class Training:
         Returns:
           The loss; None if a signal ended the evaluation.
         """
-        step, params = self.step, self.program.whole(self.state)
+        step, params = self.step, self.program.merged_params(self.state)
         try:
             result = evaluate(self.program, params, self.validation, self.config.train.batch_size, interrupted.check)
         except Stopped:

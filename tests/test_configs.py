@@ -145,10 +145,10 @@ def test_it_is_evaluated_from_its_workdir(trained):
     result = step.evaluate(run.program, run.params, source, run.batch_size)
     report = dataset.report(source, result)
     assert report["loss"] == pytest.approx(scalars(workdir, "validation/loss")[-1], rel=1e-5)
-    assert result["rows"] == len(source)
+    assert result["examples"] == len(source)
     assert result["targets"] == sum((source.example(0, i)["targets"] >= 0).sum() for i in range(len(source)))
     assert 0 <= result["accuracy"] <= 1
-    assert len(result["mistakes"]) == min(step.MOST_MISTAKES, round((1 - result["exact_match"]) * len(source)))
+    assert len(result["mistakes"]) == min(step.MAX_MISTAKES, round((1 - result["exact_match"]) * len(source)))
     assert dataset.mistakes(source, result).text.count("mistake") in (0, len(result["mistakes"]))
 
 

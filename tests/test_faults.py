@@ -394,7 +394,7 @@ def test_a_full_disk(undisturbed, play, tmp_path, monkeypatch, capsys, free):
         assert f"\nDone: {STEPS} steps" in out
     else:
         assert code == 1, out
-        assert out.endswith(f"\nerror: {sentence.format(STEPS)} The same command goes on from there.\n"), out
+        assert out.endswith(f"\nerror: {sentence.format(STEPS)} The same command resumes from there.\n"), out
         assert train.train(undisturbed.config, Workdir(tmp_path / "after")) == 0
         assert f"resuming after step {STEPS - 2 * EVERY}" in capsys.readouterr().out
     undisturbed.equals(tmp_path / "after")

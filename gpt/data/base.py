@@ -98,7 +98,7 @@ class Dataset:
 
         Where it has `accuracy` or `exact_match`, the line of an evaluation shows them.
         """
-        return {"rows": result["rows"]} | {name: result[name] for name in ("loss", "accuracy", "exact_match")}
+        return {"examples": result["examples"]} | {name: result[name] for name in ("loss", "accuracy", "exact_match")}
 
     def mistakes(self, source: Source, result: dict[str, Any]) -> Shown:
         """Some examples with a wrong prediction: `result["mistakes"]`, pairs of an index and its predictions."""

@@ -234,7 +234,7 @@ class Folders(Dataset):
         return f"{sizes}, {self.tokenizer.vocab_size} classes"
 
     def report(self, source: Images, result: dict[str, Any]) -> dict[str, float]:
-        return {"images": result["rows"]} | {name: result[name] for name in ("loss", "accuracy")}
+        return {"images": result["examples"]} | {name: result[name] for name in ("loss", "accuracy")}
 
     def mistakes(self, source: Images, result: dict[str, Any]) -> Shown:
         """The images that the model took for others."""

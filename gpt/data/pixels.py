@@ -257,4 +257,4 @@ class Pixels(Dataset):
     def report(self, source: Source, result: dict[str, Any]) -> dict[str, float]:
         """With the bits for each channel of a pixel, the class known, as far as the palette tells colours apart."""
         bits = result["loss"] / math.log(2) / self.config.channels
-        return {"images": result["rows"], "loss": result["loss"], "bits_per_dimension": bits}
+        return {"images": result["examples"], "loss": result["loss"], "bits_per_dimension": bits}

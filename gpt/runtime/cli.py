@@ -15,6 +15,8 @@ from absl import app, flags, logging
 from gpt.runtime import backend, cluster, output, signals
 from gpt.runtime.errors import UserError, one_line
 
+flags.disclaim_key_flags()  # the flags that functions here define are those of the command that calls them
+
 MAX_PIPED = 1 << 20  # bytes of a prompt on stdin; a model sees the end of it only
 
 

@@ -16,7 +16,7 @@ def harmless(default: Any, **options: Any) -> Any:
     return dataclasses.field(default=default, metadata={"harmless": True}, **options)
 
 
-def harmless_names(cls: type) -> set[str]:
+def harmless_names(cls: Any) -> set[str]:
     """Returns the names of the fields of a dataclass that `harmless` made."""
     return {field.name for field in dataclasses.fields(cls) if field.metadata.get("harmless")}
 

@@ -25,9 +25,9 @@ def draw_losses(folders: Sequence[Path], out: str) -> str:
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
     form = Path(out).suffix[1:].lower() or "png"
-    if form not in figure.canvas.get_supported_filetypes():
-        raise UserError(f"--out={out}: there is no picture format {form!r}; choose one like .png, .svg or .pdf.")
     with new_file("out", out) as file:
+        if form not in figure.canvas.get_supported_filetypes():
+            raise UserError(f"--out={out}: there is no picture format {form!r}; choose one like .png, .svg or .pdf.")
         axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
         for color, folder in enumerate(folders):
             scalars = read_scalars(folder, ("train/loss", "validation/loss"))

@@ -1,0 +1,137 @@
+"""The floors of the house: imports point downwards, without a circle, and only commands define flags."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# From the ground up. A module may import from the floors below its own, and from its own folder.
+FLOORS = (
+    ("gpt.runtime",),
+    ("gpt.models", "gpt.optimizer", "gpt.sharding"),
+    ("gpt.data",),
+    ("gpt.config",),
+    ("gpt.config_files",),
+    ("gpt.step",),
+    ("gpt.checkpointing",),
+    ("gpt.inference",),
+    ("gpt.reporting", "gpt.interop", "gpt.planning"),
+    ("gpt.train",),
+    ("gpt",),
+    ("gpt.main", "gpt.evaluate", "gpt.sample", "gpt.convert", "gpt.plan", "gpt.explain", "gpt.plot"),
+)
+PLACES = {place: floor for floor, places in enumerate(FLOORS) for place in places}
+FILES = sorted((ROOT / "gpt").rglob("*.py"))
+COMMANDS = FLOORS[-1]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+NAMES = {module_name(path) for path in FILES}
+
+
+def imported(path: Path) -> set[str]:
+    """Returns the modules of gpt that a file imports anywhere: in functions and under TYPE_CHECKING as well."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "gpt"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports are not followed here"
+            if node.module and node.module.split(".")[0] == "gpt":
+                for alias in node.names:
+                    full = f"{node.module}.{alias.name}"
+                    found.add(full if full in NAMES else node.module)
+    return found - {module_name(path)}
+
+
+ARROWS = {module_name(path): imported(path) for path in FILES}
+
+
+def place(module: str) -> str:
+    """Returns the folder or file of `FLOORS` that a module belongs to."""
+    return module if module in PLACES else ".".join(module.split(".")[:2])
+
+
+def test_every_module_has_a_floor():
+    assert {place(module) for module in NAMES} == PLACES.keys()
+
+
+@pytest.mark.parametrize("module", sorted(NAMES))
+def test_imports_point_downwards(module):
+    for other in ARROWS[module]:
+        if place(other) != place(module):
+            assert PLACES[place(other)] < PLACES[place(module)], f"{module} imports {other}, on a floor above or beside"
+
+
+def test_there_is_no_circle():
+    done, waiting = set(), []
+
+    def visit(module: str) -> None:
+        assert module not in waiting, f"circle: {' -> '.join([*waiting[waiting.index(module) :], module])}"
+        if module not in done:
+            waiting.append(module)
+            for other in sorted(ARROWS[module]):
+                visit(other)
+            waiting.pop()
+            done.add(module)
+
+    for module in sorted(NAMES):
+        visit(module)
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_only_commands_define_flags(path):
+    """The functions of `gpt.runtime.cli` do so too, when a command calls them."""
+    tree = ast.parse(path.read_text())
+    in_functions = {
+        id(inner) for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith(("DEFINE_", "adopt_module_key_flags")):
+            is_shared = module_name(path) == "gpt.runtime.cli" and id(node) in in_functions
+            assert module_name(path) in COMMANDS or is_shared, f"{path}:{node.lineno}"
+
+
+def code_lines(path: Path) -> int:
+    """Returns the lines of a file that hold code: no docstrings, comments and blank lines."""
+    text = path.read_text()
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = enumerate(text.splitlines(), start=1)
+    return sum(bool(line.strip()) and not line.strip().startswith("#") and i not in docstrings for i, line in lines)
+
+
+CORE = (
+    *("gpt/main.py", "gpt/train.py", "gpt/step.py", "gpt/sharding.py", "gpt/optimizer.py", "gpt/config.py"),
+    *("gpt/models/base.py", "gpt/models/transformer.py", "gpt/models/attention.py", "gpt/models/layers.py"),
+    *("gpt/models/gpt.py", "gpt/data/base.py", "gpt/data/pipeline.py"),
+)
+
+
+def test_the_core_path_is_short():
+    counted = {file: code_lines(ROOT / file) for file in CORE}
+    assert sum(counted.values()) <= 1800, counted
+
+
+def test_the_whole_is_small():
+    assert sum(map(code_lines, FILES)) <= 9000
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_are_short(command):
+    assert code_lines(ROOT / f"{command.replace('.', '/')}.py") <= 60
+
+
+if __name__ == "__main__":  # prints the counts: python tests/test_imports.py
+    for file in CORE:
+        print(f"{code_lines(ROOT / file):6,} {file}")
+    print(f"{sum(code_lines(ROOT / file) for file in CORE):6,} core path\n{sum(map(code_lines, FILES)):6,} all of gpt/")
