@@ -77,7 +77,7 @@ def read_file(place: str) -> ml_collections.ConfigDict:
         tree = get_config(*arguments)
         if not isinstance(tree, ml_collections.ConfigDict) or set(tree) != set(default_config()):
             raise UsageError(
-                f"its get_config() has to return the tree of default_config(), not a {type(tree).__name__}."
+                f"its get_config() has to return what default_config() returns, not a {type(tree).__name__}."
             )
     except UserError as error:
         raise UsageError(f"--config={place}: {error}") from None

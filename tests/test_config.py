@@ -50,8 +50,8 @@ FILES = {
     "endless": ("def get_config():\n    return get_config()\n", "line 2: RecursionError"),
     "no function": ("x = 3\n", r"it defines no function get_config\(\)"),
     "no callable": ("get_config = 3\n", r"it defines no function get_config\(\)"),
-    "no return": (HEAD, r"has to return what default_config\(\) made, not a NoneType"),
-    "a part": (HEAD + "    return config.model\n", r"has to return what default_config\(\) made"),
+    "no return": (HEAD, r"has to return what default_config\(\) returns, not a NoneType"),
+    "a part": (HEAD + "    return config.model\n", r"has to return what default_config\(\) returns"),
     "needs an argument": ("def get_config(size):\n    pass\n", r"its get_config\(\) needs an argument; add :ARGUMENT"),
 }
 

@@ -192,12 +192,12 @@ def test_resuming_on_another_mesh_goes_on_the_same(tiny, whole, tmp_path, monkey
     with monkeypatch.context() as patch:
         StopAfter(patch, 9, signal.SIGTERM)
         train.train(tiny, workdir)
-    step = workdir.checkpoints().last()
-    before = checkpoint_arrays(workdir, step)
+    last = workdir.checkpoints().last()
+    before = checkpoint_arrays(workdir, last)
     other = change(tiny, "mesh", rules="fsdp_tp", data=2, fsdp=2, model=2)
     program = step.build(other, workdir.read().tokenizer.vocab_size, sharding.make_layout(other.mesh), 20)
     checkpoints = workdir.checkpoints()
-    after = train.restore(checkpoints, step, program)
+    after = train.restore(checkpoints, last, program)
     for (path, x), (name, y) in zip(jax.tree_util.tree_leaves_with_path(after), before.items(), strict=True):
         assert jax.tree_util.keystr(path) == name
         np.testing.assert_array_equal(np.asarray(x), y)
@@ -373,7 +373,7 @@ def test_evaluation_is_the_exact_mean_over_tokens(tiny):
 )
 def test_length_in_steps_epochs_or_tokens(tiny, length, steps):
     config = change(tiny, "train", **({"steps": 0} | length))
-    assert config.train.total_steps(row_length=16, rows_per_epoch=64) == steps
+    assert config.train.total_steps(length=16, examples_per_epoch=64) == steps
 
 
 def test_what_tensorboard_shows(tiny, whole):
@@ -444,7 +444,7 @@ def test_slow_input_is_seen(tiny, tmp_path, monkeypatch, capsys):
         time.sleep(0.05)
         return real(*args)
 
-    monkeypatch.setattr(text.TrainingWindows, "row", slow)
+    monkeypatch.setattr(text.TrainingWindows, "example", slow)
     monkeypatch.setattr(sharding, "make_layout", lambda mesh, make=sharding.make_layout: make(mesh, jax.devices()[:1]))
     config = change(tiny, "model", num_layers=1, embed_dim=16)
     train.train(change(config, "train", steps=12, log_every=4, eval_every=0), Workdir(tmp_path))
@@ -463,7 +463,7 @@ def test_input_that_fails_ends_the_run_with_its_own_words(tiny, tmp_path, monkey
             raise OSError(5, "Input/output error")
         return real(*args)
 
-    monkeypatch.setattr(text.TrainingWindows, "row", failing)
+    monkeypatch.setattr(text.TrainingWindows, "example", failing)
     config = change(change(tiny, "data", prefetch=prefetch), "train", eval_every=0)
     with pytest.raises(OSError, match="Input/output error"):
         train.train(config, Workdir(tmp_path))
