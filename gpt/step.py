@@ -301,7 +301,7 @@ def evaluate(
 
     with program.layout.use():
         batches = pipeline.evaluation_batches(source, batch_size, rows)
-        for number, batch in enumerate(pipeline.to_devices(batches, program.layout, rows, batch_size)):
+        for number, batch in enumerate(pipeline.to_devices(batches, program.layout, batch_size)):
             # One batch ahead and no more: a long queue would hold memory (and can deadlock CPU collectives).
             dispatched = number, program.eval_step(params, batch)
             check()

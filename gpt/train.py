@@ -154,7 +154,7 @@ class Training:
         batches = pipeline.training_batches(
             self.examples, batch_size, config.seed, rows, step, config.data.prefetch, self.run.skipped
         )
-        batches = pipeline.to_devices(batches, self.layout, rows, batch_size)
+        batches = pipeline.to_devices(batches, self.layout, batch_size)
         return step, state, batches, checkpoints.mean_loss(step) if step else None
 
     def finish(self, profile: bool) -> int:

@@ -113,13 +113,13 @@ def test_a_prompt_is_written_as_people_do_and_so_is_the_answer():
     assert read("-3-3") == "3-3-"  # no number: as it is, last character first
     assert read("250") == "\ufffd" * 3  # not to be shown yet
     for wrong in ("7+45", "7*45=", "1000+1=", "", "x"):
-        with pytest.raises(UserError, match=r"is no question like \d{3}[+-]\d{3}="):
+        with pytest.raises(UserError, match=r"is not a question like \d{3}[+-]\d{3}="):
             tokenizer.encode(wrong)
-    with pytest.raises(UserError, match="is no question like"):
+    with pytest.raises(UserError, match="is not a question like"):
         tokenizer.opening()
     sorting = SortConfig(size=3, digits=3, validation_rows=9).tokenizer({})
     assert "".join(sorting.alphabet[i] for i in sorting.encode("2, 0 1")) == "201="
-    with pytest.raises(UserError, match="is no question like"):
+    with pytest.raises(UserError, match="is not a question like"):
         sorting.encode("203")
 
 
@@ -143,10 +143,13 @@ def test_mistakes_are_shown_in_words():
         (lambda: ArithmeticConfig(digits=1), r"data\.validation_rows=2000 is more than half of the 55 questions"),
         (lambda: SortConfig(digits=11), r"data\.digits=11"),
         (lambda: SortConfig(prefetch=-1), r"data\.prefetch=-1"),
-        (lambda: ArithmeticConfig().load(TokenizerConfig("byte"), None), "leave the keys under tokenizer as they are"),
+        (
+            lambda: ArithmeticConfig().load(TokenizerConfig("byte"), None),
+            "leave the keys under tokenizer at their defaults",
+        ),
         (lambda: ArithmeticConfig().load(CharTokenizer("ab"), None), "start from weights for the same kind"),
         (lambda: ArithmeticConfig().load(TokenizerConfig(), GPTConfig(block_size=8)), r"set model\.block_size=12"),
-        (lambda: ArithmeticConfig().opened("x.txt"), r"--data=x\.txt: data\.kind=arithmetic takes no data"),
+        (lambda: ArithmeticConfig().opened("x.txt"), r"--data=x\.txt: data\.kind=arithmetic reads no files"),
     ],
 )
 def test_mistakes_of_the_user_are_named(make, said):
@@ -203,10 +206,10 @@ def test_the_commands_train_evaluate_and_answer(tmp_path, command):
     evaluated = command("evaluate", run)
     assert evaluated.returncode == 0, evaluated.stderr
     assert re.search(
-        r"val split, 30 rows\nloss +[\d.]+\naccuracy +0[\d.]+\nexact match +0[\d.]+\nmistake", evaluated.stdout
+        r"val split, 30 examples\nloss +[\d.]+\naccuracy +0[\d.]+\nexact match +0[\d.]+\nmistake", evaluated.stdout
     )
     sampled = command("sample", run, "--prompt=7 - 5 =")
     assert re.fullmatch(r"7 - 5 =\S+\n", sampled.stdout), (sampled.stdout, sampled.stderr)
     refused = command("sample", run, "--prompt=77-5=")
     assert refused.returncode == 1
-    assert refused.stderr.startswith("error: --prompt: '77-5=' is no question like ")
+    assert refused.stderr.startswith("error: --prompt: '77-5=' is not a question like ")

@@ -220,7 +220,7 @@ def test_each_process_reads_the_rows_of_its_devices(play, tmp_path, monkeypatch)
         def example(self, epoch, index):
             rows.append([epoch, index])
             return original(self, epoch, index)
-        text.TrainingWindows.example = row
+        text.TrainingWindows.example = example
         if __name__ == "__main__":
             out = pathlib.Path(os.environ["SPY"], str(os.getpid()))
             atexit.register(lambda: out.write_text(json.dumps(rows, default=int)))

@@ -119,7 +119,7 @@ def test_targets_are_the_tokens_that_follow_the_inputs():
 
 def test_batches_on_devices_are_whole_and_sharded():
     layout = sharding.make_layout(MeshConfig("fsdp_tp", 2, 2, 1, 2))
-    (batch,) = pipeline.to_devices(iter([{"inputs": np.arange(32).reshape(8, 4)}]), layout, range(8), 8)
+    (batch,) = pipeline.to_devices(iter([{"inputs": np.arange(32).reshape(8, 4)}]), layout, 8)
     np.testing.assert_array_equal(batch["inputs"], np.arange(32).reshape(8, 4))
     assert {shard.data.shape for shard in batch["inputs"].addressable_shards} == {(2, 4)}
 
@@ -315,7 +315,7 @@ def test_links_are_followed_once(load, write, tmp_path):
     (line,) = said
     assert line == (
         f"note   left out of data.path={tmp_path}/books: hidden: .store; links to folders that are read anyway: a-sub, "
-        "root, twice and 1 more; links to nothing: circle, gone.txt"
+        "root, twice and 1 more; broken links: circle, gone.txt"
     )
 
 
@@ -408,7 +408,7 @@ def test_tokens_are_a_memory_map_of_the_smallest_dtype(load, write, distinct):
         assert isinstance(found, np.memmap)
         assert found.dtype == (np.uint8 if distinct <= 256 else np.uint16)
         with pytest.raises(ValueError, match="read-only"):
-            tokens[0] = 0
+            found[0] = 0
     assert decoded(corpus) == content
 
 
@@ -523,7 +523,7 @@ def test_text_that_grows_while_it_is_read_is_refused(load, write, monkeypatch, t
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "scan", scan)
+        patch.setattr(text, "scan", scan)
         with pytest.raises(UserError, match=r"a\.txt changed while it was read; start again"):
             load(path, tokenizer)
     for size in (content + "hello", content):
@@ -765,7 +765,9 @@ def test_text_shorter_than_a_block_is_refused(load, write):
         load(path, block_size=10)
     with pytest.raises(UserError, match=r"training text has 90 tokens, but model\.block_size=90"):
         load(path, block_size=90)
-    with pytest.raises(UserError, match=r"give at least 182 tokens of text in data\.path=.*a\.txt or a smaller block"):
+    with pytest.raises(
+        UserError, match=r"give at least 182 tokens of text in data\.path=.*a\.txt or a smaller model\.block_size"
+    ):
         load(path, block_size=90)
 
 

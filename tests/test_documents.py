@@ -237,7 +237,7 @@ def test_train_evaluate_and_sample_from_the_workdir_alone(tiny, play, tmp_path):
     run = loading.load(workdir, "last")
     corpus = run.dataset()
     assert run.step == 4
-    source = EvaluationWindows(corpus.validation, 16, corpus.border)
+    source = EvaluationWindows(corpus.validation, 16, border=corpus.border)
     result = step.evaluate(run.program, run.params, source, run.batch_size)
     assert result["targets"] == len(corpus.validation) - 1
     inputs, targets = [], []

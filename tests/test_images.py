@@ -219,13 +219,13 @@ def stranger(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (broken, r"red/3\.png cannot be read as an image \(.*\); mend it, or take it away\."),
-        (another_file, r"red/3\.png cannot be read as an image \(cannot identify image file\); mend it"),
+        (broken, r"red/3\.png cannot be read as an image \(.*\); repair or remove it\."),
+        (another_file, r"red/3\.png cannot be read as an image \(cannot identify image file\); repair or remove it"),
         (empty_class, r"photos/green holds no images \(\.bmp, "),
         (one_class, r"photos needs a folder of images for each of at least two classes, and has only one, blue\."),
         (no_class, r"photos needs a folder of images for each of at least two classes, and has none\."),
-        (no_validation, r"photos has a folder train, but none named val, with images for validation\."),
-        (stranger, r"val/pink is none of the 2 classes that training knows\."),
+        (no_validation, r"photos has a folder train, but no folder val with images for validation\."),
+        (stranger, r"val/pink is none of the 2 classes that the model was trained on\."),
         (lambda folder: folder.rename(folder.parent / "away"), r"data\.path: there is no folder .*photos\."),
     ],
     ids=lambda x: getattr(x, "__name__", None),
@@ -264,7 +264,7 @@ def test_what_is_left_out_of_a_folder_is_said(folder, tmp_path):
         "hidden: .hidden, red/._3.png, red/.ipynb_checkpoints",
         "outside the folders of classes: loose.png",
         "empty: red/_SUCCESS, red/empty.png",
-        "links to nothing: red/gone.png",
+        "broken links: red/gone.png",
         "links to folders that are read anyway: crimson",
         "pipes: blue/pipe.png",
         "of another type: red/notes.txt",
@@ -362,7 +362,7 @@ def test_damaged_images_of_every_format_are_a_sentence(tmp_path, format_):
         try:
             ImagesConfig().inputs(str(path), MODEL)
         except UserError as error:
-            assert re.search(r"x\.png cannot be read as an image \(.+\); mend it", str(error))  # noqa: PT017
+            assert re.search(r"x\.png cannot be read as an image \(.+\); repair or remove it", str(error))  # noqa: PT017
             assert "\n" not in str(error)  # noqa: PT017
 
 
@@ -372,7 +372,7 @@ def test_damaged_images_of_every_format_are_a_sentence(tmp_path, format_):
         ({"validation_fraction": 1.0}, r"data\.validation_fraction=1\.0 has to lie between 0 and 1"),
         ({"crop": 0.0}, r"data\.crop=0\.0 has to be greater than 0 and at most 1"),
         ({"shift": -1}, r"data\.shift=-1 must not be negative"),
-        ({"threads": 0}, r"data\.threads=0 has to be at least 1"),
+        ({"threads": 0}, r"data\.threads=0 has to be greater than 0"),
         ({"resize": -1}, r"data\.resize=-1 must not be negative"),
         ({"resample": "nearest"}, r"data\.resample='nearest' is not known; choose one of bilinear, bicubic, lanczos"),
     ],
@@ -391,7 +391,7 @@ def test_a_resize_below_the_images_of_the_model_is_refused(folder):
 
 
 def test_too_few_images_for_two_sides(folder):
-    with pytest.raises(UserError, match=r"data\.validation_fraction=0\.01 of 12 images leaves none on one side"):
+    with pytest.raises(UserError, match=r"data\.validation_fraction=0\.01 of 12 images leaves a split empty"):
         load(folder, validation_fraction=0.01)
 
 
@@ -399,12 +399,12 @@ def test_classes_of_a_model_stay_what_they_are(folder):
     labels = Labels(("red", "green", "blue"))
     found = load(folder, labels).evaluation("all", MODEL)
     assert {int(found.example(0, i)["targets"]) for i in range(12)} == {0, 2}
-    with pytest.raises(UserError, match=r"photos/red is none of the 2 classes that training knows"):
+    with pytest.raises(UserError, match=r"photos/red is none of the 2 classes that the model was trained on"):
         load(folder, Labels(("blue", "green")))
 
 
 def test_a_stride_is_refused():
-    with pytest.raises(UsageError, match="--stride is for windows over a text"):
+    with pytest.raises(UsageError, match=r"--stride=4 is for texts; data\.kind=images has no windows"):
         load().evaluation("val", DIGITS, stride=4)
 
 
@@ -431,7 +431,8 @@ def test_a_run_on_a_folder_learns_and_is_evaluated_and_sampled(run, folder, tmp_
     shown = command("sample", f"--workdir={workdir.path}", f"--prompt={folder / 'red' / 'notes.txt'}")
     assert (shown.returncode, shown.stdout) == (1, "")
     assert re.fullmatch(
-        r"error: .*notes\.txt cannot be read as an image \(.*\); mend it.*\n", shown.stderr.splitlines(True)[-1]
+        r"error: .*notes\.txt cannot be read as an image \(.*\); repair or remove it.*\n",
+        shown.stderr.splitlines(True)[-1],
     )
 
 

@@ -155,7 +155,7 @@ def test_a_skipped_update_is_one_left_out_by_hand(small, tmp_path, monkeypatch, 
     program = step.build(config, corpus.tokenizer.vocab_size, layout, config.train.steps)
     source = text.TrainingWindows(corpus.train, config.model.block_size, config.seed)
     rows = range(config.train.batch_size)
-    batches = pipeline.to_devices(pipeline.training_batches(source, 16, config.seed, rows), layout, rows, 16)
+    batches = pipeline.to_devices(pipeline.training_batches(source, 16, config.seed, rows), layout, 16)
     with layout.use():
         state = program.init()
         for i in range(14):

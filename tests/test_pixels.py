@@ -1,6 +1,7 @@
 """Images as tokens of a palette: nothing is lost that need not be, and pictures of them."""
 
 import collections
+import importlib.util
 import io
 import json
 import types
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 
 from gpt.config import Config
-from gpt.data.pixels import Palette, PixelsConfig, Rows, fit_palette, nearest
+from gpt.data.pixels import Palette, PixelExamples, PixelsConfig, fit_palette, nearest
 from gpt.data.tokenizers import TokenizerConfig
 from gpt.inference import generation, pictures, previews
 from gpt.models.gpt import GPT, GPTConfig
@@ -36,7 +37,7 @@ def test_few_colours_are_all_kept_and_rows_are_the_images(digits):
     assert len(digits.tokenizer.colors) == 17
     assert "17 colours" in digits.describe()
     assert digits.tokenizer.vocab_size == digits.config.vocab_size == 28
-    rows, images = digits.evaluation("all", None), digits.folders.evaluation("all", digits.config)
+    rows, images = digits.evaluation("all", None), digits.folders.source("all", 8, 1)
     assert len(rows) == len(images) == 1797
     for index in (0, 500, 1796):
         row, image = rows.example(0, index), images.example(0, index)
@@ -47,8 +48,8 @@ def test_few_colours_are_all_kept_and_rows_are_the_images(digits):
 
 
 def test_part_of_the_classes_is_not_told_in_training_and_all_are_in_evaluation(digits):
-    images = digits.folders.evaluation("train", digits.config)
-    rows = Rows(images, digits.tokenizer, class_dropout=0.3, seed=1)
+    images = digits.folders.source("train", 8, 1)
+    rows = PixelExamples(images, digits.tokenizer, class_dropout=0.3, seed=1)
     firsts = np.array([[rows.example(epoch, index)["inputs"][0] for index in range(300)] for epoch in range(2)])
     assert abs((firsts == digits.tokenizer.any_class).mean() - 0.3) < 0.06
     assert (firsts[0] != firsts[1]).any()
@@ -58,7 +59,7 @@ def test_part_of_the_classes_is_not_told_in_training_and_all_are_in_evaluation(d
     )
 
 
-def test_k_means_finds_clusters_and_serves_frequent_colours_better():
+def test_a_palette_finds_clusters_and_serves_frequent_colours_better():
     rng = np.random.default_rng(0)
     centres = np.array([[30, 30, 30], [200, 40, 60], [90, 220, 120], [20, 60, 230]])
     pixels = (centres[rng.integers(0, 4, 4000)] + rng.normal(0, 4, (4000, 3))).round().clip(0, 255).astype(np.uint8)
@@ -69,7 +70,27 @@ def test_k_means_finds_clusters_and_serves_frequent_colours_better():
     skewed = np.concatenate([pixels, np.repeat(np.arange(10, 60, 5, dtype=np.uint8), 9000)[:, None].repeat(3, axis=1)])
     greys = collections.Counter(int(np.ptp(color)) < 8 for color in fit_palette(skewed, 12).astype(int))
     assert greys[True] > greys[False]
-    np.testing.assert_array_equal(fit_palette(skewed, 12), fit_palette(skewed, 12))
+
+
+@pytest.mark.parametrize(("seed", "error"), [(0, 2198.4), (1, 2236.6), (2, 2217.6)])
+def test_a_palette_has_its_size_is_deterministic_and_is_near_the_pixels(seed, error):
+    """The errors are those of a k-means with k-means++ written in NumPy, which scikit-learn's replaced."""
+    walk = np.cumsum(np.random.default_rng(seed).normal(0, 9, (3000, 3)), 0)
+    pixels = np.clip(walk % 256, 0, 255).astype(np.uint8)
+    found = fit_palette(pixels, 16)
+    assert found.shape == (16, 3)
+    assert np.square(pixels - found[nearest(pixels, found)].astype(float)).sum(-1).mean() <= error
+    np.testing.assert_array_equal(fit_palette(pixels, 16), found)
+
+
+def test_a_palette_without_scikit_learn_is_a_sentence_with_the_command(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    pixels = np.arange(20, dtype=np.uint8)[:, None]
+    np.testing.assert_array_equal(fit_palette(pixels, 20), pixels)
+    with pytest.raises(
+        UserError, match=r'data\.palette_size=19 colours needs scikit-learn: pip install -e "\.\[images\]"'
+    ):
+        fit_palette(pixels, 19)
 
 
 def test_nearest_colours_are_those_of_the_plain_definition():

@@ -131,7 +131,7 @@ WRONG = {
     "no completion": ('{"prompt": "a"}', "line 1 has to hold"),
     "a number": ('{"text": 3}', "line 1 has to hold"),
     "both": ('{"text": "a", "prompt": "b", "completion": "c"}', "line 1 has to hold"),
-    "half a character": ('{"text": "\\ud800"}', r"line 1 has '\\ud800', half a character"),
+    "half a character": ('{"text": "\\ud800"}', r"line 1 has '\\ud800', half of a surrogate pair"),
     "not UTF-8": (b'{"text": "\xff"}', r"line 1 is not UTF-8: byte 0xff"),
     "too deep": ("[" * 100_000, "line 1 is not JSON"),
     "nothing but blank lines": ("\n\n", "holds no records"),

@@ -41,7 +41,7 @@ def run_steps(config, layout, steps):
     program = step.build(config, corpus.tokenizer.vocab_size, layout, steps)
     size = config.train.batch_size
     rows = layout.local_rows(size)
-    batches = pipeline.to_devices(pipeline.training_batches(source, size, config.seed, rows), layout, rows, size)
+    batches = pipeline.to_devices(pipeline.training_batches(source, size, config.seed, rows), layout, size)
     losses = []
     with layout.use():
         state = program.init()

@@ -304,7 +304,7 @@ def gradients(config, layout):
         program = step.build(config, corpus.tokenizer.vocab_size, layout, 1)
         source = text.TrainingWindows(corpus.train, config.model.block_size, 0)
         rows = range(16)
-        batch = next(pipeline.to_devices(pipeline.training_batches(source, 16, 0, rows), layout, rows, 16))
+        batch = next(pipeline.to_devices(pipeline.training_batches(source, 16, 0, rows), layout, 16))
         # Targets that do not count, unevenly: a mean of means would be wrong.
         targets = np.array(batch["targets"])
         targets[:5, 3:] = IGNORED

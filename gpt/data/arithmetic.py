@@ -1,7 +1,8 @@
-"""Questions whose answers can be checked: arithmetic and sorting, after the demos of minGPT (Karpathy 2020).
+"""Questions with answers that can be checked, arithmetic and sorting, after the demos of minGPT (Karpathy 2020).
 
-Every question has a number. A fixed permutation of the numbers is cut in two: the first part is held out, and the
-rest is trained on. Nothing is stored. The loss is on the answer alone, and a row is right if all of it is.
+Every question has a number. A fixed permutation scatters the numbers; the first numbers are held out for validation,
+and the others are for training. Examples are computed from their numbers and not stored. Only the answer counts in the
+loss.
 """
 
 import dataclasses
@@ -13,100 +14,119 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gpt.data.base import IGNORED, DataConfig, Dataset, ModelShape, Shown, Source
-from gpt.data.tokenizers import CharTokenizer, Tokenizer, TokenizerConfig
-from gpt.runtime.errors import UsageError, UserError
-from gpt.runtime.fields import check_positive, harmless
+from gpt.data.base import IGNORED, DataConfig, Dataset, ModelShape, Shown, refuse_stride
+from gpt.data.tokenizers import CharTokenizer, TokenizerConfig
+from gpt.runtime.errors import UserError
+from gpt.runtime.fields import check_positive
 
 END = "\n"
-MOST_ROWS = 2**31  # in an epoch: as many as can be shuffled by number
+MOST_EXAMPLES = 2**31  # in an epoch: the largest number of examples that grain can shuffle
 OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b: a * b}
 
 
 @dataclasses.dataclass(frozen=True)
 class QuestionConfig(DataConfig):
-    """What the kinds of questions share."""
+    """The options and the interface that all kinds of questions share.
 
-    validation_rows: int = 2000  # questions held out
-    prefetch: int = harmless(4)  # batches prepared ahead
+    All questions of a config have the same length, and so have all answers.
+    """
 
-    # Of each kind: what is asked with, how many questions there are, and how long question and answer are.
-    alphabet: ClassVar[str]
-    num_questions: ClassVar[int]
-    question_length: ClassVar[int]
-    answer_length: ClassVar[int]
+    validation_rows: int = 2000  # number of questions that are held out for validation
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
+        super().__post_init__()
         check_positive("data", self, "validation_rows")
-        if self.prefetch < 0:
-            raise UserError(f"data.prefetch={self.prefetch} must not be negative.")
         if not 2 * self.validation_rows <= self.num_questions:
             raise UserError(
-                f"data.validation_rows={self.validation_rows} is more than half of the {self.num_questions} questions "
-                "that there are."
+                f"data.validation_rows={self.validation_rows} is more than half of the {self.num_questions} questions; "
+                "set it to a smaller number."
             )
 
-    def pose(self, number: int, other: int) -> tuple[str, str]:
-        """The question of a number, in a form that `other` chooses where it has several, and the answer as written."""
+    @property
+    def alphabet(self) -> str:
+        """The sorted characters of questions and answers, which are the tokens."""
+        raise NotImplementedError
+
+    @property
+    def num_questions(self) -> int:
+        """The number of different questions."""
+        raise NotImplementedError
+
+    def pose(self, number: int, form: int) -> tuple[str, str]:
+        """Returns a question and its answer as the model reads and writes them.
+
+        Args:
+          number: the number of the question, less than `num_questions`.
+          form: selects one of the forms of the question if it has several.
+        """
         raise NotImplementedError
 
     def read(self, question: str) -> str | None:
-        """A question as `pose` writes it, of one that a person wrote; None: it is none."""
+        """Converts a question as a person types it to the form of `pose`. Returns None if it is not a question."""
         raise NotImplementedError
 
-    def show(self, written: str) -> str:
-        """An answer for a person."""
-        return written
+    def show(self, answer: str) -> str:
+        """Converts an answer in the form of `pose` to the form that a person reads."""
+        return answer
+
+    @property
+    def answer_length(self) -> int:
+        """The number of tokens of an answer."""
+        return len(self.pose(0, 0)[1])
 
     @property
     def length(self) -> int:
-        """Tokens that a row needs."""
-        return self.question_length + self.answer_length
+        """The number of tokens of a question and its answer, which the context length has to hold."""
+        return sum(map(len, self.pose(0, 0)))
 
     @property
     def vocab_size(self) -> int:
         return len(self.alphabet)
 
-    def tokenizer(self, saved: dict) -> "QuestionTokenizer":
+    def tokenizer(self, saved: dict[str, Any]) -> "QuestionTokenizer":
         return QuestionTokenizer(self.alphabet, self)
 
     def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Questions":
         own = self.tokenizer({})
-        if tokenizer != TokenizerConfig() and (
-            isinstance(tokenizer, TokenizerConfig) or tokenizer.to_json() != own.to_json()
-        ):
+        is_config = isinstance(tokenizer, TokenizerConfig)
+        if tokenizer != TokenizerConfig() if is_config else tokenizer.to_json() != own.to_json():
             raise UserError(
-                f"data.kind={self.kind} brings its own tokens: leave the keys under tokenizer as they are, and start "
-                "from weights for the same kind of questions."
+                f"data.kind={self.kind} has its own tokens: leave the keys under tokenizer at their defaults, and "
+                "start from weights for the same kind of questions."
             )
         if model and model.length < self.length:
             raise UserError(
                 f"model.block_size={model.length} is too short for these questions; set model.block_size={self.length}."
             )
-        told = {name: value for name, value in dataclasses.asdict(self).items() if name != "prefetch"}
-        return Questions(self, own, hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32])
+        options = {name: value for name, value in dataclasses.asdict(self).items() if name != "prefetch"}
+        return Questions(self, own, hashlib.sha256(json.dumps(options).encode()).hexdigest()[:32])
 
 
 @dataclasses.dataclass(frozen=True)
 class ArithmeticConfig(QuestionConfig):
-    """a+b, a-b, a*b, also modulo a number. The answer's last digit comes first, as one computes it on paper."""
+    """Options of sums, differences and products, also modulo a number.
+
+    The last digit of an answer comes first, as in written arithmetic.
+    """
 
     kind: str = "arithmetic"  # see gpt/data/base.py
-    digits: int = 3  # of a and b, each from 0 on
+    digits: int = 3  # number of digits of the operands, from 1 to 18
     operators: str = "+"  # one or several of +, - and *
-    modulus: int = 0  # a, b and the answer are less than this; 0: there is none
+    modulus: int = 0  # the operands are less than it, and the answer is modulo it; 0: no modulus
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive("data", self, "digits")
         if self.digits > 18 or not 0 <= self.modulus < 10**18:
-            raise UserError(f"data.digits={self.digits} and data.modulus={self.modulus} are for at most 18 digits.")
+            raise UserError(
+                f"data.digits={self.digits} and data.modulus={self.modulus} must not be negative or exceed 18 digits."
+            )
         if not self.operators or len(set(self.operators) & OPERATORS.keys()) < len(self.operators):
             raise UserError(f"data.operators={self.operators!r} has to name one or several of {' '.join(OPERATORS)}.")
         super().__post_init__()
 
     @property
     def _numbers(self) -> int:
-        """How many there are for a and b each."""
+        """The number of different operands."""
         return self.modulus or 10**self.digits
 
     @property
@@ -119,12 +139,12 @@ class ArithmeticConfig(QuestionConfig):
 
     @property
     def num_questions(self) -> int:
-        """Pairs for each operator, their order left aside: what is held out is not trained on the other way round."""
-        return self._numbers * (self._numbers + 1) // 2 * len(self.operators)
+        """The number of unordered pairs of operands for each operator.
 
-    @property
-    def question_length(self) -> int:
-        return 2 * self._width + 2
+        The two orders of a pair are forms of one question, so that none is held out in one order and trained in the
+        other.
+        """
+        return self._numbers * (self._numbers + 1) // 2 * len(self.operators)
 
     @property
     def answer_length(self) -> int:
@@ -132,41 +152,41 @@ class ArithmeticConfig(QuestionConfig):
         lengths = {"+": len(str(2 * largest)), "-": self._width + 1, "*": len(str(largest**2))}
         return self._width if self.modulus else max(lengths[operator] for operator in self.operators)
 
-    def pose(self, number: int, other: int) -> tuple[str, str]:
+    def pose(self, number: int, form: int) -> tuple[str, str]:
         pair, which = divmod(number, len(self.operators))
         b = (math.isqrt(8 * pair + 1) - 1) // 2
         a, operator = pair - b * (b + 1) // 2, self.operators[which]
-        a, b = (b, a) if other % 2 else (a, b)
+        a, b = (b, a) if form % 2 else (a, b)
         answer = OPERATORS[operator](a, b)
         answer = answer % self.modulus if self.modulus else answer
         width = self._width
         return f"{a:0{width}d}{operator}{b:0{width}d}=", f"{answer:0{self.answer_length}d}"[::-1]
 
     def read(self, question: str) -> str | None:
-        found = re.fullmatch(rf"\s*([0-9]+)\s*([{re.escape(self.operators)}])\s*([0-9]+)\s*=\s*", question)
-        numbers = (int(found[1]), int(found[3])) if found else (self._numbers,)
-        if max(numbers) >= self._numbers:
+        match = re.fullmatch(rf"\s*([0-9]+)\s*([{re.escape(self.operators)}])\s*([0-9]+)\s*=\s*", question)
+        if not match:
             return None
-        return f"{numbers[0]:0{self._width}d}{found[2]}{numbers[1]:0{self._width}d}="
+        a, b = int(match[1]), int(match[3])
+        return f"{a:0{self._width}d}{match[2]}{b:0{self._width}d}=" if max(a, b) < self._numbers else None
 
-    def show(self, written: str) -> str:
-        forwards = written[::-1]
+    def show(self, answer: str) -> str:
+        forwards = answer[::-1]
         return str(int(forwards)) if re.fullmatch("-?[0-9]+", forwards) else forwards
 
 
 @dataclasses.dataclass(frozen=True)
 class SortConfig(QuestionConfig):
-    """Digits to be put in order."""
+    """Options of sequences of digits that are to be sorted."""
 
     kind: str = "sort"  # see gpt/data/base.py
-    size: int = 10  # digits to be sorted
-    digits: int = 10  # different ones, from 0 on
+    size: int = 10  # number of digits in a sequence, from 1 to 500
+    digits: int = 10  # number of different digits, from 2 to 10
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_positive("data", self, "size")
         if not 2 <= self.digits <= 10 or self.size > 500:
             raise UserError(
-                f"data.digits={self.digits} has to lie between 2 and 10, and data.size={self.size} below 500."
+                f"data.digits={self.digits} has to lie between 2 and 10, and data.size={self.size} between 1 and 500."
             )
         super().__post_init__()
 
@@ -178,29 +198,21 @@ class SortConfig(QuestionConfig):
     def num_questions(self) -> int:
         return self.digits**self.size
 
-    @property
-    def question_length(self) -> int:
-        return self.size + 1
-
-    @property
-    def answer_length(self) -> int:
-        return self.size
-
-    def pose(self, number: int, other: int) -> tuple[str, str]:
-        found = []
+    def pose(self, number: int, form: int) -> tuple[str, str]:
+        digits = []
         for _ in range(self.size):
             number, digit = divmod(number, self.digits)
-            found.append(str(digit))
-        return "".join(found) + "=", "".join(sorted(found))
+            digits.append(str(digit))
+        return "".join(digits) + "=", "".join(sorted(digits))
 
     def read(self, question: str) -> str | None:
         digits = re.fullmatch(rf"([0-{self.digits - 1}]{{{self.size}}})=?", re.sub(r"[\s,]", "", question))
-        return digits and digits[1] + "="
+        return digits[1] + "=" if digits else None
 
 
 @dataclasses.dataclass(frozen=True)
 class QuestionTokenizer(CharTokenizer):
-    """The characters of questions: a prompt is a question as a person writes it, and the answer reads likewise."""
+    """A tokenizer of the characters of questions, whose prompts and samples are in the form that a person reads."""
 
     name: ClassVar[str] = "questions"
     config: QuestionConfig
@@ -216,24 +228,21 @@ class QuestionTokenizer(CharTokenizer):
         question = self.config.read(text)
         if question is None:
             example, _ = self.config.pose(_scattered(0, self.config.num_questions), 0)
-            raise UserError(f"{text!r} is no question like {example}")
+            raise UserError(f"{text!r} is not a question like {example}")
         return super().encode(question)
 
     def decode(self, ids: np.ndarray) -> str:
-        """The answer once it is complete, and U+FFFD before."""
+        """Returns an answer if it is complete, else U+FFFD for each token."""
         written = super().decode(ids)
         return self.config.show(written) if len(written) >= self.config.answer_length else "\ufffd" * len(written)
 
     def piece(self, token: int) -> str:
         return self.alphabet[token]
 
-    def to_json(self) -> str:
-        return json.dumps({"name": self.name, "alphabet": self.alphabet})
-
 
 @dataclasses.dataclass(frozen=True)
-class QuestionRows:
-    """The questions of the scattered numbers `first` to `first + count`, each in a row of `length` tokens."""
+class QuestionExamples:
+    """The questions with the scattered numbers from `first` to `first + count`, as examples of `length` tokens."""
 
     config: QuestionConfig
     first: int
@@ -245,64 +254,61 @@ class QuestionRows:
         return self.count
 
     def pose(self, epoch: int, index: int) -> tuple[str, str]:
-        """Question and answer; where a question has two forms, another is drawn in each epoch."""
+        """Returns question and answer; of a question with several forms, each epoch draws one."""
         number = _scattered(self.first + index, self.config.num_questions)
         return self.config.pose(number, _mix(number + _mix(epoch + _mix(self.seed))) >> 20)
 
     def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
+        """Returns "inputs" and "targets" [length], int32, which are 0 and `IGNORED` after the answer."""
         question, answer = self.pose(epoch, index)
-        places = _places(self.config.alphabet)
-        tokens = [places[character] for character in question + answer + END]
-        row = {"inputs": np.zeros(self.length, np.int32), "targets": np.full(self.length, IGNORED, np.int32)}
-        row["inputs"][: len(tokens) - 1] = tokens[:-1]
-        row["targets"][len(question) - 1 : len(tokens) - 1] = tokens[len(question) :]
-        return row
+        ids = {character: i for i, character in enumerate(self.config.alphabet)}
+        tokens = [ids[character] for character in question + answer + END]
+        inputs, targets = np.zeros(self.length, np.int32), np.full(self.length, IGNORED, np.int32)
+        inputs[: len(tokens) - 1] = tokens[:-1]
+        targets[len(question) - 1 : len(tokens) - 1] = tokens[len(question) :]
+        return {"inputs": inputs, "targets": targets}
 
 
 @dataclasses.dataclass(frozen=True)
 class Questions(Dataset):
-    """All questions of a kind."""
+    """All questions of a config."""
 
     config: QuestionConfig
-    tokenizer: Tokenizer
+    tokenizer: QuestionTokenizer
     fingerprint: str
 
-    def _rows(self, split: str, length: int, seed: int = 0) -> QuestionRows:
+    def _examples(self, split: str, length: int, seed: int = 0) -> QuestionExamples:
         held_out = self.config.validation_rows
-        end = min(self.config.num_questions, MOST_ROWS)
+        end = min(self.config.num_questions, MOST_EXAMPLES)
         first, last = {"train": (held_out, end), "val": (0, held_out), "all": (0, end)}[split]
-        return QuestionRows(self.config, first, last - first, length, seed)
+        return QuestionExamples(self.config, first, last - first, length, seed)
 
-    def training(self, model: ModelShape, seed: int) -> Source:
-        return self._rows("train", model.length, seed)
+    def training(self, model: ModelShape, seed: int) -> QuestionExamples:
+        return self._examples("train", model.length, seed)
 
-    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Source:
-        if stride:
-            raise UsageError(f"--stride={stride} is for texts; data.kind={self.config.kind} has no windows.")
-        return self._rows(split, model.length)
+    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> QuestionExamples:
+        refuse_stride(stride, self.config.kind)
+        return self._examples(split, model.length)
 
     def describe(self) -> str:
-        train, held_out = self._rows("train", 0), self._rows("val", 0)
+        train, held_out = self._examples("train", 0), self._examples("val", 0)
         question, answer = held_out.pose(0, 0)
         example = f"{question}{self.config.show(answer)}"
         return f"{len(train):,} training and {len(held_out):,} held-out questions like {example}"
 
-    def mistakes(self, source: QuestionRows, result: dict[str, Any]) -> Shown:
+    def mistakes(self, source: Any, result: dict[str, Any]) -> Shown:
+        """Returns lines with questions, wrong answers and right answers."""
         lines = []
-        for index, said in result["mistakes"]:
+        for index, predictions in result["mistakes"]:
             question, answer = source.pose(0, index)
             start = len(question) - 1
-            written = "".join(self.config.alphabet[i] for i in said[start : start + len(answer)])
+            written = "".join(self.config.alphabet[i] for i in predictions[start : start + len(answer)])
             lines.append(f"mistake  {question}{self.config.show(written)}, right is {self.config.show(answer)}")
         return Shown("\n".join(lines))
 
 
-def _places(alphabet: str) -> dict[str, int]:
-    return {character: i for i, character in enumerate(alphabet)}
-
-
 def _mix(x: int) -> int:
-    """64 bits that look random (the finalizer of SplitMix64, 10.1145/2714064.2660195)."""
+    """Returns a hash of 64 bits, by the finalizer of SplitMix64 (10.1145/2714064.2660195)."""
     x = (x + 0x9E3779B97F4A7C15) % 2**64
     x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
@@ -310,10 +316,10 @@ def _mix(x: int) -> int:
 
 
 def _scattered(number: int, size: int) -> int:
-    """A fixed permutation of range(size), one number at a time.
+    """Returns the image of a number under a fixed permutation of range(size).
 
-    A Feistel network (10.1137/0217022) permutes the numbers of an even count of bits; what falls beyond `size` goes
-    through it again.
+    A Feistel network (10.1137/0217022) permutes the numbers with an even number of bits. It is applied again to a
+    result that is not less than `size`.
     """
     half = (max(size - 1, 1).bit_length() + 1) // 2
     while True:

@@ -1,7 +1,7 @@
-"""The kinds of data, and what the rest of the program asks of one.
+"""The kinds of data, and the interface between a kind of data and the rest of the program.
 
-A kind is a file here with a configuration, a subclass of `DataConfig`, that loads a `Dataset`; and its line in `KINDS`.
-`config.data.kind` chooses it. README.md beside this file tells how to write one.
+A kind of data is a module in this folder with a subclass of `DataConfig` that loads a `Dataset`, and an entry in
+`KINDS`. `config.data.kind` selects it. README.md in this folder explains how to write one.
 """
 
 import dataclasses
@@ -11,7 +11,9 @@ from typing import Any, ClassVar, Protocol, Self
 import numpy as np
 
 from gpt.data import tokenizers
-from gpt.runtime.errors import UserError
+from gpt.data.tokenizers import Labels, Tokenizer, TokenizerConfig
+from gpt.runtime.errors import UsageError, UserError
+from gpt.runtime.fields import harmless
 
 KINDS = {
     "text": "gpt.data.text:TextConfig",
@@ -27,20 +29,20 @@ Say = Callable[[str], object]
 
 
 class Source(Protocol):
-    """Rows to train or evaluate on: a pure function of (epoch, index), unaware of JAX.
+    """Examples to train or evaluate on, as a pure function of (epoch, index) that does not use JAX.
 
-    It may have an attribute `threads`: how many batches are worth reading at once; without, it is one.
+    A source may have an attribute `threads`, the number of batches that are worth reading at once. The default is 1.
     """
 
     def __len__(self) -> int:
-        """Rows in an epoch."""
+        """Returns the number of examples in an epoch."""
 
     def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-        """One row: arrays that have the same shapes for every index."""
+        """Returns an example: "inputs", "targets" and others, whose shapes are the same for every index."""
 
 
 class ModelShape(Protocol):
-    """What data needs to know of a model: see `gpt.models.base.ModelConfig`."""
+    """The properties of a model that data depends on: see `gpt.models.base.ModelConfig`."""
 
     @property
     def length(self) -> int: ...
@@ -56,109 +58,134 @@ class ModelShape(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """What a person is shown: text, and pictures (uint8 of [H, W, C]) by their name on TensorBoard."""
+    """Output for a person: text, and {tag on TensorBoard: picture} with pictures as uint8 [H, W, C]."""
 
     text: str = ""
     pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
+def refuse_stride(stride: int | None, kind: str) -> None:
+    """Raises UsageError if there is a stride; for kinds of data whose examples are not windows over a text."""
+    if stride:
+        raise UsageError(f"--stride={stride} is for texts; data.kind={kind} has no windows.")
+
+
 class Dataset:
-    """Data, ready to be read.
+    """Loaded data, which gives out sources of examples.
 
     Attributes:
-      tokenizer: what targets stand for; its `vocab_size` is the width of the logits. It stays in the workdir. For
-        classes, `gpt.tokenizers.Labels`.
-      fingerprint: changes with the rows, whatever they depend on.
+      tokenizer: defines the meaning of the targets; its `vocab_size` is the number of logits. It is saved in the
+        workdir. For classes it is a `gpt.data.tokenizers.Labels`.
+      fingerprint: a digest that changes with the examples.
     """
 
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: Tokenizer | Labels
     fingerprint: str
 
     def training(self, model: ModelShape, seed: int) -> Source:
-        """Rows to train on, of the shapes of `model.example_shapes`; targets that do not count are `IGNORED`."""
+        """Returns the training examples, shaped as `model.example_shapes`; targets that do not count are `IGNORED`."""
         raise NotImplementedError
 
     def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Source:
-        """Every row of "train", "val" or "all" once, where training has them again and again, changed or shuffled.
+        """Returns every example of a split once, without augmentation.
 
         Args:
-          stride: of windows over a text.
+          split: "train", "val" or "all".
+          stride: tokens between the beginnings of two windows over a text.
 
         Raises:
-          UserError: there are no windows, or too little to evaluate.
+          UsageError: the kind of data has no windows, or the stride leaves gaps.
+          UserError: the split has nothing to evaluate.
         """
         raise NotImplementedError
 
     def describe(self) -> str:
-        """How much of what there is, in a few words."""
+        """Returns the size of the data as a short phrase for the log."""
         raise NotImplementedError
 
     def report(self, source: Source, result: dict[str, Any]) -> dict[str, float]:
-        """What to tell of a result of `gpt.program.evaluate`, and before it how many rows (tokens, images, …) it is of.
+        """Returns the measures to print for a result of `gpt.step.evaluate`.
 
-        Where it has `accuracy` or `exact_match`, the line of an evaluation shows them.
+        The first entry is the number of examples, tokens or images. During training the progress line shows
+        `accuracy` and `exact_match` where they are present.
         """
         return {"examples": result["examples"]} | {name: result[name] for name in ("loss", "accuracy", "exact_match")}
 
     def mistakes(self, source: Source, result: dict[str, Any]) -> Shown:
-        """Some examples with a wrong prediction: `result["mistakes"]`, pairs of an index and its predictions."""
+        """Returns a view of the examples in `result["mistakes"]`, which are pairs (index, wrong predictions)."""
         return Shown()
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Options of the data: the base of a frozen dataclass for each kind, with `kind`, `prefetch` and its own fields.
+    """Options of a kind of data: the base class of a frozen dataclass for each kind, which adds its own fields.
 
     Attributes:
-      gives: what the inputs are, as `ModelConfig.reads`.
-      vocab_size: width of the logits, where that is known before the data is read; else 0.
+      kind: the name in `KINDS`.
+      prefetch: number of batches that are prepared ahead of the training step.
+      gives: the type of the inputs, "tokens" or "images", as `ModelConfig.reads`.
     """
 
     kind: str
-    prefetch: int
+    prefetch: int = harmless(4)  # number of batches to prepare ahead of the training step; 0: no prefetching
 
     gives: ClassVar[str] = "tokens"
 
+    def __post_init__(self) -> None:
+        if self.prefetch < 0:
+            raise UserError(f"data.prefetch={self.prefetch} must not be negative.")
+
     @property
     def vocab_size(self) -> int:
-        """Number of different targets where it is known before the data is read; else 0."""
+        """The number of different targets if it is known before the data is read, else 0."""
         return 0
 
     def load(
         self,
-        tokenizer: tokenizers.Tokenizer | tokenizers.TokenizerConfig,
+        tokenizer: Tokenizer | Labels | TokenizerConfig,
         model: ModelShape | None,
         say: Say = lambda line: None,
         status: Say = lambda line: None,
     ) -> Dataset:
-        """The data, read now or found in the cache.
+        """Loads the data, from the cache where possible.
 
         Args:
-          tokenizer: one that exists (of a workdir), or `config.tokenizer`: what a text's is to be made by.
-          model: that the rows are for; None: rows of any length will do.
-          say: called with a line for the user where there is something to say.
-          status: called with lines that each replace the one before, while something takes long.
+          tokenizer: the tokenizer of a workdir, or `config.tokenizer` to create one for a text.
+          model: the model that will read the examples; None: examples of any length are accepted.
+          say: receives lines for the user.
+          status: receives lines about the progress of a long operation; each line replaces the previous one.
 
         Raises:
-          UserError: the data is not there, or does not fit.
+          UserError: the data does not exist, or does not fit the tokenizer or the model.
         """
         raise NotImplementedError
 
-    def tokenizer(self, saved: dict) -> tokenizers.Tokenizer:
-        """That of a workdir, of what its tokenizer.json holds. Raises ValueError and the like where that is none."""
+    def tokenizer(self, saved: dict[str, Any]) -> Tokenizer | Labels:
+        """Returns the tokenizer that a workdir's tokenizer.json describes.
+
+        Raises:
+          ValueError, KeyError, TypeError, AttributeError: `saved` does not describe a tokenizer.
+        """
         return tokenizers.from_tree(saved)
 
     def inputs(self, prompt: str, model: ModelShape) -> np.ndarray:
-        """What a classifier reads of a prompt, a file for instance. Raises UserError where that is not possible."""
-        raise UserError(f"data.kind={self.kind} has nothing that can be classified by --prompt; see gpt.evaluate.")
+        """Returns the input of a classifier for a prompt, such as a file name. Raises UserError if there is none."""
+        raise UserError(f"data.kind={self.kind} has no input that --prompt can name; use gpt.evaluate.")
 
     def opened(self, path: str | None = None) -> Self:
-        """As a command opens it for a workdir of whatever author: other data if `path` names some."""
+        """Returns the config with which a command opens a workdir, whose author may be anybody.
+
+        Args:
+          path: other data to read; None: the data of the run.
+
+        Raises:
+          UserError: this kind of data cannot be read from a path.
+        """
         if path is not None:
-            raise UserError(f"--data={path}: data.kind={self.kind} takes no data from elsewhere.")
+            raise UserError(f"--data={path}: data.kind={self.kind} reads no files; leave out --data.")
         return self
 
     @property
     def extras(self) -> tuple[str, ...]:
-        """Names of what a row has beside inputs and targets, of the shape of the inputs: ("starts",), or nothing."""
+        """The names of the arrays that an example has besides inputs and targets; their shape is that of the inputs."""
         return ()

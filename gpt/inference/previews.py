@@ -7,7 +7,7 @@ import numpy as np
 
 from gpt.config import Config
 from gpt.data.base import Dataset, Shown
-from gpt.data.pixels import Pixels, Rows
+from gpt.data.pixels import PixelExamples, Pixels
 from gpt.data.text import Corpus
 from gpt.inference import generation, pictures
 from gpt.step import Program
@@ -53,7 +53,7 @@ def _sampled_text(dataset: Corpus, program: Program, config: Config) -> Preview:
     return preview
 
 
-def _sampled_images(dataset: Pixels, program: Program, config: Config, source: Rows) -> Preview:
+def _sampled_images(dataset: Pixels, program: Program, config: Config, source: PixelExamples) -> Preview:
     """Returns a preview that draws images of each class, and completes the lower halves of validation images."""
     palette = dataset.tokenizer
     generator = generation.Generator(program.model, program.layout, generation.Sampling())
