@@ -201,6 +201,8 @@ class Sandbox:
             config = flag(arguments, "config") or ""
             short = ["steps=2", "epochs=0", "tokens=0", "batch_size=8", "micro_batches=1", "eval_every=2"]
             flags = [f"--config.train.{value}" for value in (*short, "sample_tokens=8")]
+            if not config.startswith("configs/finetune"):  # whose layers are those of the weights
+                flags.append("--config.model.num_layers=1")
             reads_text = re.match(r"configs/(char|bpe|perceiver_ar|pretrain|finetune)", config)
             if reads_text and not flag(arguments, "config.data.path"):
                 flags.append(f"--config.data.path={TEXT}")
