@@ -1,8 +1,8 @@
-"""A small model of words and their parts: byte-level BPE of 4,096 tokens, trained on the corpus, for two CPU cores.
+"""A small model of subword tokens for two CPU cores: byte-level BPE with 4,096 tokens, trained on the corpus.
 
-Your own text: --config.data.path=FILE-OR-FOLDER. Each file is a document, and <|endoftext|> in a file divides it into
-several; --config.data.document_borders keeps them from seeing each other. GPT-2's vocabulary in place of one trained
-here: --config.tokenizer.name=gpt2. Takes a size by name as an argument: --config=configs/bpe.py:gpt-mini.
+Your own text: --config.data.path=FILE_OR_FOLDER. Each file is a document, and <|endoftext|> splits a file into several
+documents; --config.data.document_borders restricts attention to the same document. --config.tokenizer.name=gpt2 uses
+GPT-2's vocabulary instead of training one. Takes a model size as an argument: --config=configs/bpe.py:gpt-mini.
 """
 
 from gpt.config import default_config
@@ -12,16 +12,16 @@ from gpt.models.gpt import named_size
 def get_config(size: str = ""):
     config = default_config()
     config.tokenizer.name = "bpe"
-    config.tokenizer.vocab_size = 4096  # the plays are 1.6 million such tokens, of 3.1 bytes on average
+    config.tokenizer.vocab_size = 4096  # the plays become 1.6 million tokens of 3.1 bytes on average
     config.model.num_layers = 4
     config.model.num_heads = 4
     config.model.embed_dim = 128
     if size:
         config.model.update(named_size(size))
     config.model.block_size = 64  # about 200 characters
-    config.model.vocab_multiple = 128  # with another vocabulary, full tiles and something that `model` divides
+    config.model.vocab_multiple = 128  # pads other vocabularies to full TPU tiles that `mesh.model` divides
     config.model.positions = "rotary"
-    config.model.embed_dropout = 0.0  # the text is seen about twice
+    config.model.embed_dropout = 0.0  # the run is only two epochs long
     config.model.residual_dropout = 0.0
     config.model.attention_dropout = 0.0
     config.train.batch_size = 16

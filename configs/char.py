@@ -1,6 +1,6 @@
-"""The predecessor's character model: 8 layers, 8 heads, 512 wide, on text of any kind. For an accelerator.
+"""A character model of any text, for an accelerator: 8 layers, 8 heads, 512 wide, context length 128.
 
-Takes a size by name as an argument: --config=configs/char.py:gpt-mini (see SIZES in gpt/models/gpt.py).
+Takes a model size as an argument: --config=configs/char.py:gpt-mini (the sizes are in gpt/models/gpt.py, SIZES).
 """
 
 from gpt.config import default_config

@@ -1,15 +1,15 @@
-"""The lowest validation loss on tinyshakespeare that two CPU cores reach in little time: 1.88 in half a minute.
+"""Reaches a validation loss of 1.88 on tinyshakespeare in the shortest known time on two CPU cores.
 
-python -m gpt.main --config=configs/char_speedrun.py --config.data.path=tinyshakespeare.txt --workdir=runs/speedrun
+    python -m gpt.main --config=configs/char_speedrun.py --config.data.path=tinyshakespeare.txt --workdir=runs/speedrun
 
-Takes a longer time as an argument, for more model and more of the plays: --config=configs/char_speedrun.py:15min.
-Muon makes the most of few tokens, so a step may cost more and see more rows; README says what each option brings.
+Takes a time budget as an argument, for a larger model and more tokens: --config=configs/char_speedrun.py:15min. Muon
+learns the most per token, which is worth its slower steps. configs/README.md lists the effect of each option.
 """
 
 from gpt.config import default_config
 from gpt.runtime.fields import check_choice
 
-# Layers, heads, width, tokens in a row, rows, steps, dropout.
+# Layers, heads, width, context length, batch size, steps, dropout.
 TIMES = {
     "30s": (2, 2, 80, 64, 32, 240, 0.0),
     "3min": (3, 3, 96, 128, 16, 2400, 0.0),
@@ -22,7 +22,7 @@ def get_config(time: str = "30s"):
     layers, heads, width, length, rows, steps, dropout = TIMES[time]
     config = default_config()
     config.model.num_layers = layers
-    config.model.num_heads = heads  # larger heads learn faster: six of 16 lose 0.05 nats against three of 32
+    config.model.num_heads = heads  # six heads of 16 dimensions reach a loss 0.05 nats higher than three of 32
     config.model.embed_dim = width
     config.model.block_size = length
     config.model.positions = "rotary"

@@ -1,4 +1,4 @@
-"""A character model that writes something like Shakespeare after two or three minutes on two CPU cores."""
+"""A character model that writes Shakespeare-like text after a few minutes of training on two CPU cores."""
 
 from gpt.config import default_config
 
@@ -9,8 +9,8 @@ def get_config():
     config.model.num_heads = 4
     config.model.embed_dim = 128
     config.model.block_size = 64
-    config.model.positions = "rotary"  # 1.64 nats in place of 1.69 with learned ones
-    # The plays are seen less than once, so nothing is learnt by heart that dropout would have to prevent.
+    config.model.positions = "rotary"  # learned positions reach 1.69 nats instead of 1.64
+    # The run is shorter than one epoch, so it cannot overfit.
     config.model.embed_dropout = 0.0
     config.model.residual_dropout = 0.0
     config.model.attention_dropout = 0.0
@@ -18,7 +18,6 @@ def get_config():
     config.train.steps = 3000
     config.train.log_every = 50
     config.train.eval_every = 1000
-    # A small model bears a high learning rate.
-    config.optimizer.learning_rate = 4e-3
+    config.optimizer.learning_rate = 4e-3  # small models tolerate a high learning rate
     config.optimizer.warmup_tokens = 1e5
     return config

@@ -1,10 +1,10 @@
-"""Fine-tuning: a short run that starts from the weights of another, of GPT-2 for instance.
+"""Fine-tuning: a short run that starts from the weights of another run, for example converted GPT-2 weights.
 
-Takes the workdir with these weights as an argument: --config=configs/finetune.py:runs/gpt2. The model and the kinds of
-data and tokenizer are those of that run. `python -m gpt.convert` makes such a workdir of GPT-2's weights.
+Takes the workdir with these weights as an argument: --config=configs/finetune.py:runs/gpt2. The model, the kind of data
+and the tokenizer are those of that run. `python -m gpt.convert` creates such a workdir from Hugging Face weights.
 
-The recipe is nanoGPT's for GPT-2: a tenth of the learning rate of training and less, constant, for few steps. A text of
-a million tokens is learnt by heart soon, so watch the validation loss; the best checkpoint is kept.
+The recipe is nanoGPT's for GPT-2: a constant learning rate of at most a tenth of the training one, for few steps. The
+model soon overfits a text of a million tokens, so watch the validation loss; the best checkpoint is kept.
 """
 
 from gpt.config import default_config, read_recorded

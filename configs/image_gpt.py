@@ -1,7 +1,7 @@
-"""An image GPT that draws the digits of scikit-learn pixel by pixel, after a few minutes on two CPU cores.
+"""An image GPT that draws scikit-learn's digits pixel by pixel, after a few minutes on two CPU cores.
 
-The 1,797 images of 8 × 8 pixels have 17 levels of grey, which are the tokens, and a token for the class comes first:
-`pip install -e ".[images]"`. A folder of images in colour, with a subfolder for each class, is drawn in the same way:
+Needs `pip install -e ".[images]"`. The 1,797 images have 8 × 8 pixels with 17 grey levels, which are the tokens; the
+class is the first token. A folder of colour images, with a subfolder for each class, works in the same way:
 `--config.data.path=FOLDER --config.data.channels=3 --config.data.image_size=32 --config.model.block_size=1024`.
 """
 
@@ -14,8 +14,8 @@ def get_config():
     config.model.num_layers = 4
     config.model.num_heads = 4
     config.model.embed_dim = 128
-    config.model.block_size = 64  # the pixels
-    config.data.shift = 1  # by a pixel to each side: there are few images, and this makes nine of each
+    config.model.block_size = 64  # the number of pixels
+    config.data.shift = 1  # by up to one pixel in each direction, which makes nine variants of each image
     config.train.batch_size = 32
     config.train.steps = 2000
     config.train.log_every = 50

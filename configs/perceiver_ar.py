@@ -1,6 +1,7 @@
-"""A Perceiver AR: characters predicted from a context four times as long as what the blocks work on.
+"""A Perceiver AR (arXiv 2202.07765) that predicts characters from a context of 512 with 128 latents.
 
-Of 512 characters the last 128 are latents, which read the others once; the blocks work on them alone.
+The last 128 characters of the context are latents. They read the other characters once, by cross-attention, and the
+blocks work on the latents alone.
 """
 
 from gpt.config import default_config

@@ -1,7 +1,7 @@
-"""A Perceiver IO that tells the digits of scikit-learn apart, from single pixels, in a few minutes on two CPU cores.
+"""A Perceiver IO (arXiv 2107.14795) that classifies scikit-learn's digits from single pixels, on two CPU cores.
 
-16 learned latents read the 64 pixels, and a learned query reads the class from the latents. The data is that of
-configs/vit_digits.py: `pip install -e ".[images]"`.
+16 learned latents read the 64 pixels, and a learned query reads the class from the latents. The data is the same as in
+configs/vit_digits.py and needs `pip install -e ".[images]"`.
 """
 
 from gpt.config import default_config
@@ -17,11 +17,11 @@ def get_config():
     config.model.image_size = 8
     config.model.channels = 1
     config.model.num_latents = 16
-    config.model.positions = "sincos"  # learned ones begin too small to be seen beside single pixels
+    config.model.positions = "sincos"  # learned embeddings start too small relative to single pixels
     config.model.embed_dropout = 0.0
     config.model.residual_dropout = 0.0
     config.model.attention_dropout = 0.0
-    config.data.shift = 1  # by a pixel to each side: there are few images, and this makes nine of each
+    config.data.shift = 1  # by up to one pixel in each direction, which makes nine variants of each image
     config.train.batch_size = 64
     config.train.steps = 2000
     config.train.log_every = 50

@@ -1,6 +1,6 @@
-"""Ten digits put in order, learnt from examples: minGPT's demo, at greater length.
+"""Learns to sort ten digits from examples, like minGPT's sorting demo.
 
-Other lengths: --config.data.size=6 --config.data.digits=3, which are minGPT's.
+Other lengths: --config.data.size=6 --config.data.digits=3 are minGPT's.
 """
 
 from gpt.config import default_config
@@ -13,7 +13,7 @@ def get_config():
     config.model.num_layers = 2
     config.model.num_heads = 4
     config.model.embed_dim = 64
-    config.model.embed_dropout = 0.0  # there are more rows than it will see
+    config.model.embed_dropout = 0.0  # there are more examples than the run sees
     config.model.residual_dropout = 0.0
     config.model.attention_dropout = 0.0
     config.train.batch_size = 256
@@ -21,7 +21,7 @@ def get_config():
     config.train.log_every = 50
     config.train.eval_every = 300
     config.optimizer.learning_rate = 4e-3
-    config.optimizer.decay = "linear"  # to nothing: the last mistakes go when steps are small
+    config.optimizer.decay = "linear"  # to zero: the last errors disappear when updates are small
     config.optimizer.final_fraction = 0.0
     config.optimizer.warmup_tokens = 100 * 256 * 21  # 100 steps
     return config

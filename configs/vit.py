@@ -1,10 +1,11 @@
-"""A vision transformer (arXiv 2010.11929) for a folder of images with a subfolder for each class. For an accelerator.
+"""A vision transformer (arXiv 2010.11929) for a folder of images with a subfolder for each class, for an accelerator.
 
-Takes a size by name as an argument: --config=configs/vit.py:S (see SIZES in gpt/models/vit.py); without, it is Ti. Name
-the folder by --config.data.path; `pip install -e ".[images]"`.
+Takes a size as an argument: --config=configs/vit.py:S (the sizes are in gpt/models/vit.py, SIZES); the default is Ti.
+Needs `pip install -e ".[images]"` and --config.data.path=FOLDER. `gpt.plan` reads no data, so a plan needs
+--config.model.vocab_size=NUMBER_OF_CLASSES.
 
-The recipe is that of the simple ViT (arXiv 2205.01580) as far as it goes here: mean of the patches, sines and cosines
-for positions, crops and mirror images, batches of 1,024, 90 epochs. A plan wants --config.model.vocab_size=CLASSES.
+The recipe follows the simple ViT (arXiv 2205.01580): mean pooling, sine and cosine positions, random crops and
+horizontal flips, batches of 1,024, 90 epochs. It leaves out RandAugment and MixUp.
 """
 
 from gpt.config import default_config

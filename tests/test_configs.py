@@ -27,8 +27,10 @@ from gpt.planning import compiling
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
-CONFIGS = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
+FOLDER = Path(__file__).parent.parent / "configs"
+CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py"))
 CONFIGS.remove("finetune")  # it takes the config of a workdir
+CONFIGS += [f"pretrain:{size}" for size in runpy.run_path(str(FOLDER / "pretrain.py"))["SIZES"]]
 
 # Values of a small model, or of little data, of the fields that there are.
 SMALL = {
@@ -52,8 +54,9 @@ TRAIN |= {"eval_every": 4, "checkpoint_every": 2, "keep_checkpoints": 9, "sample
 
 
 def of_file(name: str) -> Config:
-    file = Path(__file__).parent.parent / "configs" / f"{name}.py"
-    return from_tree(runpy.run_path(str(file))["get_config"]())
+    """Returns the config of NAME or NAME:ARGUMENT."""
+    stem, *argument = name.split(":")
+    return from_tree(runpy.run_path(str(FOLDER / f"{stem}.py"))["get_config"](*argument))
 
 
 def with_fields(part, values):
@@ -178,8 +181,13 @@ def test_the_kind_that_the_page_on_data_writes_trains(tmp_path, monkeypatch):
 
 
 def test_the_speedrun_has_its_times():
-    get_config = runpy.run_path(str(Path(__file__).parent.parent / "configs" / "char_speedrun.py"))["get_config"]
-    lengths = [from_tree(get_config(*time)).train.steps for time in ((), ("3min",), ("15min",))]
+    names = ("char_speedrun", "char_speedrun:3min", "char_speedrun:15min")
+    lengths = [of_file(name).train.steps for name in names]
     assert lengths[0] < min(lengths[1:])
     with pytest.raises(UserError, match="time='4min' is not known; choose one of 30s, 3min, 15min"):
-        get_config("4min")
+        of_file("char_speedrun:4min")
+
+
+def test_the_sizes_for_pretraining_are_named():
+    with pytest.raises(UserError, match="size='gpt4' is not known; choose one of gpt2-124m, gpt2-1558m, gpt3-7b, gpt3"):
+        of_file("pretrain:gpt4")
