@@ -57,4 +57,4 @@ def test_the_notebook_runs_in_its_own_folder_and_in_the_root(notebook, tmp_path)
 
 def test_a_cell_of_the_notebook_that_fails_ends_it(notebook):
     with pytest.raises(nbclient.exceptions.CellExecutionError, match=r"model\.num_layers=0"):
-        notebook("configs", **{'num_layers\\": 2': 'num_layers\\": 0'})
+        notebook("configs", **{'"model.num_layers": 2': '"model.num_layers": 0'})
