@@ -1,5 +1,6 @@
-"""Prints how good a checkpoint is, over a whole split of its data or of other data: for a text loss, perplexity and
-bits per byte, for others loss, accuracy and exact match, with examples of mistakes.
+"""Evaluates a checkpoint on a whole split of its data, or on other data.
+
+Prints loss, perplexity and bits per byte for text; loss, accuracy, exact match and examples of mistakes for other data.
 
 python -m gpt.evaluate --workdir=runs/char
 python -m gpt.evaluate --workdir=runs/char --data=my.txt --split=all --stride=32
@@ -13,19 +14,21 @@ import gpt
 from gpt.runtime import cli, cluster
 
 _WORKDIR = cli.define_workdir_flag()
-_SPLIT = flags.DEFINE_enum("split", "val", ["val", "train", "all"], "Part of the data.")
-_DATA = flags.DEFINE_string("data", None, "Other data in place of the run's, as in data.path, and split as it is.")
+_SPLIT = flags.DEFINE_enum("split", "val", ["val", "train", "all"], "Part of the data to evaluate on.")
+_DATA = flags.DEFINE_string(
+    "data", None, "Other data to evaluate on, as in data.path; it is split like the data of the run."
+)
 _STRIDE = flags.DEFINE_integer(
     "stride",
     None,
-    "Tokens from one window to the next; the fewer, the more context each prediction has. Default: model.block_size.",
+    "Tokens by which the window moves; a smaller stride gives predictions more context. Default: model.block_size.",
     lower_bound=1,
 )
 _CHECKPOINT = cli.define_checkpoint_flag()
 _BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", None, "Examples at a time. Default: as in training.", lower_bound=1, upper_bound=2**20
+    "batch_size", None, "Examples in a batch. Default: as in training.", lower_bound=1, upper_bound=2**20
 )
-_JSON = flags.DEFINE_bool("json", False, "Print one line of JSON instead.")
+_JSON = flags.DEFINE_bool("json", False, "Print one line of JSON.")
 _JOB = cli.define_cluster_flags()
 
 
@@ -37,9 +40,9 @@ def main() -> int:
     if _JSON.value:
         print(json.dumps({"workdir": str(model.workdir.path), "split": _SPLIT.value, "step": model.step} | report))
         return 0
-    (what, count), *measures = report.items()
-    of = f" of {_DATA.value}" if _DATA.value else ""
-    print(f"{model.workdir.path}, step {model.step:,}, {_SPLIT.value} split{of}, {count:,} {what}")
+    (unit, count), *measures = report.items()
+    data = f" of {_DATA.value}" if _DATA.value else ""
+    print(f"{model.workdir.path}, step {model.step:,}, {_SPLIT.value} split{data}, {count:,} {unit}")
     for name, value in measures:
         print(f"{name.replace('_', ' '):20}{value:.4f}")
     if mistakes.text:

@@ -1,8 +1,8 @@
-"""Shows how a model reads a text: the loss of each token, what it expected there, and what each head looks at.
+"""Writes an HTML page that shows how a model reads a text: loss, predictions and attention weights of each token.
 
 python -m gpt.explain --workdir=runs/char_tiny --prompt="O Romeo, Romeo" --out=explained.html
 
-The page needs nothing but a browser. `gpt.load_model(WORKDIR).explain(TEXT)` gives the same as arrays, for a notebook.
+The page needs no network. In a notebook, `gpt.load_model(WORKDIR).explain(TEXT)` returns the same as arrays.
 """
 
 from absl import flags
@@ -14,7 +14,7 @@ from gpt.runtime.files import new_file
 _WORKDIR = cli.define_workdir_flag()
 _CHECKPOINT = cli.define_checkpoint_flag()
 _PROMPT = flags.DEFINE_string("prompt", None, "The text to read.", required=True)
-_OUT = flags.DEFINE_string("out", "explained.html", "The page to write; it must not exist.")
+_OUT = flags.DEFINE_string("out", "explained.html", "New file for the page.")
 
 
 def main() -> int:

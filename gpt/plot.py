@@ -1,4 +1,4 @@
-"""Draws the losses of one or several runs over their steps, as a PNG. Needs the extra `plot`.
+"""Plots the losses of one or several runs over their steps as a PNG file. Needs the extra `plot`.
 
 python -m gpt.plot --workdir=runs/char --out=loss.png
 """
@@ -7,8 +7,8 @@ from absl import flags
 
 from gpt.runtime import cli, plots
 
-_WORKDIR = flags.DEFINE_list("workdir", None, "Folders of runs, joined by commas.", required=True)
-_OUT = flags.DEFINE_string("out", "loss.png", "The picture to write; it must not exist.")
+_WORKDIR = flags.DEFINE_list("workdir", None, "Folders of runs, separated by commas.", required=True)
+_OUT = flags.DEFINE_string("out", "loss.png", "New file for the plot.")
 
 
 def main() -> int:
@@ -16,7 +16,7 @@ def main() -> int:
 
     folders = [Workdir(path) for path in _WORKDIR.value]
     for folder in folders:
-        folder.read()  # refuses what is not a run
+        folder.read()  # raises UserError if the folder holds no run
     print(f"wrote {plots.draw_losses([folder.path for folder in folders], _OUT.value)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Writes text with a trained model: a prompt, its continuation, or a prompt loop on a terminal.
+"""Generates text with a trained model: continuations of prompts, or a prompt loop on a terminal.
 
 python -m gpt.sample --workdir=runs/char --prompt="O Romeo"
 python -m gpt.sample --workdir=runs/char
@@ -7,10 +7,10 @@ python -m gpt.sample --workdir=runs/char --prompt="O Romeo" --prompt="O Juliet" 
 python -m gpt.sample --workdir=runs/image_gpt --prompt=class:3 --num_samples=16 --out=threes.png
 python -m gpt.sample --workdir=runs/vit --prompt=cat.jpg
 
-A model of pixels draws a picture; a classifier prints the class of each image.
+A model of pixels generates images; a classifier prints the class of each image.
 
-Control characters in a sample are shown escaped (\\x1b), in a file or a pipe as on a terminal. For the exact text use
---logprobs, whose JSON has it.
+Control characters in a sample are printed escaped (\\x1b), also to a file or a pipe. With --logprobs, the JSON has the
+exact text.
 """
 
 import sys
@@ -25,27 +25,33 @@ _CHECKPOINT = cli.define_checkpoint_flag()
 _PROMPT = flags.DEFINE_multi_string(
     "prompt",
     None,
-    "Text to continue; several are continued together. Without one, it is read from a pipe or a file on stdin, and a "
-    "terminal gets a prompt loop. For a model that draws: class:NAME, half:FILE (an image, whose lower half is drawn "
-    "anew), class:NAME,half:FILE, or nothing.",
+    "Text to continue. Several prompts are continued together. Without this flag, the prompt is read from stdin if "
+    "stdin is a pipe or a file; on a terminal, a prompt loop starts. A classifier takes an image file, and a model of "
+    "pixels class:NAME, half:FILE (an image whose lower half is generated), class:NAME,half:FILE, or an empty prompt.",
 )
 _NUM_TOKENS = flags.DEFINE_integer(
-    "num_tokens", None, "Tokens in a sample. Default: 500 of a text, all of an answer or a picture.", lower_bound=1
+    "num_tokens", None, "Tokens in a sample. Default: 500 for a text, all of an answer or an image.", lower_bound=1
 )
-_NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "Samples of each prompt.", lower_bound=1, upper_bound=1 << 16)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: always the likeliest token.")
-_TOP_K = flags.DEFINE_integer("top_k", None, "Draw from the k likeliest tokens only.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Draw from the likeliest tokens with probability p together.")
+_NUM_SAMPLES = flags.DEFINE_integer(
+    "num_samples", 1, "Number of samples for each prompt.", lower_bound=1, upper_bound=1 << 16
+)
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: always the most probable token.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Sample from the k most probable tokens only.")
+_TOP_P = flags.DEFINE_float("top_p", None, "Sample from the most probable tokens whose probabilities sum to p.")
 _REPETITION_PENALTY = flags.DEFINE_float(
-    "repetition_penalty", 1.0, "Divides the logits of tokens that the text has already; 1: none, 1.2: usual."
+    "repetition_penalty",
+    1.0,
+    "Reduces the logits of tokens that are already in the text; 1: no penalty, 1.2: a usual value.",
 )
 _LOGPROBS = flags.DEFINE_bool(
-    "logprobs", False, "Print a line of JSON for each sample, with its tokens and the model's log-probabilities."
+    "logprobs", False, "Print a line of JSON for each sample, with its tokens and their log-probabilities."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Equal seeds give equal samples.", lower_bound=0, upper_bound=2**32 - 1)
 _STOP = flags.DEFINE_string("stop", "", "End a sample before this text.")
-_STOP_NEWLINES = flags.DEFINE_integer("stop_newlines", 0, "End a sample with its n-th line feed.", lower_bound=0)
-_OUT = flags.DEFINE_string("out", "samples.png", "File for the samples of a model that draws; it must not exist.")
+_STOP_NEWLINES = flags.DEFINE_integer(
+    "stop_newlines", 0, "End a sample with its n-th line feed; 0: do not.", lower_bound=0
+)
+_OUT = flags.DEFINE_string("out", "samples.png", "New file for the images of a model of pixels.")
 _JOB = cli.define_cluster_flags()
 
 
@@ -57,9 +63,16 @@ def main() -> None:
     prompts = _PROMPT.value
     if prompts is None and not cluster.share("terminal", lambda: sys.stdin is not None and sys.stdin.isatty()):
         prompts = [cluster.share("piped prompt", cli.read_stdin)]
-    drawn = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value)
-    shown = {"logprobs": _LOGPROBS.value, "stop_text": _STOP.value, "stop_newlines": _STOP_NEWLINES.value}
-    options = sampling.Options(drawn, _NUM_TOKENS.value, _NUM_SAMPLES.value, seed=_SEED.value, out=_OUT.value, **shown)
+    options = sampling.Options(
+        Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value),
+        num_tokens=_NUM_TOKENS.value,
+        num_samples=_NUM_SAMPLES.value,
+        logprobs=_LOGPROBS.value,
+        seed=_SEED.value,
+        stop_text=_STOP.value,
+        stop_newlines=_STOP_NEWLINES.value,
+        out=_OUT.value,
+    )
     rows = len(prompts or [""]) * _NUM_SAMPLES.value
     sampling.run(gpt.load_model(_WORKDIR.value, _CHECKPOINT.value, rows=rows), prompts, options)
 

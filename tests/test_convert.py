@@ -21,12 +21,14 @@ from safetensors.numpy import load_file, save_file
 
 from gpt import step, train
 from gpt.checkpointing import loading
+from gpt.checkpointing.run import Run
 from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config, OptimizerConfig, TrainConfig
 from gpt.data import bpe, pipeline, text, tokenizers
 from gpt.data.tokenizers import ByteTokenizer, TokenizerConfig
 from gpt.inference import generation
-from gpt.interop import huggingface
+from gpt.interop import huggingface, safetensors_folder, tokenizer_files
+from gpt.interop.gpt2 import GPT2
 from gpt.models.gpt import GPTConfig
 from gpt.models.layers import stack_layers
 from gpt.runtime.errors import UserError
@@ -177,7 +179,7 @@ def test_other_forms_of_a_folder(tmp_path):
     places = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
     for file in set(places.values()):
         save_file({name: bare[name] for name in names if places[name] == file}, other / file)
-    (other / huggingface.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (other / safetensors_folder.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
     same(expected, converted(other, tmp_path / "from_other"))
 
     halves = {name: array.astype(np.float16) for name, array in tensors.items()}
@@ -213,7 +215,7 @@ REFUSED = {
     "no epsilon": ({"layer_norm_epsilon": 0}, None, r"model\.norm_epsilon=0\.0 has to be greater than 0"),
     "another scale": ({"scale_attn_by_inverse_layer_idx": True}, None, r"scale_attn_by_inverse_layer_idx is True"),
     "another activation": ({"activation_function": "tanh"}, None, r"activation_function is 'tanh'"),
-    "no width": ({"n_embd": None}, None, r"n_embd is None, and not a number"),
+    "no width": ({"n_embd": None}, None, r"n_embd is None, which is not a whole number"),
     "another vocabulary": ({"vocab_size": 99}, lambda t: t | {WTE: t[WTE][:99]}, r"99 in config\.json.* 256 tokens"),
     "heads that do not divide": ({"n_head": 5}, None, r"num_heads=5 does not divide"),
 }
@@ -238,12 +240,14 @@ def _pickle(folder):
 
 def _lost_shard(folder):
     (folder / "model.safetensors").unlink()
-    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "model-1-of-2.safetensors"}}))
+    (folder / safetensors_folder.INDEX).write_text(
+        json.dumps({"weight_map": {"wte.weight": "model-1-of-2.safetensors"}})
+    )
 
 
 def _outside(folder):
     (folder / "model.safetensors").rename(folder.parent / "model.safetensors")
-    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "../model.safetensors"}}))
+    (folder / safetensors_folder.INDEX).write_text(json.dumps({"weight_map": {"wte.weight": "../model.safetensors"}}))
 
 
 @pytest.mark.parametrize(
@@ -298,7 +302,7 @@ def test_a_damaged_checkpoint_is_not_written(base, tmp_path):
 )
 def test_models_that_are_no_gpt2_are_not_written(change):
     with pytest.raises(UserError, match=rf"transformers' GPT-2 has no model\.{next(iter(change))}="):
-        huggingface.write_config(GPTConfig(vocab_size=256, **change), ByteTokenizer())
+        GPT2().write(GPTConfig(vocab_size=256, **change), Run(Config(), ByteTokenizer(), None))
 
 
 def test_a_tokenizer_goes_there_and_back(tmp_path):
@@ -392,7 +396,7 @@ def test_samples_end_with_the_tokens_that_the_folder_names(config, generation, s
     workdir = converted(tmp_path / "hf", tmp_path / "run")
     assert loading.load(workdir, "best").tokenizer.stop_tokens == stops
     huggingface.to_hf(workdir, "best", tmp_path / "back")
-    assert huggingface.read_tokenizer(tmp_path / "back") == workdir.read().tokenizer
+    assert tokenizer_files.read(tmp_path / "back") == workdir.read().tokenizer
 
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
@@ -562,13 +566,14 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(config, theirs, t
         our_loss, gradients = jax.jit(jax.value_and_grad(ours))(run.params)
     assert float(our_loss) == pytest.approx(loss.item(), abs=1e-4)
     found = jax.tree.map(np.asarray, stack_layers(gradients))
-    wanted = huggingface.tensors(run.model_config)
+    wanted = GPT2().tensors(run.model_config)
     for path, array in jax.tree_util.tree_leaves_with_path(found):
         name = path_name(path)
-        for layer in huggingface._layers(name, run.model_config):
-            theirs_ = wanted[name].names[0].format(layer)
+        for (theirs_,), layer in zip(
+            wanted[name].names_by_layer, array.reshape(-1, *wanted[name].our_shape), strict=True
+        ):
             parameter = model.get_parameter(theirs_ if "lm_head" in theirs_ else f"transformer.{theirs_}")
-            (ours_,) = wanted[name].write(array[layer] if name.startswith("blocks/") else array)
+            (ours_,) = wanted[name].to_theirs(layer)
             np.testing.assert_allclose(ours_, parameter.grad.numpy(), atol=1e-4, err_msg=theirs_)
 
 

@@ -174,7 +174,7 @@ REFUSED = {
     "a pooler": ({}, lambda t: t | {"vit.pooler.dense.bias": t["classifier.bias"]}, r"pooler.* not part of a ViT"),
     "a wrong shape": ({}, lambda t: t | {HEAD: t[HEAD][:4]}, r"classifier\.weight is 4 × 24, but has to be 5 × 24"),
     "no biases": ({"qkv_bias": False}, None, r"qkv_bias is False, but only True can be converted"),
-    "a list of sizes": ({"image_size": [12, 12]}, None, r"image_size is \[12, 12\], and not a number"),
+    "a list of sizes": ({"image_size": [12, 12]}, None, r"image_size is \[12, 12\], which is not a whole number"),
     "another activation": ({"hidden_act": "tanh"}, None, r"hidden_act is 'tanh', but only"),
     "a class without a name": ({"id2label": {"0": "cat", "2": "dog"}}, None, r"id2label does not name the classes"),
     "patches that do not fit": ({"patch_size": 5}, None, r"patch_size=5 does not divide model\.image_size=12"),

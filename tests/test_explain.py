@@ -1,8 +1,6 @@
-"""How a model reads a text: losses and attention against its own logits, the page, and the notebook."""
+"""Explanations: losses and attention weights against the model's own logits, and the page."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -110,42 +108,3 @@ def test_the_command_writes_a_page_and_never_over_one(run, tmp_path):
     assert again.returncode == 1
     assert "exists already" in again.stderr
     assert out.read_text() == written
-
-
-@pytest.fixture
-def notebook(tmp_path):
-    """Runs the code cells of the notebook, with few steps and changes, from a folder of a copy of the repository."""
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (tmp_path / "gpt").symlink_to(ROOT / "gpt")
-    cells = json.loads((ROOT / "configs/first_look.ipynb").read_text())["cells"]
-    cells = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    source = "\n".join(["import matplotlib", 'matplotlib.use("Agg")', *cells, 'figure.savefig("attention.png")'])
-    source += "\nimport gpt\nassert Path(gpt.__file__).is_relative_to(root)"  # and not one that is installed
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-
-    def run(folder, **changes):
-        code = source
-        for old, new in {"train.steps=200": "train.steps=4", **changes}.items():
-            assert old in code
-            code = code.replace(old, new)
-        options = {"cwd": tmp_path / folder, "env": environment, "timeout": 400}
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
-
-    return run
-
-
-def test_the_notebook_runs_wherever_jupyter_starts_it(notebook, tmp_path):
-    for folder in ("configs", "."):  # the second time, the model is there
-        done = notebook(folder)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "4 steps" in done.stdout
-        assert (tmp_path / "attention.png").stat().st_size > 1000
-        (tmp_path / "attention.png").unlink()
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["first_look"]
-
-
-def test_a_cell_of_the_notebook_that_fails_ends_it(notebook):
-    done = notebook("configs", **{"num_layers=2": "num_layers=0"})
-    assert done.returncode != 0
-    assert "error: model.num_layers=0" in done.stdout
-    assert "CalledProcessError" in done.stderr

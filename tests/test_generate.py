@@ -21,7 +21,7 @@ from gpt.inference.generation import (
     Segment,
     continuations,
     encode_prompt,
-    kept,
+    restart_length,
     sample_token,
 )
 from gpt.models.attention import MASKED
@@ -69,7 +69,7 @@ generator_of = functools.cache(lambda name, sampling, **how: Generator(MODEL, la
 
 def rows_of(decoding, num_tokens) -> np.ndarray:
     """The first tokens of each row: [rows, num_tokens]."""
-    found = np.zeros((len(decoding.over_B), 0), int)
+    found = np.zeros((len(decoding.finished_B), 0), int)
     while found.shape[1] < num_tokens:
         found = np.concatenate([found, decoding.advance(num_tokens - found.shape[1]).tokens_BxN], axis=1)
     return found
@@ -102,7 +102,7 @@ def naive(prompt, num_tokens, model=MODEL):
         logprobs.append(np.log(softmax(logits)[found[-1]]))
         window.append(found[-1])
         if len(window) > BLOCK:
-            window = window[-kept(MODEL.config) :]
+            window = window[-restart_length(MODEL.config) :]
     return found, logprobs
 
 
@@ -199,13 +199,13 @@ def test_stop_token_ends_a_row_while_others_go_on():
         end = int(np.argmax(freely == stop)) + 1 if stop in freely else 24
         assert row[:end].tolist() == freely[:end].tolist()
         assert (row[end:] == -1).all()
-    assert decoding.over_B.tolist() == [stop in row for row in free]
+    assert decoding.finished_B.tolist() == [stop in row for row in free]
 
 
 def test_loop_ends_when_all_rows_are_over():
     """The compiled one: with nothing left to do, nothing is computed, and so nothing written."""
     decoding = generator_of("1", Sampling()).start(params_of("1"), [PROMPT], num_samples=2)
-    decoding.over_B[:] = True
+    decoding.finished_B[:] = True
     before = jax.device_get(decoding._cache)
     assert (decoding.advance(4).tokens_BxN == -1).all()
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(decoding._cache), before)
@@ -296,7 +296,7 @@ def test_segments_and_prompts_share_one_compiled_program(caplog, name):
 def test_loop_copies_no_cache(rows):
     """Each copy would cost as much as the attention itself, at every token."""
     decoding = generator_of("1", Sampling()).start(params_of("1"), [PROMPT], num_samples=rows)
-    small = decoding._token_B, decoding._position_B, decoding.over_B, decoding._key_B, np.int32(0), np.int32(4)
+    small = decoding._token_B, decoding._position_B, decoding.finished_B, decoding._key_B, np.int32(0), np.int32(4)
     with layout_of("1").use():
         program = decoding._generator.extend.lower(params_of("1"), decoding._cache, None, *small).compile().as_text()
     shape = ",".join(map(str, jax.tree.leaves(decoding._cache)[0].shape))
@@ -437,7 +437,7 @@ class Scripted:
     """Gives character codes as tokens, by segments: those of the texts, and then dots."""
 
     def __init__(self, *texts: str, size: int = 4):
-        self.over_B = np.zeros(len(texts), bool)
+        self.finished_B = np.zeros(len(texts), bool)
         self.made, self._texts, self._size = 0, texts, size
 
     def advance(self, most: int) -> Segment:
@@ -516,8 +516,8 @@ def test_nothing_is_made_after_all_samples_ended():
     script = Scripted("ab|d" * 9, "ABCDE|" * 9)
     shown = list(continuations(script, decode, 1000, stop_text="|"))
     assert script.made == 8
-    assert script.over_B.all()
-    assert all(row.over for row in shown[-1])
+    assert script.finished_B.all()
+    assert all(row.finished for row in shown[-1])
     script = Scripted("ab|d" * 9, "ABCDE|" * 9)
     list(continuations(script, decode, 6))
     assert script.made == 6
@@ -526,8 +526,8 @@ def test_nothing_is_made_after_all_samples_ended():
 def test_stop_token_ends_a_sample_before_it():
     *_, (first, second) = continuations(Scripted("abcde|gh", "|"), decode, 8, stop_tokens=[ord("|")])
     assert (first.text, second.text) == ("abcde", "")
-    assert first.over
-    assert second.over
+    assert first.finished
+    assert second.finished
 
 
 @pytest.mark.parametrize(("stops", "count"), [({}, 8), ({"stop_text": "ef"}, 4), ({"stop_tokens": [ord("g")]}, 6)])
@@ -550,9 +550,9 @@ def test_streamed_text_is_never_taken_back(stop):
     text = "a€b😀bb€😀b"
     shown = ""
     for (row,) in continuations(Bytes(text), ByteTokenizer().decode, len(text.encode()), stop_text=stop):
-        settled = row.settled(stop)
-        assert settled.startswith(shown)
-        shown = settled
+        stable = row.stable_text(stop)
+        assert stable.startswith(shown)
+        shown = stable
     assert shown == (text.split(stop)[0] if stop else text)
 
 
@@ -567,9 +567,9 @@ def test_streamed_text_is_never_taken_back(stop):
         ("x", "xy", ""),
     ],
 )
-def test_settled_text(text, stop, expected):
-    assert Continuation(text, np.zeros(0), np.zeros(0)).settled(stop) == expected
-    assert Continuation(text, np.zeros(0), np.zeros(0), over=True).settled(stop) == text
+def test_stable_text(text, stop, expected):
+    assert Continuation(text, np.zeros(0), np.zeros(0)).stable_text(stop) == expected
+    assert Continuation(text, np.zeros(0), np.zeros(0), finished=True).stable_text(stop) == text
 
 
 def test_model_and_text_together():

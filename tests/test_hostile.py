@@ -21,7 +21,8 @@ from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config, TrainConfig
 from gpt.data import bpe, tokenizers
 from gpt.inference import generation
-from gpt.interop import huggingface
+from gpt.interop import huggingface, tokenizer_files
+from gpt.interop.safetensors_folder import INDEX
 from gpt.models.gpt import GPTConfig
 from gpt.runtime import tensorboard
 from gpt.runtime.errors import UserError
@@ -146,13 +147,13 @@ def test_no_file_of_weights_is_unpickled_or_imported(folder, payload, tmp_path):
         (folder / name).write_bytes(payload)
     assert not refused_or_done(huggingface.from_hf, folder, Workdir(tmp_path / "fine"), 1)
     whole = {path: path.read_bytes() for path in folder.iterdir()}
-    read = {"config.json", huggingface.GENERATION, "model.safetensors", huggingface.OUR_TOKENIZER, huggingface.INDEX}
+    read = {"config.json", tokenizer_files.GENERATION, "model.safetensors", tokenizer_files.OUR_TOKENIZER, INDEX}
     read |= {"vocab.json", "tokenizer.json"}
     for name in sorted(read | {path.name for path in whole}):
-        if name == huggingface.INDEX:
+        if name == INDEX:
             (folder / "model.safetensors").unlink()
         if name in ("vocab.json", "tokenizer.json"):  # without them
-            (folder / huggingface.OUR_TOKENIZER).unlink(missing_ok=True)
+            (folder / tokenizer_files.OUR_TOKENIZER).unlink(missing_ok=True)
         (folder / name).write_bytes(payload)
         refused = refused_or_done(huggingface.from_hf, folder, Workdir(tmp_path / f"run-{name}"), 1)
         assert refused == (name in read), name
@@ -186,7 +187,7 @@ def test_a_workdir_does_not_say_where_to_write(stranger, tmp_path, monkeypatch):
 def test_an_index_names_files_of_its_folder_alone(folder, tmp_path, name):
     shutil.copy(folder / "model.safetensors", tmp_path / "x.safetensors")
     (folder / "model.safetensors").unlink()
-    (folder / huggingface.INDEX).write_text(json.dumps({"weight_map": {"wte.weight": name}}))
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"wte.weight": name}}))
     with pytest.raises(UserError, match=r"names .*, which is not in the folder"):
         huggingface.from_hf(folder, Workdir(tmp_path / "new"), 1)
     assert not (tmp_path / "new").exists()
@@ -275,7 +276,7 @@ ABSURD_WEIGHTS = {
     "shape and place": (lambda folder: _header(folder, _shaped([10**12], 4 * 10**12)), "is damaged or cut off"),
     "vocabulary": (
         lambda folder: edit_json(folder / "config.json", lambda c: c.update(vocab_size=10**12)),
-        "vocab_size is beyond all models",
+        "vocab_size is not less than 2³¹",
     ),
     "layers": (
         lambda folder: edit_json(folder / "config.json", lambda c: c.update(n_layer=10**9)),
@@ -283,19 +284,19 @@ ABSURD_WEIGHTS = {
     ),
     "hidden": (
         lambda folder: edit_json(folder / "config.json", lambda c: c.update(n_inner=10**400)),
-        "n_inner is beyond all models",
+        "n_inner is not less than 2³¹",
     ),
     "dropout": (
         lambda folder: edit_json(folder / "config.json", lambda c: c.update(embd_pdrop=float("nan"))),
-        "embd_pdrop is beyond all models",
+        "embd_pdrop is not less than 2³¹",
     ),
     "deep": (lambda folder: (folder / "config.json").write_text("[" * 10**6), "nested too deeply"),
     "long": (lambda folder: _sparse(folder / "config.json"), "more than 64 MiB"),
     "deep tokenizer": (
-        lambda folder: (folder / huggingface.OUR_TOKENIZER).write_text("[" * 10**6),
+        lambda folder: (folder / tokenizer_files.OUR_TOKENIZER).write_text("[" * 10**6),
         "nested too deeply",
     ),
-    "tokenizer of a list": (lambda folder: (folder / huggingface.OUR_TOKENIZER).write_text("[1]"), "is damaged"),
+    "tokenizer of a list": (lambda folder: (folder / tokenizer_files.OUR_TOKENIZER).write_text("[1]"), "is damaged"),
 }
 
 

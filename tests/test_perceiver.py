@@ -11,7 +11,7 @@ import pytest
 
 from gpt import sharding
 from gpt.data.text import EvaluationWindows, TrainingWindows
-from gpt.inference.generation import Generator, Sampling, kept
+from gpt.inference.generation import Generator, Sampling, restart_length
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.models.perceiver import PerceiverAR, PerceiverARConfig, PerceiverIO, PerceiverIOConfig
 from gpt.runtime.errors import UserError
@@ -256,7 +256,7 @@ def naive(params, config, prompt, num_tokens):
         found.append(int(logits.argmax()))
         window.append(found[-1])
         if len(window) > min(first + config.num_latents, config.block_size):
-            window = window[-kept(config) :]
+            window = window[-restart_length(config) :]
             first = max(0, len(window) - 1 - (config.num_latents - room))
             anew += 1
     return found, anew

@@ -232,10 +232,10 @@ def test_the_parts_of_a_preview_share_no_random_numbers(digits, monkeypatch):
 
         def __init__(self, generator, params, prompts, key_B):
             streams.extend(map(tuple, key_B))
-            self.over_B = np.zeros(len(prompts), bool)
+            self.finished_B = np.zeros(len(prompts), bool)
 
         def advance(self, most):
-            return generation.Segment(np.zeros((len(self.over_B), most), int))
+            return generation.Segment(np.zeros((len(self.finished_B), most), int))
 
     monkeypatch.setattr(generation, "Decoding", Blank)
     config = Config(data=digits.config, model=GPTConfig(block_size=64))

@@ -1,1 +1,1 @@
-"""What a trained model is used for."""
+"""Uses of a trained model: generating, evaluating, classifying and explaining."""

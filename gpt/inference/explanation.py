@@ -1,4 +1,4 @@
-"""How a trained model reads a text: the loss of each token, what it expected there, and what each head looks at."""
+"""Explains how a trained model reads a text: loss, predictions and attention weights of each token."""
 
 import base64
 import dataclasses
@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from gpt.checkpointing.loading import Loaded
+from gpt.data.tokenizers import Labels
 from gpt.inference import generation
 from gpt.runtime.errors import UserError
 
-EXPECTED = 5  # tokens shown that the model holds for likeliest
+EXPECTED = 5  # number of predictions shown for each token
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,10 +23,10 @@ class Explanation:
     """How a model reads a text of T tokens.
 
     Attributes:
-      pieces: the tokens as text.
-      losses_T: nats; the first token has none (NaN), as nothing is before it.
-      expected: for each token after the first, the likeliest ones there, each with its probability.
-      attention_LxHxTxT: weights of each layer and head, from a token (row) to those that it sees.
+      pieces: the text of each token.
+      losses_T: loss of each token in nats. The first token has no context, and so its loss is NaN.
+      expected: for each token after the first, the most probable tokens with their probabilities.
+      attention_LxHxTxT: attention weights of each layer and head; row t holds the weights of token t on all tokens.
     """
 
     pieces: list[str]
@@ -34,7 +35,7 @@ class Explanation:
     attention_LxHxTxT: np.ndarray
 
     def page(self, title: str) -> str:
-        """Returns an HTML page of the explanation, which needs no network and no library."""
+        """Returns an HTML page that shows the explanation without network access or libraries."""
         data = {
             "title": title,
             "pieces": self.pieces,
@@ -44,54 +45,58 @@ class Explanation:
             "attention": base64.b64encode(np.round(self.attention_LxHxTxT * 255).astype(np.uint8).tobytes()).decode(),
         }
         template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-        # "<" would let a text end the script.
+        # A text with "</script>" would end the script.
         return template.replace("DATA", json.dumps(data).replace("<", "\\u003c"))
 
 
 def explain(run: Loaded, text: str) -> Explanation:
-    """Reads a text with a trained model, as `gpt.loaded.load` opens it.
+    """Returns how a trained model reads a text.
+
+    Args:
+      run: a trained model, as `gpt.checkpointing.loading.load` returns it.
 
     Raises:
-      UserError: the model reads no text with self-attention over all of it, or the text is too short or too long.
+      UserError: the model's family is not "gpt", the text has unknown characters, or it is too short or too long.
     """
     config = run.model_config
     if config.family != "gpt":
-        raise UserError(f"--workdir={run.workdir.path} has a model of family {config.family}; only a gpt is explained.")
+        raise UserError(f"--workdir={run.workdir.path} has a model.family={config.family}; only gpt can be explained.")
+    assert not isinstance(run.tokenizer, Labels)
     tokens_T = generation.encode_prompt(run.tokenizer, text, "--prompt")
-    if not 2 <= len(tokens_T) <= config.block_size:
+    if not 2 <= len(tokens_T) <= config.length:
         raise UserError(
-            f"--prompt has {len(tokens_T)} tokens; texts of 2 to model.block_size={config.block_size} can be explained."
+            f"--prompt has {len(tokens_T)} tokens; texts of 2 to model.block_size={config.length} can be explained."
         )
-    rows = run.program.layout.batch_shards
+    rows = run.program.layout.batch_shards  # the mesh divides a batch of this size
 
     @jax.jit
     def read(params, tokens_BxT):
-        logits_BxTxV, found = run.program.model.apply({"params": params}, tokens_BxT, mutable=["intermediates"])
-        return jax.nn.log_softmax(logits_BxTxV[0]), found["intermediates"]
+        logits_BxTxV, sown = run.program.model.apply({"params": params}, tokens_BxT, mutable=["intermediates"])
+        return jax.nn.log_softmax(logits_BxTxV[0]), sown["intermediates"]
 
     with run.program.layout.use():
-        log_p_TxV, found = jax.device_get(read(run.params, np.tile(tokens_T, (rows, 1))))
-    before_TxV, after_T = log_p_TxV[:-1], tokens_T[1:]
-    losses_T = -np.take_along_axis(before_TxV, after_T[:, None], axis=-1)[:, 0]
-    likeliest = np.argsort(-before_TxV, axis=-1)[:, :EXPECTED]
+        log_p_TxV, intermediates = jax.device_get(read(run.params, np.tile(tokens_T, (rows, 1))))
+    predicted_TxV, targets_T = log_p_TxV[:-1], tokens_T[1:]
+    losses_T = -np.take_along_axis(predicted_TxV, targets_T[:, None], axis=-1)[:, 0]
+    most_probable = np.argsort(-predicted_TxV, axis=-1)[:, :EXPECTED]
     expected = [
         [(run.tokenizer.piece(int(token)), math.exp(log_p[token])) for token in tokens]
-        for tokens, log_p in zip(likeliest, before_TxV, strict=True)
+        for tokens, log_p in zip(most_probable, predicted_TxV, strict=True)
     ]
     pieces = [run.tokenizer.piece(int(token)) for token in tokens_T]
-    attention = _attention(found, config.num_layers, config.scan_layers)
+    attention = _attention(intermediates, config.num_layers, config.scan_layers)
     return Explanation(pieces, np.concatenate([[np.nan], losses_T]), expected, attention)
 
 
-def _attention(found: dict[str, Any], layers: int, is_stacked: bool) -> np.ndarray:
-    """[L, H, T, T] weights of the first row, from the queries and keys that `SelfAttention` leaves."""
+def _attention(intermediates: dict[str, Any], layers: int, is_stacked: bool) -> np.ndarray:
+    """Returns the attention weights [L, H, T, T] of the first row, from the queries and keys that the model sows."""
     weights = []
     for i in range(layers):
-        block = found["blocks" if is_stacked else f"block_{i}"]["attention"]
+        block = intermediates["blocks" if is_stacked else f"block_{i}"]["attention"]
         (q,), (k,) = block["queries"], block["keys"]
-        q_TxHxK, k_TxHxK = (np.float32(x[i][0] if is_stacked else x[0]) for x in (q, k))
+        q_TxHxK, k_TxHxK = (np.asarray(x[i][0] if is_stacked else x[0], np.float32) for x in (q, k))
         scores_HxTxT = np.einsum("thk,shk->hts", q_TxHxK, k_TxHxK) / math.sqrt(q_TxHxK.shape[-1])
-        scores_HxTxT = np.where(np.tri(len(q_TxHxK), dtype=bool), scores_HxTxT, -np.inf)
+        scores_HxTxT = np.where(np.tri(len(q_TxHxK)) > 0, scores_HxTxT, -np.inf)
         scores_HxTxT = np.exp(scores_HxTxT - scores_HxTxT.max(axis=-1, keepdims=True))
         weights.append(scores_HxTxT / scores_HxTxT.sum(axis=-1, keepdims=True))
     return np.stack(weights)

@@ -1,22 +1,22 @@
-"""Text from a model: the prompts fill a cache at once, then a jitted loop makes one token after the other.
+"""Generates tokens: the prompts fill a key-value cache in one pass, then a jitted loop generates token after token.
 
-The cache keeps the keys and values of the tokens so far, so a new token costs one pass over that token alone. The
-loop runs over segments of a few tokens; between them the host looks at the text, shows it and decides what stops.
+The cache holds the keys and values of the tokens so far, so each new token costs one pass over that token alone. The
+loop runs in segments of a few tokens. Between segments the host decodes the text, shows it and decides where it ends.
 
-The window. The model sees at most `block_size` tokens, at positions from 0 on. When a row has filled them, its
-window begins anew with the last three quarters of its text (see `kept`), which fill the cache again: positions are
-absolute, so a window that slid by one token would change every key in it. That costs about three passes over a token
-in a batch for each token made. A row's text depends on its prompt, the seed, and the numbers of its prompt and of its
-sample, and on nothing else.
-A model with latents (`num_targets` fewer than `block_size`) begins them anew: when a row has all of them, the last
-three quarters of these, and the window with them, fill the cache again.
+The model sees at most `block_size` tokens, at positions from 0. When a row has filled this window, the last three
+quarters of its text (see `restart_length`) fill the cache again at positions from 0. Positions are absolute, so moving
+the window by one token would change every key in it; restarting costs about three passes over a token for each new
+token of a batch. A model with latents (`num_targets` less than `block_size`) restarts in the same way when its latents
+are used up, with the last three quarters of them.
 
-Shape suffixes: B rows, R rows of a part, T length, N tokens of a segment, V vocabulary.
+The text of a row depends only on its prompt, the seed, the number of the prompt and the number of the sample.
+
+Shape suffixes: B rows, R rows of a part, T length, N tokens of a segment, V vocabulary, C candidates.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,23 +30,31 @@ from gpt.models.gpt import GPTConfig
 from gpt.runtime.errors import UserError
 from gpt.sharding import Layout
 
-# Each length of a prompt and of a cache is a program to compile, so they are rounded up to one in a few; a new token
-# reads all of its cache, filled or not.
+# Each prompt length and each cache size needs a compiled program, so both are rounded up to a few sizes. They are not
+# rounded up further, because each new token reads the whole cache, filled or not.
 MIN_PROMPT, MIN_CAPACITY = 16, 64
-MAX_SAMPLES = 1 << 16  # of one prompt: the numbers of prompt and sample share the 32 bits that name a random stream
+MAX_SAMPLES = 1 << 16  # of a prompt: the numbers of prompt and sample share the 32 bits that select a random stream
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from the logits: first the penalty, then temperature, top_k and top_p."""
+    """How a token is sampled from the logits. The options apply in this order: penalty, temperature, top_k, top_p.
 
-    temperature: float = 1.0  # 0: always the likeliest token
-    top_k: int | None = None  # only the k likeliest tokens
-    top_p: float | None = None  # only the likeliest tokens that together have probability p (arXiv 1904.09751)
-    repetition_penalty: float = 1.0  # of tokens that the text has already, its prompt included (arXiv 1909.05858)
+    Attributes:
+      temperature: divides the logits; 0: the most probable token is always chosen.
+      top_k: only the k most probable tokens are sampled; None: all.
+      top_p: only the most probable tokens whose probabilities sum to p are sampled (arXiv 1904.09751); None: all.
+      repetition_penalty: divides positive logits, and multiplies negative ones, of tokens that are already in the
+        prompt or the text (arXiv 1909.05858); 1: no penalty.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    repetition_penalty: float = 1.0
 
     def check(self, vocab_size: int) -> None:
-        """Raises UserError for values without meaning."""
+        """Raises UserError if a value is out of range."""
         if not 0 <= self.temperature < float("inf"):
             raise UserError(f"--temperature={self.temperature} has to be 0 (greedy) or more.")
         if self.top_k is not None and not 0 < self.top_k <= vocab_size:
@@ -60,41 +68,44 @@ class Sampling:
 
 
 def penalise(logits_BxV: jax.Array, seen_BxV: jax.Array, penalty: float) -> jax.Array:
-    """CTRL's penalty (arXiv 1909.05858, section 4.1): divides the logits of the tokens seen, if negative multiplies."""
+    """Returns logits with the repetition penalty of CTRL (arXiv 1909.05858, section 4.1) for the tokens seen.
+
+    Positive logits are divided by the penalty; negative logits are multiplied by it.
+    """
     return jnp.where(seen_BxV, jnp.where(logits_BxV > 0, logits_BxV / penalty, logits_BxV * penalty), logits_BxV)
 
 
 def sample_token(logits_BxV: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """[B] int32 token ids drawn from [B, V] logits, each row with a random key of its own."""
+    """Returns a token id, int32 [B], for each row of logits, sampled with the row's random key."""
     if sampling.temperature == 0:
         return logits_BxV.argmax(axis=-1).astype(jnp.int32)
-    # The likeliest at 0, so that a tiny temperature makes no infinities of both signs.
+    # The greatest logit becomes 0, so that dividing by a tiny temperature gives no infinities of both signs.
     logits_BxV = (logits_BxV - logits_BxV.max(axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is None and sampling.top_p is None:
         return jax.vmap(jax.random.categorical)(key_B, logits_BxV).astype(jnp.int32)
-    # The candidates, from the likeliest on: the random bits, too, are for them alone.
+    # Candidates in order of probability, the most probable first. Random bits are drawn for candidates alone.
     logits_BxC, token_BxC = jax.lax.top_k(logits_BxV, sampling.top_k or logits_BxV.shape[-1])
     if sampling.top_p is not None:
         probability_BxC = jax.nn.softmax(logits_BxC, axis=-1)
-        # Kept: every token before which the likelier ones have not reached p; so always the first.
+        # A token stays if the more probable tokens do not reach p together, so the first one always stays.
         before_BxC = jnp.cumsum(probability_BxC, axis=-1) - probability_BxC
         logits_BxC = jnp.where(before_BxC < sampling.top_p, logits_BxC, attention.MASKED)
     choice_B = jax.vmap(jax.random.categorical)(key_B, logits_BxC)
     return jnp.take_along_axis(token_BxC, choice_B[:, None], axis=-1)[:, 0].astype(jnp.int32)
 
 
-def kept(config: GPTConfig) -> int:
-    """Tokens that a window begins anew with, at most, when it is full."""
+def restart_length(config: GPTConfig) -> int:
+    """Returns the greatest number of tokens with which a full window restarts."""
     return config.block_size - config.num_targets // 4
 
 
 def first_latent(config: GPTConfig, tokens: int) -> int:
-    """Position of the first latent where so many tokens fill the cache; there is room for one more at least."""
+    """Returns the position of the first latent when `tokens` tokens fill the cache; at least one latent stays free."""
     return max(0, tokens - (config.num_targets - max(1, config.num_targets // 4)))
 
 
 def _round_up(size: int, smallest: int, largest: int) -> int:
-    """The least `smallest`·2ⁿ or half as much again that is at least `size`, and `largest` if that is less."""
+    """Returns the least of `smallest`·2ⁿ and `smallest`·1.5·2ⁿ that is at least `size`, but at most `largest`."""
     while smallest < size:
         half = smallest // 2
         smallest = smallest + half if smallest + half >= size else 2 * smallest
@@ -102,14 +113,16 @@ def _round_up(size: int, smallest: int, largest: int) -> int:
 
 
 class Generator:
-    """Continues prompts with a model, on its mesh: rows over the batch axes if these divide them, heads over `model`.
+    """The compiled programs that continue prompts with a model, on its mesh.
+
+    Rows are sharded over the batch axes if these divide the number of rows, and heads over the axis `model`.
 
     Args:
-      model: a GPT, or what continues texts as it does, with a resolved config; `scan_layers` works, but copies the
-        cache of a layer at each token.
-      stop_tokens: a row is over when it has made one of these, like the end of a document.
-      logprobs: whether to give the log-probability of each token.
-      segment: the most tokens that one call of the compiled program makes.
+      model: a GPT or a Perceiver AR with a resolved config. `scan_layers` works, but copies a layer's cache for each
+        token.
+      stop_tokens: a row is finished when it has generated one of these, such as the separator of documents.
+      logprobs: compute the log-probability of each token.
+      segment: the greatest number of tokens that one call of the compiled program generates.
     """
 
     def __init__(
@@ -139,53 +152,53 @@ class Generator:
             return self._constrain(put, rows)
 
         def fill(params, cache, tokens_RxT, first_R, row_R, rows, capacity):
-            """Puts the keys and values of tokens at positions from 0 on into the given rows of a cache."""
-            # The logits are of no use, so the compiler leaves them out.
+            """Writes the keys and values of tokens at positions from 0 into the given rows of a cache."""
+            # The logits are not used, so the compiler removes their computation.
             _, filled = run(params, config.init_cache(first_R, capacity), tokens_RxT)
             if rows > 1:
 
                 def put(path, old, new):
-                    # A row number past the end stands for none.
+                    # Padding has a row number past the end, which "drop" ignores.
                     where = (slice(None), row_R) if is_stacked(path) else row_R
                     return old.at[where].set(new, mode="drop")
 
                 filled = jax.tree_util.tree_map_with_path(put, cache, filled)
             return self._constrain(filled, rows)
 
-        def extend(params, cache, seen_BxV, token_B, position_B, over_B, key_B, made, count):
-            """Makes `count` tokens in each row that is not over, from the last token of each and its position."""
+        def extend(params, cache, seen_BxV, token_B, position_B, finished_B, key_B, num_generated, count):
+            """Generates `count` tokens in each unfinished row, from the row's last token and its position."""
             rows, key_B = len(token_B), jax.random.wrap_key_data(key_B)
             tokens_NxB = jnp.full((segment, rows), -1, jnp.int32)
             logprobs_NxB = jnp.zeros((segment, rows)) if logprobs else None
 
-            def go_on(carry):
-                i, *_, over_B, _, _ = carry
-                return (i < count) & ~over_B.all()
+            def is_unfinished(carry):
+                i, *_, finished_B, _, _ = carry
+                return (i < count) & ~finished_B.all()
 
             def step(carry):
-                i, cache, seen_BxV, token_B, position_B, over_B, tokens_NxB, logprobs_NxB = carry
+                i, cache, seen_BxV, token_B, position_B, finished_B, tokens_NxB, logprobs_NxB = carry
                 logits_Bx1xV, cache = run(params, cache, token_B[:, None], position_B)
                 logits_BxV = jax.lax.with_sharding_constraint(logits_Bx1xV[:, 0], self._rows(rows))
-                chosen_from = logits_BxV
+                penalised_BxV = logits_BxV
                 if seen_BxV is not None:
-                    chosen_from = penalise(logits_BxV, seen_BxV, sampling.repetition_penalty)
-                draw_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, made + i)
-                token_B = jnp.where(over_B, token_B, sample_token(chosen_from, draw_B, sampling))
-                tokens_NxB = tokens_NxB.at[i].set(jnp.where(over_B, -1, token_B))
+                    penalised_BxV = penalise(logits_BxV, seen_BxV, sampling.repetition_penalty)
+                token_key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, num_generated + i)
+                token_B = jnp.where(finished_B, token_B, sample_token(penalised_BxV, token_key_B, sampling))
+                tokens_NxB = tokens_NxB.at[i].set(jnp.where(finished_B, -1, token_B))
                 if seen_BxV is not None:
                     seen_BxV |= token_B[:, None] == jnp.arange(seen_BxV.shape[1])
                 if logprobs:
                     chosen_B = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
                     logprobs_NxB = logprobs_NxB.at[i].set(chosen_B - jax.nn.logsumexp(logits_BxV, axis=1))
-                position_B = jnp.where(over_B, position_B, position_B + 1)
-                over_B |= jnp.isin(token_B, jnp.array(stop_tokens, jnp.int32))
-                return i + 1, cache, seen_BxV, token_B, position_B, over_B, tokens_NxB, logprobs_NxB
+                position_B = jnp.where(finished_B, position_B, position_B + 1)
+                finished_B |= jnp.isin(token_B, jnp.array(stop_tokens, jnp.int32))
+                return i + 1, cache, seen_BxV, token_B, position_B, finished_B, tokens_NxB, logprobs_NxB
 
-            carry = jnp.int32(0), cache, seen_BxV, token_B, position_B, over_B, tokens_NxB, logprobs_NxB
-            _, cache, seen_BxV, *small = jax.lax.while_loop(go_on, step, carry)
+            carry = jnp.int32(0), cache, seen_BxV, token_B, position_B, finished_B, tokens_NxB, logprobs_NxB
+            _, cache, seen_BxV, *rest = jax.lax.while_loop(is_unfinished, step, carry)
             if seen_BxV is not None:
                 seen_BxV = jax.lax.with_sharding_constraint(seen_BxV, self._rows(rows))
-            return self._constrain(cache, rows), seen_BxV, jax.lax.with_sharding_constraint(small, layout.replicated)
+            return self._constrain(cache, rows), seen_BxV, jax.lax.with_sharding_constraint(rest, layout.replicated)
 
         self.empty = jax.jit(empty, static_argnums=(0, 1))
         self.grow = jax.jit(grow, static_argnums=(1, 2))
@@ -193,7 +206,7 @@ class Generator:
         self.extend = jax.jit(extend, donate_argnums=(1, 2))
 
     def _rows(self, rows: int) -> NamedSharding:
-        """Sharding of an array whose first axis is the rows."""
+        """Returns the sharding of an array whose first axis is the rows."""
         return self.layout.for_decoding(rows).batch
 
     def _constrain(self, cache: Any, rows: int) -> Any:
@@ -214,35 +227,36 @@ class Generator:
         seed: int = 0,
         first_prompt: int = 0,
     ) -> "Decoding":
-        """Continuations of each prompt, `num_samples` of each one after the other, to be made together.
+        """Starts continuing prompts together.
 
         Args:
-          prompts: token ids, at least one each; of a longer one the last `block_size` count.
-          seed: the random numbers of a sample depend on the seed, the prompt's number and the sample's number alone.
-          first_prompt: number of the first prompt, where an earlier call with this seed took the numbers below it.
+          prompts: token ids of each prompt, at least one token; the model sees the last `block_size` of them.
+          num_samples: number of rows for each prompt; the rows of a prompt follow one another.
+          seed: random numbers depend on the seed, the number of the prompt and the number of the sample alone.
+          first_prompt: number of the first prompt, if earlier calls with the same seed used the numbers below it.
         """
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
         numbers = np.add.outer(
             np.arange(first_prompt, first_prompt + len(prompts)) * MAX_SAMPLES, np.arange(num_samples)
         )
-        # As plain numbers: an array of JAX's that only this process holds could not be given to all.
+        # NumPy arrays, because a jax.Array on this process's devices alone cannot be moved to all processes.
         streams = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers.ravel().astype(np.uint32))
         return Decoding(self, params, rows, np.asarray(jax.random.key_data(streams)))
 
 
 def is_stacked(path: tuple) -> bool:
-    """Whether an array of a cache has an axis for the layers in front, which one loop goes over."""
+    """Returns whether an array of a cache has a leading axis for scanned layers."""
     return path[0].key == "blocks"
 
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Some new tokens.
+    """New tokens of each row.
 
     Attributes:
-      tokens_BxN: -1 in a row that is over.
-      logprobs_BxN: the logarithm of the probability that the model gave each token, before penalty, temperature
-        and limits; None if not asked for.
+      tokens_BxN: int32 token ids; -1 where a row is finished.
+      logprobs_BxN: natural logarithm of the probability that the model gave each token, before penalty, temperature,
+        top_k and top_p; None unless the generator computes it.
     """
 
     tokens_BxN: np.ndarray
@@ -250,10 +264,10 @@ class Segment:
 
 
 class Decoding:
-    """Texts in the making: see `Generator.start`.
+    """Rows of tokens that are being generated; `Generator.start` makes one.
 
     Attributes:
-      over_B: which rows are over; those that the caller has enough of can be set.
+      finished_B: which rows are finished. The caller may finish a row by setting its element.
     """
 
     def __init__(self, generator: Generator, params: Any, prompts: list[np.ndarray], key_B: np.ndarray):
@@ -261,13 +275,13 @@ class Decoding:
         self._config, self._block_size = generator.config, generator.config.block_size
         self._text = [np.asarray(prompt, np.int32) for prompt in prompts]
         rows = len(prompts)
-        self.over_B = np.zeros(rows, bool)
-        self._made, self._next_count = 0, 1
+        self.finished_B = np.zeros(rows, bool)
+        self._num_generated, self._next_count = 0, 1
         windows = [text[-self._block_size :] for text in self._text]
-        # The last token of a window is not in the cache yet: making the next one begins with it.
+        # The last token of a window is not in the cache: it is the input that gives the next token.
         self._token_B = np.array([window[-1] for window in windows], np.int32)
         self._position_B = np.array([len(window) - 1 for window in windows], np.int32)
-        self._end_B = np.zeros(rows, np.int32)  # the position that a row's window has no room for
+        self._limit_B = np.zeros(rows, np.int32)  # the first position that is beyond a row's window
         layout = generator.layout
         self._key_B = key_B
         self._seen_BxV = None
@@ -276,58 +290,58 @@ class Decoding:
             for row, text in enumerate(self._text):
                 seen_BxV[row, text] = True
             self._seen_BxV = jax.device_put(seen_BxV, layout.for_decoding(rows).batch)
-        self._capacity = self._room(self._position_B.max() + 1)
+        self._capacity = self._rounded_capacity(self._position_B.max() + 1)
         with layout.for_decoding(rows).use():
             self._cache = generator.empty(rows, self._capacity)
         self._fill(np.arange(rows), [window[:-1] for window in windows])
 
     def advance(self, most: int) -> Segment:
-        """Up to `most` new tokens for each row that is not over; the first call makes one, so that it comes soon.
+        """Generates up to `most` tokens for each unfinished row, the same number for all that do not finish meanwhile.
 
-        Rows make the same number of tokens, unless they are over in between.
+        The first call generates one token, so that it is shown soon; each later call may generate twice as many.
         """
-        generator, going = self._generator, ~self.over_B
-        full = np.flatnonzero(going & (self._position_B == self._end_B))
+        generator, active_B = self._generator, ~self.finished_B
+        full = np.flatnonzero(active_B & (self._position_B == self._limit_B))
         if len(full):
-            keep_F = np.minimum(kept(self._config), self._position_B[full] + 1)
-            self._fill(full, [self._text[row][-keep:-1] for row, keep in zip(full, keep_F, strict=True)])
-            self._position_B[full] = keep_F - 1
-        furthest = int(self._position_B[going].max(initial=0))
-        room = (self._end_B - self._position_B)[going].min(initial=generator.segment)
+            lengths = np.minimum(restart_length(self._config), self._position_B[full] + 1)
+            self._fill(full, [self._text[row][-length:-1] for row, length in zip(full, lengths, strict=True)])
+            self._position_B[full] = lengths - 1
+        furthest = int(self._position_B[active_B].max(initial=0))
+        room = (self._limit_B - self._position_B)[active_B].min(initial=generator.segment)
         count = min(most, self._next_count, generator.segment, int(room))
         self._next_count *= 2
-        layout = generator.layout.for_decoding(len(going))
+        layout = generator.layout.for_decoding(len(active_B))
         with layout.use():
             if furthest + count > self._capacity:
-                self._capacity = self._room(furthest + count)
-                self._cache = generator.grow(self._cache, len(going), self._capacity)
-            small = self._token_B, self._position_B, self.over_B, self._key_B, np.int32(self._made), np.int32(count)
-            self._cache, self._seen_BxV, small = generator.extend(
-                self._params, self._cache, self._seen_BxV, *jax.device_put(small, layout.replicated)
+                self._capacity = self._rounded_capacity(furthest + count)
+                self._cache = generator.grow(self._cache, len(active_B), self._capacity)
+            rows = self._token_B, self._position_B, self.finished_B, self._key_B
+            arguments = jax.device_put((*rows, np.int32(self._num_generated), np.int32(count)), layout.replicated)
+            self._cache, self._seen_BxV, results = generator.extend(
+                self._params, self._cache, self._seen_BxV, *arguments
             )
-        self._token_B, self._position_B, self.over_B, tokens_NxB, logprobs_NxB = (
-            None if x is None else np.array(x) for x in jax.device_get(small)
-        )
-        self._made += count
+        *rows, tokens_NxB, logprobs_NxB = jax.device_get(results)
+        self._token_B, self._position_B, self.finished_B = map(np.array, rows)
+        self._num_generated += count
         tokens_BxN = tokens_NxB.T[:, :count]
         self._text = [np.append(text, new[new >= 0]) for text, new in zip(self._text, tokens_BxN, strict=True)]
         return Segment(tokens_BxN, None if logprobs_NxB is None else logprobs_NxB.T[:, :count])
 
-    def _room(self, tokens: int) -> int:
+    def _rounded_capacity(self, tokens: int) -> int:
         return _round_up(tokens, MIN_CAPACITY, self._block_size)
 
     def _fill(self, rows: np.ndarray, windows: list[np.ndarray]) -> None:
-        """Puts windows into the cache, those of rows that are alike in length (or all) by one program."""
+        """Writes the windows of some rows into the cache."""
         generator, total = self._generator, len(self._text)
         part = _round_up(len(rows), 2, total)
         length = _round_up(max(map(len, windows)), MIN_PROMPT, self._block_size)
-        tokens_RxT = np.zeros((part, length), np.int32)  # what follows a window lies in its future: no mask needed
+        tokens_RxT = np.zeros((part, length), np.int32)  # causal: padding after a window changes nothing
         for i, window in enumerate(windows):
             tokens_RxT[i, : len(window)] = window
         row_R, first_R = np.full(part, total, np.int32), np.zeros(part, np.int32)
         row_R[: len(rows)] = rows
         first_R[: len(rows)] = [first_latent(self._config, len(window)) for window in windows]
-        self._end_B[rows] = np.minimum(first_R[: len(rows)] + self._config.num_targets, self._block_size)
+        self._limit_B[rows] = np.minimum(first_R[: len(rows)] + self._config.num_targets, self._block_size)
         layout = generator.layout.for_decoding(part)
         with layout.use():
             tokens_RxT, first_R = jax.device_put((tokens_RxT, first_R), layout.batch)
@@ -337,39 +351,34 @@ class Decoding:
 
 @dataclasses.dataclass(frozen=True)
 class Continuation:
-    """What became of a prompt so far.
+    """The text that has been generated for a prompt so far.
 
     Attributes:
-      text: the new text, up to its end if it was reached.
-      tokens: those that the text is of.
-      logprobs: of the tokens, as in `Segment`; empty if not asked for.
+      text: the new text, cut where it ends.
+      tokens: the tokens of the text.
+      logprobs: their log-probabilities, as in `Segment`; empty unless the generator computes them.
+      finished: the text has ended, and no token will be added.
     """
 
     text: str
     tokens: np.ndarray
     logprobs: np.ndarray
-    over: bool = False
+    finished: bool = False
 
-    def settled(self, stop_text: str = "") -> str:
-        """The part of the text that more tokens cannot change: to be shown at once.
+    def stable_text(self, stop_text: str = "") -> str:
+        """Returns the beginning of the text that later tokens cannot change, which can be shown at once.
 
-        A last character may lack bytes, which decodes to U+FFFD, and an end may be the beginning of `stop_text`.
+        The last character may be incomplete, which decodes to U+FFFD, and the end may be the beginning of `stop_text`.
         """
+        if self.finished:
+            return self.text
         text = self.text.rstrip("\ufffd")
-        begun = (n for n in range(min(len(stop_text), len(text)), 0, -1) if text.endswith(stop_text[:n]))
-        return self.text if self.over else text[: len(text) - next(begun, 0)]
-
-
-class Source(Protocol):
-    """What `continuations` needs of a `Decoding`."""
-
-    over_B: np.ndarray
-
-    def advance(self, most: int) -> Segment: ...
+        overlaps = (n for n in range(min(len(stop_text), len(text)), 0, -1) if text.endswith(stop_text[:n]))
+        return text[: len(text) - next(overlaps, 0)]
 
 
 def continuations(
-    decoding: Source,
+    decoding: Decoding,
     decode: Callable[[np.ndarray], str],
     num_tokens: int,
     *,
@@ -378,44 +387,43 @@ def continuations(
     stop_newlines: int = 0,
     check: Callable[[], object] = lambda: None,
 ) -> Iterator[list[Continuation]]:
-    """What each row has become, after each segment, up to its end.
+    """Yields the continuation of each row after each segment, until all rows are finished.
 
     Args:
-      decode: tokens to text.
-      num_tokens: length of a sample, in tokens.
-      stop_tokens: a sample ends before the first of them, as the decoding does.
-      stop_text: a sample ends before the first occurrence of it; "": never.
+      decode: converts tokens to text.
+      num_tokens: greatest number of tokens in a sample.
+      stop_tokens: a sample ends before the first of these; the same as those of the generator.
+      stop_text: a sample ends before the first occurrence of this text; "": never.
       stop_newlines: a sample ends with its n-th line feed; 0: never.
-      check: called with each segment; it may raise an exception to end the samples.
+      check: called before each segment; an exception from it ends the generation.
     """
-    rows = len(decoding.over_B)
-    found = [Continuation("", np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in range(rows)]
-    made = 0
-    while made < num_tokens and not all(row.over for row in found):
+    rows = [Continuation("", np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in decoding.finished_B]
+    num_generated = 0
+    while num_generated < num_tokens and not all(row.finished for row in rows):
         check()
-        segment = decoding.advance(num_tokens - made)
-        made += segment.tokens_BxN.shape[1]
-        for i, row in enumerate(found):
-            if row.over:
+        segment = decoding.advance(num_tokens - num_generated)
+        num_generated += segment.tokens_BxN.shape[1]
+        for i, row in enumerate(rows):
+            if row.finished:
                 continue
             new, logprobs = segment.tokens_BxN[i], row.logprobs
             is_stop = np.isin(new, stop_tokens)
-            ended = is_stop.any()
-            new = new[: np.argmax(is_stop)] if ended else new
+            has_stop = bool(is_stop.any())
+            new = new[: np.argmax(is_stop)] if has_stop else new
             if segment.logprobs_BxN is not None:
                 logprobs = np.append(logprobs, segment.logprobs_BxN[i, : len(new)])
             tokens = np.append(row.tokens, new)
-            text, stopped = _end(decode(tokens), stop_text, stop_newlines)
-            if stopped:
+            text, is_cut = _cut(decode(tokens), stop_text, stop_newlines)
+            if is_cut:
                 needed = next(n for n in range(len(tokens) + 1) if decode(tokens[:n]).startswith(text))
                 tokens, logprobs = tokens[:needed], logprobs[:needed]
-            found[i] = Continuation(text, tokens, logprobs, ended or stopped or made >= num_tokens)
-            decoding.over_B[i] |= found[i].over
-        yield list(found)
+            rows[i] = Continuation(text, tokens, logprobs, has_stop or is_cut or num_generated >= num_tokens)
+            decoding.finished_B[i] |= rows[i].finished
+        yield list(rows)
 
 
-def _end(text: str, stop_text: str, stop_newlines: int) -> tuple[str, bool]:
-    """The text up to its end, and whether the end was reached."""
+def _cut(text: str, stop_text: str, stop_newlines: int) -> tuple[str, bool]:
+    """Returns the text up to where it ends, and whether it ends."""
     ends = [text.find(stop_text)] if stop_text and stop_text in text else []
     if stop_newlines and text.count("\n") >= stop_newlines:
         ends.append(len("\n".join(text.split("\n")[:stop_newlines])) + 1)
@@ -423,10 +431,13 @@ def _end(text: str, stop_text: str, stop_newlines: int) -> tuple[str, bool]:
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str) -> np.ndarray:
-    """Tokens of a prompt, also of an empty one.
+    """Returns the tokens of a prompt; for an empty prompt, those with which a text begins.
+
+    Args:
+      name: the flag or config key that holds the prompt, for error messages.
 
     Raises:
-      UserError: unknown characters, with `name` as the flag or key that they came by.
+      UserError: the tokenizer does not know a character.
     """
     try:
         return tokenizer.encode(prompt) if prompt else tokenizer.opening()

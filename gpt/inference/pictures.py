@@ -1,4 +1,4 @@
-"""Pictures of what models draw, and PNG files of them."""
+"""Images that a model of pixels generates, in a grid and as PNG files."""
 
 import io
 import math
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from gpt.data.pixels import Palette
+from gpt.inference.generation import Continuation
 
-MIN_SIDE = 64  # pixels of a side of an image in a grid, at least
+MIN_SIDE = 64  # an image in a grid has at least this height and width in pixels
 
 
 def png(pixels_HxWxC: np.ndarray) -> bytes:
@@ -20,12 +21,18 @@ def png(pixels_HxWxC: np.ndarray) -> bytes:
     return out.getvalue()
 
 
+def join(prompts: Sequence[np.ndarray], samples: Sequence[Continuation]) -> list[np.ndarray]:
+    """Returns the tokens of each sample after those of its prompt; the samples of a prompt follow one another."""
+    number = len(samples) // len(prompts)
+    return [np.append(prompts[i // number], sample.tokens) for i, sample in enumerate(samples)]
+
+
 def grid(palette: Palette, samples: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray:
-    """Returns the images of samples side by side, on grey.
+    """Returns a picture with the images of samples side by side on grey.
 
     Args:
-      samples: token ids of each image, the class first.
-      columns: images in a row of the grid; None: about as many as there are rows.
+      samples: token ids of each image, with the class as the first token.
+      columns: number of images in a row of the grid; None: about the number of rows.
 
     Returns:
       uint8 pixels, [H, W, C].

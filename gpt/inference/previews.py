@@ -1,4 +1,4 @@
-"""What a run shows of its model at each evaluation: a sampled text, sampled images, or examples of mistakes."""
+"""Previews that a run shows at each evaluation: a generated text, generated images, or examples of mistakes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from gpt.data.text import Corpus
 from gpt.inference import generation, pictures
 from gpt.step import Program
 
-# (parameters, step, result of `evaluate`, a function that may raise to end the preview) -> what to show
+# Called with the parameters, the step, the result of `step.evaluate`, and a function that may raise to end the preview.
 Preview = Callable[[Any, int, dict[str, Any], Callable[[], object]], Shown]
 
 ROWS, COLUMNS = 4, 10  # of a grid of images
@@ -22,10 +22,10 @@ def make(dataset: Dataset, program: Program, config: Config, source: Any) -> Pre
     """Returns the preview for a kind of data.
 
     Args:
-      source: the validation examples, of which mistakes and images to complete are taken.
+      source: validation examples, for mistakes and for images to complete.
 
     Raises:
-      UserError: `train.sample_prompt` has characters that the tokenizer does not know.
+      UserError: the tokenizer does not know a character of `train.sample_prompt`.
     """
     if isinstance(dataset, Corpus):
         return _sampled_text(dataset, program, config)
@@ -54,36 +54,36 @@ def _sampled_text(dataset: Corpus, program: Program, config: Config) -> Preview:
 
 
 def _sampled_images(dataset: Pixels, program: Program, config: Config, source: PixelExamples) -> Preview:
-    """Returns a preview that draws images of each class, and completes the lower halves of validation images."""
+    """Returns a preview that generates images of each class, and the lower halves of validation images."""
     palette = dataset.tokenizer
     generator = generation.Generator(program.model, program.layout, generation.Sampling())
     classes = np.arange(COLUMNS) % max(1, len(palette.names))
     class_prompts = [palette.any_class + 1 + classes[i : i + 1] for i in range(len(classes))]
     examples = [source.example(0, i * len(source) // ROWS) for i in range(ROWS)]
-    wholes = [np.append(example["inputs"][:1], example["targets"]) for example in examples]
-    halves = [np.append(whole[:1], palette.half(whole[1:])) for whole in wholes]
+    images = [np.append(example["inputs"][:1], example["targets"]) for example in examples]
+    halves = [np.append(image[:1], palette.half(image[1:])) for image in images]
 
     def draw(
         params: Any, step: int, prompts: list[np.ndarray], number: int, check: Callable[[], object], first: int = 0
     ) -> list[np.ndarray]:
+        """Returns `number` images for each prompt; the prompts are numbered from `first`."""
         decoding = generator.start(params, prompts, number, seed=step, first_prompt=first)
-        *_, made = generation.continuations(decoding, palette.decode, palette.sample_length(prompts), check=check)
-        prompted = [prompt for prompt in prompts for _ in range(number)]
-        return [np.append(prompt, found.tokens) for prompt, found in zip(prompted, made, strict=True)]
+        *_, samples = generation.continuations(decoding, palette.decode, palette.sample_length(prompts), check=check)
+        return pictures.join(prompts, samples)
 
     def preview(params: Any, step: int, result: dict[str, Any], check: Callable[[], object]) -> Shown:
         if not config.train.sample_tokens:
             return Shown()
-        drawn = draw(params, step, class_prompts, ROWS, check)
-        by_row = [drawn[i] for row in range(ROWS) for i in range(row, len(drawn), ROWS)]
+        by_class = draw(params, step, class_prompts, ROWS, check)
+        by_row = [by_class[i] for row in range(ROWS) for i in range(row, len(by_class), ROWS)]
         number = COLUMNS - 2
-        ends = draw(params, step, halves, number, check, first=len(class_prompts))
+        completions = draw(params, step, halves, number, check, first=len(class_prompts))
         completed = [
-            image
-            for i, (whole, half) in enumerate(zip(wholes, halves, strict=True))
-            for image in (whole, half, *ends[i * number : (i + 1) * number])
+            shown
+            for i, (image, half) in enumerate(zip(images, halves, strict=True))
+            for shown in (image, half, *completions[i * number : (i + 1) * number])
         ]
         grids = {"samples": by_row, "completions": completed}
-        return Shown(pictures={name: pictures.grid(palette, images, COLUMNS) for name, images in grids.items()})
+        return Shown(pictures={name: pictures.grid(palette, tokens, COLUMNS) for name, tokens in grids.items()})
 
     return preview

@@ -1,16 +1,17 @@
-"""What `gpt.sample` prints: continuations of prompts, a text as it is written, a prompt loop, classes of images."""
+"""The output of `gpt.sample`: generated texts and images, a prompt loop, and the classes of images."""
 
 import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from gpt.data.pixels import Palette
-from gpt.data.tokenizers import Labels
+from gpt.data.tokenizers import Labels, Tokenizer
 from gpt.inference import generation, pictures
+from gpt.inference.generation import Continuation
 from gpt.inference.model import TrainedModel
 from gpt.runtime import cluster
 from gpt.runtime.errors import UsageError, UserError
@@ -19,14 +20,14 @@ from gpt.runtime.files import new_file
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to sample, and how to show it.
+    """What to generate, and how to print it.
 
     Attributes:
-      num_tokens: length of a sample; None: 500 of a text, all of an answer or a picture.
-      num_samples: samples of each prompt.
+      num_tokens: greatest number of tokens in a sample; None: 500 for a text, all of an answer or an image.
+      num_samples: number of samples for each prompt.
       logprobs: print a line of JSON for each sample.
       stop_text, stop_newlines: see `generation.continuations`.
-      out: file for the samples of a model that draws.
+      out: file for the picture of generated images.
     """
 
     sampling: generation.Sampling
@@ -40,17 +41,17 @@ class Options:
 
 
 def run(model: TrainedModel, prompts: list[str] | None, options: Options) -> None:
-    """Prints what the model makes of the prompts, or of those that a person types if there are none.
+    """Prints what the model generates for the prompts; None: for prompts that are typed on a terminal.
 
     Raises:
       UserError: a prompt or an option does not suit the model, or the picture cannot be written.
     """
     if isinstance(model.tokenizer, Labels):
-        return _classify(model, prompts or [])
+        return _classify(model, model.tokenizer, prompts or [])
     write = _writer(model, options)
     if prompts is not None:
         return write(prompts, 0)
-    _show(f"{model.workdir.path}, step {model.step:,}. An empty line or Ctrl-D ends.")
+    _show(f"{model.workdir.path}, step {model.step:,}. An empty line or Ctrl-D exits.")
     return _loop(write)
 
 
@@ -59,24 +60,24 @@ def _show(text: str, end: str = "\n") -> None:
         print(text, end=end, flush=True)
 
 
-def _classify(model: TrainedModel, prompts: list[str]) -> None:
-    """Prints the likeliest class of each prompt, and its probability."""
+def _classify(model: TrainedModel, labels: Labels, prompts: list[str]) -> None:
+    """Prints the most probable class of each image file, and its probability."""
     if not any(prompts):
-        raise UsageError(f"--workdir={model.workdir.path} holds a classifier: name an image file by --prompt.")
-    for prompt, found in zip(prompts, model.classify(prompts), strict=True):
-        _show(f"{prompt}: {model.tokenizer.names[found.argmax()]}, {found.max():.1%}")
+        raise UsageError(f"--workdir={model.workdir.path} holds a classifier; name an image file with --prompt.")
+    for prompt, probabilities in zip(prompts, model.classify(prompts), strict=True):
+        _show(f"{prompt}: {labels.names[probabilities.argmax()]}, {probabilities.max():.1%}")
 
 
 def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int], None]:
-    """Returns a function that prints the samples of prompts, numbered from its second argument."""
-    generator, tokenizer = model.generator(options.sampling, options.logprobs), model.tokenizer
+    """Returns a function that prints samples of prompts; its second argument is the number of the first prompt."""
+    generator, tokenizer = model.generator(options.sampling, options.logprobs), model.text_tokenizer
 
     def write(prompts: list[str], first: int) -> None:
         tokens = [generation.encode_prompt(tokenizer, prompt, "--prompt") for prompt in prompts]
-        longest, context = max(map(len, tokens)), model.model_config.block_size
+        longest, context = max(map(len, tokens)), model.model_config.length
         if longest > context and cluster.is_first():
             print(f"note: the prompt has {longest} tokens; the model sees the last {context}.", file=sys.stderr)
-        steps = generation.continuations(
+        segments = generation.continuations(
             generator.start(model.params, tokens, options.num_samples, options.seed, first),
             tokenizer.decode,
             options.num_tokens or tokenizer.sample_length(tokens),
@@ -85,42 +86,38 @@ def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int],
             stop_newlines=options.stop_newlines,
         )
         if len(prompts) * options.num_samples == 1 and not options.logprobs and not isinstance(tokenizer, Palette):
-            return _stream(prompts[0], steps, options.stop_text)
-        *_, finished = steps
+            return _stream(prompts[0], segments, options.stop_text)
+        *_, samples = segments
         if isinstance(tokenizer, Palette):
-            return _draw(tokenizer, tokens, finished, options)
-        return _print_all(tokenizer, prompts, finished, options)
+            return _draw(tokenizer, pictures.join(tokens, samples), options.out)
+        return _print_all(tokenizer, prompts, samples, options)
 
     return write
 
 
-def _stream(prompt: str, steps, stop_text: str) -> None:
-    """Prints one sample as it is written."""
+def _stream(prompt: str, segments: Iterator[list[Continuation]], stop_text: str) -> None:
+    """Prints one sample while it is generated."""
     shown = 0
     _show(prompt, end="")
-    for (sample,) in steps:
-        settled = sample.settled(stop_text)
-        _show(settled[shown:], end="")
-        shown = max(shown, len(settled))
+    for (sample,) in segments:
+        text = sample.stable_text(stop_text)
+        _show(text[shown:], end="")
+        shown = max(shown, len(text))
     _show(sample.text[shown:])
 
 
-def _draw(
-    palette: Palette, tokens: list[np.ndarray], finished: list[generation.Continuation], options: Options
-) -> None:
-    """Writes a picture of all samples."""
-    prompted = [prompt for prompt in tokens for _ in range(options.num_samples)]
-    samples = [np.append(prompt, made.tokens) for prompt, made in zip(prompted, finished, strict=True)]
+def _draw(palette: Palette, samples: list[np.ndarray], out: str) -> None:
+    """Writes a picture of all samples to a file."""
     if cluster.is_first():
-        with new_file("out", options.out) as file:
+        with new_file("out", out) as file:
             file.write(pictures.png(pictures.grid(palette, samples)))
-        print(options.out)
+        print(out)
 
 
-def _print_all(tokenizer, prompts: list[str], finished: list[generation.Continuation], options: Options) -> None:
+def _print_all(tokenizer: Tokenizer, prompts: list[str], samples: list[Continuation], options: Options) -> None:
     """Prints samples one after the other, with titles or as JSON."""
-    labelled = [(prompt, number) for prompt in prompts for number in range(1, options.num_samples + 1)]
-    for i, ((prompt, number), sample) in enumerate(zip(labelled, finished, strict=True)):
+    for i, sample in enumerate(samples):
+        prompt, number = prompts[i // options.num_samples], i % options.num_samples + 1
         if options.logprobs:
             pieces = [tokenizer.piece(token) for token in sample.tokens]
             logprobs = [round(float(x), 4) for x in sample.logprobs]
@@ -133,19 +130,19 @@ def _print_all(tokenizer, prompts: list[str], finished: list[generation.Continua
 
 
 def _loop(write: Callable[[list[str], int], None]) -> None:
-    """Reads prompts with line editing and history (arrow keys), and writes their continuations."""
+    """Reads prompts with line editing and history (arrow keys), and prints their continuations."""
     import readline  # noqa: F401  gives input() its history
 
-    for number in itertools.count():  # so that the same prompt again gives another sample
+    for number in itertools.count():  # a repeated prompt gives another sample
         prompt = cluster.share(f"prompt {number}", _read_prompt)
         if not prompt:
             return
         try:
             write([prompt], number)
-        except UserError as error:  # an unknown character need not end the conversation
+        except UserError as error:  # an unknown character does not end the loop
             _show(f"error: {error}")
         except KeyboardInterrupt:
-            if cluster.is_several():  # they may not all have stopped at the same token
+            if cluster.is_several():  # the processes may have stopped at different tokens
                 raise
             print()
 

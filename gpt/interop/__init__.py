@@ -1,1 +1,1 @@
-"""Weights in the layouts of other libraries."""
+"""Conversion of weights, configs and tokenizers to and from the file formats of other libraries."""

@@ -122,10 +122,12 @@ def set_xla_options() -> None:
 
 
 def divide_cpu(work: Work) -> None:
-    """Turns the cores of a CPU into devices, unless several processes share the machine."""
+    """Makes the cores of the CPU several JAX devices, unless several processes share the machine or JAX is in use."""
     import jax
+    from jax._src import xla_bridge  # no public function tells whether JAX has created its devices
 
-    if not cluster.is_several() and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    is_set_by_user = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not (cluster.is_several() or is_set_by_user or xla_bridge.backends_are_initialized()):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jax.config.update("jax_num_cpu_devices", cpu_devices(work, cores, memory))
