@@ -444,7 +444,7 @@ def test_slow_input_is_seen(tiny, tmp_path, monkeypatch, capsys):
         time.sleep(0.05)
         return real(*args)
 
-    monkeypatch.setattr(text.TrainingWindows, "row", slow)
+    monkeypatch.setattr(text.TrainingWindows, "example", slow)
     monkeypatch.setattr(sharding, "make_layout", lambda mesh, make=sharding.make_layout: make(mesh, jax.devices()[:1]))
     config = change(tiny, "model", num_layers=1, embed_dim=16)
     train.train(change(config, "train", steps=12, log_every=4, eval_every=0), Workdir(tmp_path))
@@ -463,7 +463,7 @@ def test_input_that_fails_ends_the_run_with_its_own_words(tiny, tmp_path, monkey
             raise OSError(5, "Input/output error")
         return real(*args)
 
-    monkeypatch.setattr(text.TrainingWindows, "row", failing)
+    monkeypatch.setattr(text.TrainingWindows, "example", failing)
     config = change(change(tiny, "data", prefetch=prefetch), "train", eval_every=0)
     with pytest.raises(OSError, match="Input/output error"):
         train.train(config, Workdir(tmp_path))
