@@ -989,5 +989,5 @@ def test_processes_have_to_share_the_workdir(tiny, tmp_path, monkeypatch):
     """As process 1 sees it when process 0 wrote to a disk of its own."""
     monkeypatch.setattr("gpt.runtime.cluster.is_first", lambda: False)
     monkeypatch.setattr("gpt.runtime.cluster.share", lambda key, compute: None)
-    with pytest.raises(train.UserError, match=r"run\.json, by process 0, is not there; all hosts need the same disk"):
+    with pytest.raises(train.UserError, match=r"the run\.json of process 0 is missing; all hosts need one disk"):
         train.train(from_tree(json.loads(json.dumps(train.dataclasses.asdict(tiny)))), Workdir(tmp_path))

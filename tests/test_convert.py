@@ -457,7 +457,7 @@ def test_a_run_starts_from_weights_on_any_mesh_and_goes_on_without_them(base, pl
     batch = next(pipeline.training_batches(rows, 16, 0, range(16)))
     expected = step.token_losses(logits_of(first, batch["inputs"]), batch["targets"]).mean()
     assert losses[0][0] == pytest.approx(float(expected), abs=1e-4)
-    with pytest.raises(UserError, match="holds converted weights and no data; name some by --data"):
+    with pytest.raises(UserError, match="holds converted weights and no data; name it with --data"):
         first.dataset()
 
     shutil.rmtree(origin.path)
@@ -473,7 +473,7 @@ def test_a_run_starts_from_weights_on_any_mesh_and_goes_on_without_them(base, pl
     [
         ("model", {"num_layers": 3}, r"blocks/attention/out/bias is 2 × 48 there, and 3 × 48 by the config"),
         ("model", {"block_size": 16}, r"position_embedding/embedding is 32 × 48 there, and 16 × 48 by"),
-        ("model", {"tie_embeddings": False}, r"head/kernel is missing there, and 48 × 256 by the config"),
+        ("model", {"tie_embeddings": False}, r"head/kernel is missing in the checkpoint, and 48 × 256 by the config"),
         ("tokenizer", {"name": "char"}, r"a tokenizer of the kind byte; set tokenizer\.name=byte"),
     ],
 )

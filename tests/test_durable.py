@@ -1,4 +1,4 @@
-"""Checkpoints outlive a power cut, say which run and step they are of, and hold the numbers of every device.
+"""Checkpoints survive a power cut, record their run and step, and hold the values of every device.
 
 Damage to files, full disks and kills are in test_faults.py.
 """
@@ -57,7 +57,7 @@ def workdir(trained, tmp_path) -> Workdir:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """What a folder holds, but for TensorBoard's events and the lock."""
+    """Returns the files in a folder by their path, without TensorBoard's events and the lock."""
     files = (file for file in Path(folder).rglob("*") if file.is_file() and not file.name.startswith((".lock", "ev")))
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
@@ -66,7 +66,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 class Recorder:
-    """Notes which files are synced, renamed and deleted, and checks that the order of these survives a power cut."""
+    """Records which files are synced, renamed and deleted, and checks that this order survives a power cut."""
 
     def __init__(self, monkeypatch, root: Path):
         self.root, self.synced, self.renamed, self.deleted = root, {}, [], []
@@ -101,15 +101,15 @@ class Recorder:
     rmdir = unlink
 
     def check_content(self, old: Path, new: Path) -> None:
-        """All that gets a valid name was synced after it was last written."""
-        inside = new.name == "params" or new.name == "optimizer"  # items of a checkpoint that has no name yet
+        """Checks that everything that gets a valid name was synced after the last write to it."""
+        inside = new.name == "params" or new.name == "optimizer"  # items of a checkpoint with a temporary name
         for path in [] if inside else [new, *new.rglob("*")]:
             before = str(old / path.relative_to(new))
             written = path.stat().st_mtime_ns
             assert self.synced.get(before, 0) >= written - 20_000_000, f"{before} was not synced"
 
     def check_parents(self) -> None:
-        """Where something old is deleted, the names of all that is new are on the disk."""
+        """Checks that the new names are on the disk when something old is deleted."""
         for _, new, when in self.renamed:
             if re.search(r"/checkpoints/\d+$|\.json$", new):
                 assert self.synced.get(os.path.dirname(new), 0) > when, f"{new} was not synced by its folder"
@@ -131,7 +131,7 @@ def test_all_that_a_resume_needs_is_synced_before_it_counts_and_before_older_is_
 
 @pytest.mark.slow
 def test_power_cuts_on_ext4(play, tmp_path):
-    """Images of a file system that is written to: what a power cut at that moment would have left on the disk."""
+    """Copies the image of a file system during training: what a power cut at that moment would leave on the disk."""
     image, mounted = tmp_path / "image", tmp_path / "mounted"
     mounted.mkdir()
     setup = f"truncate -s 96M {image} && mkfs.ext4 -q {image} && mount -o loop {image} {mounted}"
@@ -164,11 +164,11 @@ def test_power_cuts_on_ext4(play, tmp_path):
             subprocess.run(["umount", mounted], check=True)
 
 
-# Devices that hold other numbers.
+# Devices that hold different values.
 
 
 def put(config: MeshConfig):
-    """Arrays of several shapes and dtypes, sharded over a mesh in several ways."""
+    """Returns arrays of several shapes and dtypes, on the host and sharded over a mesh in several ways."""
     mesh = sharding.make_layout(config).mesh
     numbers = np.random.default_rng(0)
     specs = {"a": jax.P(), "b": jax.P("data"), "c": jax.P(None, "fsdp"), "d": jax.P(("data", "fsdp"), "model")}
@@ -181,7 +181,7 @@ def put(config: MeshConfig):
 
 
 def flip(array: jax.Array, device: int) -> jax.Array:
-    """The array with one bit of one device's copy flipped."""
+    """Returns the array with one bit flipped in the copy of one device."""
     parts = [np.array(shard.data) for shard in array.addressable_shards]
     parts[device].reshape(-1).view(np.uint8)[0] ^= 1
     places = [shard.device for shard in array.addressable_shards]
@@ -190,7 +190,7 @@ def flip(array: jax.Array, device: int) -> jax.Array:
 
 
 @pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(rules="fsdp_tp", data=2, fsdp=2, model=2)])
-def test_digests_are_those_of_the_whole_array_and_find_each_replica_that_differs(config):
+def test_digests_do_not_depend_on_the_sharding_and_find_each_replica_that_differs(config):
     tree, on_devices = put(config)
     found = integrity.digests(on_devices)
     assert found == {name: integrity.on_host(array) for name, array in tree.items()}
@@ -228,7 +228,7 @@ def test_a_run_whose_replicas_differ_stops_and_keeps_the_checkpoint_before(small
         save(self, loss)
 
     monkeypatch.setattr(train.Training, "_save", flip_and_save)
-    sentence = r"Step 4 is not saved.*params/blocks/mlp/up/kernel differs on cpu:3 .*that of step 2 is kept"
+    sentence = r"Step 4 was not saved.*params/blocks/mlp/up/kernel differs on cpu:3 .*the checkpoint of step 2 is kept"
     with pytest.raises(UserError, match=sentence):
         train.train(small, Workdir(tmp_path))
     assert os.listdir(tmp_path / "checkpoints") == ["2"]
@@ -258,12 +258,12 @@ def test_a_replica_of_another_process_is_compared_too(play, tmp_path, monkeypatc
     flags = (*MODEL[:-1], f"--config.data.path={play}", f"--workdir={tmp_path / 'run'}", "--config.train.steps=4")
     ended = Processes(2, "drifts", *flags, "--config.train.checkpoint_every=2", devices=1).wait()
     assert ended.codes == [1, 1], ended.err
-    assert re.search(r"Step 4 is not saved.*final_norm/scale differs between .*process 0.*process 1", ended.err[0])
+    assert re.search(r"Step 4 was not saved.*final_norm/scale differs between .*process 0.*process 1", ended.err[0])
     assert os.listdir(tmp_path / "run" / "checkpoints") == ["2"]
 
 
 def test_what_was_written_is_read_back_before_it_counts(small, tmp_path, monkeypatch, capsys):
-    """Numbers that reach the disk wrong: the save has failed, and the checkpoint before is not deleted for it."""
+    """If wrong values reach the disk, the save fails and the previous checkpoint is not deleted."""
     publish, wrong = files.publish, []
 
     def publish_wrong(partial, final):
@@ -276,7 +276,7 @@ def test_what_was_written_is_read_back_before_it_counts(small, tmp_path, monkeyp
         publish(partial, final)
 
     monkeypatch.setattr(files, "publish", publish_wrong)
-    with pytest.raises(UserError, match=r"Cannot save .*/4: .*that of step 2 is kept"):
+    with pytest.raises(UserError, match=r"Cannot save .*/4: .*the checkpoint of step 2 is kept"):
         train.train(change(small, "train", keep_checkpoints=1), Workdir(tmp_path))
     assert wrong
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "4.damaged"]
@@ -285,7 +285,7 @@ def test_what_was_written_is_read_back_before_it_counts(small, tmp_path, monkeyp
     assert "resuming after step 2" in capsys.readouterr().out
 
 
-# What a checkpoint is of.
+# The run and the step of a checkpoint.
 
 
 def test_a_checkpoint_without_its_digests_is_damaged(small, workdir, capsys):
@@ -300,7 +300,7 @@ def test_a_checkpoint_under_another_step_is_damaged(small, workdir, capsys):
     (workdir.path / "checkpoints" / "4").rename(workdir.path / "checkpoints" / "3")
     assert train.train(small, workdir) == 0
     out = capsys.readouterr().out
-    assert "3 is damaged (digests/metadata: this is the checkpoint of step 4)" in out
+    assert "3 is damaged (digests/metadata: it belongs to step 4)" in out
     assert "resuming after step 2" in out
 
 
@@ -311,7 +311,7 @@ def test_a_checkpoint_of_another_run_is_refused(small, workdir, tmp_path):
     shutil.rmtree(workdir.path / "checkpoints")
     shutil.copytree(other.path / "checkpoints", workdir.path / "checkpoints")
     before = content(workdir.path)
-    with pytest.raises(UserError, match=r"none was touched: .*2 is damaged .*of another run"):
+    with pytest.raises(UserError, match=r"none was changed: .*2 is damaged .*belongs to another run"):
         train.train(small, workdir)
     assert content(workdir.path) == before
 
@@ -321,7 +321,7 @@ def test_checkpoints_under_other_names_are_not_the_same_as_none(small, workdir, 
     for step in ("2", "4"):
         (workdir.path / "checkpoints" / step).rename(workdir.path / "checkpoints" / name.format(step))
     before = content(workdir.path)
-    with pytest.raises(UserError, match=f"holds no checkpoint that can be used, but {re.escape(name.format('2'))}"):
+    with pytest.raises(UserError, match=f"has no checkpoint with a valid name, only {re.escape(name.format('2'))}"):
         train.train(small, workdir)
     assert content(workdir.path) == before
 
@@ -333,15 +333,15 @@ def edit_environment(workdir: Workdir, **values: str) -> None:
 
 
 def test_another_order_of_examples_is_refused(small, workdir):
-    """As another version of grain may bring it."""
+    """A different version of grain may change the order."""
     edit_environment(workdir, **{"order of examples": "0" * 16, "grain": "0.2.12"})
-    with pytest.raises(UserError, match=r"in another order than before \(grain 0\.2\.12 → .*--allow_config_change"):
+    with pytest.raises(UserError, match=r"in a different order \(grain 0\.2\.12 → .*--allow_config_change"):
         train.train(small, workdir)
     assert train.train(small, workdir, allow_config_change=True) == 0
     assert workdir.read().environment["grain"] != "0.2.12"
 
 
-def test_other_devices_and_versions_are_said(small, workdir, capsys):
+def test_other_devices_and_versions_are_reported(small, workdir, capsys):
     devices = workdir.read().environment["devices"]
     assert re.match(r"8 × \S", devices)
     edit_environment(workdir, devices="1 × abacus", jax="0.1")
@@ -350,14 +350,14 @@ def test_other_devices_and_versions_are_said(small, workdir, capsys):
     assert f"changed: devices '1 × abacus' → {devices!r}\n" in out
     assert "changed: jax '0.1' → " in out
     assert "to rounding, not to the bit" in out
-    assert train.train(small, workdir) == 0  # it is recorded, and said once
+    assert train.train(small, workdir) == 0  # recorded, and reported once
     assert "changed:" not in capsys.readouterr().out
 
 
 # What is recorded, and when.
 
 
-def test_a_change_that_cannot_work_is_not_advised_and_leaves_no_mark(small, workdir):
+def test_a_change_that_cannot_work_is_not_advised_and_changes_no_file(small, workdir):
     wider, slower = change(small, "model", num_layers=2), change(small, "optimizer", learning_rate=1e-5)
     before = content(workdir.path)
     with pytest.raises(UserError, match=r"model\.num_layers 1 → 2.*does not fit the config") as error:
@@ -373,8 +373,8 @@ def test_a_change_that_cannot_work_is_not_advised_and_leaves_no_mark(small, work
     assert workdir.read().config.optimizer.learning_rate == 1e-5
 
 
-def test_the_best_loss_on_other_data_does_not_stand(small, workdir, tmp_path, play, capsys):
-    """A text that is harder: its own best is what counts, for the run as for those who load it."""
+def test_the_best_loss_on_other_data_does_not_count(small, workdir, tmp_path, play, capsys):
+    """After a change to a harder text, only losses on that text compete, in the run and when it is loaded."""
     assert workdir.checkpoints().best()[0] == 4
     other = tmp_path / "other.txt"
     other.write_text("".join(np.random.default_rng(0).permutation(list(play.read_text()))))
@@ -400,7 +400,7 @@ def test_a_start_that_fails_leaves_no_folder(small, tmp_path):
     assert not list((tmp_path / "there").iterdir())
 
 
-# Paths, and what leads out of a workdir.
+# Paths, and links out of a workdir.
 
 
 @pytest.mark.parametrize("name", ["lr[1e-3]", "a*", "what?", "back\\slash", "x://y", "bell\a", "caf\udce9"])
@@ -436,7 +436,7 @@ def test_nothing_in_a_workdir_leads_out_of_it(small, workdir, tmp_path, name, ki
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_lock_that_is_another_file_as_well_is_not_written_to(small, workdir, tmp_path):
+def test_a_lock_that_is_a_hard_link_is_not_written_to(small, workdir, tmp_path):
     (tmp_path / "precious").write_text("precious")
     (workdir.path / ".lock").unlink()
     os.link(tmp_path / "precious", workdir.path / ".lock")

@@ -259,7 +259,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_takes_its_place(un
     assert train.train(undisturbed.config, Workdir(workdir)) == 0
     lines = capsys.readouterr().out.splitlines()
     (line,) = (line for line in lines if "is damaged" in line)
-    assert re.match(rf"{newest} is damaged \(.+\)\. It is set aside as {STEPS}\.damaged\.$", line), line
+    assert re.match(rf"{newest} is damaged \(.+\)\. It was renamed to {STEPS}\.damaged\.$", line), line
     assert f"resuming after step {STEPS - EVERY}" in lines
     aside = newest.with_name(f"{STEPS}.damaged")
     assert sorted(file.relative_to(aside) for file in aside.rglob("*")) == left
@@ -278,7 +278,7 @@ def test_where_all_are_damaged_the_run_stops(undisturbed, tmp_path):
     for checkpoint, damage in zip(checkpoints, DAMAGES, strict=False):
         damage(checkpoint)
     for _ in range(2):
-        with pytest.raises(UserError, match=r"^No checkpoint in .* is whole, and none was touched: .*damaged"):
+        with pytest.raises(UserError, match=r"^All checkpoints in .* are damaged, and none was changed: .*damaged"):
             train.train(undisturbed.config, Workdir(workdir))
         assert sorted((workdir / "checkpoints").iterdir()) == checkpoints
 
@@ -318,7 +318,7 @@ def test_a_flipped_bit_in_any_file_is_noticed_or_of_no_effect(undisturbed, tmp_p
                 undisturbed.same_arrays(workdir)
                 noticed["no effect"] += 1
             except Damaged as error:
-                noticed["by the digests" if "the numbers that were saved" in str(error) else "elsewhere"] += 1
+                noticed["by the digests" if "the values differ from those saved" in str(error) else "elsewhere"] += 1
             file.write_bytes(before)
     print(noticed)
     assert min(noticed.values()) > 0
@@ -384,9 +384,9 @@ def test_a_full_disk(undisturbed, play, tmp_path, monkeypatch, capsys, free):
     """
     process = start(workdir, play, module="fills", out=tmp_path / "out", wrapper=(*wrapper, "bash", "-c", script, "-"))
     code, out = process.wait(240), (tmp_path / "out").read_text()
-    kept = f"No space left on device; that of step {STEPS - 2 * EVERY} is kept."
+    kept = f"No space left on device; the checkpoint of step {STEPS - 2 * EVERY} is kept."
     sentence = f"Cannot save {workdir}/checkpoints/{{}}: {kept}"
-    assert f"\n{sentence.format(STEPS - EVERY)} The next save is another try.\n" in out, out
+    assert f"\n{sentence.format(STEPS - EVERY)} Training continues and tries again at the next save.\n" in out, out
     assert "Traceback" not in out, out
     assert whole_steps(tmp_path / "after")[-1] == (STEPS if free else STEPS - 2 * EVERY)
     if free:
@@ -424,7 +424,7 @@ def test_a_workdir_that_is_removed_under_the_run(undisturbed, tmp_path, monkeypa
     settings = train.dataclasses.replace(undisturbed.config.train, steps=3 * EVERY, eval_every=0)
     with pytest.raises(UserError, match=rf"^Cannot save {workdir}/checkpoints/{3 * EVERY}: "):
         train.train(train.dataclasses.replace(undisturbed.config, train=settings), Workdir(workdir))
-    assert f"Cannot save {workdir}/checkpoints/{2 * EVERY}: the workdir is gone;" in capsys.readouterr().out
+    assert f"Cannot save {workdir}/checkpoints/{2 * EVERY}: the workdir was removed;" in capsys.readouterr().out
     assert not whole_steps(workdir)
 
 
@@ -474,7 +474,7 @@ def test_several_processes_agree_on_the_checkpoint_that_is_whole(play, tmp_path)
         file = max(folder.iterdir(), key=lambda file: file.stat().st_size)
         os.truncate(file, file.stat().st_size // 2) if damage is truncate else flip(file, file.stat().st_size // 2)
         again = Processes(2, "gpt.main", *flags, f"--config.train.steps={STEPS}").succeeded()
-        assert re.search(rf"{newest} is damaged .* It is set aside as {STEPS}\.damaged", again.out[0]), again.out[0]
+        assert re.search(rf"{newest} is damaged .* It was renamed to {STEPS}\.damaged", again.out[0]), again.out[0]
         assert f"resuming after step {STEPS - EVERY}" in again.out[0]
         assert points(tmp_path / "run") == losses
 

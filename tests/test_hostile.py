@@ -222,7 +222,10 @@ ABSURD = {
         lambda path: _zarr(path, shape=[10**12, 16]),
         "does not fit the config: token_embedding/embedding is 10",
     ),
-    "its pieces": (lambda path: _zarr(path, chunks=[10**9, 16]), "is in pieces of 1000000000 × 16, larger than itself"),
+    "its pieces": (
+        lambda path: _zarr(path, chunks=[10**9, 16]),
+        "has chunks of 1000000000 × 16, larger than the array",
+    ),
     "negative": (lambda path: _zarr(path, shape=[-1, 16]), "is damaged|does not fit"),
     "vocabulary": (lambda path: _model(path, vocab_multiple=10**9), "GB of parameters .* are more than its"),
     "vocabulary beyond": (lambda path: _model(path, vocab_multiple=10**12), r"vocab_multiple has to be less than 2³¹"),

@@ -221,7 +221,7 @@ CASES = {
     "sample: a pickle": (_pickle("checkpoints/2/params/_METADATA"), "sample", SAMPLE, 1, "damaged"),
     "explain: a pickle": (_pickle("checkpoints/2/params/manifest.ocdbt"), "explain", EXPLAIN, 1, "damaged"),
     "convert: a pickle": (_pickle("tokenizer.json"), "convert", CONVERT, 1, "damaged"),
-    "resume: a pickle": (_pickle("checkpoints/2/digests/metadata"), "main", RESUME, 1, "none was touched"),
+    "resume: a pickle": (_pickle("checkpoints/2/digests/metadata"), "main", RESUME, 1, "none was changed"),
     "sample: foreign values": (_foreign_values("http://127.0.0.1:9/"), "sample", SAMPLE, 1, "damaged"),
     "evaluate: values outside": (_foreign_values("../../../../../outside/"), "evaluate", EVALUATE, 1, "damaged"),
     "sample: foreign metadata": (_foreign_metadata, "sample", SAMPLE, 1, "damaged|does not fit"),

@@ -1,1 +1,1 @@
-"""Workdirs and checkpoints."""
+"""Workdirs and the checkpoints in them: saving, verifying, restoring, and opening trained models."""

@@ -1,4 +1,10 @@
-"""A trained model, opened from its workdir alone: for evaluating, sampling, and as the start of another run."""
+"""Opens a trained model from its workdir: to evaluate it, to generate, or to start another run from its weights.
+
+The checkpoints of a run with LoRA hold its adapters only. Their base, which is the checkpoint with the frozen weights
+that the adapters were trained with, is in another workdir, and `run.json` records its path, step and digest. Whoever
+opens the adapters opens the base too, verifies its digest, and gets parameters with the adapters merged into them. The
+base may be a checkpoint of adapters itself, with a base of its own.
+"""
 
 import dataclasses
 import functools
@@ -9,6 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from gpt import sharding
 from gpt.checkpointing.run import Base, Run
@@ -24,103 +31,104 @@ from gpt.step import Program, build
 
 
 class Weights:
-    """A checkpoint of a workdir, to take the model's parameters from.
+    """The model parameters of a checkpoint, with adapters merged.
+
+    Args:
+      checkpoint: "best", "last" or a step.
 
     Attributes:
-      run: what the workdir says.
-      step: of the checkpoint.
+      run: the record of the workdir.
+      step: step of the checkpoint.
 
     Raises:
-      UserError: there is no run, no such checkpoint, or it is damaged.
+      UserError: the run, the checkpoint or its base is missing or damaged.
     """
 
     def __init__(self, workdir: Workdir, checkpoint: str):
         self.workdir, self.run = workdir, workdir.read()
-        self._checkpoints = workdir.checkpoints(run=self.run)
-        self.step = self._checkpoints.find(checkpoint)
+        checkpoints = workdir.checkpoints(run=self.run)
+        self.step = checkpoints.find(checkpoint)
+        self._checkpoint = checkpoints[self.step]
         self._base = Weights.of_base(self.run.base, workdir) if self.run.base else None
 
     @classmethod
     def of_base(cls, base: Base, workdir: Workdir) -> "Weights":
-        """The weights that the adapters in a workdir belong to.
+        """Returns the weights of the base of the adapters in a workdir.
 
         Raises:
-          UserError: they are missing, have changed, or are in a bucket although the workdir is not: opening one uses no
-            network.
+          UserError: the base is missing, has other weights than the recorded ones, or is in a bucket although the
+            workdir is local: opening a local workdir uses no network.
         """
         if files.is_local(workdir.path) and not files.is_local(base.path):
             raise UserError(
-                f"--workdir={workdir.path}: base.path={base.path} in run.json is an address on the network; download "
-                "that workdir and name the copy there."
+                f"--workdir={workdir.path}: base.path={base.path} in run.json is on the network; use a local copy."
             )
         try:
             weights = cls(Workdir(base.path), str(base.step))
         except UserError as error:
-            raise UserError(f"The weights that adapters were trained for: {error}") from None
-        if weights._checkpoints.digest(weights.step) != base.digest:
+            raise UserError(f"Cannot open the base of the adapters in {workdir.path}: {error}") from None
+        if weights._checkpoint.digest != base.digest:
             raise UserError(
-                f"Step {base.step} of {base.path} has other weights than those that the adapters were trained for: put "
-                "these back, or name their workdir as base.path in run.json."
+                f"Step {base.step} of {base.path} has other weights than the base of the adapters in {workdir.path}: "
+                "restore the weights, or set base.path in run.json to a workdir that has them."
             )
         return weights
 
     def as_base(self) -> Base:
-        """The record of these weights for adapters."""
-        return Base(str(self.workdir.path), self.step, self._checkpoints.digest(self.step))
+        """Returns the record of these weights as the base of adapters."""
+        return Base(str(self.workdir.path), self.step, self._checkpoint.digest)
 
     def restore(self, program: Program) -> Any:
-        """The parameters, adapters merged, sharded as the program wants them.
+        """Returns the parameters as a tree, sharded for a program.
 
         Raises:
-          UserError: a shape differs, by its name, or the checkpoint is damaged.
+          UserError: a parameter is missing or has another shape, or the checkpoint is damaged.
         """
-        if self._base:
-            scan_layers = program.model.config.scan_layers
-            config = with_batch(self.run.config, program.layout.batch_shards)
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=scan_layers))
-            own = build(config, self.run.tokenizer.vocab_size, program.layout, total_steps=1)
-            adapters = self._checkpoints.restore(self.step, params=own.abstract_state.params)["params"]
-            return own.merge(self._base.restore(program), adapters)
-        return self._checkpoints.restore(self.step, params=program.abstract_params)["params"]
+        if not self._base:
+            return self._checkpoint.restore(params=program.abstract_params)["params"]
+        model = dataclasses.replace(self.run.config.model, scan_layers=program.model.config.scan_layers)
+        config = dataclasses.replace(with_batch(self.run.config, program.layout.batch_shards), model=model)
+        own = build(config, self.run.tokenizer.vocab_size, program.layout, total_steps=1)
+        adapters = self._checkpoint.restore(params=own.abstract_state.params)["params"]
+        return own.merge(self._base.restore(program), adapters)
 
     def restore_each(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
-        """All parameters, by name, as `Checkpoints.restore_each` gives them, adapters merged.
+        """Yields all parameters on the host and one at a time, so that the model need not fit in memory.
+
+        Args:
+          shapes: shapes by names such as "blocks/mlp/up/kernel", with stacked layers.
 
         Raises:
-          UserError: as `restore`.
+          UserError: see `restore`.
         """
-        adapters = self._adapters()
-        arrays = self._base.restore_each(shapes) if self._base else self._checkpoints.restore_each(self.step, shapes)
-        for name, array in zip(shapes, arrays, strict=True):
+        adapters = self._adapters() if self._base else {}
+        for name, array in zip(shapes, (self._base or self._checkpoint).restore_each(shapes), strict=True):
             if name in adapters:
                 array = array + self.run.config.model.lora_scale * lora.product(adapters[name], array.shape)
             yield array
 
     def _adapters(self) -> dict[str, dict[str, np.ndarray]]:
-        """The matrices of each adapter, by the name of its kernel, layers stacked."""
-        if not self._base:
-            return {}
+        """Returns the matrices of each adapter, {"a": …, "b": …} with stacked layers, by the name of its kernel."""
         config = self.run.config.model.resolve(self.run.tokenizer.vocab_size, "cpu")
         config = dataclasses.replace(config, scan_layers=True)
-        abstract = jax.eval_shape(lambda: config.module().init(jax.random.key(0), config.blank(1)))["lora"]
-        leaves = jax.tree_util.tree_leaves_with_path(nn.unbox(abstract))
-        shapes = {sharding.path_name(path): leaf.shape for path, leaf in leaves}
-        found = {}
-        for name, array in zip(shapes, self._checkpoints.restore_each(self.step, shapes), strict=True):
-            place, _, matrix = name.rpartition("/")
-            found.setdefault(f"{place}/kernel", {})[matrix] = array
-        return found
+        variables = jax.eval_shape(lambda: config.module().init(jax.random.key(0), config.blank(1)))
+        shapes = flatten_dict(jax.tree.map(lambda leaf: leaf.shape, nn.unbox(variables["lora"])), sep="/")
+        adapters: dict[str, dict[str, np.ndarray]] = {}
+        for name, array in zip(shapes, self._checkpoint.restore_each(shapes), strict=True):
+            layer, _, matrix = name.rpartition("/")
+            adapters.setdefault(f"{layer}/kernel", {})[matrix] = array
+        return adapters
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """What a checkpoint is and what can be done with it.
+    """A trained model on the devices of this machine.
 
     Attributes:
-      step: of the checkpoint.
-      program: its functions, for the devices of this machine.
-      params: restored and sharded.
-      batch_size: rows in a batch of `program`.
+      step: step of the checkpoint.
+      program: functions of the model, for these devices.
+      params: parameters, sharded for the program.
+      batch_size: examples in a batch of the program.
     """
 
     workdir: Workdir
@@ -139,29 +147,33 @@ class Loaded:
         return self.program.model.config
 
     def dataset(self, path: str | None = None) -> Dataset:
-        """The data of the run, or other data of its kind. Raises UserError where that has changed, or there is none."""
+        """Returns the data of the run, or with a path other data of the same kind.
+
+        Raises:
+          UserError: the data of the run is missing, not known, or has changed since the training began.
+        """
         if path is None and self.run.fingerprint is None:
-            raise UserError(f"--workdir={self.workdir.path} holds converted weights and no data; name some by --data.")
+            raise UserError(f"--workdir={self.workdir.path} holds converted weights and no data; name it with --data.")
         config, model = self.run.config.data.opened(path), self.model_config if path is None else None
         say = functools.partial(print, file=sys.stderr) if cluster.is_first() else lambda line: None
         dataset = cluster.first_before_others("data", lambda: config.load(self.tokenizer, model, say))
         if path is None and dataset.fingerprint != self.run.fingerprint:
             raise UserError(
-                f"The data of the run in {self.workdir.path} has changed since the training began: its fingerprint is "
-                f"{dataset.fingerprint}, that of the run {self.run.fingerprint}."
+                f"The data of the run in {self.workdir.path} has changed since the training began (its fingerprint was "
+                f"{self.run.fingerprint}, now {dataset.fingerprint}); restore it, or name other data with --data."
             )
         return dataset
 
 
 def load(workdir: Workdir, checkpoint: str, batch_size: int | None = None) -> Loaded:
-    """The model of a workdir, on the mesh of its training if there are the devices for it, else on all devices.
+    """Returns the model of a workdir, on the mesh of its training if there are enough devices, else on all devices.
 
     Args:
       checkpoint: "best", "last" or a step.
-      batch_size: rows of a batch, made up to what the mesh divides; None: as in training.
+      batch_size: examples in a batch, rounded up to a multiple of the mesh's batch axes; None: as in training.
 
     Raises:
-      UserError: there is no run, no such checkpoint, or it is damaged.
+      UserError: the run or the checkpoint is missing or damaged, or the model does not fit in memory.
     """
     weights = Weights(workdir, checkpoint)
     run = weights.run
@@ -176,6 +188,6 @@ def load(workdir: Workdir, checkpoint: str, batch_size: int | None = None) -> Lo
 
 
 def with_batch(config: Config, batch_size: int) -> Config:
-    """The config with batches of another size, in one part, and no kernel that this platform may lack."""
+    """Returns the config with another batch size, one micro-batch, and no attention kernel of another platform."""
     train = dataclasses.replace(config.train, batch_size=batch_size, micro_batches=1)
     return dataclasses.replace(config, train=train, model=config.model.without_kernel())

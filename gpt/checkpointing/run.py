@@ -1,40 +1,30 @@
-"""What a workdir records of a run, and which changes a resumed run may make."""
+"""What a workdir and each of its checkpoints record about a run, and which changes a resumed run may make."""
 
 import dataclasses
+import hashlib
+import json
 import secrets
+import zlib
 from collections.abc import Callable
 from typing import Any
 
 from etils import epath
 
-from gpt.config import Config, differences, is_harmless
+from gpt.config import Config, differences, flatten, is_harmless
 from gpt.data import tokenizers
 from gpt.runtime.errors import UserError
 
-ORDER = "order of examples"  # in the environment of a run
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """A workdir's record of what is trained in it."""
-
-    config: Config
-    tokenizer: tokenizers.Tokenizer
-    fingerprint: str | None  # of the data; None for weights that were converted, whose data is not known
-    base: "Base | None" = None  # of a run that trains adapters
-    skipped: tuple[int, ...] = ()  # numbers of the batches that are left out: see `train.on_nonfinite`
-    environment: dict[str, str] = dataclasses.field(default_factory=dict)  # versions, devices: what exactness needs
-    # The checkpoints of the run carry the same. Two runs of one config are equal otherwise.
-    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8), compare=False)
+RECORD = "digests/metadata"  # path in the folder of a checkpoint, where orbax's own handler of JSON would write it
+ORDER = "order of examples"  # key of `Run.environment`: digest of the order in which examples come
 
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """The checkpoint whose weights a run's adapters belong to.
+    """The base of LoRA's adapters: the checkpoint whose frozen weights they were trained with.
 
     Attributes:
-      path: of its workdir.
-      digest: of what that checkpoint holds.
+      path: workdir of the checkpoint.
+      digest: digest of its parameters.
     """
 
     path: str
@@ -42,39 +32,115 @@ class Base:
     digest: int
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The record of a run.
+
+    Attributes:
+      fingerprint: identifies the data; None for converted weights, whose data is not known.
+      base: set if the run trains adapters.
+      skipped: numbers of the batches that are left out; see `train.on_nonfinite`.
+      environment: versions, devices and other facts that an exact resume depends on.
+      id: is in every checkpoint of the run, and tells apart two runs of one config.
+    """
+
+    config: Config
+    tokenizer: tokenizers.Tokenizer
+    fingerprint: str | None
+    base: Base | None = None
+    skipped: tuple[int, ...] = ()
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8), compare=False)
+
+
 def refuse_changes(
     old: Run, new: Run, workdir: epath.Path, allow: bool, obstacle: str = ""
 ) -> dict[str, tuple[Any, Any]]:
-    """The differences between a workdir's run and the one wanted, if they may be, environments included.
+    """Returns {key: (old value, new value)} where config or environment of a resumed run differ from the record.
 
     Args:
-      obstacle: why the newest checkpoint cannot be restored under the new config, in a sentence; "": it can.
+      allow: permit all changes.
+      obstacle: a sentence about why the newest checkpoint cannot be restored with the new config; "" if it can.
 
     Raises:
-      UserError: the data, the order of examples, or a key that is not harmless, has changed and `allow` is false.
+      UserError: `allow` is false, and the data, the order of examples, or a config key that is not harmless differs.
     """
     serious = describe_differences(old, new, "→", besides=is_harmless)
     if serious and not allow:
         advice = obstacle or "To resume with the changes, add --allow_config_change."
         raise UserError(
-            f"--workdir={workdir} holds a run with another config: {'; '.join(serious)}. Choose another --workdir, or "
-            f"undo the changes. {advice}"
+            f"--workdir={workdir} holds a run with a different config: {'; '.join(serious)}. Undo the changes, or "
+            f"choose another --workdir. {advice}"
         )
     keys = [key for key in new.environment if key in old.environment and old.environment[key] != new.environment[key]]
-    if ORDER in keys and not serious and not allow:
-        versions = ", ".join(f"{key} {old.environment[key]} → {new.environment[key]}" for key in keys if key != ORDER)
+    environment = {key: (old.environment[key], new.environment[key]) for key in keys}
+    if environment.pop(ORDER, None) and not serious and not allow:
+        versions = ", ".join(f"{key} {was} → {now}" for key, (was, now) in environment.items())
         raise UserError(
-            f"--workdir={workdir}: the examples would come in another order than before ({versions or 'grain'}). "
-            "Install the versions that the run began with, or add --allow_config_change."
+            f"--workdir={workdir}: the examples would come in a different order ({versions or 'grain'}). Install the "
+            "versions that the run was started with, or add --allow_config_change."
         )
-    environments = {key: (old.environment[key], new.environment[key]) for key in keys if key != ORDER}
-    return differences(old.config, new.config) | environments
+    return differences(old.config, new.config) | environment
 
 
 def describe_differences(a: Run, b: Run, sign: str, besides: Callable[[str], bool] = lambda key: False) -> list[str]:
-    """In words, with the sign between the values: where configs and data of two runs differ."""
+    """Returns phrases such as "train.batch_size 32 → 64" about the config and the data of two runs.
+
+    Args:
+      sign: stands between the values.
+      besides: returns whether a config key is left out.
+    """
     changes = differences(a.config, b.config)
-    found = [f"{key} {was!r} {sign} {now!r}" for key, (was, now) in changes.items() if not besides(key)]
+    phrases = [f"{key} {old!r} {sign} {new!r}" for key, (old, new) in changes.items() if not besides(key)]
     if a.fingerprint != b.fingerprint:
-        found.append(f"fingerprint of the data {a.fingerprint} {sign} {b.fingerprint}")
-    return found
+        phrases.append(f"fingerprint of the data {a.fingerprint} {sign} {b.fingerprint}")
+    return phrases
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """The record of a checkpoint.
+
+    Attributes:
+      run: ID of the run.
+      step: number of training steps done.
+      data: identifies what `validation_loss` was measured on; see `validation_data`.
+      arrays: digest of each array, by names such as "params/blocks/mlp/up/kernel"; see `gpt.checkpointing.integrity`.
+      validation_loss: nats per target; None if the step was not evaluated.
+      mean_loss: running mean of the training loss; None if the checkpoint has parameters only.
+    """
+
+    run: str
+    step: int
+    data: str
+    arrays: dict[str, int]
+    validation_loss: float | None = None
+    mean_loss: float | None = None
+
+    def to_json(self) -> str:
+        """Returns the content of the file, which includes a checksum."""
+        content = dataclasses.asdict(self)
+        return json.dumps(content | {"checksum": _checksum(content)})
+
+    @classmethod
+    def from_json(cls, content: Any) -> "Record":
+        """Returns the record in the parsed content of a file.
+
+        Raises:
+          ValueError, KeyError, TypeError, AttributeError: the content is not a record, or was changed.
+        """
+        values = {name: value for name, value in content.items() if name != "checksum"}
+        if content["checksum"] != _checksum(values):
+            raise ValueError("its checksum does not match")
+        return cls(**values)
+
+
+def validation_data(run: Run) -> str:
+    """Returns a hash of the data of a run and its form: only losses measured on the same data can be compared."""
+    options = flatten(dataclasses.asdict(run.config.data), "data.")
+    form = {key: value for key, value in options.items() if not is_harmless(key)}
+    return hashlib.sha256(json.dumps([run.fingerprint, form], sort_keys=True).encode()).hexdigest()[:32]
+
+
+def _checksum(values: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())

@@ -1,8 +1,19 @@
-"""TODO."""
+"""The workdir of a run.
+
+    run.json         the resolved config, the fingerprint of the data, the batches that are left out, the base of LoRA's
+                     adapters, and the versions and devices that an exact resume depends on
+    tokenizer.json   the tokenizer, or the names of the classes
+    checkpoints/     one folder for each saved step: the items `params` (all parameters, or LoRA's adapters) and
+                     `optimizer` in orbax's format, and the checkpoint's own record (`gpt.checkpointing.run.Record`)
+    events.out.*     TensorBoard's events
+    .lock            held by the process that trains
+
+Converted weights (see `gpt.convert`) are a workdir without a fingerprint, with one checkpoint, of step 0, that has no
+optimizer state. All of these are plain data formats: opening a workdir runs no code that its author wrote.
+"""
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import re
@@ -10,61 +21,63 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import IO
 
 from etils import epath
 
-from gpt.checkpointing.checkpoints import Checkpoints, saved_names
+from gpt.checkpointing.checkpoints import Checkpoints
 from gpt.checkpointing.run import Base, Run, describe_differences
+from gpt.checkpointing.writing import saved_names
 from gpt.config import from_tree
 from gpt.runtime import cluster, files
 from gpt.runtime.errors import UserError
-from gpt.runtime.files import read_json
+
+if sys.platform != "win32":
+    import fcntl
 
 
 class Workdir:
-    """A folder with a run in it, or one to be: on a disk that all hosts share, or in a bucket (gs://, s3://).
+    """The folder of a run, or of one to come: on a disk that all hosts share, or in a bucket (gs://, s3://).
 
     Raises:
-      UserError: the path has characters that a checkpoint cannot be written or found under.
+      UserError: the path has characters with which checkpoints cannot be written or found.
     """
 
     def __init__(self, path: str | os.PathLike):
-        _check_path(path)
-        path = epath.Path(path)
-        self.path: epath.Path = path.expanduser().absolute() if files.is_local(path) else path
-        _check_path(self.path)
+        self.path = _checked(path)
 
     @property
     def has_run(self) -> bool:
+        """Whether a run is recorded here."""
         return (self.path / "run.json").exists()
 
     @property
     def has_begun(self) -> bool:
-        """Whether there is a run with anything to lose: one that saved, usable or not."""
+        """Whether a run is recorded here that has saved a checkpoint, usable or not."""
         return self.has_run and bool(saved_names(self.path / "checkpoints"))
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
-        """Makes the folder and keeps other runs out of it until the end of the context.
+        """Creates the folder and refuses other runs in it until the end of the context.
 
-        Process 0 holds the lock, and its death, however sudden, releases it. In a bucket there are no locks, nor on
-        some network disks: there it is up to the user that no two runs write to one workdir. A folder in which no run
-        was recorded is removed again.
+        Process 0 holds the lock, and the operating system releases it when that process ends in any way. A folder that
+        was created is removed again if no run was recorded in it. In a bucket, on Windows and on some network disks
+        there are no locks, so users must not start two runs in one workdir there.
 
         Raises:
-          UserError: the folder cannot be made or written to, holds something else, or another run is at work in it.
+          UserError: the folder cannot be created or written to, holds something else, or is in use by another run.
         """
-        with contextlib.ExitStack() as held:
-            cluster.share("workdir", lambda: self._occupy(held))
+        with contextlib.ExitStack() as stack:
+            cluster.share("workdir", lambda: self._occupy(stack))
             yield
 
-    def _occupy(self, held: contextlib.ExitStack) -> None:
-        made = self.create()
-        if not files.is_local(self.path):
+    def _occupy(self, stack: contextlib.ExitStack) -> None:
+        """Creates the folder and takes the lock; the stack releases it."""
+        created = self.create()
+        if sys.platform == "win32" or not files.is_local(self.path):
             return
-        file = held.enter_context(self._open_lock())
-        held.callback(self._leave_no_trace, made)
+        file = stack.enter_context(self._open_lock())
+        stack.callback(self._remove_if_unused, created)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -74,35 +87,35 @@ class Workdir:
             ) from None
         except OSError:  # a disk without locks
             return
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
+        with contextlib.suppress(OSError):  # on a full disk the lock works without a name in the file
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
 
-    def _open_lock(self) -> Any:
+    def _open_lock(self) -> IO[str]:
         path = self.path / ".lock"
         file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644), "r+")
         if os.fstat(file.fileno()).st_nlink > 1:
             file.close()
-            raise UserError(f"{path} is another file as well (a hard link), which would be overwritten; delete it.")
+            raise UserError(f"{path} is a hard link to a file that the lock would overwrite; delete the link.")
         return file
 
-    def _leave_no_trace(self, made: list[str]) -> None:
-        """Removes the lock and the folders made for it where nothing else was written."""
+    def _remove_if_unused(self, created: list[str]) -> None:
+        """Removes the lock file and the created folders if nothing else was written."""
         with contextlib.suppress(OSError):
             if os.listdir(self.path) == [".lock"]:
                 (self.path / ".lock").unlink()
-                for folder in reversed(made):
+                for folder in reversed(created):
                     os.rmdir(folder)
 
     def create(self) -> list[str]:
-        """Makes the folder; returns those that did not exist before.
+        """Creates the folder; returns the folders that did not exist before.
 
         Raises:
-          UserError: that is not permitted, the folder holds something else, or leads to another place by a link.
+          UserError: the folder cannot be created or written to, holds something else, or has links in it.
         """
         try:
-            made = files.make_folder(self.path)
+            created = files.make_folder(self.path)
             if files.is_local(self.path):
                 files.refuse_links(self.path)
             probe = self.path / f".write-test-{secrets.token_hex(4)}"
@@ -110,14 +123,14 @@ class Workdir:
             probe.unlink()
         except OSError as error:
             raise UserError(f"Cannot write to --workdir={self.path}: {error.strerror or error}.") from None
-        except ImportError as error:  # of what buckets need
+        except ImportError as error:  # of the packages for buckets
             raise UserError(f"--workdir={self.path}: {error}") from None
         if not self.has_run and (self.path / "checkpoints").exists():
             raise UserError(f"--workdir={self.path} has checkpoints but no run.json; choose another folder.")
-        return made
+        return created
 
     def record(self, run: Run) -> None:
-        """Writes what `read` reads, once for all processes.
+        """Writes the record of a run, on process 0; every process calls this.
 
         Raises:
           UserError: this process does not see what process 0 wrote, or has another config or other data.
@@ -126,16 +139,14 @@ class Workdir:
         if cluster.is_first():
             return
         if not self.has_run:
-            raise UserError(
-                f"--workdir={self.path}: run.json, by process 0, is not there; all hosts need the same disk."
-            )
+            raise UserError(f"--workdir={self.path}: the run.json of process 0 is missing; all hosts need one disk.")
         recorded = self.read()
         others = describe_differences(recorded, run, "≠")
-        for name in ("id", "base", "skipped"):  # a disk may show a file of before for a while
+        for name in ("id", "base", "skipped"):  # a network disk may show an older file for a while
             if getattr(recorded, name) != getattr(run, name):
                 others.append(f"{name} {getattr(recorded, name)} ≠ {getattr(run, name)}")
         if others:
-            raise UserError(f"Process 0 and this one are to train different runs: {'; '.join(others)}.")
+            raise UserError(f"Process 0 has a different run: {'; '.join(others)}. Start all with the same flags.")
 
     def _write(self, run: Run) -> None:
         record = {
@@ -146,32 +157,30 @@ class Workdir:
             "skipped_batches": run.skipped,
             "environment": run.environment,
         }
-        # The record last: a folder with a run.json is complete.
+        # run.json is written last, because a folder with a run.json counts as complete.
         files.write(self.path / "tokenizer.json", run.tokenizer.to_json())
         files.write(self.path / "run.json", json.dumps(record, indent=1))
 
     def read(self) -> Run:
-        """The run that is recorded here. Raises UserError where there is none or it is damaged."""
+        """Returns the record of the run. Raises UserError if there is none or it is damaged."""
         if not self.path.is_dir():
             raise UserError(f"--workdir={self.path}: there is no such folder.")
         if not self.has_run:
-            raise UserError(f"--workdir={self.path} holds no run: there is no run.json in it.")
+            raise UserError(f"--workdir={self.path} holds no run: run.json is missing.")
         if files.is_local(self.path):
             files.refuse_pipes(self.path)
         try:
-            record = read_json(self.path / "run.json")
+            record = files.read_json(self.path / "run.json")
             config = from_tree(record["config"])
             return Run(
                 config,
-                config.data.tokenizer(read_json(self.path / "tokenizer.json")),
+                config.data.tokenizer(files.read_json(self.path / "tokenizer.json")),
                 record["data_fingerprint"],
                 Base(**record["base"]) if record["base"] else None,
                 tuple(map(int, record["skipped_batches"])),
                 {str(name): str(value) for name, value in record["environment"].items()},
                 str(record["id"]),
             )
-        except FileNotFoundError as error:
-            raise UserError(f"--workdir={self.path}: {error.filename} is missing.") from None
         except OSError as error:
             raise UserError(f"--workdir={self.path}: cannot read run.json or tokenizer.json: {error}.") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -179,19 +188,23 @@ class Workdir:
         except UserError as error:
             raise UserError(f"--workdir={self.path}: run.json: {error}") from None
 
-    def checkpoints(self, keep: int = 1, say: Callable[[str], None] = print, run: Run | None = None) -> "Checkpoints":
-        """The checkpoints of the run that is recorded here, or of `run`, which is about to be."""
+    def checkpoints(self, keep: int = 1, say: Callable[[str], None] = print, run: Run | None = None) -> Checkpoints:
+        """Returns the checkpoints of `run`, or of the run that is recorded here; see `Checkpoints`."""
         return Checkpoints(self.path / "checkpoints", keep, say, run or self.read())
 
 
-def _check_path(path: Any) -> None:
-    """Raises UserError for a path that orbax, which searches its folders by patterns, or tensorstore misreads."""
+def _checked(path: str | os.PathLike) -> epath.Path:
+    """Returns the absolute path. Raises UserError if tensorstore or orbax, which searches by patterns, misreads it."""
     if not files.is_local(path):
         if not re.match("(gs|s3)://.", str(path)):
-            raise UserError(f"--workdir={path}: a workdir is a folder, or a place in a bucket: gs://… or s3://….")
-    elif odd := re.search(r"[][*?\\]", str(path)):
-        raise UserError(f"--workdir={path}: the character {odd[0]} cannot be in the path of a workdir; rename it.")
-    elif sys.getfilesystemencoding() != "utf-8" and not str(path).isascii():
-        raise UserError(f"--workdir={path}: letters beyond ASCII need a locale with UTF-8; set PYTHONUTF8=1.")
-    elif not str(path).isprintable():  # bytes that are not UTF-8 among them
-        raise UserError(f"--workdir={str(path)!r}: a path of a workdir can have only characters that can be shown.")
+            raise UserError(f"--workdir={path}: use a local folder or a path in a bucket, gs://… or s3://….")
+        return epath.Path(path)
+    absolute = epath.Path(path).expanduser().absolute()
+    text = str(absolute)
+    if special := re.search(r"[][*?\\]", text):
+        raise UserError(f"--workdir={path}: {text} contains the character {special[0]}; rename the folder.")
+    if sys.getfilesystemencoding() != "utf-8" and not text.isascii():
+        raise UserError(f"--workdir={path}: characters beyond ASCII need a locale with UTF-8; set PYTHONUTF8=1.")
+    if not text.isprintable():  # bytes that are not UTF-8 among them
+        raise UserError(f"--workdir={text!r}: the path has characters that cannot be printed; rename the folder.")
+    return absolute

@@ -1,10 +1,7 @@
-"""Writes a checkpoint: orbax's arrays and a record of what they are, complete on the disk before it has its name."""
+"""Writes, renames and deletes checkpoints so that a folder named after a step is complete, also after a power cut."""
 
 import dataclasses
-import hashlib
-import json
 import math
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -16,39 +13,38 @@ from orbax.checkpoint import type_handlers
 from orbax.checkpoint.path import atomicity
 
 from gpt.checkpointing import integrity
-from gpt.checkpointing.run import Run
-from gpt.config import flatten, is_harmless
+from gpt.checkpointing.run import RECORD, Record, Run, validation_data
 from gpt.runtime import files
 
-RECORD = "digests/metadata"  # of a checkpoint; where orbax's own handler of JSON would write it
-CHUNK = 1 << 26  # bytes of a piece of a converted array on disk: what a device that needs a part has to read at most
+CHUNK = 1 << 26  # bytes in a chunk of a converted array: a device that needs a part of the array reads whole chunks
 
 
 @dataclasses.dataclass(frozen=True)
 class Deferred:
-    """A float32 array that is made when it is written, so that a model need not be in memory to be saved."""
+    """A float32 array that is computed when it is written, so that saving a model needs memory for one array only."""
 
     shape: tuple[int, ...]
     make: Callable[[], np.ndarray]
-
-    @property
-    def dtype(self) -> np.dtype:
-        return np.dtype(np.float32)
+    dtype: np.dtype = np.dtype(np.float32)
 
 
 class _DeferredHandler(type_handlers.NumpyHandler):
-    """Writes Deferred arrays one after the other. Orbax by itself holds all that it writes, twice."""
+    """Writes Deferred arrays one after the other; orbax's handler would hold two copies of all of them in memory.
+
+    Attributes:
+      digests: digest of each array written so far.
+    """
 
     def __init__(self, **options):
         super().__init__(**options)
-        self.digests: dict[str, int] = {}  # of what was written
+        self.digests: dict[str, int] = {}
 
     async def serialize(self, values, infos, args=None):
         for value, info, arg in zip(values, infos, args, strict=True):
             array = value.make()
             self.digests[f"params/{info.name.replace('.', '/')}"] = integrity.on_host(array)
-            for written in await super().serialize([array], [info], [arg]):
-                written.result()
+            for future in await super().serialize([array], [info], [arg]):
+                future.result()
         return []
 
     def memory_size(self, values):
@@ -57,28 +53,32 @@ class _DeferredHandler(type_handlers.NumpyHandler):
 
 
 def write_params(folder: epath.Path, run: Run, params: Any) -> None:
-    """Writes a checkpoint of step 0 that has parameters alone: a tree of `Deferred`, with stacked layers."""
+    """Writes a checkpoint of step 0 that has parameters and no optimizer state.
+
+    Args:
+      params: tree of `Deferred`, with stacked layers.
+    """
     handler = _DeferredHandler(deepcopy_host_arrays=False)
     registry = type_handlers.create_type_handler_registry(
         (Deferred, handler),
-        (jax.Array, type_handlers.ArrayHandler()),  # there are none, but without it orbax warns
+        (jax.Array, type_handlers.ArrayHandler()),  # not used, but orbax warns if it is missing
     )
     files.make_folder(folder.parent)
     item = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    writer = make_writer(folder, lambda: make_record(run, 0, handler.digests), params=item)
+    writer = make_writer(folder, lambda: Record(run.id, 0, validation_data(run), handler.digests), params=item)
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), params)
     writer.save(folder, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params, save_args=save_args)))
     writer.wait_until_finished()
     writer.close()
 
 
-def make_writer(folder: epath.Path, record: Callable[[], dict[str, Any]], **handlers: Any) -> ocp.AsyncCheckpointer:
-    """What writes one checkpoint: its items, its record, and then its name."""
-    partial = folder.with_name(folder.name + atomicity.TMP_DIR_SUFFIX)
+def make_writer(folder: epath.Path, record: Callable[[], Record], **handlers: Any) -> ocp.AsyncCheckpointer:
+    """Returns a writer of one checkpoint: of its items, then its record, and then the name of its folder."""
+    partial = _partial(folder)
 
     def add_record() -> None:
         (partial / RECORD).parent.mkdir()
-        (partial / RECORD).write_text(json.dumps(record()))
+        (partial / RECORD).write_text(record().to_json())
 
     return ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler("params", "optimizer", **handlers),
@@ -88,7 +88,7 @@ def make_writer(folder: epath.Path, record: Callable[[], dict[str, Any]], **hand
 
 
 class _DurableFolder(atomicity.AtomicRenameTemporaryPath):
-    """Orbax's temporary folder of a checkpoint, of which nothing is lost in a power cut once it has its name."""
+    """Orbax's temporary folder of a checkpoint, synced to the disk before it is renamed to the final name."""
 
     async def finalize(self) -> None:
         if self._checkpoint_metadata_store:
@@ -96,25 +96,31 @@ class _DurableFolder(atomicity.AtomicRenameTemporaryPath):
         files.publish(self.get(), self.get_final())
 
 
-def make_record(
-    run: Run,
-    step: int,
-    digests: dict[str, int],
-    validation_loss: float | None = None,
-    mean_loss: float | None = None,
-) -> dict[str, Any]:
-    """What a checkpoint records of itself."""
-    record = {"run": run.id, "step": step, "data": evaluated_on(run), "arrays": digests}
-    record |= {"validation_loss": validation_loss, "mean_loss": mean_loss}
-    return record | {"checksum": checksum(record)}
+def saved_names(checkpoints: epath.Path) -> list[str]:
+    """Returns the names in a folder of checkpoints, without hidden files and the remains of unfinished saves."""
+    names = (entry.name for entry in checkpoints.iterdir()) if checkpoints.exists() else ()
+    return sorted(name for name in names if not name.endswith(atomicity.TMP_DIR_SUFFIX) and name[0] != ".")
 
 
-def evaluated_on(run: Run) -> str:
-    """Names what validation losses are measured on: those on other data, or on it in another form, do not compare."""
-    options = flatten(dataclasses.asdict(run.config.data), "data.")
-    form = {key: value for key, value in options.items() if not is_harmless(key)}
-    return hashlib.sha256(json.dumps([run.fingerprint, form], sort_keys=True).encode()).hexdigest()[:32]
+def remove_unfinished(checkpoints: epath.Path) -> None:
+    """Deletes the remains of saves that were killed or found the disk full."""
+    for folder in checkpoints.iterdir():
+        if folder.name.endswith(atomicity.TMP_DIR_SUFFIX):
+            files.remove_tree(folder)
 
 
-def checksum(record: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+def delete(folder: epath.Path) -> None:
+    """Deletes a checkpoint, under a temporary name, so that a partly deleted one is never taken for a checkpoint."""
+    files.remove_tree(folder.rename(_partial(folder)))
+
+
+def set_aside(folder: epath.Path) -> str:
+    """Renames the folder of a damaged checkpoint; returns the new name."""
+    names = (f"{folder.name}.damaged{suffix}" for suffix in ["", *(f"-{i}" for i in range(2, 1000))])
+    aside = folder.rename(next(path for path in map(folder.with_name, names) if not path.exists()))
+    files.sync(folder.parent)
+    return aside.name
+
+
+def _partial(folder: epath.Path) -> epath.Path:
+    return folder.with_name(folder.name + atomicity.TMP_DIR_SUFFIX)

@@ -1,0 +1,226 @@
+"""Reads a checkpoint: its record, the shapes of its arrays, the arrays, and the digests of what is on the disk.
+
+Every array that is read is compared with its digest in the record, so a damaged checkpoint is reported and never used.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import math
+import os
+import re
+from collections.abc import Iterator
+from typing import Any, cast
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+from etils import epath
+from flax.traverse_util import unflatten_dict
+from jax.experimental import multihost_utils
+
+from gpt.checkpointing import integrity
+from gpt.checkpointing.run import RECORD, Record
+from gpt.models.layers import stack_layers, unstack_layers
+from gpt.runtime import cluster, files
+from gpt.runtime.errors import UserError
+from gpt.sharding import path_name
+
+# Errors of storage that does not answer, which says nothing about the checkpoint.
+TRANSIENT = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED")
+
+
+class Damaged(UserError):
+    """A checkpoint differs from what was saved."""
+
+    def __init__(self, folder: epath.Path, reason: str):
+        super().__init__(f"{folder} is damaged ({reason}).")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A saved checkpoint. Its layers are stacked, whether or not the model that was saved scans over its layers.
+
+    Attributes:
+      folder: holds the items (`params`, `optimizer`) in orbax's format, and the record.
+    """
+
+    folder: epath.Path
+    record: Record
+
+    @classmethod
+    def open(cls, folder: epath.Path, run_id: str) -> "Checkpoint":
+        """Returns the checkpoint in a folder that is named after its step.
+
+        Raises:
+          Damaged: the record is missing or damaged, or belongs to another step or run.
+        """
+        try:
+            record = Record.from_json(files.read_json(folder / RECORD))
+            if record.step != int(folder.name):
+                raise ValueError(f"it belongs to step {record.step}")
+            if record.run != run_id:
+                raise ValueError("it belongs to another run")
+        except FileNotFoundError:
+            raise Damaged(folder, f"{RECORD} is missing") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Damaged(folder, f"{RECORD}: {reason(error)}") from None
+        return cls(folder, record)
+
+    @property
+    def digest(self) -> int:
+        """One digest of all parameters (or adapters), which does not depend on the mesh."""
+        return sum(digest for name, digest in self.record.arrays.items() if name.startswith("params/")) % 2**32
+
+    def check_fits(self, **abstract: Any) -> None:
+        """Raises UserError unless the items have the arrays of these trees; see `restore`."""
+        with self._explained():
+            for item, tree in stacked_shapes(abstract).items():
+                self._check_shapes(item, _shapes(tree))
+
+    def restore(self, **abstract: Any) -> dict[str, Any]:
+        """Returns the named items (`params`, `optimizer`). Every process calls this.
+
+        Args:
+          abstract: for each item, a tree of jax.ShapeDtypeStruct with the shardings to restore to, which may differ
+            from those of the save.
+
+        Raises:
+          Damaged: the checkpoint differs from what was saved.
+          UserError: an array is missing or has another shape than in the tree, or the storage does not answer.
+        """
+        stacked = stacked_shapes(abstract)
+        restored: dict[str, Any] = {}
+        failure: Exception | None = None
+        try:
+            self.check_fits(**abstract)
+            handler = ocp.StandardCheckpointHandler()
+            with self._explained():
+                for item, tree in stacked.items():
+                    restored[item] = handler.restore(self.folder / item, args=ocp.args.StandardRestore(tree))
+        except Exception as error:
+            failure = error
+        # The operations that follow are collective, so either all processes continue or none does.
+        if cluster.is_several() and not multihost_utils.process_allgather(np.array(failure is None)).all():
+            failure = failure or Damaged(self.folder, "another process cannot read it")
+        if failure:
+            raise failure
+        self.compare(integrity.digests(restored))
+        if _shapes(stacked) == _shapes(abstract):
+            return restored
+        return jax.jit(unstack_layers, out_shardings=shardings(abstract))(restored)
+
+    def restore_each(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
+        """Yields the parameters with these names, such as "blocks/mlp/up/kernel", on the host and one at a time.
+
+        Raises:
+          Damaged: the checkpoint differs from what was saved.
+          UserError: a parameter is missing or has another shape, or the storage does not answer.
+        """
+        handler = ocp.PyTreeCheckpointHandler()
+        with self._explained():
+            self._check_shapes("params", shapes)
+        for name in shapes:
+            item = unflatten_dict({name: 0}, sep="/")
+            types = unflatten_dict({name: ocp.RestoreArgs(restore_type=np.ndarray)}, sep="/")
+            args = ocp.args.PyTreeRestore(item, restore_args=types, partial_restore=True)
+            with self._explained():
+                restored = handler.restore(self.folder / "params", args=args)
+            (array,) = jax.tree.leaves(restored)
+            self.compare({f"params/{name}": integrity.on_host(array)})
+            yield array
+
+    def compare(self, digests: dict[str, int]) -> None:
+        """Raises Damaged if a digest differs from the one in the record."""
+        changed = [name for name, digest in digests.items() if self.record.arrays.get(name) != int(digest)]
+        if changed:
+            raise Damaged(self.folder, f"{', '.join(changed[:3])}: the values differ from those saved")
+
+    def digests_on_disk(self, index: int, count: int) -> dict[str, int]:
+        """Reads the share of process `index` of `count`, which is every `count`-th chunk of the arrays on the disk.
+
+        Returns:
+          For each array the digest of this share. The digests of all shares add up to that of the whole array.
+        """
+        digests, number = dict.fromkeys(self.record.arrays, 0), itertools.count()
+        for name in digests:
+            item, _, path = name.partition("/")
+            folder = f"{self.folder / item}/"
+            base = {"driver": "file", "path": folder} if files.is_local(self.folder) else folder
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"{path.replace('/', '.')}/"}
+            array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True, read=True).result()
+            chunk = cast(tuple[int, ...], array.chunk_layout.read_chunk.shape or ())
+            grid = (range(0, size, step) for size, step in zip(array.shape, chunk, strict=True))
+            for origin in itertools.product(*grid):
+                if next(number) % count == index:
+                    part = tuple(slice(start, start + size) for start, size in zip(origin, chunk, strict=True))
+                    values = np.asarray((array[part] if part else array).read().result())
+                    digests[name] += integrity.on_host(values, origin, array.shape)
+        return {name: digest % 2**32 for name, digest in digests.items()}
+
+    def _check_shapes(self, item: str, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raises an error unless an item has arrays of exactly these names and shapes."""
+        saved = ocp.PyTreeCheckpointHandler().metadata(self.folder / item)
+        shapes = _shapes(saved.tree)
+        if {f"{item}/{name}" for name in shapes} - self.record.arrays.keys():
+            raise Damaged(self.folder, f"{item}/_METADATA: not the arrays that were saved")
+        for leaf in jax.tree.leaves(saved.tree, is_leaf=_is_array):
+            # TensorStore allocates a chunk before it reads it, and ends the process if there is not enough memory.
+            chunk = leaf.storage.chunk_shape if leaf.storage else None
+            if chunk and math.prod(chunk) > max(math.prod(leaf.shape), 1):
+                raise ValueError(f"{leaf.name} has chunks of {_sizes(chunk)}, larger than the array")
+        for name in sorted(shapes.keys() | expected.keys()):
+            if shapes.get(name) != expected.get(name):
+                sizes = f"{_sizes(shapes.get(name))} in the checkpoint, and {_sizes(expected.get(name))} by the config"
+                raise UserError(f"{self.folder} does not fit the config: {name} is {sizes}.")
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns errors of reading into Damaged, or UserError if the storage does not answer; bugs are left alone."""
+        try:
+            yield
+        except Exception as error:
+            is_explained = isinstance(error, UserError | RuntimeError | MemoryError)
+            if is_explained and not isinstance(error, NotImplementedError):  # orbax, for an unknown kind of array
+                raise
+            if isinstance(error, PermissionError | TimeoutError) or any(code in str(error) for code in TRANSIENT):
+                raise UserError(f"Cannot read {self.folder}: {reason(error)}.") from error
+            raise Damaged(self.folder, reason(error)) from error
+
+
+def stacked_shapes(tree: Any) -> Any:
+    """Returns a tree of arrays or jax.ShapeDtypeStruct as jax.ShapeDtypeStruct, with shardings and stacked layers."""
+
+    def stack(layers):
+        first = layers[0]
+        sharding = jax.NamedSharding(first.sharding.mesh, jax.P(None, *first.sharding.spec))
+        return jax.ShapeDtypeStruct((len(layers), *first.shape), first.dtype, sharding=sharding)
+
+    return stack_layers(tree, stack)
+
+
+def shardings(tree: Any) -> Any:
+    """Returns the sharding of each array of a tree."""
+    return jax.tree.map(lambda array: array.sharding, tree)
+
+
+def reason(error: Exception) -> str:
+    """Returns a short reason for an error, because libraries wrap that of the system in a page of context."""
+    text = getattr(error, "strerror", None) or str(error)
+    system = re.search(r"\[os_error_code='(\d+)'|\[OS error (\d+):", text)  # of tensorstore
+    return os.strerror(int(system[1] or system[2])) if system else " ".join(text.split())[:200]
+
+
+def _is_array(x: Any) -> bool:
+    """Returns whether a value is an array, or orbax's metadata of one, which JAX may not take for a leaf."""
+    return hasattr(x, "shape")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_array)
+    return {path_name(path): tuple(leaf.shape) for path, leaf in leaves if _is_array(leaf)}
+
+
+def _sizes(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else " × ".join(map(str, shape)) or "a scalar"
