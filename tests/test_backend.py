@@ -1,14 +1,16 @@
-"""The settings that a program makes for its machine."""
+"""Settings of JAX and XLA for the machine, and what the runtime needs of the operating system."""
 
 import dataclasses
 import os
 import re
 import runpy
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import jax
 import pytest
-from jax._src import compilation_cache
 
 from gpt.config import Config, from_tree
 from gpt.models.gpt import GPTConfig
@@ -30,14 +32,14 @@ def test_the_devices_of_a_cpu_divide_the_rows(rows, cores, expected):
 
 @pytest.mark.parametrize(("rows", "expected"), [(16, 1), (128, 2), (1024, 8)])
 def test_the_devices_of_a_cpu_have_enough_tokens_for_their_parameters(rows, expected):
-    """Of these there are 29 million, with the largest vocabulary, and a row has 128 tokens."""
+    """The default model has 29 million parameters with the largest vocabulary, and an example has 128 tokens."""
     assert backend.cpu_devices(Config().work(rows), 8, 64 * GB) == expected
 
 
 def test_the_devices_of_a_cpu_leave_memory():
     model = GPTConfig(vocab_size=50257, block_size=1024, num_layers=12, num_heads=12, embed_dim=768)
     config = dataclasses.replace(CONFIG, model=model)
-    assert backend.cpu_devices(config.work(256), 8, 16 * GB) == 2  # of 2 GB each
+    assert backend.cpu_devices(config.work(256), 8, 16 * GB) == 2  # 2 GB for each device
     assert backend.cpu_devices(config.work(256), 8, 64 * GB) == 8
     assert backend.cpu_devices(config.work(256), 8, 2 * GB) == 1
 
@@ -58,33 +60,50 @@ def test_a_cpu_has_the_devices_that_the_mesh_wants(mesh, rows, expected):
     assert backend.cpu_devices(dataclasses.replace(CONFIG, mesh=mesh).work(rows), 8, 64 * GB) == expected
 
 
-def test_compiled_programs_are_whole_or_compiled_again(tmp_path, monkeypatch):
-    """JAX's own cache never replaces an entry, and keeps nothing more once one has no time of use."""
-    monkeypatch.setattr(compilation_cache, "LRUCache", compilation_cache.LRUCache)
-    before = {
-        name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
-    }
-    try:
-        backend.keep_compiled(tmp_path)
-        kept, _ = compilation_cache.get_file_cache(str(tmp_path))
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-    assert kept.get("a") is None
-    for damage in (b"", b"program" * 9, b"program" * 100 + bytes(32)):
-        kept.put("a", b"program" * 100)
-        assert kept.get("a") == b"program" * 100
-        (tmp_path / "a-cache").write_bytes(damage)
-        assert kept.get("a") is None
-    (tmp_path / "a-cache").write_bytes(b"half a prog")
-    (tmp_path / "a-atime").unlink()
-    kept.put("b", b"another")
-    assert kept.get("b") == b"another"
-    assert not (tmp_path / "a-cache").exists()
+def test_the_devices_of_a_cpu_stay_once_jax_has_created_them(monkeypatch):
+    """A notebook calls several functions that divide the CPU. JAX would refuse the second call."""
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(jax.config, "update", lambda *_: pytest.fail("JAX is in use"))
+    assert jax.devices()
+    backend.divide_cpu(CONFIG.work(128))
+
+
+WITHOUT_POSIX = """
+    import importlib, os, pathlib, signal, sys
+    import jax, orbax.checkpoint, tensorboard.compat  # libraries may use what they like
+    sys.modules.update(fcntl=None, resource=None, pwd=None, termios=None)
+    for name in ("fork", "getuid", "sysconf", "sched_getaffinity"):
+        delattr(os, name)
+    del signal.SIGHUP
+    for path in pathlib.Path("gpt/runtime").glob("*.py"):
+        importlib.import_module(f"gpt.runtime.{path.stem}")
+    import gpt.main
+    from gpt.runtime import backend, cache, hardware, signals
+    signals.end_at_once(print)
+    backend.check_xla_flags()
+    assert hardware.memory(jax.devices("cpu")[0]) == hardware.host_memory() == float("inf")
+    assert cache.Cache().path.is_dir()
+    print(backend.cpu_devices(backend.Work(1000, 0, lambda count: True), 2, hardware.host_memory()))
+"""
+
+
+def test_the_runtime_works_without_what_windows_lacks(tmp_path):
+    """It needs no module or function of POSIX systems."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false", "HOME": "/dev/null"}
+    environment = {name: value for name, value in environment.items() if name != "XDG_CACHE_HOME"}
+    command = [sys.executable, "-c", textwrap.dedent(WITHOUT_POSIX)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
+
+
+def test_help_lists_the_flags_that_commands_share(command):
+    shown = command("main", "--help").stdout
+    for flag in ("config", "workdir", "coordinator", "num_processes", "process_id", "[no]profile"):
+        assert f"\n  --{flag}: " in shown
 
 
 def test_a_program_uses_all_cores_and_keeps_what_it_compiled(command, play, tmp_path):
-    """As a user starts it: without the settings of the tests."""
+    """The program runs as a user starts it, without the settings of the tests."""
     config = from_tree(runpy.run_path(str(ROOT / "configs" / "char_tiny.py"))["get_config"]())
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA", "JAX_"))}
     environment |= {"JAX_PLATFORMS": "cpu", "GPT_CACHE_DIR": str(tmp_path / "cache")}

@@ -1,4 +1,4 @@
-"""The cache: entries that are whole or computed again, who may read them, and where the folder is."""
+"""The cache: intact or recomputed entries, their permissions, compiled programs, and the location of the folder."""
 
 import os
 import pwd
@@ -7,7 +7,9 @@ import tempfile
 import threading
 from pathlib import Path
 
+import jax
 import pytest
+from jax._src import compilation_cache
 
 from gpt.runtime import cache
 from gpt.runtime.cache import VARIABLE, Cache
@@ -15,16 +17,16 @@ from gpt.runtime.errors import UserError
 
 
 @pytest.fixture(autouse=True)
-def _nothing_said(monkeypatch):
+def _forget_notes(monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
-    monkeypatch.setattr(cache, "_said", set())
-    cache._temporary.cache_clear()
+    monkeypatch.setattr(cache, "_shown", set())
+    cache._temporary_folder.cache_clear()
     yield
-    cache._temporary.cache_clear()
+    cache._temporary_folder.cache_clear()
 
 
 class Computation:
-    """An entry with a file, and how often it was computed."""
+    """Computes an entry with a file, and counts how often."""
 
     count = 0
 
@@ -83,7 +85,7 @@ def test_what_is_not_whole_is_computed_again(tmp_path, suffix, damage):
 
 
 def test_a_file_that_may_not_be_read_is_computed_again(tmp_path, monkeypatch):
-    """One of another user for instance."""
+    """For example, a file of another user."""
     compute, original = Computation(), Path.open
     get(tmp_path, compute)
 
@@ -141,20 +143,20 @@ def test_nobody_reads_in_the_cache_what_is_closed_elsewhere(tmp_path, umask, sou
 
 
 def test_a_full_disk(tmp_path, monkeypatch):
-    """A value that is computed is not lost for it; a file that is needed has to be somewhere else."""
+    """A computed value is returned although it cannot be stored. A file has to be stored, so the user gets an error."""
 
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    said = []
+    lines = []
     monkeypatch.setattr(os, "replace", full)
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    kept = Cache(say=said.append)
-    assert [kept.entry(name, lambda create: [1]).value for name in "ab"] == [[1], [1]]
-    (line,) = said
+    full_cache = Cache(say=lines.append)
+    assert [full_cache.entry(name, lambda create: [1]).value for name in "ab"] == [[1], [1]]
+    (line,) = lines
     assert "cannot be written (No space left on device)" in line
     with pytest.raises(UserError, match=r"Cannot write .*key.*: No space left on device; set GPT_CACHE_DIR to another"):
-        kept.entry("key", Computation())
+        full_cache.entry("key", Computation())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -166,12 +168,40 @@ def test_an_error_of_the_computation_is_not_the_caches(tmp_path):
         Cache(str(tmp_path)).entry("key", compute)
 
 
-# Where it is.
+# Compiled programs.
+
+
+def test_compiled_programs_are_whole_or_compiled_again(tmp_path, monkeypatch):
+    """JAX's own cache never replaces an entry, and stores no more entries if one has no time of use."""
+    monkeypatch.setattr(compilation_cache, "LRUCache", compilation_cache.LRUCache)
+    before = {
+        name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_compilation_cache_max_size")
+    }
+    try:
+        cache.keep_compiled(tmp_path)
+        compiled, _ = compilation_cache.get_file_cache(str(tmp_path))
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+    assert compiled.get("a") is None
+    for damage in (b"", b"program" * 9, b"program" * 100 + bytes(32)):
+        compiled.put("a", b"program" * 100)
+        assert compiled.get("a") == b"program" * 100
+        (tmp_path / "a-cache").write_bytes(damage)
+        assert compiled.get("a") is None
+    (tmp_path / "a-cache").write_bytes(b"half a prog")
+    (tmp_path / "a-atime").unlink()
+    compiled.put("b", b"another")
+    assert compiled.get("b") == b"another"
+    assert not (tmp_path / "a-cache").exists()
+
+
+# The folder of the cache.
 
 
 @pytest.fixture
 def temporary(tmp_path, monkeypatch):
-    """A folder for temporary files."""
+    """Returns the folder for temporary files."""
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -179,7 +209,7 @@ def temporary(tmp_path, monkeypatch):
 
 
 def no_home(monkeypatch, tmp_path):
-    """Of a user who is in no list of users, as in a container."""
+    """Removes the home folder, like that of a container's user who has no entry in the list of users."""
 
     def missing(uid):
         raise KeyError(f"getpwuid(): uid not found: {uid}")
@@ -202,21 +232,21 @@ def no_permission(monkeypatch, tmp_path):
 
 
 def no_disk(monkeypatch, tmp_path):
-    """Of a file system that is mounted to be read."""
+    """Puts the cache on a read-only file system."""
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/1/nowhere")
 
 
 @pytest.mark.parametrize("fault", [no_home, no_folder, no_permission, no_disk], ids=lambda fault: fault.__name__)
 def test_the_last_resort_is_a_temporary_folder_and_a_line(tmp_path, temporary, monkeypatch, fault):
     fault(monkeypatch, tmp_path)
-    said = []
-    kept, again = Cache(say=said.append), Cache(say=said.append)
-    assert kept.path == again.path == temporary / f"gpt-cache-{os.getuid()}"
-    assert kept.path.stat().st_mode & 0o777 == 0o700
-    (line,) = said
-    assert str(kept.path) in line
+    lines = []
+    first, second = Cache(say=lines.append), Cache(say=lines.append)
+    assert first.path == second.path == temporary / f"gpt-cache-{os.getuid()}"
+    assert first.path.stat().st_mode & 0o777 == 0o700
+    (line,) = lines
+    assert str(first.path) in line
     assert VARIABLE in line
-    # The advice helps, and so does the key of the config.
+    # The variable that the note names selects another folder, and so does the config key.
     monkeypatch.setenv(VARIABLE, str(tmp_path / "chosen"))
     assert Cache(say=pytest.fail).path == tmp_path / "chosen"
     assert Cache(str(tmp_path / "for texts"), say=pytest.fail).path == tmp_path / "for texts"
@@ -224,7 +254,7 @@ def test_the_last_resort_is_a_temporary_folder_and_a_line(tmp_path, temporary, m
 
 def test_nowhere_to_write(tmp_path, temporary, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(UserError, match=r"Cannot find a cache folder \(.*tmp/gpt-cache-.*\); set GPT_CACHE_DIR"):
+    with pytest.raises(UserError, match=r"Cannot write to the cache folder \(.*tmp/gpt-cache-.*\); set GPT_CACHE_DIR"):
         Cache()
 
 
@@ -240,15 +270,15 @@ def test_a_temporary_folder_that_another_prepared_is_not_used(tmp_path, temporar
         prepared.chmod(0o777)
     else:
         prepared.write_text("")
-    kept = Cache()
-    assert kept.path not in (prepared, tmp_path / "outside")
-    assert kept.path.parent == temporary
-    assert kept.path.stat().st_mode & 0o777 == 0o700
-    assert Cache().path == kept.path
+    path = Cache().path
+    assert path not in (prepared, tmp_path / "outside")
+    assert path.parent == temporary
+    assert path.stat().st_mode & 0o777 == 0o700
+    assert Cache().path == path
 
 
 def test_relative_paths_and_the_home_folder(tmp_path, monkeypatch):
-    """XDG has a relative path ignored; ours are those of a command line."""
+    """The XDG standard ignores a relative path. Our own settings take one, relative to the current folder."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Real processes that train as one: the same losses, the same stop, and one word about who failed."""
+"""Several processes that train together: equal losses, a common stop, and a message about the process that failed."""
 
 import concurrent.futures
 import contextlib
@@ -19,11 +19,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import absl.flags
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 
 from gpt import train
 from gpt.checkpointing.workdir import Workdir
@@ -53,10 +51,10 @@ def free_port() -> int:
 
 
 class Processes:
-    """`python -m MODULE FLAGS…` as several processes of two devices each.
+    """Runs `python -m MODULE FLAGS…` as several processes of two devices each.
 
     Args:
-      own_flags: {process: flags for it alone}.
+      own_flags: {process: additional flags of this process}.
     """
 
     def __init__(self, count, module, *flags, own_flags=None, devices=2):
@@ -78,7 +76,7 @@ class Processes:
         self.out = self.err = self.codes = None
 
     def wait(self, seconds=240) -> "Processes":
-        """Reads what they print until they end; those that don't are killed, and the test fails."""
+        """Reads the output of all processes until they end. Kills them and fails if they do not end in time."""
         deadline = time.monotonic() + seconds
         try:
             both = [process.communicate(timeout=max(deadline - time.monotonic(), 1)) for process in self.all]
@@ -90,7 +88,7 @@ class Processes:
         return self
 
     def wait_for(self, pattern: str) -> str:
-        """Reads lines of process 0 until one matches."""
+        """Returns the first line of process 0 that matches a pattern."""
         for line in self.all[0].stdout:
             if re.search(pattern, line):
                 return line
@@ -109,7 +107,7 @@ def losses(workdir) -> dict[int, float]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, play, command):
-    """Losses of 16 steps in one process of eight devices."""
+    """Returns the workdir and the losses of 16 steps in one process of eight devices."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     flags = (*MODEL, f"--config.data.path={play}", "--config.train.steps=16", f"--workdir={workdir}")
     result = command("main", *flags)
@@ -117,7 +115,7 @@ def undisturbed(tmp_path_factory, play, command):
     return workdir, losses(workdir)
 
 
-# Restores, in each process, and keeps what its devices hold.
+# Restores a checkpoint in each process, and saves the shards of its devices.
 RESTORE = """
     import sys
     import numpy as np
@@ -145,7 +143,7 @@ RESTORE = """
 
 
 def shards_of(folder) -> dict[str, np.ndarray]:
-    """{array and place in it: numbers} of all processes."""
+    """Returns {array and index of a shard: values} of all processes."""
     found = {}
     for file in folder.iterdir():
         for name, array in np.load(file).items():
@@ -153,7 +151,7 @@ def shards_of(folder) -> dict[str, np.ndarray]:
     return found
 
 
-# (Processes, mesh) of one part of a run after the other.
+# The numbers of processes and the meshes of consecutive parts of a run.
 STAGES = {
     "2 → 1": [(2, "--config.mesh.rules=fsdp"), (1, "--config.mesh.rules=sp", "--config.mesh.sequence=2")],
     "1 → 2 → 4 → 1": [
@@ -167,7 +165,7 @@ STAGES = {
 
 @pytest.mark.parametrize("stages", ["2 → 1", pytest.param("1 → 2 → 4 → 1", marks=pytest.mark.slow)])
 def test_a_run_goes_on_with_other_processes_and_meshes(undisturbed, play, tmp_path, monkeypatch, stages):
-    """Losses as in one process, and parameters to the bit."""
+    """The losses equal those of one process to rounding, and the restored parameters are equal to the bit."""
     workdir, flags = tmp_path / "run", (*MODEL, f"--config.data.path={play}", f"--workdir={tmp_path / 'run'}")
     (tmp_path / "restore.py").write_text(textwrap.dedent(RESTORE))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
@@ -178,7 +176,7 @@ def test_a_run_goes_on_with_other_processes_and_meshes(undisturbed, play, tmp_pa
         assert (f"of {count} processes" in ended.out[0]) == (count > 1)
         assert not re.search("^(model|step|Done)", "".join(ended.out[1:]), re.M), "only process 0 prints"
         if count == 2:
-            # What these two hold after that step, against what one process reads of the same files.
+            # The shards of these two processes equal what one process restores from the same files.
             (tmp_path / "several").mkdir()
             restore = ("restore", f"--workdir={workdir}", f"--out={tmp_path / 'several'}")
             Processes(2, *restore).succeeded()
@@ -199,18 +197,18 @@ def test_evaluate_and_sample_in_two_processes_say_what_one_says(undisturbed, com
     for module, *flags in (("evaluate", "--json"), ("sample", "--prompt=KING", "--num_tokens=8", "--num_samples=2")):
         alone = command(module, f"--workdir={workdir}", *flags)
         together = Processes(2, f"gpt.{module}", f"--workdir={workdir}", *flags).succeeded()
-        said = "".join(line for line in together.out[0].splitlines(True) if not line.startswith("[Gloo]"))
+        printed = "".join(line for line in together.out[0].splitlines(True) if not line.startswith("[Gloo]"))
         if module == "sample":
-            assert said == alone.stdout
+            assert printed == alone.stdout
         else:
-            one, two = json.loads(alone.stdout), json.loads(said)
+            one, two = json.loads(alone.stdout), json.loads(printed)
             assert two.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-5)
             assert (two["tokens"], two["step"]) == (one["tokens"], one["step"])
         assert "".join(line for line in together.out[1].splitlines() if not line.startswith("[Gloo]")) == ""
 
 
 def test_each_process_reads_the_rows_of_its_devices(play, tmp_path, monkeypatch):
-    """Counted in real processes: no row twice, and in all just the rows of the batches that were trained on."""
+    """No example is read twice, and together the processes read exactly the examples of the batches."""
     spy = """
         import atexit, json, os, pathlib
         from gpt import main
@@ -239,7 +237,7 @@ def test_each_process_reads_the_rows_of_its_devices(play, tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_to_one_process_stops_all_after_the_same_step(undisturbed, play, tmp_path, number):
-    """And the same command goes on."""
+    """The same command resumes the run."""
     flags = (*MODEL, f"--config.data.path={play}", f"--workdir={tmp_path}", "--config.train.eval_every=0")
     running = Processes(2, "gpt.main", *flags, "--config.train.steps=100000")
     running.wait_for("^step 3/")
@@ -264,7 +262,7 @@ def test_a_killed_process_ends_the_others_with_a_word(play, tmp_path, killed):
     assert time.monotonic() - began < 30
     assert running.codes[killed] == -signal.SIGKILL
     assert running.codes[1 - killed] not in (0, 143)
-    assert re.search(rf"error: .*process {killed} .* is gone without a word", running.err[1 - killed]), running.err
+    assert re.search(rf"error: .*process {killed} .* ended without a message", running.err[1 - killed]), running.err
     again = Processes(2, "gpt.main", *flags, "--config.train.steps=30").succeeded()
     assert re.search("resuming after step [1-9]", again.out[0])
 
@@ -281,13 +279,13 @@ def test_a_killed_process_ends_the_others_with_a_word(play, tmp_path, killed):
 def test_an_error_of_one_process_ends_all_with_its_message(play, tmp_path, own_flags, message):
     own = {1: [flag.format(tmp=tmp_path) for flag in own_flags]}
     flags = (*MODEL, f"--config.data.path={play}", f"--workdir={tmp_path / 'run'}")
-    never_came = "num_layers" in own_flags[0]  # so that process 0 waits in vain
-    flags += ("--cluster_timeout=20",) if never_came else ()
+    fails_before_joining = "num_layers" in own_flags[0]
+    flags += ("--cluster_timeout=20",) if fails_before_joining else ()
     running = Processes(2, "gpt.main", *flags, "--config.train.steps=100000", own_flags=own).wait(120)
     assert running.codes == [1, 1], running.err
     assert re.search(f"error: .*{message}", running.err[1]), running.err
     assert "Traceback" not in running.err[0] + running.err[1]
-    if not never_came:
+    if not fails_before_joining:
         assert re.search(f"process 1 on .*: error: .*{message}", running.err[0]), running.err
 
 
@@ -299,12 +297,12 @@ def test_a_mistake_that_all_make_is_said_once(play, tmp_path):
     assert "mesh.data" not in running.err[1]
 
 
-# Start-up, and the lifelines by themselves: without JAX, which makes it quick.
+# Start-up and lifelines alone. These processes are fast because they do not import JAX.
 
 
 def run_script(script: str, *, wait=True, **variables):
-    """A process that runs lines with `gpt.cluster` at hand."""
-    lines = ["import json, os, signal, sys, time", "from gpt.runtime import cluster", textwrap.dedent(script)]
+    """Runs lines of Python in a process that has imported `cluster` and `lifeline`."""
+    lines = ["import json, os, signal, sys, time", "from gpt.runtime import cluster, lifeline", textwrap.dedent(script)]
     command = [sys.executable, "-c", "\n".join(lines)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     process = subprocess.Popen(command, env=os.environ | {k: str(v) for k, v in variables.items()}, **options)
@@ -329,7 +327,7 @@ CONNECT = """
 
 
 def connected(script: str, count=3, timeout=60, only=None):
-    """The results of that many processes that run a script once they are connected."""
+    """Returns the results of processes that run a script after they have joined a job."""
     port = free_port()
     lines = textwrap.dedent(CONNECT) + textwrap.dedent(script)
     started = [
@@ -388,7 +386,7 @@ def test_a_death_ends_the_others_at_once(killed):
 
 
 def test_what_a_death_causes_elsewhere_is_not_the_word():
-    """A peer's error that follows from it would only hide it."""
+    """The error of another process that follows from the death would hide the cause."""
     script = """
         if index == 2:
             time.sleep(1)
@@ -412,7 +410,7 @@ def test_who_is_missing_is_said():
 
 
 def test_who_contradicts_is_refused():
-    """A process with another number of processes is told so; process 0 goes on waiting for the right one."""
+    """A process with another number of processes gets a message. Process 0 continues to wait for the right one."""
     port = free_port()
     hub = run_script(textwrap.dedent(CONNECT), wait=False, INDEX=0, COUNT=2, PORT=port, TIMEOUT=30)
     wrong = run_script(textwrap.dedent(CONNECT) + "time.sleep(30)", INDEX=1, COUNT=3, PORT=port, TIMEOUT=30)
@@ -424,7 +422,7 @@ def test_who_contradicts_is_refused():
 
 
 def test_other_code_or_settings_end_all_at_the_start():
-    """With the names of the process and of what differs."""
+    """The message names the process and the differences."""
     port = free_port()
     common = {"COUNT": 3, "PORT": port, "TIMEOUT": 60, "wait": False}
     started = [
@@ -490,13 +488,13 @@ def test_facts_tell_what_changes_results(monkeypatch):
     assert missing == {"XLA_FLAGS --xla_b"}
 
 
-# What other programs do to a connection: in this process, with threads for both ends.
+# Behavior of other programs on a connection. Both ends are threads of this process.
 
 
 class Os:
-    """`os` for gpt.cluster, with an `_exit` that notes the code and goes no further.
+    """Replaces `os` in `lifeline`. Its `_exit` records the code and blocks the thread.
 
-    It stays when the test is over, for the test's threads live on and may end the process later.
+    It stays in place after the test, because the test's threads continue to run and may call `_exit` later.
     """
 
     def __init__(self):
@@ -507,7 +505,7 @@ class Os:
 
     def _exit(self, code):
         if isinstance(threading.current_thread(), threading.Timer):
-            return  # it only repeats what another thread has asked for
+            return  # repeats the exit of another thread
         if threading.current_thread() not in self._of_others:
             self.codes.append(code)
         threading.Event().wait()
@@ -515,14 +513,14 @@ class Os:
 
 @pytest.fixture
 def exits() -> list[int]:
-    """The codes with which this process would have ended."""
-    cluster.os = Os()
-    return cluster.os.codes
+    """Returns the codes with which `lifeline` would have ended this process."""
+    lifeline.os = Os()
+    return lifeline.os.codes
 
 
 @pytest.fixture
 def hub(exits):
-    """The address of a process 0 that waits for a process 1, and a call that waits until it has joined."""
+    """Returns the address of a process 0 that waits for process 1, and a function that waits until process 1 joined."""
     port = free_port()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(lifeline.Hub, f"127.0.0.1:{port}", 2, 0, 30, {})
@@ -534,7 +532,7 @@ def hub(exits):
 
 
 def join(address, *, pieces=1, **changes) -> tuple[socket.socket, dict]:
-    """A connection on which process 1 said hello, and what process 0 answered."""
+    """Returns a connection on which process 1 introduced itself, and the answer of process 0."""
     connection = socket.create_connection(address, timeout=10)
     file = connection.makefile("r")
     nonce = json.loads(file.readline())["nonce"]
@@ -573,12 +571,12 @@ FOREIGN = [
     NESTED + b"\n",
     b'{"a":' * 12_000 + b"\n",
     bytes(range(256)) * 400,
-    b"a" * 1_000_000,  # a line without end
+    b"a" * 1_000_000,  # an endless line
 ]
 
 
 def test_no_other_program_disturbs_process_0(hub, exits, capfd):
-    """Fixed and random bytes, resets, and more idle connections than are kept; then process 1 joins as ever."""
+    """Fixed and random bytes, resets, and more idle connections than the limit; after these, process 1 joins."""
     address, joined = hub
     numbers = random.Random(0)
     valid = json.dumps({"process": 1, "count": 2, "name": "a", "facts": {}, "nonce": "a", "proof": "a"}).encode()
@@ -611,7 +609,7 @@ def test_no_other_program_disturbs_process_0(hub, exits, capfd):
     spoke.close()
     wait_until(lambda: exits)
     assert exits[0] == 1
-    assert "error: process 1 is gone without a word" in capfd.readouterr().err
+    assert "error: process 1 ended without a message" in capfd.readouterr().err
     for connection in (*idle, refused, again):
         connection.close()
     wait_until(lambda: sum(thread.name == "lifeline" for thread in threading.enumerate()) <= 3)
@@ -634,9 +632,9 @@ def test_another_secret_keeps_a_process_out(hub, monkeypatch, capfd):
     assert joined()._refused == " A program on 127.0.0.1 tried to join with another GPT_CLUSTER_SECRET."
     spoke.close()
 
-    # What was refused is in the notice and in the error of a process 0 that waits in vain.
+    # The notice and the error of process 0 name the refused program.
     monkeypatch.setenv("GPT_CLUSTER_SECRET", " right\n")
-    monkeypatch.setattr(cluster, "NOTICE_AFTER", 1)
+    monkeypatch.setattr(lifeline, "NOTICE_AFTER", 1)
     port = free_port()
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         pool.submit(lambda: (time.sleep(0.3), join(("127.0.0.1", port), proof="0" * 64)))
@@ -650,8 +648,8 @@ def test_another_secret_keeps_a_process_out(hub, monkeypatch, capfd):
 
 
 def test_a_connection_has_to_prove_itself_in_time(hub, exits, monkeypatch):
-    """One that is silent, and one that sends a byte now and then."""
-    monkeypatch.setattr(cluster, "HANDSHAKE", 0.3)
+    """One connection is silent, the other sends single bytes."""
+    monkeypatch.setattr(lifeline, "HANDSHAKE", 0.3)
     address, joined = hub
     for data in (b"", b" "):
         with socket.create_connection(address, timeout=5) as connection, contextlib.suppress(ConnectionError):
@@ -666,7 +664,7 @@ def test_a_connection_has_to_prove_itself_in_time(hub, exits, monkeypatch):
     spoke, _ = join(address)
     joined()
     time.sleep(0.5)
-    assert exits == [], "one that did may be silent for as long as it likes"
+    assert exits == [], "after the handshake, a connection may be silent for any time"
     spoke.close()
 
 
@@ -693,17 +691,17 @@ def test_what_process_0_cannot_read_of_a_process_ends_all_with_a_word(hub, exits
     spoke, _ = join(address)
     joined()
     spoke.sendall(line + b"\n")
-    told = json.loads(spoke.makefile("r").readline())
+    message = json.loads(spoke.makefile("r").readline())
     wait_until(lambda: exits)
     error = capfd.readouterr().err
     assert exits[0] == 1
     assert error == "text\n" or re.match(r"error: process 0 on \S+ cannot read a message of another process: ", error)
-    assert told.keys() == {"end"}
+    assert message.keys() == {"end"}
     spoke.close()
 
 
 def test_an_endless_line_of_a_process_ends_all(hub, exits, capfd, monkeypatch):
-    monkeypatch.setattr(cluster, "MAX_MESSAGE", 1 << 20)
+    monkeypatch.setattr(lifeline, "MAX_MESSAGE", 1 << 20)
     address, joined = hub
     spoke, _ = join(address)
     joined()
@@ -715,12 +713,12 @@ def test_an_endless_line_of_a_process_ends_all(hub, exits, capfd, monkeypatch):
 
 
 def test_a_thread_that_dies_ends_the_process(hub, exits, capfd, monkeypatch):
-    """For whatever reason: else no death of a process would be noticed any more."""
+    """Without the thread, the death of a process would not be noticed."""
 
     def broken(*_):
         raise KeyError("a bug")
 
-    monkeypatch.setattr(lifeline.Hub, "_take", broken)
+    monkeypatch.setattr(lifeline.Hub, "_receive", broken)
     address, joined = hub
     spoke, _ = join(address)
     joined()
@@ -733,7 +731,7 @@ def test_a_thread_that_dies_ends_the_process(hub, exits, capfd, monkeypatch):
 
 
 class Daemon:
-    """A program that answers every connection to its port with the same bytes, and keeps it open."""
+    """A program that gives the same answer on every connection to its port, and keeps the connections open."""
 
     def __init__(self, answer: Callable[[socket.socket], None] | bytes):
         self._answer, self._server = answer, socket.create_server(("127.0.0.1", 0))
@@ -741,11 +739,11 @@ class Daemon:
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self):
-        kept = []
+        connections = []
         with contextlib.suppress(OSError):
             while True:
-                kept.append(self._server.accept()[0])
-                threading.Thread(target=self._serve, args=kept[-1:], daemon=True).start()
+                connections.append(self._server.accept()[0])
+                threading.Thread(target=self._serve, args=connections[-1:], daemon=True).start()
 
     def _serve(self, connection):
         with contextlib.suppress(OSError, ValueError):
@@ -825,12 +823,9 @@ def test_a_strange_end_is_no_success(exits, capfd, line):
 
 
 def test_nothing_listens_beyond_the_coordinators_address():
-    """Neither process 0 nor JAX's service; they would be reached at every address of the host."""
+    """Neither process 0 nor JAX's coordination service listens at other addresses of the host."""
     script = """
-        cluster.flags.FLAGS(["program"])
-        cluster.flags.FLAGS.coordinator, cluster.flags.FLAGS.num_processes = os.environ["AT"], 2
-        cluster.flags.FLAGS.process_id = int(os.environ["INDEX"])
-        cluster.start()
+        cluster.start(cluster.Job(os.environ["AT"], 2, int(os.environ["INDEX"])))
         files = [f"/proc/self/fd/{file}" for file in os.listdir("/proc/self/fd")]
         own = {os.readlink(file) for file in files if os.path.lexists(file)}
         for table in ("tcp", "tcp6"):
@@ -877,9 +872,9 @@ def test_too_many_open_files_are_waited_for():
 
 @pytest.mark.parametrize("trouble", ["os.close(1); os.close(2)", "os.dup2(full, 1); os.dup2(full, 2)"])
 def test_an_end_waits_for_no_output(trouble):
-    """Neither for what is closed nor for a pipe that nobody reads."""
+    """Neither a closed output nor a pipe that nobody reads delays the exit."""
     script = """
-        cluster.PRINTING = 1
+        lifeline.PRINTING = 1
         _, full = os.pipe()
         os.set_blocking(full, False)
         try:
@@ -888,7 +883,7 @@ def test_an_end_waits_for_no_output(trouble):
         except BlockingIOError:
             os.set_blocking(full, True)
     """
-    assert run_script(f"{textwrap.dedent(script)}\n{trouble}\ncluster._exit('text', 7)").returncode == 7
+    assert run_script(f"{textwrap.dedent(script)}\n{trouble}\nlifeline.exit_now('text', 7)").returncode == 7
 
 
 def test_an_address_of_another_host_is_refused_at_once():
@@ -901,10 +896,10 @@ def test_an_address_of_another_host_is_refused_at_once():
 
 
 def test_without_a_secret_process_0_warns_where_others_can_connect(monkeypatch, capfd):
-    """A name that stands for a local address on this host alone is one of these."""
+    """Others can connect if the coordinator's name means a loopback address on its own host only."""
     monkeypatch.delenv("GPT_CLUSTER_SECRET", raising=False)
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", free_port()))]
-    monkeypatch.setattr(cluster.socket, "getaddrinfo", lambda *_, **__: found)
+    monkeypatch.setattr(lifeline.socket, "getaddrinfo", lambda *_, **__: found)
     for secret, warnings in (("", 1), ("secret", 0)):
         monkeypatch.setenv("GPT_CLUSTER_SECRET", secret)
         with pytest.raises(UserError, match="waited 0 s"):
@@ -921,15 +916,14 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_are_found_and_a_laptop_is_left_alone(launcher):
-    """JAX's own detection, with variables as these set them."""
+    """JAX detects the job from the variables that these launchers set."""
     script = """
-        cluster.flags.FLAGS(["program"])
-        cluster.start()
+        cluster.start(cluster.Job())
         import jax
         print(jax.process_index(), jax.process_count(), cluster.is_first(), cluster.is_several())
         cluster.finish()
     """
-    job = random.randrange(2**12)  # from which the launchers' ports follow
+    job = random.randrange(2**12)  # JAX computes the port from it
     ids = {"slurm": {"SLURM_JOB_ID": job}, "open mpi": {"OMPI_MCA_orte_hnp_uri": f"{job << 12}.0;tcp://127.0.0.1:1"}}
     count = 1 if launcher == "none" else 2
     variables = LAUNCHERS[launcher] | ids.get(launcher, {})
@@ -939,8 +933,8 @@ def test_launchers_are_found_and_a_laptop_is_left_alone(launcher):
     ]
     results = [finished(process) for process in started]
     assert [result.returncode for result in results] == [0] * count, results[0].stderr
-    said = [result.stdout.splitlines()[-1] for result in results]
-    assert said == [f"{i} {count} {i == 0} {count > 1}" for i in range(count)]
+    printed = [result.stdout.splitlines()[-1] for result in results]
+    assert printed == [f"{i} {count} {i == 0} {count > 1}" for i in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -962,21 +956,34 @@ def test_flags_that_contradict_each_other_are_refused(command, flags, message):
 
 @pytest.mark.parametrize("address", ["a", "a:", ":1", "a:0", "a:x", "a:65536", "a:99999999", "a:١", "a:-1", "a:1 "])
 def test_addresses_that_are_none(address):
-    absl.flags.FLAGS.mark_as_parsed()
-    with (
-        flagsaver.flagsaver(coordinator=address, num_processes=2, process_id=0),
-        pytest.raises(UsageError, match=f"--coordinator={address} has to be of the form HOST:PORT"),
-    ):
-        cluster.start()
+    with pytest.raises(UsageError, match=f"--coordinator={address} has to be of the form HOST:PORT"):
+        cluster.start(cluster.Job(address, 2, 0))
 
 
 def test_a_launcher_with_odd_variables_is_told(monkeypatch):
-    absl.flags.FLAGS.mark_as_parsed()
     for name, value in LAUNCHERS["slurm"].items():
         monkeypatch.setenv(name, str(value))  # SLURM_PROCID={i} is no number
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    with pytest.raises(UserError, match=r"Cannot tell the processes of this job .*\{i\}.* Set --coordinator"):
-        cluster.start()
+    with pytest.raises(UserError, match=r"Cannot detect the processes of this job .*\{i\}.* Set --coordinator"):
+        cluster.start(cluster.Job())
+
+
+@pytest.mark.parametrize(
+    ("chips", "has_plugin", "has_gpu", "platforms"),
+    [(0, False, True, "cpu"), (0, True, False, "cpu"), (0, True, True, "cuda,cpu"), (4, True, True, None)],
+)
+def test_jax_does_not_look_for_absent_accelerators(monkeypatch, chips, has_plugin, has_gpu, platforms):
+    """JAX would log errors about them if the compilers of `gpt.plan` are installed."""
+    installed = {"libtpu": True, "jax_cuda13_plugin": has_plugin}
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", installed.get)
+    monkeypatch.setattr("jax._src.hardware_utils.num_available_tpu_chips_and_device_id", lambda: (chips, None))
+    monkeypatch.setattr("jax._src.hardware_utils.has_visible_nvidia_gpu", lambda: has_gpu)
+    jax.config.update("jax_platforms", None)
+    try:
+        cluster.start(cluster.Job())
+        assert jax.config.values["jax_platforms"] == platforms
+    finally:
+        jax.config.update("jax_platforms", "cpu")
 
 
 def test_one_process_by_flags_is_one_process(undisturbed, command):
@@ -986,7 +993,7 @@ def test_one_process_by_flags_is_one_process(undisturbed, command):
 
 
 def test_processes_have_to_share_the_workdir(tiny, tmp_path, monkeypatch):
-    """As process 1 sees it when process 0 wrote to a disk of its own."""
+    """Process 1 raises this error if process 0 wrote to its own disk."""
     monkeypatch.setattr("gpt.runtime.cluster.is_first", lambda: False)
     monkeypatch.setattr("gpt.runtime.cluster.share", lambda key, compute: None)
     with pytest.raises(train.UserError, match=r"the run\.json of process 0 is missing; all hosts need one disk"):

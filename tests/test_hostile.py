@@ -1,4 +1,4 @@
-"""Workdirs, weights and prompts of strangers: they run no code, write nowhere else, and take no memory by a number."""
+"""Workdirs, weights and prompts from untrusted sources: no code runs, no other file changes, memory stays bounded."""
 
 import dataclasses
 import json
@@ -40,9 +40,9 @@ def config(play) -> Config:
 
 
 @pytest.fixture(scope="module")
-def made(config, tmp_path_factory) -> Path:
-    """A workdir of two steps."""
-    path = tmp_path_factory.mktemp("made") / "run"
+def trained(config, tmp_path_factory) -> Path:
+    """Returns the workdir of a run of two steps."""
+    path = tmp_path_factory.mktemp("trained") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_layout", lambda mesh: LAYOUT(mesh, jax.devices()[:1]))
         train.train(config, Workdir(path))
@@ -58,20 +58,20 @@ def _one_device(monkeypatch):
 
 
 @pytest.fixture
-def stranger(made, tmp_path) -> Path:
-    """A copy of the workdir, to be changed."""
-    return Path(shutil.copytree(made, tmp_path / "run"))
+def workdir_copy(trained, tmp_path) -> Path:
+    """Returns a copy of the workdir, which a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 @pytest.fixture
-def folder(made, tmp_path) -> Path:
-    """A folder in the layout of transformers, to be changed."""
-    huggingface.to_hf(Workdir(made), "last", tmp_path / "hf")
+def folder(trained, tmp_path) -> Path:
+    """Returns a folder in the format of transformers, which a test may change."""
+    huggingface.to_hf(Workdir(trained), "last", tmp_path / "hf")
     return tmp_path / "hf"
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: Path):
         self._marker = marker
@@ -86,7 +86,7 @@ def payload(tmp_path) -> bytes:
 
 
 def refused_or_done(function, *arguments) -> bool:
-    """Whether it was refused, by a sentence and no other error."""
+    """Returns whether a call raised UserError. Any other exception fails the test."""
     try:
         function(*arguments)
     except UserError:
@@ -100,7 +100,7 @@ def edit_json(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
-# Code.
+# No code runs.
 
 
 def test_the_payload_is_one(payload, tmp_path):
@@ -108,15 +108,15 @@ def test_the_payload_is_one(payload, tmp_path):
     assert (tmp_path / "marker").exists()
 
 
-def test_no_file_of_a_workdir_is_unpickled(made, payload, config, tmp_path):
-    """Each in turn is a pickle: opening, evaluating, converting, plotting and going on to train run no code."""
-    files = [path.relative_to(made) for path in sorted(made.rglob("*")) if path.is_file()]
+def test_no_file_of_a_workdir_is_unpickled(trained, payload, config, tmp_path):
+    """Each file in turn is a pickle. Loading, reading events and restoring for training run no code."""
+    files = [path.relative_to(trained) for path in sorted(trained.rglob("*")) if path.is_file()]
     assert len(files) > 20
     refused = 0
     for name in files:
         if "optimizer/d" in str(name) or "ocdbt.process" in str(name):  # like params/d
             continue
-        path = Path(shutil.copytree(made, tmp_path / "run", dirs_exist_ok=True))
+        path = Path(shutil.copytree(trained, tmp_path / "run", dirs_exist_ok=True))
         (path / name).write_bytes(payload)
         for extra in ("pytorch_model.bin", "checkpoint.pkl", "arrays.npy", "checkpoints/2/params/checkpoint"):
             (path / extra).write_bytes(payload)
@@ -163,24 +163,24 @@ def test_no_file_of_weights_is_unpickled_or_imported(folder, payload, tmp_path):
             path.write_bytes(content)
 
 
-# Places.
+# No other file changes.
 
 
-def test_a_workdir_does_not_say_where_to_write(stranger, tmp_path, monkeypatch):
+def test_a_workdir_does_not_say_where_to_write(workdir_copy, tmp_path, monkeypatch):
     outside = tmp_path / "outside"
     edit_json(
-        stranger / "run.json",
+        workdir_copy / "run.json",
         lambda record: (
             record["config"]["data"].update(cache_dir=str(outside)),
             record["config"]["train"].update(init_from=str(outside)),
             record["config"]["tokenizer"].update(name="gpt2", path=str(outside)),
         ),
     )
-    before = sorted(stranger.rglob("*"))
-    run = loading.load(Workdir(stranger), "last")
+    before = sorted(workdir_copy.rglob("*"))
+    run = loading.load(Workdir(workdir_copy), "last")
     run.dataset()
     assert not outside.exists()
-    assert sorted(stranger.rglob("*")) == before
+    assert sorted(workdir_copy.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "..", "", "a/b", "x" * 5000, "a\0b", "\ud800"])
@@ -193,7 +193,7 @@ def test_an_index_names_files_of_its_folder_alone(folder, tmp_path, name):
     assert not (tmp_path / "new").exists()
 
 
-# Numbers.
+# Memory stays bounded.
 
 ZARR = b"token_embedding.embedding/.zarray"
 
@@ -304,11 +304,11 @@ ABSURD_WEIGHTS = {
 
 
 @pytest.fixture(scope="module")
-def attempts(made, tmp_path_factory):
-    """{case: (what was said, GB of memory at most)}, all by a process that may take 12 GB of addresses."""
+def attempts(trained, tmp_path_factory):
+    """Returns {case: (message, peak memory in GB)} from one process that is limited to 12 GB of address space."""
     tmp, cases = tmp_path_factory.mktemp("absurd"), {}
-    huggingface.to_hf(Workdir(made), "last", tmp / "hf")
-    for source, wanted, way in ((made, ABSURD, "load"), (tmp / "hf", ABSURD_WEIGHTS, "from_hf")):
+    huggingface.to_hf(Workdir(trained), "last", tmp / "hf")
+    for source, wanted, way in ((trained, ABSURD, "load"), (tmp / "hf", ABSURD_WEIGHTS, "from_hf")):
         for i, (name, (damage, _)) in enumerate(wanted.items()):
             path = Path(shutil.copytree(source, tmp / f"{way}-{i}"))
             damage(path)
@@ -329,28 +329,28 @@ def attempts(made, tmp_path_factory):
         for name, (way, path) in json.loads(sys.argv[1]).items():
             try:
                 ways[way](path)
-                said = "nothing"
+                message = "no error"
             except errors.UserError as error:
-                said = str(error)
+                message = str(error)
             except BaseException as error:
-                said = f"TRACEBACK {error!r}"
-            print(json.dumps([name, said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]), flush=True)
+                message = f"TRACEBACK {error!r}"
+            print(json.dumps([name, message, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]), flush=True)
     """
     env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(script), json.dumps(cases)]
     result = subprocess.run(command, env=env, cwd=tmp, capture_output=True, text=True, timeout=300)
     found = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(found) == len(cases), (found[-1:], result.stderr[-2000:])
-    return {name: (said, peak) for name, said, peak in found}
+    return {name: (message, peak) for name, message, peak in found}
 
 
 @pytest.mark.parametrize("case", [f"load {name}" for name in ABSURD] + [f"from_hf {name}" for name in ABSURD_WEIGHTS])
 def test_absurd_sizes_are_refused_before_memory_is_taken(attempts, case):
-    said, peak = attempts[case]
+    message, peak = attempts[case]
     way, _, name = case.partition(" ")
-    assert re.search({"load": ABSURD, "from_hf": ABSURD_WEIGHTS}[way][name][1], said), said
-    assert len(said) < 700
-    assert "\n" not in said
+    assert re.search({"load": ABSURD, "from_hf": ABSURD_WEIGHTS}[way][name][1], message), message
+    assert len(message) < 700
+    assert "\n" not in message
     assert peak < 2  # GB, of all cases so far, JAX included
 
 
@@ -381,9 +381,9 @@ def test_prompts_of_any_bytes_are_tokens_or_one_sentence(name, prompt):
     assert tokens.max() < tokenizer.vocab_size
 
 
-def test_prompts_of_a_command_line(made, command):
-    """100 kB, which are cut to what the model sees, and bytes that are no text."""
-    sample = f"--workdir={made}", "--num_tokens=3"
+def test_prompts_of_a_command_line(trained, command):
+    """A prompt of 100 kB is cut to the context length, and bytes that are not UTF-8 are refused."""
+    sample = f"--workdir={trained}", "--num_tokens=3"
     long = command("sample", *sample, "--prompt=" + "the " * 25_000)
     assert long.returncode == 0, long.stderr
     assert "note: the prompt has 100000 tokens; the model sees the last 16." in long.stderr

@@ -1,4 +1,4 @@
-"""TensorBoard files read back, rates against arithmetic, and what the progress line shows."""
+"""TensorBoard's event files, the rates of a run, and the progress line."""
 
 import contextlib
 import io
@@ -19,14 +19,14 @@ from gpt.runtime.tensorboard import TensorBoard
 
 
 def events(path) -> EventAccumulator:
-    """What TensorBoard itself makes of a folder."""
+    """Returns the events that TensorBoard itself reads from a folder."""
     guidance = {"scalars": 0, "tensors": 0, "histograms": 0}
     return EventAccumulator(str(path), size_guidance=guidance, purge_orphaned_data=True).Reload()
 
 
 @pytest.fixture
 def new_file(monkeypatch):
-    """A function that starts a new second: files of events are read in the order of the seconds in their names."""
+    """Returns a function that starts a new second. Event files are read in the order of the seconds in their names."""
     clock = types.SimpleNamespace(now=1.7e9)
 
     def start():
@@ -64,7 +64,7 @@ def test_events_are_there_after_a_flush(tmp_path):
 
 @pytest.mark.parametrize("written", ["*To be*, or not\n\tto be", "naïve 😀 \0", "", "broken \udce9 character"])
 def test_text_is_read_back(tmp_path, written):
-    """As a tensor that TensorBoard's text plugin claims; a model may write any character."""
+    """A text is a tensor for TensorBoard's text plugin, and a model may generate any character."""
     board = TensorBoard(tmp_path)
     board.text(7, "sample", written)
     board.close()
@@ -87,13 +87,13 @@ def test_histogram_is_read_back(tmp_path):
     assert found.bucket_limit == [0.0, 1.0, 2.0, 3.0]
     assert found.bucket == [2, 3, 0, 1]
     assert (found.min, found.max, found.num) == (-1, 3, 6)
-    # Of the middles of the buckets, for the values themselves are not known.
+    # The sums are those of the centers of the buckets, because the values are not known.
     assert found.sum == pytest.approx(2 * -0.5 + 3 * 0.5 + 1 * 2.5)
     assert found.sum_squares == pytest.approx(2 * 0.25 + 3 * 0.25 + 1 * 6.25)
 
 
 def test_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path, new_file):
-    """A run got to step 6, was killed, and goes on after the checkpoint of step 4. (TensorBoard keeps all texts.)"""
+    """A run reached step 6, was killed, and resumes after the checkpoint of step 4. (TensorBoard keeps all texts.)"""
     for start, value in ((0, 1.0), (4, 2.0)):
         new_file()
         board = TensorBoard(tmp_path, start)
@@ -120,13 +120,13 @@ def test_run_that_begins_anew_replaces_all_steps(tmp_path, new_file):
 
 @pytest.mark.parametrize("before", ["", "events.out.tfevents.9999999999.host.1.0", "tfevents-by-another-tool"])
 def test_a_clock_that_went_back_loses_no_steps(tmp_path, monkeypatch, before):
-    """As after a suspend of WSL, or on another host: TensorBoard reads files in the order of their names."""
+    """A clock can go back after a suspend of WSL, or on another host. TensorBoard reads files in the order of names."""
     if before:
         (tmp_path / before).touch()
     for i, now in enumerate((1.7e9, 1.6e9, 1.5e9, 1.5e9)):
         monkeypatch.setattr("time.time", lambda now=now: now)
         board = TensorBoard(tmp_path, start_step=10 * i)
-        for step in range(10 * i + 1, 10 * i + 15):  # four more than are saved
+        for step in range(10 * i + 1, 10 * i + 15):  # four steps more than the checkpoint has
             board.scalars(step, {"loss": float(i)})
         board.close()
     found = events(tmp_path).Scalars("loss")
@@ -134,7 +134,7 @@ def test_a_clock_that_went_back_loses_no_steps(tmp_path, monkeypatch, before):
 
 
 def test_disabled_writes_no_file(tmp_path):
-    """On all processes but one."""
+    """Only the first process writes events."""
     board = TensorBoard(tmp_path / "run", 5, enabled=False)
     board.scalars(1, {"loss": 1.0})
     board.text(1, "sample", "text")
@@ -148,7 +148,7 @@ def test_disabled_writes_no_file(tmp_path):
 
 
 class Clock:
-    """Seconds that pass only when told to."""
+    """A clock that advances only when a test calls `wait`."""
 
     def __init__(self):
         self.now = 1000.0
@@ -175,7 +175,7 @@ def test_rates_are_steps_over_seconds(clock):
     clock.wait(3.0)
     expected = {"tokens_per_second": 80.0, "steps_per_second": 0.8, "input_wait": 0.0, "mfu": 0.48}
     assert speed.rates() == pytest.approx(expected)
-    assert speed.rates() == pytest.approx(expected)  # asking changes nothing
+    assert speed.rates() == pytest.approx(expected)  # `rates` does not change the measurement
 
 
 def test_no_mfu_where_the_peak_is_not_known(clock):
@@ -219,13 +219,13 @@ def test_restart_forgets_everything(clock):
 
 
 def test_waiting_counts_where_the_device_ran_dry(clock):
-    """Fetching a batch while the device computes costs nothing; what it does afterwards is what counts."""
+    """Fetching a batch costs time only if the device is idle at the end of it."""
     speed = Speed(100, 1.0, None)
     for seconds, idle_after in ((2.0, False), (1.0, True), (3.0, False)):
         idle = [not idle_after]
         with speed.waiting(idle.pop):
             clock.wait(seconds)
-            idle[:] = [idle_after]  # as it is at the end of the wait, not at its beginning
+            idle[:] = [idle_after]  # at the end of the wait, not at its start
     clock.wait(2.0)
     speed.step()
     rates = speed.rates()
@@ -243,7 +243,7 @@ RATES = {"tokens_per_second": 12_345.0, "steps_per_second": 2.0, "input_wait": 0
 
 
 class Terminal(io.StringIO):
-    """Shows what a terminal would: `\\r` goes to the beginning of the line, `ESC [K` erases from there."""
+    """Simulates a terminal: `\\r` moves to the start of the line, `ESC [K` erases the rest of the line."""
 
     def isatty(self):
         return True
@@ -307,7 +307,7 @@ def test_line_renews_itself_on_a_terminal(terminal, clock):
 
 
 def test_fast_steps_do_not_flood_a_terminal(terminal, clock):
-    """Of a hundred steps in a second about ten are drawn, and every milestone."""
+    """About ten of a hundred steps in a second are drawn, and every milestone."""
     progress = Progress(1000, out=terminal)
     for step in range(1, 101):
         clock.wait(0.01)
@@ -318,14 +318,14 @@ def test_fast_steps_do_not_flood_a_terminal(terminal, clock):
 
 
 def test_line_is_cut_to_the_terminal(terminal, clock, monkeypatch):
-    """A line that wraps could not be erased."""
+    """A line that wraps cannot be erased."""
     monkeypatch.setattr(shutil, "get_terminal_size", lambda **_: os.terminal_size((20, 24)))
     progress = Progress(100, out=terminal)
     clock.wait(1.0)
     progress.update(1, 1.0, RATES, milestone=False)
     assert terminal.screen() == ["step 1/100  loss 1.0"[:19]]
-    progress.say("words of the model, which may take more than a line")
-    assert terminal.screen()[0] == "words of the model, which may take more than a line"
+    progress.say("a generated text, which may be longer than the line")
+    assert terminal.screen()[0] == "a generated text, which may be longer than the line"
 
 
 @pytest.mark.parametrize("make", [io.StringIO, Terminal])
@@ -345,7 +345,7 @@ def test_standard_output_is_the_default(capsys):
 
 
 def test_remaining_time_is_given_before_any_is_known(clock):
-    """Rates are 0 just after a restart: that must not divide by zero."""
+    """Rates are 0 after a restart, by which nothing may be divided."""
     out = io.StringIO()
     Progress(10, out=out).update(1, 1.0, dict.fromkeys(RATES, 0.0), milestone=True)
     assert "0 tok/s" in out.getvalue()
@@ -389,17 +389,17 @@ def test_duration(seconds, shown):
     ("kind", "peak"),
     [
         ("TPU v4", 275e12),
-        ("TPU v5 lite", 197e12),  # JAX's name of v5e
+        ("TPU v5 lite", 197e12),  # JAX's name of the v5e
         ("TPU v5e", 197e12),
         ("TPU v5p", 459e12),
-        ("TPU v5", 459e12),  # JAX's name of v5p
+        ("TPU v5", 459e12),  # JAX's name of the v5p
         ("TPU v6 lite", 918e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H200", 989e12),
         ("cpu", None),
         ("NVIDIA GeForce RTX 4090", None),
-        ("AMD Instinct NVIDIA H100", None),  # only the beginning counts
+        ("AMD Instinct NVIDIA H100", None),  # only the prefix counts
     ],
 )
 def test_peak_of_a_device(kind, peak):

@@ -1,4 +1,4 @@
-"""What the commands print: control characters are escaped, and an output that fails ends no run."""
+"""Output of the commands: control characters are escaped, and an output that fails does not end a run."""
 
 import contextlib
 import errno
@@ -41,7 +41,7 @@ def test_progress_escapes_what_it_shows(terminal, monkeypatch):
 
 @contextlib.contextmanager
 def pipe(*, size=None):
-    """A descriptor to write to, and a function that reads what was written."""
+    """Returns a descriptor to write to, and a function that reads what was written."""
     reader, writer = os.pipe()
     try:
         yield writer, lambda: os.read(reader, 1 << 20).decode() if select.select([reader], [], [], 1)[0] else ""
@@ -52,7 +52,7 @@ def pipe(*, size=None):
 
 
 class Disk:
-    """Takes the place of os.write: a disk with room for some bytes."""
+    """Replaces os.write by a disk that has space for a number of bytes."""
 
     def __init__(self, monkeypatch, number):
         self.room, self._number, self._write = 1 << 20, number, os.write
@@ -79,7 +79,7 @@ def test_a_full_disk_leaves_a_gap_that_is_marked_and_told_on_the_other_stream(mo
         out, _ = stream(log, other=output._Descriptor(errors))
         disk = Disk(monkeypatch, log)
         print("step 1", file=out)
-        disk.room = 3  # a write that ends within a line
+        disk.room = 3  # the write ends within a line
         for step in (2, 3, 4):
             print(f"step {step}", file=out)
         disk.room = 1 << 20
@@ -87,12 +87,12 @@ def test_a_full_disk_leaves_a_gap_that_is_marked_and_told_on_the_other_stream(mo
         print("step 6", file=out)
         missing = "note: 3 lines are missing here (No space left on device)."
         assert read() == f"step 1\nste\n{missing}\nstep 5\nstep 6\n"
-        expected = "note: cannot write to standard output (No space left on device); the run goes on without it.\n"
+        expected = "note: cannot write to standard output (No space left on device); the run continues without it.\n"
         assert read_errors() == expected  # once
 
 
 def test_a_reader_that_sleeps_does_not_stop_a_run_and_gets_the_rest_when_it_wakes(monkeypatch):
-    """A terminal after Ctrl-S, a connection that hangs: the pipe is full."""
+    """The pipe is full, as for a terminal after Ctrl-S or a connection that hangs."""
     monkeypatch.setattr(output, "PATIENCE", 0.2)
     with pipe() as (log, read):
         out, _ = stream(log)
@@ -104,12 +104,12 @@ def test_a_reader_that_sleeps_does_not_stop_a_run_and_gets_the_rest_when_it_wake
         while shown.count("\n") * 2001 < len(shown) or "missing" not in shown:
             print("awake", file=out)
             shown += read()
-        assert "lines are missing here (it took nothing for" in shown
+        assert "lines are missing here (it accepted nothing for" in shown
         assert shown.endswith("awake\n")
 
 
 def test_a_descriptor_that_does_not_block_is_waited_for():
-    """Another process may have made it so: writing raises BlockingIOError, which is no failure."""
+    """Another process can make a descriptor non-blocking. A BlockingIOError is not a failure of the output."""
     with pipe() as (log, read):
         os.set_blocking(log, False)
         out, _ = stream(log, raises=True)
@@ -140,9 +140,9 @@ PRINTS = """
         return 3
     cli.run(main, prints_result=bool(os.environ.get("PRINTS_RESULT")))
 """
-# Redirections of a shell; whether the command only prints; its exit code, and what is still in stdout and in stderr.
+# Redirections of the shell, whether the command only prints, its exit code, and what stdout and stderr contain.
 LOSSES = (
-    ("| true", False, 3, "", "note: cannot write to standard output (Broken pipe); the run goes on without it."),
+    ("| true", False, 3, "", "note: cannot write to standard output (Broken pipe); the run continues without it."),
     ("2>&1 | true", False, 3, "", ""),
     ("2>/dev/full", False, 3, "note: cannot write to standard error (No space left on device)", ""),
     ("<&- >&- 2>&-", False, 3, "", ""),
@@ -154,7 +154,7 @@ LOSSES = (
 
 
 def test_an_output_that_is_lost_ends_only_a_command_that_has_nothing_else_to_do():
-    """With the exit code of what it did, and a word on what is left; never a traceback. All at the same time."""
+    """The exit code is that of the command, and the other output has a note, no traceback. All cases run at once."""
     running = []
     for redirections, prints_result, *_ in LOSSES:
         line = f'"$0" -c "$1" {redirections}; exit ${{PIPESTATUS[0]}}'
@@ -178,6 +178,6 @@ def test_an_output_that_is_lost_ends_only_a_command_that_has_nothing_else_to_do(
             assert "Traceback" not in text
             assert "Exception ignored" not in text
             assert "\x1b" not in text
-        if redirections == "2>/dev/full":  # what was meant for it is not lost
+        if redirections == "2>/dev/full":  # stdout gets the lines of stderr
             assert r"a \x1b[1mwarning" in out
             assert r"logged \x1b[1m" in out

@@ -1,1 +1,1 @@
-"""What every other part stands on: files, processes, devices, output."""
+"""The lowest floor: files, processes, devices and output, on which all other packages are built."""

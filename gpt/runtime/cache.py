@@ -1,18 +1,21 @@
-"""The cache: a folder for results that can be computed again, so that the next start does not have to.
+"""Caches on disk: results that later starts of a program reuse, and programs that XLA compiled.
 
-The environment variable GPT_CACHE_DIR names the folder. Without it, the cache is the folder `gpt` in the user's cache
-folder (XDG_CACHE_HOME, or ~/.cache). If that cannot be written to, it is a private folder among the temporary files,
-and a line says so.
+The environment variable GPT_CACHE_DIR names the cache folder. If it is not set, the cache is the folder `gpt` in the
+user's cache folder (XDG_CACHE_HOME, or ~/.cache). If that folder cannot be written to, the cache is a private temporary
+folder, and a note reports this.
 
-An entry is a value that JSON can hold, with or without files beside it, stored with their SHA-256. An entry that is
-missing, unreadable, cut off or does not fit its digest is computed again. Nobody can read an entry who is kept out by
-the umask or who cannot read its sources.
+An entry is a JSON value with optional files, stored with their SHA-256. An entry that is missing, unreadable, truncated
+or damaged is computed again. File permissions of an entry allow no more than the umask and those of its sources.
+
+JAX stores compiled programs in the folder `xla` of the cache, so that only the first start of a program compiles.
 """
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import hashlib
+import io
 import json
 import os
 import secrets
@@ -25,14 +28,20 @@ from typing import IO, Any
 from gpt.runtime.errors import UserError
 
 VARIABLE = "GPT_CACHE_DIR"
+MAX_COMPILED_SIZE = 4 << 30  # bytes of compiled programs; JAX deletes the least recently used ones
 
 Say = Callable[[str], object]
-_said = set()  # lines for the user, each of which is shown once
+_shown: set[str] = set()  # notes that the user has seen: each note is shown once
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """An entry of the cache: its value, and the paths of its files by their suffix."""
+    """An entry of the cache.
+
+    Attributes:
+      value: a JSON value.
+      files: paths of the entry's files, by suffix.
+    """
 
     value: Any
     files: dict[str, Path]
@@ -43,52 +52,56 @@ class Cache:
 
     Attributes:
       path: the folder.
-      setting: name of the setting that moves it elsewhere.
+      setting: name of the config key or environment variable that selects another folder.
     """
 
     def __init__(self, configured: str = "", say: Say = lambda line: None):
-        """Finds or makes the folder.
+        """Finds or creates the folder.
 
         Args:
-          configured: the value of `data.cache_dir`; "": the folder that all caches share.
-          say: called with a line for the user where the cache is elsewhere than expected, or cannot be written.
+          configured: value of the config key data.cache_dir; "" selects the default folder.
+          say: called with a line for the user if a temporary folder is used or an entry cannot be stored.
 
         Raises:
-          UserError: the folder that the user named cannot be written to, or there is none that can.
+          UserError: the folder that the user selected, or every default folder, cannot be written to.
         """
-        self._say_any, self.setting = say, "data.cache_dir" if configured else VARIABLE
-        if named := configured or os.environ.get(VARIABLE):
-            self.path, problem = _writable(lambda: Path(named).expanduser().absolute())
-            if problem:
-                message = f"Cannot write to the cache {named} ({problem}); set {self.setting} to another folder."
-                raise UserError(message)
-            return
-        self.path, problem = _writable(_of_user)
-        if problem:
-            reason = f"{self.path}: {problem}" if self.path else problem
-            self.path, problem = _writable(_temporary)
-            if problem:
-                raise UserError(
-                    f"Cannot find a cache folder ({reason}; {self.path or 'TMPDIR'}: {problem}); set {VARIABLE} to one."
-                )
-            self._say(f"note   the cache is in {self.path} ({reason}); set {VARIABLE} to choose another folder")
+        self._say_always, self.setting = say, "data.cache_dir" if configured else VARIABLE
+        selected = configured or os.environ.get(VARIABLE, "")
+        own = [lambda: Path(selected).expanduser().absolute()]
+        problems = []
+        for find in own if selected else (_user_folder, _temporary_folder):
+            try:
+                self.path = _writable(find)
+                break
+            except OSError as error:
+                problems.append(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
+        else:
+            reasons = "; ".join(problems)
+            message = (
+                f"Cannot write to the cache {selected or 'folder'} ({reasons}); set {self.setting} to another folder."
+            )
+            raise UserError(message)
+        if problems:
+            self._say(f"note   the cache is in {self.path} ({problems[0]}); set {VARIABLE} to choose another folder")
 
     def entry(self, name: str, compute: Callable[[Callable[[str], IO[bytes]]], Any], mode: int = 0o666) -> Entry:
-        """The entry of this name: from the cache if it is whole there, else computed and stored.
+        """Returns the entry of a name: the stored entry if it is intact, otherwise a computed one, which is stored.
 
         An entry without files is returned even if it cannot be stored.
 
         Args:
-          name: has to change with everything that the entry depends on.
-          compute: returns the value; its argument opens a file of the entry, by suffix, to be written.
-          mode: permissions of the sources, which the entry does not exceed.
+          name: file name of the entry; has to change with everything that the entry depends on.
+          compute: returns the value. Its argument is a function that takes a suffix and returns a new file of the
+            entry, open for writing.
+          mode: permissions of the sources, which limit those of the entry.
 
         Raises:
           UserError: a file cannot be stored.
         """
-        if found := self._find(name):
-            return found
-        files, stored = {}, {}
+        if entry := self._find(name):
+            return entry
+        files: dict[str, io.BufferedRandom] = {}
+        stored = {}
         with contextlib.ExitStack() as partial:
 
             def create(suffix: str) -> IO[bytes]:
@@ -96,15 +109,15 @@ class Cache:
                 return files[suffix]
 
             try:
-                value = json.loads(json.dumps(compute(create)))  # the same whether it is new or was stored
+                value = json.loads(json.dumps(compute(create)))  # the same value that `_find` returns later
                 for suffix, file in files.items():
                     file.flush()
-                    os.fsync(file.fileno())  # contents have to be on the disk before what vouches for them
+                    os.fsync(file.fileno())  # the content has to be on the disk before the entry that refers to it
                     sha256 = _sha256(file)
                     os.replace(file.name, self._path(name, suffix))
                     stored[suffix] = sha256, identity(os.fstat(file.fileno()))
             except OSError as error:
-                if not files:  # it is not the cache's
+                if not files:  # the error is from the computation
                     raise
                 raise UserError(
                     f"Cannot write {self._path(name)}: {error.strerror}; set {self.setting} to another folder."
@@ -113,7 +126,7 @@ class Cache:
         return Entry(value, {suffix: self._path(name, suffix) for suffix in files})
 
     def _find(self, name: str) -> Entry | None:
-        """The entry, if it is whole."""
+        """Returns the stored entry, or None if it is missing or damaged."""
         try:
             with self._path(name).open("rb") as file:
                 mode = os.fstat(file.fileno()).st_mode
@@ -121,22 +134,22 @@ class Cache:
             if hashlib.sha256(text).hexdigest().encode() != digest:
                 return None
             saved = json.loads(text)
-            files, moved = saved["files"], False
+            files, has_moved = saved["files"], False
             for suffix, (sha256, known) in files.items():
                 with self._path(name, suffix).open("rb") as file:
                     found = identity(os.fstat(file.fileno()))
-                    # Reading all of a large file at each start would take minutes, on a disk that hosts share.
+                    # An unchanged file is not read: a large file on a shared disk would take minutes at each start.
                     if found != known:
                         if _sha256(file) != sha256:
                             return None
-                        files[suffix], moved = (sha256, found), True
+                        files[suffix], has_moved = (sha256, found), True
         except OSError:
             return None
-        if moved:
+        if has_moved:
             self._store(name, saved["value"], files, mode)
         return Entry(saved["value"], {suffix: self._path(name, suffix) for suffix in files})
 
-    def _store(self, name: str, value: Any, files: dict, mode: int) -> None:
+    def _store(self, name: str, value: Any, files: dict[str, tuple[str, list[int]]], mode: int) -> None:
         text = json.dumps({"value": value, "files": files}).encode()
         try:
             with contextlib.ExitStack() as partial:
@@ -147,11 +160,11 @@ class Cache:
         except OSError as error:
             self._say(f"note   the cache {self.path} cannot be written ({error.strerror}): the next start takes longer")
 
-    def _create(self, name: str, mode: int, partial: contextlib.ExitStack) -> IO[bytes]:
-        """A file under another name, which no reader knows; it is removed unless it is moved to its place."""
+    def _create(self, name: str, mode: int, partial: contextlib.ExitStack) -> io.BufferedRandom:
+        """Opens a new file under a temporary name. `partial` deletes the file unless it is renamed before."""
         path = self.path / f"{name}.{secrets.token_hex(8)}.partial"
         partial.callback(path.unlink, missing_ok=True)
-        # The umask applies; `tempfile` would ignore it.
+        # The umask applies to `os.open`; `tempfile` ignores it.
         opener = lambda path, flags: os.open(path, flags, mode & 0o666 | 0o600)  # noqa: E731
         return partial.enter_context(open(path, "x+b", opener=opener))
 
@@ -159,57 +172,86 @@ class Cache:
         return self.path / f"{name}.{suffix}"
 
     def _say(self, line: str) -> None:
-        if line not in _said:
-            _said.add(line)
-            self._say_any(line)
+        if line not in _shown:
+            _shown.add(line)
+            self._say_always(line)
+
+
+def keep_compiled(folder: Path) -> None:
+    """Makes JAX store compiled programs in a folder, and compile a program again if its stored copy is damaged."""
+    import jax
+    from jax._src import compilation_cache, lru_cache
+
+    class CheckedCache(lru_cache.LRUCache):
+        """JAX's cache, which never replaces an entry, with a SHA-256 at the end of each entry."""
+
+        def get(self, key: str) -> bytes | None:
+            content = super().get(key) or b""
+            if content[-32:] == hashlib.sha256(content[:-32]).digest():
+                return content[:-32]
+            (folder / f"{key}-cache").unlink(missing_ok=True)
+            return None
+
+        def put(self, key: str, value: bytes) -> None:
+            super().put(key, value + hashlib.sha256(value).digest())
+
+        def _evict_if_needed(self, *, additional_size: int = 0) -> None:
+            for entry in folder.glob("*-cache"):  # JAX fails on an entry whose process died before it wrote the time
+                if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+                    entry.unlink(missing_ok=True)
+            super()._evict_if_needed(additional_size=additional_size)
+
+    compilation_cache.LRUCache = CheckedCache  # type: ignore[misc]  # JAX has no setting for the class of its cache
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", MAX_COMPILED_SIZE)
 
 
 def digest(*parts: Any) -> str:
-    """A name for what JSON can hold."""
+    """Returns a name of 32 hexadecimal digits for JSON values."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 def code(paths: Iterable[str | Path]) -> str:
-    """A digest of source files: what other code computed is not to be found."""
+    """Returns a SHA-256 of source files, to be part of an entry's name: other code has other entries."""
     return hashlib.sha256(b"\0".join(Path(path).read_bytes() for path in paths)).hexdigest()
 
 
-def identity(found: os.stat_result) -> list[int]:
-    """What changes with each change of a file, even where its size and modification time are restored."""
-    return [found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+def identity(status: os.stat_result) -> list[int]:
+    """Returns numbers that change with each change of a file, even if its size and modification time are restored."""
+    return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _sha256(file: IO[bytes]) -> str:
+def _sha256(file: io.BufferedIOBase) -> str:
     file.seek(0)
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _writable(find: Callable[[], Path]) -> tuple[Path | None, str]:
-    """The folder that `find` returns, made if need be, and why it cannot be written to, or ""."""
-    folder = None
+def _writable(find: Callable[[], Path]) -> Path:
+    """Returns the folder that `find` returns, created if needed. Raises OSError if it cannot be written to."""
     try:
         folder = find()
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return folder, "" if os.access(folder, os.W_OK | os.X_OK) else "Permission denied"
-    except OSError as error:
-        return folder, error.strerror
-    except RuntimeError as error:  # of `Path.home` and `expanduser`
-        return folder, str(error).rstrip(".")
+    except RuntimeError as error:  # `Path.home` and `expanduser` raise it if there is no home folder
+        raise OSError(errno.ENOENT, str(error).rstrip(".")) from None
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    return folder
 
 
-def _of_user() -> Path:
-    """The folder in the user's cache folder. Raises RuntimeError where the user has none."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (given if given.is_absolute() else Path.home() / ".cache") / "gpt"  # XDG has relative paths ignored
+def _user_folder() -> Path:
+    """Returns the folder in the user's cache folder. Raises RuntimeError if the user has no home folder."""
+    xdg = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (xdg if xdg.is_absolute() else Path.home() / ".cache") / "gpt"  # the XDG standard ignores relative paths
 
 
 @functools.cache
-def _temporary() -> Path:
-    """A folder among the temporary files that nobody else can have prepared."""
-    path = Path(tempfile.gettempdir()) / f"gpt-cache-{os.getuid()}"
+def _temporary_folder() -> Path:
+    """Returns a private temporary folder. Does not use a folder that another user may have prepared."""
+    user = getattr(os, "getuid", lambda: "")()  # Windows has no user numbers
+    path = Path(tempfile.gettempdir()) / f"gpt-cache-{user}"
     with contextlib.suppress(FileExistsError):
         path.mkdir(mode=0o700)
-    found = path.lstat()
-    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+    status = path.lstat()
+    if stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o077:
         return path
     return Path(tempfile.mkdtemp(prefix="gpt-cache-"))

@@ -1,4 +1,4 @@
-"""What the commands share: flags in, one clear sentence out when something is wrong."""
+"""What all commands share: parsing of flags, and one error message instead of a traceback for errors of the user."""
 
 import difflib
 import inspect
@@ -15,24 +15,30 @@ from absl import app, flags, logging
 from gpt.runtime import backend, cluster, output, signals
 from gpt.runtime.errors import UserError, one_line
 
-flags.disclaim_key_flags()  # the flags that functions here define are those of the command that calls them
+MAX_PIPED = 1 << 20  # bytes of a prompt on stdin; a model sees only its end
+MUST_NOT_BE_EMPTY = {"config", "workdir", "checkpoint", "out", "html", "topology", "data", "from_hf", "to_hf"}
 
-MAX_PIPED = 1 << 20  # bytes of a prompt on stdin; a model sees the end of it only
+_config_keys: Callable[[], list[str]] | None = None
+_overrides: list[tuple[str, str | None]] = []
+
+# `--help` shows the flags that the functions below define as flags of the command that calls them.
+flags.disclaim_key_flags()
 
 
 def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
-    """Parses the flags, runs `main` and exits with its code or that of a UserError.
+    """Parses the flags, runs `main`, and exits with its return value, or with the exit code of a UserError.
 
-    Mistakes in the flags exit with 2. Any other exception is a bug and keeps its traceback. Where several
-    processes run one program, an error of one ends all.
+    Errors in flags exit with code 2. Any other exception is a bug and keeps its traceback. If several processes run
+    the program, an error of one process ends all of them.
 
     Args:
-      prints_result: the command has nothing else to do than to print, so it ends where standard output fails.
+      main: the command. Returns its exit code; None for 0.
+      prints_result: whether the only purpose of the command is to print, so that it ends if standard output fails.
     """
 
-    def checked(_) -> int | None:
+    def checked(_: list[str]) -> int | None:
         if not prints_result:
-            output.go_on_without()
+            output.continue_without_output()
         try:
             backend.check_xla_flags()
             code = main()
@@ -50,10 +56,10 @@ def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
 
     output.install()
     signals.end_at_once(give_up=lambda number: os._exit(end(number)))
-    # Libraries report their routine at level INFO; warnings are for the user too.
+    # Libraries log routine messages at level INFO; warnings are for the user too.
     logging.set_verbosity(logging.WARNING)
-    # Errors that they log and raise as well are for us to tell, in a sentence or with their traceback; and where one
-    # array of a checkpoint fails, the tasks of the others have nobody left to complain to.
+    # The command itself reports exceptions, so the same exceptions in the log of a library are hidden. If one array of
+    # a checkpoint fails, nobody awaits the tasks of the other arrays, and Python's warnings about them are hidden too.
     for logger in (logging.get_absl_logger(), std_logging.getLogger("asyncio")):
         logger.addFilter(lambda record: not record.exc_info)
     hook = sys.unraisablehook
@@ -69,52 +75,56 @@ def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
 
 
 def overrides() -> list[tuple[str, str | None]]:
-    """Returns the flags --config.KEY=VALUE in their order: KEY, and VALUE as text (None if there is none)."""
+    """Returns the flags --config.KEY=VALUE in their order: KEY, and VALUE as text or None if there is no value."""
     return list(_overrides)
 
 
-def define_workdir_flag(text: str = "Folder of the run.", required: bool = True) -> flags.FlagHolder:
-    """Defines --workdir."""
+def define_workdir_flag(
+    text: str = "Folder of the run, or a place in a bucket.", required: bool = True
+) -> flags.FlagHolder:
+    """Defines --workdir; returns its holder."""
     return flags.DEFINE_string("workdir", None, text, required=required)
 
 
 def define_config_flag(text: str, keys: Callable[[], list[str]]) -> flags.FlagHolder:
-    """Defines --config, with which --config.KEY=VALUE is accepted too; `keys` returns the keys that exist."""
+    """Defines --config and accepts --config.KEY=VALUE; returns the holder of --config.
+
+    Args:
+      text: help text of the flag.
+      keys: returns all config keys, to suggest one for a mistyped flag.
+    """
     global _config_keys
     _config_keys = keys
     return flags.DEFINE_string("config", None, text)
 
 
 def define_checkpoint_flag() -> flags.FlagHolder:
-    """Defines --checkpoint."""
-    return flags.DEFINE_string("checkpoint", "best", "best (lowest validation loss), last, or a step.")
+    """Defines --checkpoint; returns its holder."""
+    text = 'Checkpoint to load: "best" (lowest validation loss), "last", or a step.'
+    return flags.DEFINE_string("checkpoint", "best", text)
 
 
 def define_cluster_flags() -> Callable[[], cluster.Job]:
-    """Defines the flags that tell a process which job it is part of; returns a function that reads them."""
+    """Defines the flags that describe the job that a process belongs to; returns a function that reads them."""
     coordinator = flags.DEFINE_string(
         "coordinator",
         None,
-        "HOST:PORT of process 0, a free port. Not needed where the launcher is known: launch/README.md.",
+        "HOST:PORT: host of process 0 and a free port there. Needed, with --num_processes and --process_id, if the "
+        "launcher is not known; see launch/README.md.",
     )
-    count = flags.DEFINE_integer("num_processes", None, "How many processes there are.", lower_bound=1)
-    index = flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.", lower_bound=0)
+    count = flags.DEFINE_integer("num_processes", None, "Number of processes of the job.", lower_bound=1)
+    index = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
     timeout = flags.DEFINE_float(
         "cluster_timeout", 300, "Seconds to wait for the other processes to start.", lower_bound=1
     )
     return lambda: cluster.Job(coordinator.value, count.value, index.value, timeout.value)
 
 
-MUST_NAME = {"config", "workdir", "checkpoint", "out", "html", "topology", "data", "from_hf", "to_hf"}
-_config_keys: Callable[[], list[str]] | None = None
-_overrides: list[tuple[str, str | None]] = []  # of the config, in their order: a key, and its value as text
-
-
 def read_stdin() -> str:
-    """The prompt that a pipe or a file holds, without the line feed at its end; empty where there is none.
+    """Returns the text on stdin, without the line feed at its end; "" if stdin is closed or empty.
 
     Raises:
-      UserError: it is too long, or not UTF-8.
+      UserError: the text cannot be read, is longer than MAX_PIPED, or is not UTF-8.
     """
     try:
         content = (sys.stdin.buffer.read(MAX_PIPED + 1) or b"") if sys.stdin is not None else b""
@@ -131,27 +141,27 @@ def read_stdin() -> str:
 
 def _parse(argv: list[str]) -> list[str]:
     argv = ["--help" if argument == "-h" else argument for argument in argv]
-    asked_for_help = any(argument.lstrip("-") in ("help", "helpshort", "helpfull") for argument in argv[1:])
+    wants_help = any(argument.lstrip("-") in ("help", "helpshort", "helpfull") for argument in argv[1:])
     try:
         argv = flags.FLAGS.read_flags_from_files(argv)
         rest = flags.FLAGS(_take_overrides(argv) if _config_keys else argv)
     except SystemExit:
-        # absl prints help while it parses, and counts that as a failure.
-        sys.exit(0 if asked_for_help else 2)
+        # absl prints the help text while it parses, and exits with an error code.
+        sys.exit(0 if wants_help else 2)
     except flags.UnrecognizedFlagError as error:
         sys.exit(_fail(f"There is no flag --{error.flagname}; {_hint(error.flagname)}", 2))
     except flags.Error as error:
         sys.exit(_fail(_reworded(error), 2))
     if len(rest) > 1:
         sys.exit(_fail(f"Unexpected argument {rest[1]!r}; flags are written --name=value.", 2))
-    for name in MUST_NAME.intersection(flags.FLAGS):
+    for name in MUST_NOT_BE_EMPTY.intersection(flags.FLAGS):
         if flags.FLAGS[name].value in ("", []):
             sys.exit(_fail(f"--{name} is empty; give it a value or leave it out.", 2))
     return rest
 
 
 def _take_overrides(argv: list[str]) -> list[str]:
-    """Moves --config.KEY=VALUE, --config.KEY VALUE, --config.KEY and --noconfig.KEY to `_overrides`."""
+    """Moves --config.KEY=VALUE, --config.KEY VALUE, --config.KEY, --noconfig.KEY to `_overrides`; returns the rest."""
     rest, remaining = [], list(argv)
     _overrides.clear()
     while remaining:
@@ -181,15 +191,15 @@ REWORDED = {
 
 
 def _reworded(error: flags.Error) -> str:
-    """The text of an error of absl as a sentence that names the flag."""
+    """Returns the message of an absl error as a sentence that names the flag."""
     text = one_line(error)
-    for pattern, words in REWORDED.items():
-        text = re.sub(pattern, words, text)
+    for pattern, replacement in REWORDED.items():
+        text = re.sub(pattern, replacement, text)
     return text.rstrip(".") + "."
 
 
 def _hint(name: str) -> str:
-    """What may have been meant by a flag that does not exist."""
+    """Returns a suggestion for the name of a flag that does not exist."""
     keys = _config_keys() if _config_keys else []
     near = [f"config.{key}" for key in keys if name in (key, key.split(".")[-1])]
     near = near or difflib.get_close_matches(name, list(flags.FLAGS), n=1, cutoff=0.7)

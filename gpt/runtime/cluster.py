@@ -1,17 +1,14 @@
-"""Several processes as one program: they find each other, wait for the first one, and end together.
+"""Several processes as one program: they find each other, process 0 goes first, and all end together.
 
-JAX finds out how a job was launched (Slurm, Open MPI, TPU pods, Kubernetes) and joins the devices. Its coordination
-service has no sentence for the person at the log (it aborts with a stack trace, 10 s after a death at the earliest) and
-lets any program in. So each process first connects to process 0 and keeps this connection, its lifeline: when a process
-dies, the connection closes, and all others end at once and know why.
-
-Both ends of a lifeline first prove that they know the job's secret, which is in GPT_CLUSTER_SECRET, without sending it.
-Where none is set, the proof only tells processes of gpt from other programs. launch/README.md describes this for users.
+JAX detects how a job was launched (Slurm, Open MPI, Cloud TPU, Kubernetes) and makes the devices of all processes
+available. Its coordination service has two shortcomings: if a process dies, the others abort with a stack trace after
+10 s or more, and any program can join. So each process first connects to process 0 by a lifeline
+(`gpt.runtime.lifeline`), which ends all processes at once with a message, and admits only processes that know the
+job's secret. launch/README.md describes both for users.
 """
 
 import dataclasses
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Callable
@@ -21,13 +18,15 @@ from gpt.runtime import versions
 from gpt.runtime.errors import UsageError, UserError
 from gpt.runtime.lifeline import Hub, Spoke, host_and_port
 
+_lifeline: Hub | Spoke | None = None  # None in a job of one process
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Where the processes of a job meet. Without a coordinator, JAX asks the launcher's variables.
+    """Where the processes of a job meet. Without the first three, JAX reads the launcher's environment variables.
 
     Attributes:
-      coordinator: HOST:PORT of process 0.
+      coordinator: HOST:PORT, the host of process 0 and a free port there.
       num_processes: number of processes.
       process_id: number of this process, from 0.
       timeout: seconds to wait for the other processes.
@@ -40,31 +39,36 @@ class Job:
 
 
 def start(job: Job) -> None:
-    """Joins the other processes of this job, if there are any, before JAX is used.
+    """Joins the other processes of the job, if there are any.
+
+    Has to be called before JAX is used. In a process that has joined a job, another call does nothing.
 
     Raises:
-      UsageError: the flags contradict each other.
-      UserError: a process did not come within --cluster_timeout.
+      UsageError: the values of `job` contradict each other.
+      UserError: a process did not join within the timeout, or has other code, libraries or settings.
     """
     global _lifeline
-    _leave_an_absent_tpu_alone()
-    given = {name: getattr(job, name) for name in ("coordinator", "num_processes", "process_id")}
-    missing = [name for name, value in given.items() if value is None]
-    if missing and len(missing) < len(given):
-        raise UsageError(f"--{' and --'.join(set(given) - set(missing))} needs --{' and --'.join(missing)}.")
-    address, count, index, devices = given["coordinator"], given["num_processes"], given["process_id"], None
+    if _lifeline:
+        return
+    _ignore_absent_accelerators()
+    values = {name: getattr(job, name) for name in ("coordinator", "num_processes", "process_id")}
+    missing = [name for name, value in values.items() if value is None]
+    if missing and len(missing) < len(values):
+        given = [name for name in values if name not in missing]
+        raise UsageError(f"--{' and --'.join(given)} needs --{' and --'.join(missing)}.")
+    address, count, index, devices = *values.values(), None
     if missing:
-        # The public jax.distributed.initialize finds out the same, but ends the process when a peer is missing.
+        # The public jax.distributed.initialize detects the same values, but ends the process if a peer is missing.
         from jax._src.clusters import ClusterEnv
 
         try:
-            found = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(job.timeout))
+            detected = ClusterEnv.auto_detect_unset_distributed_params(None, None, None, None, None, int(job.timeout))
         except (RuntimeError, LookupError, ValueError, OSError) as error:
             raise UserError(
-                f"Cannot tell the processes of this job from the launcher's variables: {error!r}. "
+                f"Cannot detect the processes of this job from the launcher's variables: {error!r}. "
                 "Set --coordinator, --num_processes and --process_id."
             ) from None
-        address, count, index, devices = found
+        address, count, index, devices = detected
     elif index >= count:
         raise UsageError(f"--process_id={index} has to be less than --num_processes={count}.")
     elif not re.fullmatch(r".+:0*[1-9]\d{0,4}", address, re.ASCII) or host_and_port(address)[1] > 65535:
@@ -73,10 +77,12 @@ def start(job: Job) -> None:
         return
     import jax
 
-    _lifeline = (Hub if index == 0 else Spoke)(address, count, index, job.timeout, versions.facts())
-    # The port that was agreed on is the lifeline's, so JAX's service gets another one.
-    service, listens_at = share("service", lambda: _lifeline.service())
-    jax.config.update("jax_enable_preemption_service", False)  # the loop has its own way to agree on where to stop
+    own = address, count, index, job.timeout, versions.facts()
+    hub = Hub(*own) if index == 0 else None
+    _lifeline = hub or Spoke(*own)
+    # The lifeline listens at the coordinator's port, so JAX's service needs another one.
+    service, listens_at = share("service", hub.service if hub else tuple)
+    jax.config.update("jax_enable_preemption_service", False)  # `signals.Interrupted` agrees on the step to stop at
     jax.distributed.initialize(
         service,
         count,
@@ -89,40 +95,52 @@ def start(job: Job) -> None:
     )
 
 
-def _leave_an_absent_tpu_alone() -> None:
-    """Where libtpu is installed for `gpt.plan` alone, JAX looks for a TPU in vain, loudly, and its profiler crashes."""
-    if "JAX_PLATFORMS" in os.environ or not importlib.util.find_spec("libtpu"):
-        return
-    import jax
-    from jax._src import hardware_utils  # as JAX does itself, to tell whether a TPU should be there
+def _ignore_absent_accelerators() -> None:
+    """Keeps JAX from looking for TPUs and GPUs that this machine does not have, unless the user selected platforms.
 
+    If the TPU or GPU compiler is installed for plans only, JAX logs errors about absent devices, and the profiler
+    crashes without a TPU.
+    """
+    import jax
+    from jax._src import hardware_utils  # the tests by which JAX itself decides whether devices should be present
+
+    has_gpu_plugin = bool(importlib.util.find_spec("jax_cuda13_plugin"))
+    if jax.config.values["jax_platforms"] is not None or not (has_gpu_plugin or importlib.util.find_spec("libtpu")):
+        return
     if hardware_utils.num_available_tpu_chips_and_device_id()[0] == 0:
-        has_gpu = hardware_utils.has_visible_nvidia_gpu() and importlib.util.find_spec("jax_cuda13_plugin")
+        has_gpu = has_gpu_plugin and hardware_utils.has_visible_nvidia_gpu()
         jax.config.update("jax_platforms", "cuda,cpu" if has_gpu else "cpu")
 
 
 def is_first() -> bool:
-    """Whether this is the process that prints and writes."""
+    """Returns whether this process is process 0, which prints and writes for all processes."""
     return _lifeline is None or _lifeline.index == 0
 
 
 def is_several() -> bool:
-    """Whether this process is one of several."""
+    """Returns whether the job has several processes."""
     return _lifeline is not None
 
 
 def share(key: str, compute: Callable[[], Any]) -> Any:
-    """What `compute` gives on process 0, the only one to call it; the others wait.
+    """Returns, on all processes, what `compute` returns on process 0. The other processes wait and do not call it.
 
     Args:
-      key: names it; used once.
-      compute: returns what JSON can hold, which is the form that it arrives in.
+      key: name of the value, to be used once.
+      compute: returns a JSON value; in JSON's form, a tuple becomes a list.
     """
     return _lifeline.share(key, compute) if _lifeline else compute()
 
 
 def first_before_others(key: str, function: Callable[[], Any]) -> Any:
-    """`function()` on every process, on process 0 before the others: they find done what it left in a cache."""
+    """Calls `function` on process 0, then on the others, which find the results of process 0 in the cache.
+
+    Args:
+      key: name of the call, to be used once.
+
+    Returns:
+      What `function` returns on this process.
+    """
     if is_first():
         result = function()
         share(key, lambda: None)
@@ -132,11 +150,13 @@ def first_before_others(key: str, function: Callable[[], Any]) -> Any:
 
 
 def failed(text: str, code: int, own_fault: bool) -> int:
-    """Ends all processes because of an error in this one; returns `code` where there is only one.
+    """Ends all processes because of an error in this one. Returns `code` if this is the only process.
 
     Args:
-      text: for the user; process 0 shows it too.
-      own_fault: False if a process that has gone may be what caused the error; its word comes first then.
+      text: message for the user, which process 0 prints too.
+      code: exit code of all processes.
+      own_fault: False if the death of another process may have caused the error, so that the message about that
+        process gets printed first.
     """
     if _lifeline is None:
         if text:
@@ -146,9 +166,6 @@ def failed(text: str, code: int, own_fault: bool) -> int:
 
 
 def finish() -> None:
-    """Says that this process is done, so that it may close its lifeline."""
+    """Tells the other processes that this process is about to exit normally."""
     if _lifeline:
         _lifeline.finish()
-
-
-_lifeline: Hub | Spoke | None = None

@@ -1,23 +1,23 @@
-"""Exceptions whose message is meant for the person at the keyboard, and checks of what others wrote."""
+"""Exceptions whose message is written for the user of a command."""
 
 
 class UserError(Exception):
-    """Something the user can mend: one sentence that names the flag, file or value.
+    """An error that the user can correct. Its message names the flag, file or value, and says what to do.
 
-    The commands print it without a traceback and exit with its code; any other exception
-    is a bug and keeps its traceback.
+    The commands print the message without a traceback and exit with `exit_code`. Any other exception is a bug and
+    keeps its traceback.
     """
 
     exit_code = 1
 
 
 class UsageError(UserError):
-    """A UserError about the flags themselves."""
+    """A UserError about the flags of a command."""
 
     exit_code = 2
 
 
 def one_line(error: object) -> str:
-    """The text of an exception without line feeds, nor the quotes around that of a KeyError."""
+    """Returns the message of an exception as one line, without the quotation marks that a KeyError adds."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).replace("\\'", "'").split())

@@ -1,9 +1,9 @@
-"""Files and folders that survive a power cut.
+"""Files and folders that stay valid after a power failure.
 
 A file system may write a file's name long before its content, and both long after the call returned. What a run needs
-to resume is therefore written in one order: content to the disk, folders to the disk, the rename that makes it valid,
-the folder of the new name to the disk, and only then is anything older deleted. In a bucket (gs://, s3://) an object is
-durable once it is written.
+to resume is therefore written in one order: the content, the folders that contain it, the rename that makes it valid,
+and the folder of the new name. Only then is anything older deleted. In a bucket (gs://, s3://), an object is durable
+once it is written.
 """
 
 import contextlib
@@ -20,22 +20,22 @@ from etils import epath
 
 from gpt.runtime.errors import UserError
 
-PARTIAL = ".partial"  # ends the name of a file that is being written
+PARTIAL = ".partial"  # suffix of a file that is being written
 
 
 def is_local(path: Any) -> bool:
-    """Whether a path is on a file system rather than in a bucket."""
+    """Returns whether a path is on a file system rather than in a bucket."""
     return "://" not in str(path)
 
 
 def sync(path: Any) -> None:
-    """Waits until a file's content, or the names in a folder, are on the disk. Raises OSError where that fails."""
+    """Waits until the content of a file, or the names in a folder, are on the disk. Raises OSError if that fails."""
     if not is_local(path):
         return
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:  # some network file systems cannot sync a folder
+    except OSError as error:  # some network file systems do not support this for a folder
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not stat.S_ISDIR(os.fstat(handle).st_mode):
             raise
     finally:
@@ -43,7 +43,7 @@ def sync(path: Any) -> None:
 
 
 def publish(partial: Any, final: Any) -> None:
-    """Gives a complete file or folder its final name, once all of its content is on the disk."""
+    """Renames a complete file or folder to its final name after all of its content is on the disk."""
     for folder, _, names in os.walk(partial, topdown=False):
         for name in names:
             sync(os.path.join(folder, name))
@@ -55,17 +55,17 @@ def publish(partial: Any, final: Any) -> None:
 
 
 def write(path: epath.Path, text: str) -> None:
-    """Replaces the content of a file: after a power cut it is the old or the new one.
+    """Replaces the content of a file. After a power failure, the content is the old one or the new one.
 
     Raises:
-      UserError: the file system does not allow it.
+      UserError: the file cannot be written.
     """
     partial = path.with_name(path.name + PARTIAL)
     try:
         if path.exists() and path.read_text() == text:
             return
         partial.unlink(missing_ok=True)
-        with open(partial, "x") if is_local(path) else partial.open("w") as file:  # "x" follows no link
+        with open(partial, "x") if is_local(path) else partial.open("w") as file:  # "x" does not follow a link
             file.write(text)
         if is_local(path):
             publish(partial, path)
@@ -76,7 +76,7 @@ def write(path: epath.Path, text: str) -> None:
 
 
 def make_folder(path: epath.Path) -> list[str]:
-    """Makes a folder and those above it; returns the ones that did not exist, from the top."""
+    """Creates a folder and its missing parents; returns the created local folders, from the top."""
     if not is_local(path):
         path.mkdir(parents=True, exist_ok=True)
         return []
@@ -88,21 +88,22 @@ def make_folder(path: epath.Path) -> list[str]:
 
 
 def remove_tree(path: epath.Path) -> None:
-    """Deletes a folder, never what a link in its place leads to."""
+    """Deletes a folder. Does not follow links."""
     shutil.rmtree(path) if is_local(path) else path.rmtree()
 
 
 def refuse_links(folder: epath.Path) -> None:
-    """Raises UserError if anything in a folder is neither a file nor a folder: a link, a pipe, a socket, a device.
+    """Raises UserError if a workdir contains anything except files and folders: a link, a pipe, a socket, a device.
 
-    A workdir may come from anybody, and training writes and deletes in it: nothing in it may lead to another place.
+    A workdir may come from an untrusted source, and training writes and deletes files in it: a link could make it
+    change files elsewhere.
     """
-    _refuse(folder, os.lstat, "a workdir that is written to may hold only files and folders")
+    _refuse(folder, os.lstat, "a workdir for training may contain only files and folders")
 
 
 def refuse_pipes(folder: epath.Path) -> None:
-    """Raises UserError if a folder holds what reading could wait for: a pipe, a socket, a device, or a link to one."""
-    _refuse(folder, os.stat, "a workdir may hold only files and folders")
+    """Raises UserError if a workdir contains a pipe, a socket, a device or a link to one, which may block a reader."""
+    _refuse(folder, os.stat, "a workdir may contain only files and folders")
 
 
 def _refuse(folder: epath.Path, status: Callable[[str], os.stat_result], rule: str) -> None:
@@ -111,25 +112,25 @@ def _refuse(folder: epath.Path, status: Callable[[str], os.stat_result], rule: s
             path = os.path.join(parent, name)
             try:
                 mode = status(path).st_mode
-            except OSError:  # deleted since it was listed, by another run perhaps, or a link to nothing
+            except OSError:  # another process deleted it meanwhile, or it is a link to nothing
                 continue
             if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
-                what = "a link" if stat.S_ISLNK(mode) else "a pipe, a socket or a device"
+                kind = "a link" if stat.S_ISLNK(mode) else "a pipe, a socket or a device"
                 raise UserError(
-                    f"--workdir={folder}: {os.path.relpath(path, folder)} is {what}; {rule}. Replace it, or choose "
+                    f"--workdir={folder}: {os.path.relpath(path, folder)} is {kind}; {rule}. Replace it, or choose "
                     "another --workdir."
                 )
 
 
-LARGEST_JSON = 1 << 26  # bytes: a hundred times a real vocabulary, and still parsed in a gigabyte or so
+LARGEST_JSON = 1 << 26  # bytes: a hundred times a real vocabulary; parsing takes about 1 GB of memory
 
 
 def read_json(path: Any) -> Any:
-    """What a JSON file of any author holds.
+    """Returns the value in a JSON file that may come from an untrusted source.
 
     Raises:
-      OSError: it cannot be read.
-      ValueError: it is not JSON, or would fill the memory or the stack.
+      OSError: the file cannot be read.
+      ValueError: the file is not JSON, is larger than LARGEST_JSON, or is nested too deeply.
     """
     with path.open("rb") as file:
         data = file.read(LARGEST_JSON + 1)
@@ -143,20 +144,24 @@ def read_json(path: Any) -> Any:
 
 @contextlib.contextmanager
 def new_file(flag: str, path: str) -> Iterator[IO[bytes]]:
-    """Opens a file that a flag names and that must not exist; without content, it is removed again.
+    """Opens a new file for writing. The file is deleted again if it is empty at the end of the context.
+
+    Args:
+      flag: name of the flag that the messages name.
+      path: value of the flag.
 
     Raises:
-      UserError: the file exists, or cannot be written.
+      UserError: the file exists already, or cannot be written.
     """
-    place = Path(path).expanduser().absolute()
-    if place.exists() or place.is_symlink():
+    target = Path(path).expanduser().absolute()
+    if target.exists() or target.is_symlink():
         raise UserError(f"--{flag}={path} exists already; name another file.")
     try:
-        with place.open("xb") as file:
+        with target.open("xb") as file:
             yield file
     except OSError as error:
         raise UserError(f"Cannot write --{flag}={path}: {error.strerror or error}.") from None
     finally:
         with contextlib.suppress(OSError):
-            if not place.stat().st_size:
-                place.unlink()
+            if not target.stat().st_size:
+                target.unlink()

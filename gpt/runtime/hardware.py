@@ -1,4 +1,4 @@
-"""The accelerators that are known, their public figures, and clusters of them that are not there."""
+"""Accelerators and their public figures, this machine's devices, and topologies of devices that are not present."""
 
 import contextlib
 import dataclasses
@@ -6,31 +6,31 @@ import math
 import os
 import platform
 import re
-import resource
+from typing import Any
 
 import jax
 
 from gpt.runtime.errors import UsageError, UserError, one_line
 
 GIB = 2**30
-GPUS_OF_A_HOST = 8  # an NVLink domain of the systems that are meant here (DGX, HGX)
+GPUS_OF_A_HOST = 8  # GPUs in one NVLink domain of a DGX or HGX system
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Public figures of what JAX shows as one device.
+    """Public figures of an accelerator, for what JAX presents as one device.
 
     Attributes:
-      name: in a topology, like v5e:4x4 or h100:8.
-      kinds: how JAX's `device_kind` may begin.
-      flops: peak of dense bfloat16 products, in FLOP/s.
-      memory: bytes of the main memory (HBM); 0 for what no topology can be made of.
-      bandwidth: of the main memory, in bytes/s.
-      link: of a fast link in one direction, in bytes/s: to one neighbour in the torus, or to the NVLink switch.
-      network: of the slow network between slices or hosts in one direction, in bytes/s a chip.
-      clock: Hz, by which the TPU compiler's cycles become seconds; 0 for GPUs.
-      ring: a torus axis of this length (or a multiple) has its ends joined; 0 for GPUs.
-      largest: the largest topology without a slow network.
+      name: name in a topology, as in v5e:4x4 or h100:8.
+      kinds: prefixes of JAX's `device_kind` for this chip.
+      flops: peak of dense bfloat16 matrix products, in FLOP/s.
+      memory: bytes of the main memory (HBM); 0 if plans do not support the chip.
+      bandwidth: bandwidth of the main memory, in bytes/s.
+      link: bandwidth of a fast link in one direction, in bytes/s: to a neighbor in the torus, or to the NVLink switch.
+      network: bandwidth per chip of the slow network between slices or hosts in one direction, in bytes/s.
+      clock: clock rate in Hz, which converts the TPU compiler's cycles to seconds; 0 for GPUs.
+      ring: a torus axis of this length, or a multiple of it, has wraparound links; 0 for GPUs.
+      largest: largest topology without a slow network.
     """
 
     name: str
@@ -46,16 +46,16 @@ class Chip:
 
     @property
     def usable(self) -> float:
-        """Fraction of the memory that JAX gives to programs, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
+        """Fraction of the memory that JAX gives to programs unless XLA_PYTHON_CLIENT_MEM_FRACTION sets another one."""
         return 1.0 if self.ring else 0.75
 
     @property
     def compiler(self) -> str:
-        """The package that holds the compiler."""
+        """Name of the Python package that contains the compiler."""
         return "libtpu" if self.ring else "jax-cuda13-pjrt"
 
 
-# The first entry of which a kind begins a device's kind counts.
+# A device is the first chip in this tuple that has a matching prefix in `kinds`.
 CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9, 50e9, 1.6e9, 1.05e9, 4, "v4:16x16x16"),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 50e9, 3.1e9, 1.5e9, 16, "v5e:16x16"),
@@ -71,14 +71,15 @@ CHIPS = (
 )
 
 SOURCES = """\
-TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; network of v4: what arXiv 2204.02311 reached, 81 Tbit/s from
-1,536 hosts; of v6e: 4 cards of 200 Gbit/s for 8 chips. GPU: NVIDIA's data sheets of A100, H100, H200, B200 (SXM),
-memory as CUDA reports it; network: a card for each, of 200 Gbit/s (DGX A100) or 400 Gbit/s (DGX H100, H200, B200)."""
+TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; network of v4: 81 Tbit/s from 1,536 hosts, measured in arXiv
+2204.02311; network of v6e: 4 cards of 200 Gbit/s for 8 chips. GPU: NVIDIA's data sheets of A100, H100, H200, B200
+(SXM), memory as reported by CUDA; network: one card per GPU, of 200 Gbit/s (DGX A100) or 400 Gbit/s (DGX H100, H200,
+B200)."""
 
-# What XLA's compiler has to know of a GPU that is not there: compute capability, multiprocessors, and of each of these
-# the float32 lanes and the KiB of shared memory; L2 cache in bytes, clock in GHz. (XLA publishes the same figures in
-# xla/backends/gpu/target_config/specs.)
-_CORES = {
+# Figures that XLA needs to compile for a GPU that is not present: major compute capability, number of
+# multiprocessors, float32 lanes and KiB of shared memory per multiprocessor, bytes of L2 cache, clock rate in GHz.
+# XLA publishes the same figures in xla/backends/gpu/target_config/specs.
+_GPU_FIGURES = {
     "a100": (8, 108, 64, 164, 40 << 20, 1.41),
     "a100_80gb": (8, 108, 64, 164, 40 << 20, 1.41),
     "h100": (9, 132, 128, 228, 50 << 20, 1.98),
@@ -88,49 +89,60 @@ _CORES = {
 
 
 def devices() -> list[jax.Device]:
-    """All devices that JAX finds, of all processes.
+    """Returns all devices that JAX finds, of all processes.
 
     Raises:
       UserError: JAX_PLATFORMS names a platform that is not available.
     """
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the second where the plugin of a known platform is missing
-        if not (asked := jax.config.jax_platforms):
+    except (RuntimeError, AssertionError) as error:  # AssertionError if the platform's plugin is not installed
+        if not (platforms := jax.config.values["jax_platforms"]):
             raise
         reason = one_line(error).partition(" (set JAX_PLATFORMS=")[0].rstrip(".") or "its plugin is not installed"
         raise UserError(
-            f"JAX_PLATFORMS={asked} is not available: {reason}; unset it, or install what it needs."
+            f"JAX_PLATFORMS={platforms} is not available: {reason}; unset it, or install what it needs."
         ) from error
 
 
 def of_device(device: jax.Device) -> Chip | None:
-    """The chip that a device is, or None where it is not known."""
+    """Returns the chip of a device, or None if the chip is not known."""
     return next((chip for chip in CHIPS if device.device_kind.startswith(chip.kinds)), None)
 
 
 def memory(device: jax.Device) -> float:
-    """Bytes that a program may take on a device: of the host's memory, all its devices together where it is a CPU."""
+    """Returns the bytes of memory that programs can use on a device. The devices of a CPU share the host's memory."""
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit", math.inf)
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return (whole if limit == resource.RLIM_INFINITY else min(whole, limit)) / jax.local_device_count()
+    total = host_memory()
+    with contextlib.suppress(ImportError):  # Windows has no limit for a process
+        import resource
+
+        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+            total = min(total, limit)
+    return total / jax.local_device_count()
+
+
+def host_memory() -> float:
+    """Returns the bytes of this host's memory; infinity on Windows, where Python does not tell."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def processor() -> str:
-    """The name of this machine's processor."""
+    """Returns the name of this machine's processor."""
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        if found := re.search(r"^model name\s*: (.+)$", file.read(), re.M):
-            return found[1]
+        if match := re.search(r"^model name\s*: (.+)$", file.read(), re.M):
+            return match[1]
     return platform.processor() or platform.machine()
 
 
 def of_topology(name: str) -> Chip:
-    """The chip of a topology like v5e:16x16 or 4xh100:8.
+    """Returns the chip of a topology like v5e:16x16 or 4xh100:8.
 
     Raises:
-      UsageError: it does not look like one, or there is no such chip.
+      UsageError: the name is not that of a topology, or there is no such chip.
     """
     _, kind, layout = _parse(name)
     for chip in CHIPS:
@@ -144,32 +156,37 @@ def of_topology(name: str) -> Chip:
 
 
 def topology_devices(name: str) -> list[jax.Device]:
-    """The devices of a topology: v5e:16x16, or 4xv5e:16x16 for four slices; h100:8, or 4xh100:8 for four hosts.
+    """Returns the devices of a topology, for which programs can be compiled without these devices.
+
+    Args:
+      name: v5e:16x16, or 4xv5e:16x16 for four slices; h100:8, or 4xh100:8 for four hosts.
 
     Raises:
-      UserError: the compiler is not installed, or (a UsageError) does not know the topology.
+      UserError: the compiler is not installed.
+      UsageError: the name is not that of a topology, or the compiler does not know the topology.
     """
-    several, kind, layout = _parse(name)
+    count, kind, layout = _parse(name)
     chip = of_topology(name)
     from jax.experimental import topologies
 
+    options: dict[str, Any]
     if chip.ring:
-        # libtpu would ask the cloud what machine this is, complain that it is none, and let no second process in.
+        # Otherwise libtpu queries the cloud about this machine, logs errors, and refuses a second process.
         os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-        wanted = {"platform": "tpu", "topology_name": f"{kind}:{layout}"}
-        wanted |= {"num_slices": several} if several > 1 else {}
-        wanted |= {"chip_config_name": "megacore"} if kind == "v4" else {}  # both cores of a chip as one device
+        options = {"platform": "tpu", "topology_name": f"{kind}:{layout}"}
+        options |= {"num_slices": count} if count > 1 else {}
+        options |= {"chip_config_name": "megacore"} if kind == "v4" else {}  # both cores of a chip as one device
         missing = 'The TPU compiler is not installed: pip install "gpt-spmd[plan]".'
     else:
         if not layout.isdecimal() or not 1 <= int(layout) <= GPUS_OF_A_HOST:
             raise UsageError(f"--topology={name}: a host has 1 to {GPUS_OF_A_HOST} GPUs; 4x{kind}:8 are four hosts.")
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # XLA would warn where a program is too large for it, which we say
-        wanted = {"platform": "cuda", "topology_name": kind, "topology": f"{several}x1x{layout}"}
-        wanted |= {"target_config": _target_config(chip)}
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # hides XLA's warning about a program that is too large; plans say so
+        options = {"platform": "cuda", "topology_name": kind, "topology": f"{count}x1x{layout}"}
+        options |= {"target_config": _target_config(chip)}
         missing = 'The GPU compiler is not installed: pip install "gpt-spmd[plan-cuda]".'
     try:
-        return topologies.get_topology_desc(**wanted).devices
+        return topologies.get_topology_desc(**options).devices
     except NotImplementedError as error:
         raise UserError(missing) from error
     except RuntimeError as error:
@@ -180,17 +197,17 @@ def topology_devices(name: str) -> list[jax.Device]:
 
 
 def island(device: jax.Device) -> int:
-    """Number of the slice of TPUs or host of GPUs that a device is in, within which links are fast."""
+    """Returns the number of the device's island: a slice of TPUs or a host of GPUs, within which links are fast."""
     return device.process_index if device.platform == "gpu" else getattr(device, "slice_index", 0)
 
 
 def place(device: jax.Device) -> list[int]:
-    """Where a device of a topology is: slice and coordinates in the torus, or host and number there."""
+    """Returns the position of a device in a topology: slice and torus coordinates, or host and number on the host."""
     return [island(device), *device.coords] if device.platform == "tpu" else [island(device), device.coords[-1]]
 
 
 def _parse(name: str) -> tuple[int, str, str]:
-    """(4, "v5e", "16x16") of 4xv5e:16x16."""
+    """Returns (4, "v5e", "16x16") for 4xv5e:16x16."""
     match = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
     if not match:
         raise UsageError(f"--topology={name} has to look like v5e:16x16 or h100:8, or 4xv5e:16x16 for four of them.")
@@ -198,8 +215,8 @@ def _parse(name: str) -> tuple[int, str, str]:
 
 
 def _target_config(chip: Chip) -> str:
-    """A GpuTargetConfigProto of XLA as text; without some of these it crashes."""
-    capability, cores, lanes, shared, cache, clock = _CORES[chip.name]
+    """Returns XLA's GpuTargetConfigProto of a GPU in text format. XLA crashes if some of these fields are missing."""
+    capability, cores, lanes, shared, cache, clock = _GPU_FIGURES[chip.name]
     features = "feature_extension: ACCELERATED_FEATURES" if capability >= 9 else ""
     return f"""
 gpu_device_info {{

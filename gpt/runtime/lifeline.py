@@ -1,4 +1,24 @@
-"""TODO."""
+"""Connections by which all processes of a job end together when one of them fails or dies.
+
+Process 0 is the hub: every other process (a spoke) connects to it at the coordinator's address and keeps this
+connection, its lifeline, open until the job is done. The operating system closes the connection of a process that
+dies, and TCP keep-alive detects a host that lost its power or its network. Whoever notices this first tells the hub,
+the hub tells all others, and all exit at once.
+
+Messages are JSON objects, one per line:
+
+    hub → spoke    {"nonce"}                                            a random number, for the proof below
+    spoke → hub    {"process", "count", "name", "facts", "nonce", "proof"}
+    hub → spoke    {"proof", "refusal"}                                 the spoke has joined if `refusal` is ""
+    hub → spoke    {"key", "value"}                                     a value that process 0 shares
+    spoke → hub    {"error", "code"}                                    an error that has to end all processes
+    hub → spoke    {"end"}                                              exit at once, with this code
+    both           {"done": true}                                       the sender is about to exit normally
+
+A proof is an HMAC-SHA256 of the sender's role and both random numbers, with the job's secret as the key
+(GPT_CLUSTER_SECRET), so each side knows that the other has the secret, and nobody sends it. Without a secret, the key
+is empty, and a proof only tells processes of this program from other programs.
+"""
 
 import contextlib
 import errno
@@ -6,52 +26,62 @@ import hmac
 import ipaddress
 import json
 import os
-import resource
 import secrets
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from gpt.runtime import versions
 from gpt.runtime.errors import UserError
 
-SECRET = "GPT_CLUSTER_SECRET"  # the environment variable
-NOTICE_AFTER = 10  # seconds of waiting until a line says for what
-HANDSHAKE = 10  # seconds within which a program that connects has to prove that it is a process of this job
-PRINTING = 10  # seconds that a terminal or a pipe gets to take the last words of a process that has to end
-MAX_UNKNOWN = 64  # connections that may be at it; the oldest makes room for another
-MAX_HELLO, MAX_MESSAGE = 1 << 16, 1 << 26  # bytes
+SECRET = "GPT_CLUSTER_SECRET"  # name of the environment variable
+NOTICE_AFTER = 10  # seconds of waiting after which a line says for which process
+HANDSHAKE = 10  # seconds in which a connection has to prove that it is from a process of this job
+PRINTING = 10  # seconds in which a terminal or a pipe has to accept the last message of a process
+MAX_UNKNOWN = 64  # connections in the handshake; one more disconnects the oldest
+MAX_HELLO, MAX_MESSAGE = 1 << 16, 1 << 26  # bytes of a message during and after the handshake
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
 
 
 class Lifeline:
-    """What both ends of the connections have in common.
+    """What a hub and a spoke have in common. The constructor returns when the process has joined the job.
 
     Args:
-      facts: what has to be the same in all processes; see `versions.facts`.
+      address: HOST:PORT at which process 0 listens.
+      count: number of processes.
+      index: number of this process.
+      timeout: seconds to wait for the other processes.
+      facts: what has to be equal in all processes; see `versions.facts`.
+
+    Raises:
+      UserError: another process did not join in time or has other facts, or this process was refused.
     """
 
     def __init__(self, address: str, count: int, index: int, timeout: float, facts: dict[str, str]):
         self.address, self.count, self.index, self.timeout, self.facts = address, count, index, timeout, facts
         self.name = f"process {index} on {socket.gethostname()}"
         self._changed = threading.Condition()
-        self._began, self._noticed = time.monotonic(), False
+        self._start, self._has_noticed = time.monotonic(), False
+        self._join()
+
+    def _join(self) -> None:
+        """Waits until the process has joined the job."""
+        raise NotImplementedError
 
     def _waited_too_long(self, notice: str) -> bool:
-        """Whether the time is over; prints the notice, once, when it gets long."""
-        waited = time.monotonic() - self._began
-        if waited > NOTICE_AFTER and not self._noticed:
-            self._noticed = True
+        """Returns whether the timeout has passed. Prints the notice, once, after NOTICE_AFTER seconds."""
+        waited = time.monotonic() - self._start
+        if waited > NOTICE_AFTER and not self._has_noticed:
+            self._has_noticed = True
             print(notice, file=sys.stderr, flush=True)
         return waited > self.timeout
 
     def _in_background(self, function: Callable[..., None], *args: Any) -> None:
-        """Runs a function in a thread. If it fails, all end: without this thread, no death would be noticed."""
+        """Runs a function in a thread. An exception ends all processes, because a death would no longer be noticed."""
 
         def guarded() -> None:
             try:
@@ -64,65 +94,65 @@ class Lifeline:
         threading.Thread(target=guarded, name="lifeline", daemon=True).start()
 
     def _end(self, text: str, code: int) -> None:
-        """Ends this process, and those that it can reach."""
-        _exit(text, code)
+        """Ends this process. A hub ends all others too."""
+        exit_now(text, code)
 
 
 class Hub(Lifeline):
-    """Process 0, with a connection from each of the others."""
+    """Process 0, with a connection to each other process."""
 
-    def __init__(self, address: str, count: int, index: int, timeout: float, facts: dict[str, str]):
-        super().__init__(address, count, index, timeout, facts)
-        # A connection is an open file, and the usual limit to these is 1,024.
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft != hard:
+    def _join(self) -> None:
+        with contextlib.suppress(ImportError):  # Windows has no limit of open files
+            import resource
+
+            # Each connection is an open file, and the usual limit is 1,024.
+            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        self._unknown: deque[socket.socket] = deque()
+        self._unknown: dict[socket.socket, None] = {}  # connections in the handshake, the oldest first
         self._spokes: dict[int, _Connection] = {}
         self._names: dict[int, str] = {}
         self._facts: dict[int, dict[str, str]] = {}
         self._done: set[int] = set()
-        self._refused = ""
+        self._refused = ""  # the last connection that was refused, as a sentence for the user
         for server in self._listen():
             self._in_background(self._accept, server)
         with self._changed:
-            while len(self._names) < count - 1:
-                missing = ", ".join(str(i) for i in range(1, count) if i not in self._names)
-                if self._waited_too_long(f"waiting at {address} for process {missing} of {count} …{self._refused}"):
-                    self._refuse(
-                        f"{self.name} waited {timeout:.0f} s at {address} for process {missing} of {count} to connect."
-                        f"{self._refused}"
-                    )
+            while len(self._names) < self.count - 1:
+                missing = ", ".join(str(i) for i in range(1, self.count) if i not in self._names)
+                waiting_for = f"at {self.address} for process {missing} of {self.count}"
+                if self._waited_too_long(f"waiting {waiting_for} …{self._refused}"):
+                    self._refuse(f"{self.name} waited {self.timeout:.0f} s {waiting_for} to connect.{self._refused}")
                 self._changed.wait(1)
-            different = [index for index in self._facts if versions.differences(facts, self._facts[index])]
+            different = {i: text for i in self._facts if (text := versions.differences(self.facts, self._facts[i]))}
             if different:
-                what = versions.differences(facts, self._facts[min(different)])
+                first = min(different)
                 more = f" {len(different) - 1} other processes differ too." if len(different) > 1 else ""
                 self._refuse(
-                    f"{self._names[min(different)]} differs from {self.name} in {what}.{more} Their results would not "
-                    "agree: give all processes the same code, libraries and settings."
+                    f"{self._names[first]} differs from {self.name} in {different[first]}.{more} Their results would "
+                    "not agree: give all processes the same code, libraries and settings."
                 )
 
     def _refuse(self, text: str) -> None:
-        """Ends the other processes, and raises what this one ends with."""
+        """Ends the other processes, and raises UserError in this one."""
         self._send_all({"end": 1})
         raise UserError(text)
 
     def _listen(self) -> list[socket.socket]:
-        """Listens at the addresses that the coordinator's name stands for, and at no others."""
+        """Listens at the IP addresses of the coordinator's name, and at no others."""
         host, port = host_and_port(self.address)
         try:
             found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
             places = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
-            is_local = all(ipaddress.ip_address(address[0].split("%")[0]).is_loopback for _, address in places)
-            if is_local and not host.endswith("localhost") and host not in [address[0] for _, address in places]:
-                # Debian calls its own host 127.0.1.1, but others know the name by the address of an interface.
+            names = [str(address[0]) for _, address in places]
+            is_local = all(ipaddress.ip_address(name.split("%")[0]).is_loopback for name in names)
+            if is_local and not host.endswith("localhost") and host not in names:
+                # Debian gives a host's own name the address 127.0.1.1, but other hosts use an address of an interface.
                 places, is_local = [(socket.AF_INET, ("", port))], False
             servers, absent = [], None
             for family, address in places:
                 try:
                     servers.append(socket.create_server(address, family=family, backlog=1024))
-                except OSError as error:  # "localhost" is two addresses, also where there is no IPv6
+                except OSError as error:  # "localhost" has two addresses, even on a host without IPv6
                     if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                         raise
                     absent = error
@@ -142,35 +172,37 @@ class Hub(Lifeline):
         return servers
 
     def service(self) -> tuple[str, str]:
-        """Returns where JAX's service is to be reached, and where it is to listen."""
+        """Returns two addresses for JAX's coordination service: one to connect to, and one to listen at."""
         with self._changed:
-            found = {spoke.address for spoke in self._spokes.values()}
-        host = found.pop() if len(found) == 1 else ""  # at all addresses if the others use different ones
+            hosts = {spoke.address for spoke in self._spokes.values()}
+        host = hosts.pop() if len(hosts) == 1 else ""  # all addresses if the other processes use different ones
         with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
             port = server.getsockname()[1]
         host = f"[{host}]" if ":" in host else host
         return f"{host or self.address.rpartition(':')[0]}:{port}", f"{host or '[::]'}:{port}"
 
     def share(self, key: str, compute: Callable[[], Any]) -> Any:
+        """Returns the JSON value that `compute` returns on process 0; see `cluster.share`."""
         value = json.loads(json.dumps(compute()))
-        with self._changed:
-            self._send_all({"key": key, "value": value})
+        self._send_all({"key": key, "value": value})
         return value
 
     def failed(self, text: str, code: int, own_fault: bool) -> int:
+        """Ends all processes after an error in this one; see `cluster.failed`."""
         if not own_fault:
             time.sleep(5)
         self._end(text, code)
         return code
 
     def finish(self) -> None:
-        with self._changed:
-            self._done.add(0)
-            self._send_all({"done": True})
+        """Tells the other processes that this process is about to exit normally."""
+        self._done.add(0)
+        self._send_all({"done": True})
 
-    def _send_all(self, message: dict) -> None:
-        for spoke in list(self._spokes.values()):
-            spoke.send(message)
+    def _send_all(self, message: dict[str, Any]) -> None:
+        with self._changed:
+            for spoke in self._spokes.values():
+                spoke.send(message)
 
     def _end(self, text: str, code: int) -> None:
         with self._changed:
@@ -182,45 +214,45 @@ class Hub(Lifeline):
             try:
                 connection, (host, *_) = server.accept()
                 self._in_background(self._serve, connection, host)
-            except (OSError, RuntimeError):  # too many open files or threads, which may pass
+            except (OSError, RuntimeError):  # too many open files or threads for now
                 time.sleep(0.5)
 
     def _serve(self, connection: socket.socket, host: str) -> None:
-        """Follows one connection to its end."""
-        self._unknown.append(connection)
-        if len(self._unknown) > MAX_UNKNOWN:
-            with contextlib.suppress(OSError, IndexError):
-                self._unknown.popleft().shutdown(socket.SHUT_RDWR)
+        """Receives the messages of one connection until it closes."""
+        self._unknown[connection] = None
+        for oldest in list(self._unknown)[:-MAX_UNKNOWN]:
+            self._unknown.pop(oldest, None)
+            with contextlib.suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)
         try:
             spoke = _Connection(connection)
             index = self._welcome(spoke, host)
-        except (OSError, ValueError):  # some other program; nothing that it sends may matter
+        except (OSError, ValueError):  # another program, which must not affect the job
             connection.close()
             return
         finally:
-            with contextlib.suppress(ValueError):
-                self._unknown.remove(connection)
+            self._unknown.pop(connection, None)
         with contextlib.suppress(OSError):
             while True:
-                self._take(index, spoke.receive())
+                self._receive(index, spoke.receive())
         with self._changed:
             del self._spokes[index]
-            if index not in self._done and 0 not in self._done:
+            if not self._done & {0, index}:
                 self._end(f"error: {_gone(self._names[index])}", 1)
 
     def _welcome(self, connection: "_Connection", host: str) -> int:
-        """Lets a process in, and returns its number.
+        """Lets a process join, and returns its number.
 
         Raises:
-          OSError, ValueError: the connection is not from a process of this job, or this process cannot take part.
+          OSError, ValueError: the connection is not from a process of this job, or the process was refused.
         """
-        ours = secrets.token_hex(16)
-        connection.send({"nonce": ours})
+        own_nonce = secrets.token_hex(16)
+        connection.send({"nonce": own_nonce})
         hello = connection.receive(time.monotonic() + HANDSHAKE)
-        index, count, name, facts, theirs, proof = _fields(
+        index, count, name, facts, nonce, proof = _fields(
             hello, process=int, count=int, name=str, facts=dict, nonce=str, proof=str
         )
-        if not _is_proof(proof, "process", ours, theirs):
+        if not _is_proof(proof, "process", own_nonce, nonce):
             connection.send({"proof": ""})
             self._refused = f" A program on {host} tried to join with another {SECRET}."
             raise ValueError
@@ -230,7 +262,7 @@ class Hub(Lifeline):
                 refusal = f"{name} was started as one of {count} processes, {self.name} as one of {self.count}."
             elif index in self._names or not 0 < index < self.count:
                 refusal = f"{name} has the same number as {self._names.get(index, self.name)}."
-            connection.send({"proof": _proof("process 0", theirs, ours), "refusal": refusal})
+            connection.send({"proof": _proof("process 0", nonce, own_nonce), "refusal": refusal})
             if refusal:
                 self._refused = f" {refusal}"
                 raise ValueError
@@ -238,7 +270,7 @@ class Hub(Lifeline):
             self._changed.notify_all()
         return index
 
-    def _take(self, index: int, message: dict) -> None:
+    def _receive(self, index: int, message: dict[str, Any]) -> None:
         with self._changed:
             if "done" in message:
                 self._done.add(index)
@@ -247,53 +279,52 @@ class Hub(Lifeline):
 
 
 class Spoke(Lifeline):
-    """Any other process, with its connection to process 0."""
+    """Any process except process 0, with a connection to process 0. Its methods have the same purpose as the hub's."""
 
-    def __init__(self, address: str, count: int, index: int, timeout: float, facts: dict[str, str]):
-        super().__init__(address, count, index, timeout, facts)
+    def _join(self) -> None:
+        self._values: dict[str, Any] = {}  # values that process 0 shared and that nobody has taken yet
+        self._done = False
         while True:
             try:
                 self._hub = self._connect()
                 break
             except (OSError, UnicodeError) as error:
                 reason = _reason(error)
-                if self._waited_too_long(f"{self.name} waits for process 0 at {address} ({reason}) …"):
+                if self._waited_too_long(f"{self.name} waits for process 0 at {self.address} ({reason}) …"):
                     raise UserError(
-                        f"{self.name} waited {timeout:.0f} s for process 0 at {address}: {reason}. "
+                        f"{self.name} waited {self.timeout:.0f} s for process 0 at {self.address}: {reason}. "
                         "Check --coordinator and what process 0 prints."
                     ) from None
                 time.sleep(0.5)
-        self._values: dict[str, Any] = {}
-        self._done = False
         self._in_background(self._read)
 
     def _connect(self) -> "_Connection":
-        """Connects to process 0 and makes sure that it is process 0.
+        """Connects to process 0, and checks that it is process 0 of this job.
 
         Raises:
-          OSError: it is not there yet, or another program is there.
-          UserError: it does not want this process.
+          OSError: process 0 does not listen yet, or another program listens at its address.
+          UserError: process 0 refuses this process.
         """
-        patience = min(HANDSHAKE, max(self._began + self.timeout - time.monotonic(), 1))
+        patience = min(HANDSHAKE, max(self._start + self.timeout - time.monotonic(), 1))
         deadline = time.monotonic() + patience
-        with contextlib.ExitStack() as opened:
-            connection = opened.enter_context(socket.create_connection(host_and_port(self.address), patience))
+        with contextlib.ExitStack() as on_failure:
+            connection = on_failure.enter_context(socket.create_connection(host_and_port(self.address), patience))
             try:
                 hub = _Connection(connection)
-                (theirs,) = _fields(hub.receive(deadline), nonce=str)
-                ours = secrets.token_hex(16)
-                proof = _proof("process", theirs, ours)
+                (nonce,) = _fields(hub.receive(deadline), nonce=str)
+                own_nonce = secrets.token_hex(16)
+                proof = _proof("process", nonce, own_nonce)
                 own = {"process": self.index, "count": self.count, "name": self.name, "facts": self.facts}
-                hub.send(own | {"nonce": ours, "proof": proof})
+                hub.send(own | {"nonce": own_nonce, "proof": proof})
                 answer = hub.receive(deadline)
-                is_known = _is_proof(*_fields(answer, proof=str), "process 0", ours, theirs)
+                is_known = _is_proof(*_fields(answer, proof=str), "process 0", own_nonce, nonce)
             except (OSError, ValueError):
                 raise ConnectionError(0, "the program there does not answer as process 0 does") from None
             if not is_known:
                 raise ConnectionError(0, f"the program there has another {SECRET}")
             if refusal := answer.get("refusal"):
                 raise UserError(refusal)
-            opened.pop_all()
+            on_failure.pop_all()
         return hub
 
     def share(self, key: str, compute: Callable[[], Any]) -> Any:
@@ -302,13 +333,13 @@ class Spoke(Lifeline):
             return self._values.pop(key)
 
     def failed(self, text: str, code: int, own_fault: bool) -> int:
-        # Where all processes make the same mistake, process 0 is the one to say it; `_read` ends this one then.
+        # If all processes have the same error, process 0 reports it, and `_read` ends this process during the sleep.
         time.sleep(1 if own_fault else 5)
         text = f"{self.name}: {text}"
-        with contextlib.suppress(OSError):  # first, for `_read` ends this process as soon as process 0 knows
+        with contextlib.suppress(OSError):  # printed first, because `_read` ends this process after process 0 answers
             print(text, file=sys.stderr, flush=True)
         self._hub.send({"error": text, "code": code})
-        _exit("", code)
+        exit_now("", code)
         return code
 
     def finish(self) -> None:
@@ -316,6 +347,7 @@ class Spoke(Lifeline):
         self._done = True
 
     def _read(self) -> None:
+        """Receives the messages of process 0 until the connection closes."""
         with contextlib.suppress(OSError):
             while True:
                 message = self._hub.receive()
@@ -326,43 +358,43 @@ class Spoke(Lifeline):
                 elif "done" in message:
                     self._done = True
                 else:
-                    _exit("", *_fields(message, end=int))
+                    exit_now("", *_fields(message, end=int))
         if not self._done:
-            _exit(f"error: {self.name}: {_gone(f'process 0 at {self.address}')}", 1)
+            exit_now(f"error: {self.name}: {_gone(f'process 0 at {self.address}')}", 1)
 
 
 class _Malformed(ValueError):
-    """A message that no process of gpt sends."""
+    """A message that no process of this program sends."""
 
 
 class _Connection:
-    """Messages over a socket: JSON objects, a line each."""
+    """A socket that sends and receives JSON objects, one per line."""
 
     def __init__(self, connection: socket.socket):
         self._socket, self._rest, self.address = connection, b"", connection.getsockname()[0]
-        # A host that loses its power closes nothing: after 25 s without an answer it counts as gone.
+        # A host that loses its power closes no connection: after 25 s without an answer, the connection is closed here.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         for option, value in KEEP_ALIVE.items():
             if hasattr(socket, option):
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
-    def receive(self, deadline: float | None = None) -> dict:
-        """Waits for the next message.
+    def receive(self, deadline: float | None = None) -> dict[str, Any]:
+        """Waits for the next message and returns it.
 
         Args:
-          deadline: on the monotonic clock; with one, the sender is unknown, and only a short message is accepted.
+          deadline: time on the monotonic clock. During the handshake only, in which messages have to be short.
 
         Raises:
-          OSError: the other end has gone, or the time is over.
-          _Malformed: what came is not a message.
+          OSError: the other side closed the connection, or the deadline has passed.
+          _Malformed: the message is too long, or not a JSON object.
         """
-        limit, wait = MAX_MESSAGE if deadline is None else MAX_HELLO, None
+        limit, patience = MAX_MESSAGE if deadline is None else MAX_HELLO, None
         while b"\n" not in self._rest:
             if len(self._rest) > limit:
                 raise _Malformed("it is too long")
-            if deadline is not None and (wait := deadline - time.monotonic()) <= 0:
+            if deadline is not None and (patience := deadline - time.monotonic()) <= 0:
                 raise TimeoutError
-            self._socket.settimeout(wait)
+            self._socket.settimeout(patience)
             data = self._socket.recv(65536)
             if not data:
                 raise ConnectionResetError
@@ -377,13 +409,37 @@ class _Connection:
             raise _Malformed("it is not a JSON object")
         return message
 
-    def send(self, message: dict) -> None:
-        with contextlib.suppress(OSError):  # the thread that receives learns of it too
+    def send(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # the thread that receives gets an error too, and handles it
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
 
-def _fields(message: dict, **types: type) -> list:
-    """Returns fields of a message. Raises _Malformed where one is missing or not of its type."""
+def host_and_port(address: str) -> tuple[str, int]:
+    """Returns the host and the port of HOST:PORT, where HOST may be an IPv6 address in brackets."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def exit_now(text: str, code: int) -> None:
+    """Prints a message and ends this process without waiting for other processes or for JAX.
+
+    Args:
+      text: message for standard error; "" for none.
+      code: exit code. If it is not that of an error, as in a message from a faulty process, the exit code is 1.
+    """
+    code = code if 0 < code < 256 else 1
+    try:
+        threading.Timer(PRINTING, os._exit, (code,)).start()
+        if text:
+            print(text, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def _fields(message: dict[str, Any], **types: type) -> list[Any]:
+    """Returns fields of a message in order. Raises _Malformed if one is missing or does not have its type."""
     for name, kind in types.items():
         if type(message.get(name)) is not kind:
             raise _Malformed(f"{name}={message.get(name)!r:.50}")
@@ -395,17 +451,12 @@ def _secret() -> bytes:
 
 
 def _proof(role: str, *nonces: str) -> str:
-    """Returns what only a process that knows the secret can compute: of the sender's role and both random numbers."""
+    """Returns the HMAC of the sender's role and both random numbers, for which a process needs the secret."""
     return hmac.new(_secret(), "\n".join([role, *nonces]).encode(), "sha256").hexdigest()
 
 
 def _is_proof(proof: str, *args: str) -> bool:
     return hmac.compare_digest(proof.encode(), _proof(*args).encode())
-
-
-def host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 def _reason(error: OSError | UnicodeError) -> str:
@@ -414,23 +465,6 @@ def _reason(error: OSError | UnicodeError) -> str:
 
 def _gone(name: str) -> str:
     return (
-        f"{name} is gone without a word (killed, out of memory, or its host is down), so all end. "
-        "The same command goes on from the last checkpoint."
+        f"{name} ended without a message (killed, out of memory, or its host failed), so all processes end. "
+        "Run the same command again to resume from the last checkpoint."
     )
-
-
-def _exit(text: str, code: int) -> None:
-    """Ends this process at once: the others may be gone, and JAX would wait for them.
-
-    Args:
-      code: also one from another process, which may be anything; it ends with 1 unless it is that of an error.
-    """
-    code = code if 0 < code < 256 else 1
-    try:
-        threading.Timer(PRINTING, os._exit, (code,)).start()
-        if text:
-            print(text, file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)

@@ -1,7 +1,7 @@
-"""Standard output and standard error of the commands: safe to show, and no reason to end a run.
+"""Standard output and standard error of the commands: terminal-safe, and no reason to end a training run.
 
-Control characters are shown escaped, for samples, corpora and names of files may hold any. And an output that fails
-(a full disk, a closed terminal, a reader that has gone) ends only a command whose result is what it prints.
+Control characters are escaped, because samples, texts and file names may contain any. An output that fails (a full
+disk, a closed terminal, a reader that exited) ends only a command whose purpose is to print.
 """
 
 import errno
@@ -11,62 +11,67 @@ import re
 import select
 import sys
 import threading
+from typing import Any, TextIO
 
 from absl import logging
 
-PATIENCE = 10  # seconds that a run waits for an output that takes nothing: a terminal after Ctrl-S, a hung connection
-SILENCE = f"it took nothing for {PATIENCE} s"
+PATIENCE = 10  # seconds that a run waits for an output that accepts nothing, like a terminal after Ctrl-S
+SILENCE = f"it accepted nothing for {PATIENCE} s"
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class Control(str):
-    """Text that may control the terminal."""
+    """Text whose control characters are written to the terminal unchanged."""
 
 
 class OutputLost(BaseException):
-    """Standard output takes nothing, and the command has nothing else to do than to print.
+    """Raised when standard output fails in a command whose purpose is to print.
 
     Attributes:
-      exit_code: where the reader has gone (`| head`), the code of a process that SIGPIPE ended.
+      exit_code: 141 if the reader exited (`| head`), like a process that SIGPIPE ended; 1 otherwise.
     """
 
     def __init__(self, error: OSError):
-        gone = error.errno == errno.EPIPE
-        super().__init__("" if gone else f"error: Cannot write to standard output: {error.strerror}.")
-        self.exit_code = 141 if gone else 1
+        reader_exited = error.errno == errno.EPIPE
+        super().__init__("" if reader_exited else f"error: Cannot write to standard output: {error.strerror}.")
+        self.exit_code = 141 if reader_exited else 1
 
 
 def visible(text: str) -> str:
-    """The text with its control characters escaped, those that reorder text among them; line feeds and tabs stay.
+    """Returns the text with its control characters escaped, including those that reorder text.
 
-    Above U+001F in the way of JSON, for `json.dumps` leaves some of these as they are.
+    Line feeds and tabs stay. Characters above U+001F are escaped as in JSON, because `json.dumps` does not escape all
+    of these, and JSON has to stay valid.
     """
-    return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}" if found[0] < " " else f"\\u{ord(found[0]):04x}", text)
+    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}" if match[0] < " " else f"\\u{ord(match[0]):04x}", text)
 
 
 def install() -> None:
-    """Replaces sys.stdout and sys.stderr. OutputLost is raised where standard output fails."""
-    for number in range(3):  # a closed one would become the number of the next file to be opened
+    """Replaces sys.stdout and sys.stderr. From now on, OutputLost is raised if standard output fails."""
+    for number in range(3):  # a closed descriptor would become that of the next file that is opened
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDONLY)  # writing to it fails, as it would if it were closed
+            os.open(os.devnull, os.O_RDONLY)  # writing to it fails, as it does for a closed descriptor
     sys.stdin = sys.stdin or os.fdopen(0)
-    before = sys.stdout
-    sys.stdout, sys.stderr = _Stream(_Descriptor(1, raises=True), before), _Stream(_Descriptor(2), before)
+    original = sys.stdout
+    sys.stdout, sys.stderr = _Stream(_Descriptor(1, raises=True), original), _Stream(_Descriptor(2), original)
     logging.get_absl_handler().python_handler.setStream(sys.stderr)
 
 
-def go_on_without() -> None:
-    """From now on, an output that fails ends nothing."""
-    out, err = sys.stdout.buffer, sys.stderr.buffer
+def continue_without_output() -> None:
+    """Makes the program continue if standard output or standard error fails. Requires `install`."""
+    out, err = (stream.buffer for stream in (sys.stdout, sys.stderr))
+    assert isinstance(out, _Descriptor)
+    assert isinstance(err, _Descriptor)
     out.raises, out.other, err.other = False, err, out
 
 
 class _Stream(io.TextIOWrapper):
-    def __init__(self, descriptor: "_Descriptor", before: io.TextIOBase | None):
-        # A terminal that cannot show a character is no reason to end either.
-        super().__init__(descriptor, before.encoding if before else "utf-8", errors="replace", line_buffering=True)
+    def __init__(self, descriptor: "_Descriptor", original: TextIO | None):
+        # A terminal that cannot show a character must not end the program either.
+        encoding = original.encoding if original else "utf-8"
+        super().__init__(descriptor, encoding, errors="replace", line_buffering=True)
 
     def write(self, text: str) -> int:
         super().write(text if isinstance(text, Control) else visible(text))
@@ -74,16 +79,25 @@ class _Stream(io.TextIOWrapper):
 
 
 class _Descriptor(io.RawIOBase):
-    """The open file behind a stream.
+    """The file descriptor of a stream.
 
-    Text that cannot be written is left out. If `other` is set, it is told so, and a note marks the gap once there is
-    room again. With `raises`, OutputLost is raised instead.
+    Text that cannot be written is dropped. If `other` is set, a note about this goes to that descriptor, and a note
+    marks the gap when the output accepts text again.
+
+    Args:
+      number: number of the file descriptor: 2 for standard error.
+      raises: whether to raise OutputLost instead.
     """
 
     def __init__(self, number: int, raises: bool = False):
-        self._number, self.raises, self.other = number, raises, None
-        self._writing: threading.Thread | None = None
-        self._failure, self._failing, self._lost = None, "", 0  # of the last write; why since when; lines since then
+        self.name = "standard error" if number == 2 else "standard output"
+        self.raises = raises
+        self.other: _Descriptor | None = None
+        self._number = number
+        self._thread: threading.Thread | None = None  # writes, and may be blocked
+        self._error: OSError | None = None  # of the last write
+        self._failing = ""  # reason why the output fails, from the first failure to the next success
+        self._lost_lines = 0
 
     def writable(self) -> bool:
         return True
@@ -94,50 +108,51 @@ class _Descriptor(io.RawIOBase):
     def isatty(self) -> bool:
         return os.isatty(self._number)
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:  # of type `collections.abc.Buffer`, which Python 3.11 does not have
         data = bytes(data)
         if self.raises:
-            self._put(data)
-            if self._failure:
-                raise OutputLost(self._failure)
-        elif failure := self._try(data):
-            self._lost += data.count(b"\n")
-            first, self._failing = not self._failing, failure
-            if self.other and first:
-                name = "standard error" if self._number == 2 else "standard output"
-                self.other.write(f"note: cannot write to {name} ({failure}); the run goes on without it.\n".encode())
+            self._write_all(data)
+            if self._error:
+                raise OutputLost(self._error)
+        elif reason := self._try(data):
+            self._lost_lines += data.count(b"\n")
+            is_first_failure, self._failing = not self._failing, reason
+            if self.other and is_first_failure:
+                note = f"note: cannot write to {self.name} ({reason}); the run continues without it.\n"
+                self.other.write(note.encode())
             if self.other and self._number == 2:
                 self.other.write(data)
         else:
-            self._failing, self._lost = "", 0
+            self._failing, self._lost_lines = "", 0
         return len(data)
 
     def _try(self, data: bytes) -> str:
-        """Writes in a thread, for nobody knows how long that takes; returns why it failed, or ""."""
-        if self._writing:
-            self._writing.join(0 if self._failing else PATIENCE)
-            if self._writing.is_alive():
+        """Writes in a thread, because a write can block; returns the reason for a failure, or ""."""
+        if self._thread:
+            self._thread.join(0 if self._failing else PATIENCE)
+            if self._thread.is_alive():
                 return self._failing or SILENCE
         if self._failing:
-            data = f"\nnote: {self._lost} lines are missing here ({self._failing}).\n".encode() + data
-        self._writing = threading.Thread(target=self._put, args=(data,), daemon=True)
+            data = f"\nnote: {self._lost_lines} lines are missing here ({self._failing}).\n".encode() + data
+        self._thread = threading.Thread(target=self._write_all, args=(data,), daemon=True)
         try:
-            self._writing.start()
-        except RuntimeError:  # the interpreter ends, or there are too many threads
-            self._writing = self._put(data)
+            self._thread.start()
+        except RuntimeError:  # the interpreter is shutting down, or there are too many threads
+            self._thread = None
+            self._write_all(data)
         else:
-            self._writing.join(PATIENCE)
-            if self._writing.is_alive():
+            self._thread.join(PATIENCE)
+            if self._thread.is_alive():
                 return SILENCE
-        return self._failure.strerror if self._failure else ""
+        return self._error.strerror or "" if self._error else ""
 
-    def _put(self, data: bytes) -> None:
-        self._failure = None
+    def _write_all(self, data: bytes) -> None:
+        self._error = None
         try:
             while data:
                 try:
                     data = data[os.write(self._number, data) :]
-                except BlockingIOError:  # whoever shares the file has made it so
+                except BlockingIOError:  # another process that shares the file made it non-blocking
                     select.select([], [self._number], [])
         except OSError as error:
-            self._failure = error
+            self._error = error

@@ -1,4 +1,4 @@
-"""Draws the losses of runs with matplotlib, from their TensorBoard events."""
+"""Plots the losses of runs with matplotlib, from their TensorBoard events."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,14 +8,14 @@ from gpt.runtime.files import new_file
 
 
 def draw_losses(folders: Sequence[Path], out: str) -> str:
-    """Draws training and validation loss over steps; returns the absolute path of the picture.
+    """Plots training and validation loss (nats per token) over steps; returns the absolute path of the image file.
 
     Args:
-      folders: of runs, with events in them.
-      out: the picture to write; its suffix names the format.
+      folders: workdirs of the runs, with TensorBoard events.
+      out: path of the image file, which must not exist. Its suffix selects the format.
 
     Raises:
-      UserError: matplotlib is not installed, or the picture exists, has an unknown format or cannot be written.
+      UserError: matplotlib is not installed, or the file exists, has an unknown format, or cannot be written.
     """
     try:
         from matplotlib.figure import Figure
@@ -24,10 +24,12 @@ def draw_losses(folders: Sequence[Path], out: str) -> str:
     from gpt.runtime.tensorboard import read_scalars
 
     figure = Figure(figsize=(7, 4), dpi=120, layout="constrained")
-    form = Path(out).suffix[1:].lower() or "png"
+    image_format = Path(out).suffix[1:].lower() or "png"
     with new_file("out", out) as file:
-        if form not in figure.canvas.get_supported_filetypes():
-            raise UserError(f"--out={out}: there is no picture format {form!r}; choose one like .png, .svg or .pdf.")
+        if image_format not in figure.canvas.get_supported_filetypes():
+            raise UserError(
+                f"--out={out}: there is no picture format {image_format!r}; choose one like .png, .svg or .pdf."
+            )
         axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
         for color, folder in enumerate(folders):
             scalars = read_scalars(folder, ("train/loss", "validation/loss"))
@@ -36,5 +38,5 @@ def draw_losses(folders: Sequence[Path], out: str) -> str:
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        figure.savefig(file, format=form)
+        figure.savefig(file, format=image_format)
         return file.name

@@ -1,4 +1,4 @@
-"""What a person sees of a run: the progress line, TensorBoard, tokens/s and MFU."""
+"""What a user sees of a running training: the progress line with its rates (tokens/s, model FLOPs utilization)."""
 
 import contextlib
 import shutil
@@ -11,12 +11,12 @@ from gpt.runtime import output
 
 
 class Speed:
-    """Rates over the steps since `restart`, time that was not training left out.
+    """Measures rates over the steps since the last `restart`, excluding time that was not training.
 
     Args:
-      tokens_per_step: over all devices.
-      flops_per_step: model FLOPs over all devices.
-      peak: FLOP/s of all devices together, or None.
+      tokens_per_step: tokens of a step on all devices.
+      flops_per_step: model FLOPs of a step on all devices.
+      peak: peak FLOP/s of all devices together; None if the peak is not known.
     """
 
     def __init__(self, tokens_per_step: int, flops_per_step: float, peak: float | None):
@@ -24,32 +24,36 @@ class Speed:
         self.restart()
 
     def restart(self) -> None:
-        self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
+        """Starts a new measurement."""
+        self._steps, self._waited, self._start = 0, 0.0, time.perf_counter()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
-        """A context whose time does not count: compilation, evaluation, sampling, saving."""
-        began = time.perf_counter()
+        """Excludes the time inside the context from the rates: compilation, evaluation, sampling, checkpoints."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            self._since += time.perf_counter() - began
+            self._start += time.perf_counter() - start
 
     @contextlib.contextmanager
     def waiting(self, device_is_idle: Callable[[], bool]) -> Iterator[None]:
-        """A context in which input is fetched: its time counts as waiting if the device ran dry meanwhile."""
-        began = time.perf_counter()
+        """Counts the time inside the context as waiting for input if the device is idle at the end of the context."""
+        start = time.perf_counter()
         yield
         if device_is_idle():
-            self._waited += time.perf_counter() - began
+            self._waited += time.perf_counter() - start
 
     def step(self) -> None:
-        """One more step is done."""
+        """Counts a finished step."""
         self._steps += 1
 
     def rates(self) -> dict[str, float]:
-        """tokens_per_second, steps_per_second, input_wait (fraction of the time), and mfu where known."""
-        seconds, steps = max(time.perf_counter() - self._since, 1e-9), self._steps
+        """Returns tokens_per_second, steps_per_second, input_wait (fraction of the time) and, with a known peak, mfu.
+
+        `mfu` is the model FLOPs utilization: model FLOP/s divided by the peak (PaLM, arXiv 2204.02311, appendix B).
+        """
+        seconds, steps = max(time.perf_counter() - self._start, 1e-9), self._steps
         rates = {
             "tokens_per_second": steps * self._tokens_per_step / seconds,
             "steps_per_second": steps / seconds,
@@ -61,22 +65,25 @@ class Speed:
 
 
 class Progress:
-    """The progress of a run: one line that renews itself on a terminal, plain lines elsewhere.
+    """Shows the progress of a run: one line that is redrawn on a terminal, separate lines in a file or a pipe.
 
     Args:
-      total_steps: length of the run.
-      enabled: False prints nothing (on all processes but one).
+      total_steps: number of steps of the run.
+      enabled: False to print nothing, on all processes except the first.
+      out: text stream; None for standard output.
     """
 
     def __init__(self, total_steps: int = 0, enabled: bool = True, out: TextIO | None = None):
         self.total_steps, self._enabled, self._out = total_steps, enabled, out or sys.stdout
-        self._terminal = self._out.isatty()
-        self._drawn, self._drawn_at, self._validation_loss = False, 0.0, None
+        self._is_terminal = self._out.isatty()
+        self._line_is_open = False  # whether the cursor is at the end of a line that the next output replaces
+        self._drawn_at = 0.0
+        self._validation_loss: float | None = None
 
     def update(self, step: int, loss: float, rates: dict[str, float], milestone: bool) -> None:
-        """Shows the state after a step: of every one on a terminal, of milestones elsewhere."""
+        """Shows the state after a step. A terminal shows every step, other outputs show milestones only."""
         now = time.perf_counter()
-        if not milestone and (not self._terminal or now - self._drawn_at < 0.1):
+        if not milestone and (not self._is_terminal or now - self._drawn_at < 0.1):
             return
         self._drawn_at = now
         parts = [f"step {step:,}/{self.total_steps:,}", f"loss {loss:.4f}"]
@@ -88,38 +95,38 @@ class Progress:
         if rates["input_wait"] > 0.01:
             parts.append(f"waiting for input {rates['input_wait']:.0%}")
         parts.append(f"eta {duration((self.total_steps - step) / max(rates['steps_per_second'], 1e-9))}")
-        self._line("  ".join(parts), keep=not self._terminal)
+        self._write("  ".join(parts), keep=not self._is_terminal)
 
     def evaluated(self, step: int, measures: dict[str, float], best: bool) -> None:
-        """Shows the result of an evaluation: its loss, and accuracy and exact match where there are such measures."""
+        """Shows the result of an evaluation: the loss, and accuracy and exact match if `measures` has them."""
         self._validation_loss = measures["loss"]
         parts = [f"step {step:,}/{self.total_steps:,}", f"validation loss {measures['loss']:.4f}"]
         parts += [f"{n.replace('_', ' ')} {measures[n]:.2%}" for n in ("accuracy", "exact_match") if n in measures]
-        self._line("  ".join([*parts, *(["(best)"] if best else [])]))
+        self._write("  ".join([*parts, *(["(best)"] if best else [])]))
 
     def status(self, text: str) -> None:
-        """Shows a line that the next one replaces, on a terminal only."""
-        if self._terminal:
-            self._line(text, keep=False)
+        """Shows a line that the next line replaces, on a terminal only."""
+        if self._is_terminal:
+            self._write(text, keep=False)
 
     def say(self, text: str) -> None:
-        """Prints a line of its own."""
-        self._line(text)
+        """Prints a line that stays."""
+        self._write(text)
 
-    def _line(self, text: str, keep: bool = True) -> None:
+    def _write(self, text: str, keep: bool = True) -> None:
         if not self._enabled:
             return
         text = output.visible(text)
-        erase = output.Control("\r\033[K" if self._drawn else "")
-        if not keep:  # cut, for a line that wraps cannot be erased
+        erase = output.Control("\r\033[K" if self._line_is_open else "")
+        if not keep:  # the line is cut because a line that wraps cannot be erased
             text = text[: shutil.get_terminal_size().columns - 1]
-        self._drawn = not keep
+        self._line_is_open = not keep
         self._out.write(erase)
         print(text, end="\n" if keep else "", flush=True, file=self._out)
 
 
 def duration(seconds: float) -> str:
-    """ "3m07s", "2h05m", "4d03h"."""
+    """Returns a duration as text in its two largest units: "45s", "3m07s", "2h05m" or "4d03h"."""
     seconds = round(seconds)
     for size, unit, small, small_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if seconds >= size:

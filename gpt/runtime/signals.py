@@ -1,15 +1,16 @@
-"""SIGTERM, SIGHUP and Ctrl-C: a command ends at once, a training saves first, and the exit code is 128 + the number.
+"""SIGTERM, SIGHUP and Ctrl-C: a command ends at once, a training saves first. The exit code is 128 + the signal number.
 
-SIGHUP stays ignored where it was ignored at the start (nohup).
+SIGHUP stays ignored if it was ignored when the program started (nohup).
 """
 
-import os
 import select
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,16 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-PATIENCE = 2  # seconds that the main thread may take to answer: within a compilation, it does not
-_answered = 0.0  # when it did last
+PATIENCE = 2  # seconds in which the main thread has to handle a signal; during a compilation, it cannot
+_handled_at = 0.0  # time at which the main thread handled the last signal
 
 
 class Stopped(BaseException):
-    """The signal `number` ends the program, or what it does at the moment."""
+    """Raised in the main thread when a signal stops the program.
+
+    Attributes:
+      number: number of the signal.
+    """
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -30,83 +35,94 @@ class Stopped(BaseException):
 
 
 def end_at_once(give_up: Callable[[int], object]) -> None:
-    """From now on signals raise Stopped, or KeyboardInterrupt, in the main thread.
+    """Makes signals raise Stopped, or KeyboardInterrupt for Ctrl-C, in the main thread.
 
     Args:
-      give_up: called with the number, in another thread, where the main one is not in Python and does not answer.
+      give_up: called in another thread, with the signal number, if the main thread does not handle the signal within
+        PATIENCE because it is not running Python code.
     """
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reader, give_up), name="signals", daemon=True).start()
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader, writer, give_up), name="signals", daemon=True).start()
     _handle(_stop)
 
 
-def _handle(handler: Callable[[int, FrameType | None], object]) -> dict[int, object]:
-    """Sets the handler of all of these signals; returns those before."""
-    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        numbers.pop()
+def _handle(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any]:
+    """Sets the handler of all signals that stop a program; returns the previous handlers by signal number."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has no SIGHUP
+        numbers.append(signal.SIGHUP)
     return {number: signal.signal(number, handler) for number in numbers}
 
 
-def _stop(number: int, _) -> None:
-    global _answered
-    _answered = time.monotonic()
+def _stop(number: int, _: FrameType | None) -> None:
+    global _handled_at
+    _handled_at = time.monotonic()
     raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
 
-def _watch(reader: int, give_up: Callable[[int], object]) -> None:
+def _watch(reader: socket.socket, writer: socket.socket, give_up: Callable[[int], object]) -> None:
+    """Calls `give_up` for signals that the main thread does not handle. `writer` is an argument to keep it open."""
     while True:
         select.select([reader], [], [])
-        came = time.monotonic()
+        received_at = time.monotonic()
         time.sleep(PATIENCE)
-        number = os.read(reader, 512)[0]
-        if _answered < came - 0.5:  # the main thread may have been faster than this one
+        number = reader.recv(512)[0]
+        if _handled_at < received_at - 0.5:  # the main thread may handle a signal before this thread wakes up
             give_up(number)
 
 
 class Interrupted:
-    """From `begin` on, turns a signal into a number that all processes agree on; a second Ctrl-C is immediate."""
+    """A context that replaces interruption by a signal number on which all processes agree.
+
+    From `begin` on, a signal is recorded instead of raised; a second Ctrl-C raises KeyboardInterrupt at once.
+
+    Args:
+      mesh: mesh of all devices of all processes.
+    """
 
     def __init__(self, mesh: Mesh):
-        self._signal, self._asked, self._before = 0, 0, {}
-        self._everywhere = NamedSharding(mesh, P(mesh.axis_names))
-        self._max = jax.jit(jnp.max, in_shardings=self._everywhere, out_shardings=NamedSharding(mesh, P()))
+        self._signal, self._wakeup = 0, -1
+        self._agreed: jax.Array | int = 0
+        self._previous_handlers: dict[int, Any] = {}
+        self._sharded = NamedSharding(mesh, P(mesh.axis_names))
+        self._max = jax.jit(jnp.max, in_shardings=self._sharded, out_shardings=NamedSharding(mesh, P()))
 
     def begin(self) -> None:
-        """From now on a signal is noted only."""
-        if not self._before:
-            self._wakeup, self._before = signal.set_wakeup_fd(-1), _handle(self._note)
+        """Records signals from now on instead of raising Stopped."""
+        if not self._previous_handlers:
+            self._wakeup, self._previous_handlers = signal.set_wakeup_fd(-1), _handle(self._record)
 
     def __enter__(self) -> "Interrupted":
         return self
 
-    def __exit__(self, *_) -> None:
-        if self._before:
+    def __exit__(self, *_: object) -> None:
+        if self._previous_handlers:
             signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def poll(self) -> int:
-        """The signal that this or any other process has had, or 0.
+        """Returns the number of a signal that any process has received; 0 if there is none.
 
-        All processes call it at the same places, and get the same. Several get what they had had at the call before,
-        which the devices are done with when they are done with the step before.
+        All processes have to call `poll` at the same points of the program, and all get the same number. With several
+        processes, the number is that of the previous call, which the devices finish computing with the previous step,
+        so that `poll` does not wait for the current step.
         """
         if jax.process_count() == 1:
             return self._signal
-        mine = np.full(1, self._signal, np.int32)
-        shape = (self._everywhere.mesh.size,)
-        before = self._asked
-        self._asked = self._max(jax.make_array_from_callback(shape, self._everywhere, lambda _: mine))
-        return int(before)
+        own_signal = np.full(1, self._signal, np.int32)
+        shape = (self._sharded.mesh.size,)
+        previous = self._agreed
+        self._agreed = self._max(jax.make_array_from_callback(shape, self._sharded, lambda _: own_signal))
+        return int(previous)
 
     def check(self) -> None:
-        """Raises Stopped where `poll` gives a signal."""
+        """Raises Stopped if `poll` returns a signal."""
         if number := self.poll():
             raise Stopped(number)
 
-    def _note(self, number: int, _) -> None:
+    def _record(self, number: int, _: FrameType | None) -> None:
         self._signal = self._signal or number
         signal.signal(signal.SIGINT, signal.default_int_handler)

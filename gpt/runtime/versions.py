@@ -1,4 +1,4 @@
-"""What a result depends on besides its config: the code, the libraries and the settings of JAX and XLA."""
+"""What a result depends on besides its config: the code, the libraries, and the settings of JAX and XLA."""
 
 import contextlib
 import hashlib
@@ -12,7 +12,7 @@ FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def code_digest() -> str:
-    """Returns the SHA-256 of the names and bytes of gpt's Python files."""
+    """Returns the SHA-256 of the names and contents of all Python files of the package gpt, in hexadecimal."""
     digest, root = hashlib.sha256(), Path(__file__).parent.parent
     for path in sorted(root.rglob("*.py")):
         code = path.read_bytes()
@@ -21,32 +21,32 @@ def code_digest() -> str:
 
 
 def facts() -> dict[str, str]:
-    """Returns everything that has to be the same in all processes of a job for their results to agree, by name."""
+    """Returns, by name, the versions and settings that have to be equal in all processes for their results to agree."""
     import jax
-    from jax._src import config  # no public function tells which settings change a compiled program
+    from jax._src import config  # no public function lists the settings that change a compiled program
 
-    found = {
+    facts = {
         "gpt's code": code_digest()[:12],
         "Python": platform.python_version(),
         "machine type": platform.machine(),
-        "jax_platforms": str(jax.config.jax_platforms),
+        "jax_platforms": str(jax.config.values["jax_platforms"]),
         "NVIDIA_TF32_OVERRIDE": os.environ.get("NVIDIA_TF32_OVERRIDE", "unset"),
     }
     for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
+            facts[name] = importlib.metadata.version(name)
     settings = zip(config.trace_context_names(), config.trace_context(), strict=True)
-    found |= {name: str(value) for name, value in settings if name.startswith("jax_")}
+    facts |= {name: str(value) for name, value in settings if name.startswith("jax_")}
     for variable in FLAG_VARIABLES:
         for flag in os.environ.get(variable, "").split():
             name, _, value = flag.partition("=")
-            if "dump" not in name and "cache" not in name:  # folders, which may be each process's own
-                found[f"{variable} {name}"] = value  # of a flag that is given twice, the last counts
-    return found
+            if "dump" not in name and "cache" not in name:  # each process may have its own folder
+                facts[f"{variable} {name}"] = value  # XLA uses the last value of a repeated flag
+    return facts
 
 
 def differences(ours: dict[str, str], theirs: dict[str, str]) -> str:
-    """Returns what differs between the facts of two processes, in words; "" if nothing does."""
+    """Returns a text that lists the differences between the facts of two processes; "" if there are none."""
     names = [name for name in ours | theirs if ours.get(name) != theirs.get(name)]
     shown = [f"{name} ({ours.get(name, 'unset')} ≠ {theirs.get(name, 'unset')})" for name in names[:3]]
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
