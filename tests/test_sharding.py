@@ -304,7 +304,7 @@ def test_mesh_that_does_not_fit_the_devices_is_refused(mesh_config, message):
     [
         ({"data": -2}, r"mesh\.data=-2"),
         ({"rules": "fsdp", "data": -1, "fsdp": -1}, "Only one"),
-        ({"fsdp": 2}, r"mesh\.fsdp=2, but mesh\.rules=dp has no use for fsdp; choose mesh\.rules=fsdp or"),
+        ({"fsdp": 2}, r"mesh\.fsdp=2, but mesh\.rules=dp does not use the axis fsdp; choose mesh\.rules=fsdp or"),
         ({"rules": "fsdp", "model": 2}, "mesh.model=2, but .* choose mesh.rules=fsdp_tp or sp"),
         ({"rules": "tp"}, "'tp' is not known; choose one of dp, fsdp, fsdp_tp, sp"),
         ({"rules": "fsdp,widht=fsdp"}, "'widht=fsdp' is not of the form"),
@@ -376,7 +376,7 @@ def test_slow_links_are_crossed_by_the_outer_axes(config, slices):
 
 
 def test_slices_of_different_sizes_are_refused():
-    with pytest.raises(UserError, match=r"data=8 × .* cannot be laid over 3 groups"):
+    with pytest.raises(UserError, match=r"data=8 × .* does not fit 3 groups"):
         sharding.make_layout(MeshConfig("dp"), [Chip(i, i // 3) for i in range(8)])
 
 
@@ -405,5 +405,5 @@ def test_what_the_mesh_does_not_divide_is_refused_by_name(tiny):
     with pytest.raises(UserError, match=r"train\.batch_size=12 is not a multiple of 8"):
         step.build(dataclasses.replace(tiny, train=train_config), 64, sharding.make_layout(MeshConfig()), 1)
     config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, block_size=12))
-    with pytest.raises(UserError, match=r"mesh\.sequence=8 does not divide the 12 tokens of a row"):
+    with pytest.raises(UserError, match=r"mesh\.sequence=8 does not divide the 12 tokens of an example"):
         step.build(config, 64, sharding.make_layout(MeshConfig("sp", sequence=8)), 1)
