@@ -1,4 +1,4 @@
-"""Learning-rate schedule, weight-decay mask and the optimizer built from them."""
+"""The learning-rate schedule, and the optimizer: clipping, AdamW or Muon, and weight decay."""
 
 import dataclasses
 import math
@@ -17,19 +17,19 @@ from gpt.runtime.fields import check_choice, check_fraction, check_positive
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (arXiv 1711.05101) or Muon, with clipping, linear warm-up and decay."""
+    """Options of AdamW (arXiv 1711.05101) or Muon, with gradient clipping, linear warm-up and decay."""
 
-    name: str = "adamw"  # or muon: for the kernels of blocks; the rest as with adamw
-    learning_rate: float = 6e-4
-    warmup_tokens: float = 0.0
-    decay: str = "cosine"  # half a cosine, or linear
-    decay_tokens: float = 0.0  # where it ends; 0: at the end of the run
+    name: str = "adamw"  # adamw, or muon: Muon for the kernels of the blocks and AdamW for all other parameters
+    learning_rate: float = 6e-4  # peak learning rate
+    warmup_tokens: float = 0.0  # number of tokens over which the learning rate rises from 0 to its peak
+    decay: str = "cosine"  # shape of the decay: cosine (half a period) or linear
+    decay_tokens: float = 0.0  # number of tokens after which the decay ends; 0: at the end of the run
     final_fraction: float = 0.1  # learning rate after the decay, as a fraction of the peak
-    b1: float = 0.9
-    b2: float = 0.95
-    momentum: float = 0.95  # of Muon
-    epsilon: float = 1e-8
-    weight_decay: float = 0.1  # on the kernels only: not on embeddings, norms and biases
+    b1: float = 0.9  # AdamW's decay rate of the mean of gradients
+    b2: float = 0.95  # AdamW's decay rate of the mean of squared gradients
+    momentum: float = 0.95  # Muon's decay rate of the mean of gradients
+    epsilon: float = 1e-8  # AdamW's number added to the denominator
+    weight_decay: float = 0.1  # weight decay of kernels; embeddings, norms and biases have none
     clip_norm: float = 1.0  # largest global norm of the gradient; 0: no clipping
 
     def __post_init__(self):
@@ -45,17 +45,22 @@ class OptimizerConfig:
 
 
 def schedule(config: OptimizerConfig, tokens_per_step: int, total_steps: int) -> optax.Schedule:
-    """Learning rate of a step (counted from 0): linear warm-up, then half a cosine or a line, then constant.
+    """Returns the learning rate as a function of the step: linear warm-up, decay, and then a constant.
 
-    The config counts in tokens, which pass 2³¹ in any serious run, while devices count in int32. So
-    tokens become fractional steps here, in Python's exact numbers, and the device sees only steps.
+    The config counts tokens, of which a large run has more than an int32 on a device can count. They are converted to
+    fractional steps here, so that the device computes with steps only.
+
+    Args:
+      config: the options of the schedule.
+      tokens_per_step: number of tokens in a batch.
+      total_steps: number of steps of the run.
     """
     warmup = config.warmup_tokens / tokens_per_step
     end = (config.decay_tokens or total_steps * tokens_per_step) / tokens_per_step
 
     def learning_rate(step):
         step = jnp.asarray(step, jnp.float32)
-        # The first step has to move too, hence + 1.
+        # + 1, because a learning rate of 0 would waste the first step.
         rising = jnp.minimum((step + 1) / max(warmup, 1.0), 1.0)
         progress = jnp.clip((step - warmup) / max(end - warmup, 1.0), 0.0, 1.0)
         falling = 0.5 * (1 + jnp.cos(jnp.pi * progress)) if config.decay == "cosine" else 1 - progress
@@ -64,46 +69,22 @@ def schedule(config: OptimizerConfig, tokens_per_step: int, total_steps: int) ->
     return learning_rate
 
 
-def decay_mask(params: Any) -> Any:
-    """True for the parameters that weight decay shrinks: those named `kernel`, and the `a` and `b` of LoRA.
-
-    These are the matrices that multiply activations; embeddings, norms and biases have other names.
-    """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "a", "b"), params, is_leaf=lambda x: hasattr(x, "unbox")
-    )
-
-
-def global_norm(tree: Any) -> jax.Array:
-    """Root of the sum of squares of all numbers in a tree, as products: several times faster than sums on a CPU."""
-    highest = jax.lax.Precision.HIGHEST
-    return jnp.sqrt(sum(jnp.tensordot(x, x, x.ndim, precision=highest) for x in jax.tree.leaves(tree)))
-
-
-def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
-    """Scales gradients down to a global norm of `largest` where theirs is greater."""
-
-    def update(grads, state, params=None):
-        scale = largest / jnp.maximum(global_norm(grads), largest)
-        return jax.tree.map(lambda g: scale * g, grads), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
 def make_optimizer(
     config: OptimizerConfig, learning_rate: optax.Schedule, logical_axes: Any
 ) -> optax.GradientTransformation:
-    """Clipping, Adam or Muon, masked weight decay and the schedule, in this order.
+    """Returns the optimizer: clipping, Adam or Muon, weight decay and the learning rate, in this order.
 
     Args:
-      logical_axes: of each parameter, the names of its axes, as a PartitionSpec.
+      config: the options of the optimizer.
+      learning_rate: the learning rate as a function of the step.
+      logical_axes: for each parameter, the logical names of its axes as a PartitionSpec. Only Muon reads them.
     """
     scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
     if config.name == "muon":
 
         def kind(path, names) -> str:
-            at_the_ends = {"vocab", "classes", "patch"} & set(names)
-            return "muon" if path[-1].key == "kernel" and not at_the_ends else "adam"
+            is_outside_blocks = {"vocab", "classes", "patch"} & set(names)
+            return "muon" if path[-1].key == "kernel" and not is_outside_blocks else "adam"
 
         kinds = jax.tree_util.tree_map_with_path(kind, logical_axes, is_leaf=lambda x: isinstance(x, P))
         masked = jax.tree.map(lambda kind, names: names if kind == "muon" else optax.MaskedNode(), kinds, logical_axes)
@@ -116,16 +97,42 @@ def make_optimizer(
     )
 
 
-def scale_by_muon(momentum: float, logical_axes: Any) -> optax.GradientTransformation:
-    """Muon: the momentum of each matrix made orthogonal (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
+def decay_mask(params: Any) -> Any:
+    """Returns a tree that is True for the parameters with weight decay: kernels, and the `a` and `b` of LoRA adapters.
 
-    Updates are scaled to the root mean square of Adam's, about 0.2, so that both share a learning rate
-    (arXiv 2502.16982). The matrices of one shape are stacked and spread over all devices of the mesh: each device
-    makes its share of them orthogonal, and not all of them again.
+    These are the matrices that multiply activations. Embeddings, norms and biases have other names.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in ("kernel", "a", "b"), params, is_leaf=lambda x: hasattr(x, "unbox")
+    )
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Returns the square root of the sum of all squares in a tree. On a CPU, dot products are faster than sums."""
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.sqrt(sum(jnp.tensordot(x, x, x.ndim, precision=highest) for x in jax.tree.leaves(tree)))
+
+
+def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
+    """Returns a transformation that scales gradients down to a global norm of at most `largest`."""
+
+    def update(grads, state, params=None):
+        scale = largest / jnp.maximum(global_norm(grads), largest)
+        return jax.tree.map(lambda g: scale * g, grads), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def scale_by_muon(momentum: float, logical_axes: Any) -> optax.GradientTransformation:
+    """Returns Muon: it orthogonalizes the momentum of each matrix (Jordan et al. 2024).
+
+    See https://kellerjordan.github.io/posts/muon. Updates are scaled to a root mean square of about 0.2, like Adam's,
+    so that both share a learning rate (arXiv 2502.16982). Matrices of the same shape are stacked and sharded over all
+    devices of the mesh, so that each device orthogonalizes a part of them.
 
     Args:
-      momentum: decay of the mean of gradients; Nesterov's form of it.
-      logical_axes: of each parameter, the names of its axes, as a PartitionSpec.
+      momentum: decay rate of the mean of gradients. The momentum is Nesterov's.
+      logical_axes: for each parameter, the logical names of its axes as a PartitionSpec.
     """
 
     def init(params) -> optax.TraceState:
@@ -134,34 +141,35 @@ def scale_by_muon(momentum: float, logical_axes: Any) -> optax.GradientTransform
     def update(grads, state, params=None):
         trace = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.trace, grads)
         ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, trace, grads)
-        leaves, structure = jax.tree.flatten(ahead)
-        shapes = [matrices(x.shape, names) for x, names in zip(leaves, _specs(logical_axes), strict=True)]
-        found = {}
+        names = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, P))
+        leaves = jax.tree.leaves(ahead)
+        shapes = [matrices(x.shape, axes) for x, axes in zip(leaves, names, strict=True)]
         for shape in {shape[1:] for shape in shapes}:
             members = [i for i, other in enumerate(shapes) if other[1:] == shape]
-            stacked = jnp.concatenate([leaves[i].reshape(shapes[i]) for i in members])
-            made = 0.2 * max(shape) ** 0.5 * spread(orthogonalize, stacked)
+            stacked_NxIxO = jnp.concatenate([leaves[i].reshape(shapes[i]) for i in members])
+            stacked_NxIxO = 0.2 * max(shape) ** 0.5 * on_all_devices(orthogonalize, stacked_NxIxO)
             bounds = np.cumsum([shapes[i][0] for i in members])[:-1]
-            found |= dict(zip(members, jnp.split(made, bounds), strict=True))
-        updates = [found[i].reshape(x.shape) for i, x in enumerate(leaves)]
-        return structure.unflatten(updates), optax.TraceState(trace)
+            for i, part in zip(members, jnp.split(stacked_NxIxO, bounds), strict=True):
+                leaves[i] = part.reshape(leaves[i].shape)
+        return jax.tree.unflatten(jax.tree.structure(ahead), leaves), optax.TraceState(trace)
 
     return optax.GradientTransformation(init, update)
 
 
-def _specs(logical_axes: Any) -> list[P]:
-    return jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, P))
-
-
 def matrices(shape: tuple[int, ...], names: P) -> tuple[int, int, int]:
-    """[layers, inputs, outputs] of a kernel whose axes have these names: one side of it is `embed`."""
+    """Returns the shape [layers, inputs, outputs] of a kernel, which has `embed` as its inputs or as its outputs.
+
+    Args:
+      shape: shape of the kernel.
+      names: logical names of its axes.
+    """
     start = int(names[0] == "layers")
     middle = start + 1 if names[start] == "embed" else len(shape) - 1
     return math.prod(shape[:start]), math.prod(shape[start:middle]), math.prod(shape[middle:])
 
 
 def orthogonalize(x_NxIxO: jax.Array) -> jax.Array:
-    """U·Vᵀ, roughly, of each matrix U·S·Vᵀ: five steps of Newton and Schulz, with Jordan's coefficients."""
+    """Returns about U·Vᵀ for each matrix U·S·Vᵀ, by five Newton-Schulz iterations with Jordan's coefficients."""
     transposed = x_NxIxO.shape[1] > x_NxIxO.shape[2]
     x = x_NxIxO.swapaxes(1, 2) if transposed else x_NxIxO
     x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
@@ -171,8 +179,8 @@ def orthogonalize(x_NxIxO: jax.Array) -> jax.Array:
     return x.swapaxes(1, 2) if transposed else x
 
 
-def spread(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """`function(x)`, each device of the mesh in force with its part of the first axis."""
+def on_all_devices(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """Returns `function(x)`, computed with the first axis of x sharded over all devices of the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return function(x)

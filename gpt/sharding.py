@@ -1,4 +1,8 @@
-"""The mesh, the tables from logical to mesh axes, and everything derived from the two."""
+"""The device mesh, the rules that map logical axes to mesh axes, and the shardings that follow from both.
+
+The models name the axes of their parameters and activations. `MeshConfig` chooses a table of rules and the size of each
+mesh axis, `make_layout` creates the mesh, and `Layout` derives all shardings.
+"""
 
 import contextlib
 import dataclasses
@@ -19,41 +23,41 @@ from gpt.runtime import hardware
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import harmless
 
-Rules = tuple[tuple[str, tuple[str, ...]], ...]
+# The mesh axes, from the slowest links between devices to the fastest.
+AXES = ("data", "fsdp", "sequence", "model")
 
-# Logical axis -> mesh axes. A mesh axis is given once per tensor, to the first rule that asks for it:
-# `batch` stands first, so an activation [batch, length, embed] is sharded over its batch, while a
-# parameter [embed, mlp], which has no batch, is sharded over `fsdp` and `model`.
+# Logical axis -> mesh axes. In one tensor, a mesh axis goes to the first rule that names it. `batch` comes first, so an
+# activation [batch, length, embed] is sharded over its batch, and a parameter [embed, mlp] over `fsdp` and `model`.
+Rules = tuple[tuple[str, tuple[str, ...]], ...]
 _BATCH: Rules = (("batch", ("data", "fsdp")),)
 _TENSOR: Rules = (("vocab", ("model",)), ("heads", ("model",)), ("mlp", ("model",)))
 _EMBED: Rules = (("embed", ("fsdp",)),)
 PRESETS: dict[str, Rules] = {
-    "dp": _BATCH,  # parameters replicated
-    "fsdp": _BATCH + _EMBED,  # parameters sharded where the batch is (ZeRO stage 3, arXiv 1910.02054)
-    "fsdp_tp": _BATCH + _TENSOR + _EMBED,  # and tensor parallelism (arXiv 1909.08053)
-    # and the length of activations; parameters, which have no length, are sharded over `sequence` as well
+    "dp": _BATCH,  # data parallelism: parameters are replicated
+    "fsdp": _BATCH + _EMBED,  # parameters are sharded over `fsdp`, like the batch (ZeRO stage 3, arXiv 1910.02054)
+    "fsdp_tp": _BATCH + _TENSOR + _EMBED,  # adds tensor parallelism over `model` (arXiv 1909.08053)
+    # Adds sequence parallelism. Parameters have no length, so that `sequence` can shard their width.
     "sp": (*_BATCH, ("length", ("sequence",)), *_TENSOR, ("embed", ("fsdp", "sequence")), *_EMBED),
 }
-# Names that a rule of the user's may have: those above, `kv` (the size of a head), `layers` (the axis
-# of scanned layers), `keys` (the length on the side of attention's keys and values), `rank` (of LoRA), and `patch` and
-# `classes` (pixels of a patch and outputs of a classifier: too few to shard).
+# The names that a rule may have. Besides those above: `keys` (length on the side of attention's keys and values), `kv`
+# (size of a head), `layers` (axis of scanned layers), `rank` (of LoRA), `patch` (numbers in a patch) and `classes`.
 LOGICAL_AXES = ("batch", "length", "keys", "embed", "heads", "kv", "mlp", "vocab", "layers", "rank", "patch", "classes")
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """What is sharded, and the number of devices along each mesh axis, from the slowest links to the fastest.
+    """The sharding rules, and the number of devices along each mesh axis.
 
-    Sizes may be -1, at most one, which takes the devices left. 0 stands for: the devices left on `fsdp`
-    (for the rules `dp` on `data`), or on `data` if `fsdp` is set; 1 for the other axes.
+    One size may be -1: that axis takes the remaining devices. If none is, the remaining devices go to `fsdp` (with the
+    rules `dp`: to `data`) if its size is 0, otherwise to `data` if its size is 0. Every other size of 0 means 1.
     """
 
-    rules: str = harmless("dp")  # dp, fsdp, fsdp_tp, sp; changes may follow: "fsdp,embed=fsdp+data,vocab="
-    data: int = harmless(0)  # the batch; parameters replicated
-    fsdp: int = harmless(0)  # the batch and the parameters
-    sequence: int = harmless(0)  # the length of activations, for long blocks
-    model: int = harmless(0)  # heads, MLP and vocabulary
-    zero1: bool = harmless(False)  # optimizer state sharded over `data` as well (ZeRO stage 1, arXiv 1910.02054)
+    rules: str = harmless("dp")  # dp, fsdp, fsdp_tp or sp; may be followed by changes: "fsdp,embed=fsdp+data,vocab="
+    data: int = harmless(0)  # devices that shard the batch; parameters are replicated
+    fsdp: int = harmless(0)  # devices that shard the batch and the parameters
+    sequence: int = harmless(0)  # devices that shard the sequence length of activations, for long contexts
+    model: int = harmless(0)  # devices that shard heads, MLP and vocabulary
+    zero1: bool = harmless(False)  # shard the optimizer state over `data` too (ZeRO stage 1, arXiv 1910.02054)
 
     def __post_init__(self):
         sizes = {axis: getattr(self, axis) for axis in AXES}
@@ -62,17 +66,17 @@ class MeshConfig:
                 raise UserError(f"mesh.{axis}={size} has to be at least 1, -1 for all remaining devices, or 0.")
         if list(sizes.values()).count(-1) > 1:
             raise UserError("Only one of mesh." + ", mesh.".join(sizes) + " may be -1.")
-        used = _beside_the_batch(self.table()) | {"data"}
+        used = _parameter_axes(self.table()) | {"data"}
         for axis, size in sizes.items():
             if size not in (0, 1) and axis not in used:
-                fitting = [name for name, rules in PRESETS.items() if axis in _beside_the_batch(rules)]
+                presets = [name for name, rules in PRESETS.items() if axis in _parameter_axes(rules)]
                 raise UserError(
-                    f"mesh.{axis}={size}, but mesh.rules={self.rules} has no use for {axis}; "
-                    f"choose mesh.rules={' or '.join(fitting)}."
+                    f"mesh.{axis}={size}, but mesh.rules={self.rules} does not use the axis {axis}; "
+                    f"choose mesh.rules={' or '.join(presets)}."
                 )
 
     def table(self) -> Rules:
-        """The rules that `rules` names, with the user's changes in their places, and what is new at the end."""
+        """Returns the preset of `rules` with its changes applied; rules for further logical axes come last."""
         preset, *changes = self.rules.split(",")
         if preset not in PRESETS:
             raise UserError(f"mesh.rules={self.rules}: {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
@@ -89,35 +93,32 @@ class MeshConfig:
         return tuple(rules | dict.fromkeys(changed.items()))
 
     def shape(self, num_devices: int) -> dict[str, int]:
-        """Size of each mesh axis on that many devices.
+        """Returns the size of each mesh axis for a number of devices.
 
         Raises:
-          UserError: the sizes do not multiply to the number of devices.
+          UserError: the product of the sizes is not the number of devices.
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
         if -1 not in sizes.values():
             main = "data" if self.rules.split(",")[0] == "dp" else "fsdp"
-            rest = next((axis for axis in (main, "data") if sizes[axis] == 0), None)
-            if rest:
-                sizes[rest] = -1
+            free = next((axis for axis in (main, "data") if sizes[axis] == 0), None)
+            if free:
+                sizes[free] = -1
         sizes = {axis: size or 1 for axis, size in sizes.items()}
         known = math.prod(size for size in sizes.values() if size != -1)
-        wanted = " × ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        product = " × ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         rest, remainder = divmod(num_devices, known)
         if remainder or rest == 0:
-            raise UserError(f"{wanted} needs a multiple of {known} devices, but there are {num_devices}.")
+            raise UserError(f"{product} needs a multiple of {known} devices, but there are {num_devices}.")
         sizes = {axis: rest if size == -1 else size for axis, size in sizes.items()}
         if math.prod(sizes.values()) != num_devices:
-            raise UserError(f"{wanted} takes {known} devices, but there are {num_devices}; set one axis to -1.")
+            raise UserError(f"{product} takes {known} devices, but there are {num_devices}; set one axis to -1.")
         return sizes
-
-
-AXES = ("data", "fsdp", "sequence", "model")
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules in force on it: where every array of a run lies."""
+    """A mesh and the rules for it, which together determine the sharding of every array of a run."""
 
     mesh: Mesh
     rules: Rules
@@ -125,19 +126,19 @@ class Layout:
 
     @contextlib.contextmanager
     def use(self) -> Iterator[None]:
-        """Puts the mesh and the rules in force for what is traced inside."""
+        """Makes the mesh and the rules the current ones for functions that are traced in the context."""
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(_complete(self.rules)):
             yield
 
     def for_decoding(self, rows: int) -> "Layout":
-        """The layout for one token at a time: its length is not sharded, nor are rows that the mesh does not divide."""
-        whole = {"length"} | ({"batch"} if rows % self.batch_shards else set())
-        rules = tuple((name, () if name in whole else axes) for name, axes in self.rules)
+        """Returns a layout for decoding: the length is not sharded, nor the batch if the mesh does not divide `rows`."""
+        unsharded = {"length"} | ({"batch"} if rows % self.batch_shards else set())
+        rules = tuple((name, () if name in unsharded else axes) for name, axes in self.rules)
         return dataclasses.replace(self, rules=rules)
 
     def spec(self, *names: str | None) -> P:
-        """Mesh axes of an array whose axes have these logical names."""
-        return nn.logical_to_mesh_axes(names, _complete(self.rules))
+        """Returns the mesh axes of an array whose axes have these logical names."""
+        return nn.logical_to_mesh_axes(names, _complete(self.rules)) or P()
 
     @property
     def batch(self) -> NamedSharding:
@@ -146,31 +147,32 @@ class Layout:
 
     @property
     def replicated(self) -> NamedSharding:
+        """Sharding of an array that every device holds in full."""
         return NamedSharding(self.mesh, P())
 
     @functools.cached_property
     def batch_shards(self) -> int:
-        """Number of parts that a batch is split into."""
+        """Number of shards of a batch."""
         return math.prod(self.mesh.shape[axis] for axis in dict(self.rules)["batch"])
 
     @functools.cached_property
     def length_shards(self) -> int:
-        """Number of parts that the length of activations is split into."""
+        """Number of shards of the sequence length of activations."""
         return self._size(self.spec("length")[0])
 
     def local_rows(self, batch_size: int) -> np.ndarray:
-        """The rows of a global batch that the devices of this process need, in ascending order."""
-        indices = self.batch.addressable_devices_indices_map((batch_size,)).values()
-        return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in indices]))
+        """Returns the sorted indices of the examples of a global batch that this process's devices need."""
+        slices = self.batch.addressable_devices_indices_map((batch_size,)).values()
+        return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices if index is not None]))
 
     def state_shardings(self, abstract_state: Any) -> Any:
-        """A NamedSharding for each leaf, from the logical axis names it is boxed with.
+        """Returns a NamedSharding for each leaf, derived from the logical axis names of its Flax box.
 
         Args:
-          abstract_state: a tree of jax.ShapeDtypeStruct, those with axis names in Flax's boxes.
+          abstract_state: a tree of jax.ShapeDtypeStruct, in Flax's boxes if their axes have names.
 
         Raises:
-          UserError: a mesh axis does not divide the axis of a parameter that is sharded over it.
+          UserError: a mesh axis does not divide the axis of a parameter that it has to shard.
         """
         logical = nn.get_partition_spec(abstract_state)
         shardings = nn.logical_to_mesh_sharding(logical, self.mesh, _complete(self.rules))
@@ -184,15 +186,17 @@ class Layout:
         return shardings
 
     def check_length(self, length: int) -> None:
-        """Raises UserError unless the mesh divides the tokens of a row."""
-        self._check_divides(
-            self.spec("length")[0],
-            length,
-            f"the {length} tokens of a row (model.block_size, or the patches of an image)",
-        )
+        """Raises UserError unless the mesh divides the sequence length, in tokens."""
+        what = f"the {length} tokens of an example (model.block_size, or the patches of an image)"
+        self._check_divides(self.spec("length")[0], length, what)
 
     def spread(self, abstract: Any, shardings: Any) -> Any:
-        """Shardings of the same arrays over `data` as well, along the first axis of each that can be divided."""
+        """Returns shardings that also use `data`, on the first axis of each array that can be divided (ZeRO stage 1).
+
+        Args:
+          abstract: a tree of jax.ShapeDtypeStruct.
+          shardings: their shardings without ZeRO.
+        """
         size = self.mesh.shape["data"]
 
         def spread_one(leaf, sharding):
@@ -217,13 +221,17 @@ class Layout:
 
 
 def make_layout(config: MeshConfig, devices: list[jax.Device] | None = None) -> Layout:
-    """The mesh over `devices` (default: every device of every process), and the rules.
+    """Creates the mesh and returns it with its rules.
 
-    Where slow links join groups of devices (slices of TPUs, hosts of GPUs), the outer mesh axes cross them:
-    `data` as far as it divides, then `fsdp`, and so on.
+    If slow links connect groups of devices (slices of TPUs, hosts of GPUs), the outer mesh axes cross them: `data` as
+    far as its size allows, then `fsdp`, and so on.
+
+    Args:
+      config: the rules and the sizes of the mesh axes.
+      devices: the devices of the mesh. None means all devices of all processes.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the product of the sizes is not the number of devices, or does not fit their groups.
     """
     devices = hardware.devices() if devices is None else devices
     shape = tuple(config.shape(len(devices)).values())
@@ -231,19 +239,20 @@ def make_layout(config: MeshConfig, devices: list[jax.Device] | None = None) -> 
     if slices == 1:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        across = []
+        across: list[int] = []
         for size in shape:
             across.append(math.gcd(size, slices // math.prod(across)))
         if math.prod(across) != slices:
             sizes = " × ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
-            raise UserError(f"The mesh {sizes} cannot be laid over {slices} groups of devices that slow links join.")
+            advice = f"choose a mesh.data that is a multiple of {slices}"
+            raise UserError(f"The mesh {sizes} does not fit {slices} groups of devices on slow links; {advice}.")
         within = [size // outer for size, outer in zip(shape, across, strict=True)]
         grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return Layout(Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES)), config.table(), config.zero1)
 
 
 def bytes_per_device(tree: Any) -> int:
-    """Bytes that one device holds of a tree of jax.Array or of jax.ShapeDtypeStruct with shardings."""
+    """Returns the bytes on one device of a tree of jax.Array, or of jax.ShapeDtypeStruct with shardings."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
         for leaf in jax.tree.leaves(tree)
@@ -252,13 +261,15 @@ def bytes_per_device(tree: Any) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """How a parameter, or each of several that are alike, is sharded.
+    """The sharding of a parameter, or of the same parameter in each of several layers.
 
     Attributes:
-      axes: logical names of its axes.
-      over: for each axis, the mesh axes that it is sharded over.
-      count: number of parameters that are alike.
-      bytes: of one of them on one device.
+      name: path of the parameter, with `*` for the number of the layer.
+      shape: global shape.
+      axes: logical names of the axes.
+      over: for each axis, the mesh axes that shard it.
+      count: number of layers that have the parameter.
+      bytes: bytes of one such parameter on one device.
     """
 
     name: str
@@ -270,30 +281,29 @@ class Parameter:
 
 
 def parameters(params: Any, logical_axes: Any) -> list[Parameter]:
-    """How each parameter is sharded; layers that are alike share an entry.
+    """Returns the sharding of each parameter, with one entry for all layers.
 
     Args:
-      params: jax.ShapeDtypeStruct with shardings.
-      logical_axes: the names of the axes of each, as a PartitionSpec.
+      params: a tree of jax.ShapeDtypeStruct with shardings.
+      logical_axes: for each parameter, the logical names of its axes as a PartitionSpec.
     """
-    found = {}
     names = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, P))
+    parameters: dict[str, Parameter] = {}
     for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(params), names, strict=True):
         name = re.sub(r"block_\d+", "block_*", path_name(path))
-        count = found[name].count + 1 if name in found else 1
+        count = parameters[name].count + 1 if name in parameters else 1
         over = tuple(_axes_of_each(leaf.sharding, len(leaf.shape)))
-        found[name] = Parameter(name, leaf.shape, tuple(axes), over, count, bytes_per_device(leaf))
-    return list(found.values())
+        parameters[name] = Parameter(name, leaf.shape, tuple(axes), over, count, bytes_per_device(leaf))
+    return list(parameters.values())
 
 
-def table(found: list[Parameter]) -> Iterator[str]:
-    """Lines that show `parameters`."""
+def table(parameters: list[Parameter]) -> Iterator[str]:
+    """Yields the lines of a text table of `parameters`."""
     lines = [("parameter", "shape", "logical axes", "sharded over", "bytes a device")]
-    for parameter in found:
-        shards = ", ".join("+".join(axes) or "-" for axes in parameter.over)
-        times = f"{parameter.count} × " if parameter.count > 1 else ""
-        shape = " × ".join(map(str, parameter.shape))
-        lines.append((parameter.name, shape, ", ".join(parameter.axes), shards, f"{times}{parameter.bytes:,}"))
+    for p in parameters:
+        shards = ", ".join("+".join(axes) or "-" for axes in p.over)
+        times = f"{p.count} × " if p.count > 1 else ""
+        lines.append((p.name, " × ".join(map(str, p.shape)), ", ".join(p.axes), shards, f"{times}{p.bytes:,}"))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for *left, last in lines:
         cells = [cell.ljust(width) for cell, width in zip(left, widths[:-1], strict=True)]
@@ -301,24 +311,26 @@ def table(found: list[Parameter]) -> Iterator[str]:
 
 
 def path_name(path: tuple) -> str:
-    """ "block_0/mlp/up/kernel" of a path in a tree."""
+    """Returns the keys of a path in a tree as one string, for example "block_0/mlp/up/kernel"."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def _beside_the_batch(rules: Rules) -> set[str]:
+def _parameter_axes(rules: Rules) -> set[str]:
+    """Returns the mesh axes that shard more than the batch."""
     return {axis for name, axes in rules for axis in axes if name != "batch"}
 
 
 def _axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns an entry of a PartitionSpec as a tuple."""
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 
 
 def _axes_of_each(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
-    """The mesh axes of each axis of an array; a PartitionSpec may be shorter than the array has axes."""
+    """Returns the mesh axes of each axis of an array, of which a PartitionSpec may leave out the last ones."""
     return [_axes(axes) for axes in sharding.spec] + [()] * (ndim - len(sharding.spec))
 
 
 def _complete(rules: Rules) -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:
-    """The rules as Flax takes them, with one for every logical axis: else it leaves an axis to the compiler."""
+    """Returns the rules in Flax's form, with one for every logical axis: the compiler would choose for the others."""
     named = tuple((name, axes[0] if len(axes) == 1 else axes or None) for name, axes in rules)
     return named + tuple((name, None) for name in LOGICAL_AXES)

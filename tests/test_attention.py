@@ -1,4 +1,4 @@
-"""The three ways to compute attention are one function, and `chunked` needs memory linear in the length."""
+"""Tests that three implementations of attention agree, and that the memory of `chunked` is linear in the length."""
 
 import functools
 import math
@@ -11,13 +11,13 @@ import pytest
 
 from gpt.models import attention, kernels
 
-# Without LLVM's optimizations: a third of the compilation time, and the arithmetic is the same but for rounding.
+# Skipping LLVM's optimizations takes a third of the compilation time and changes results by rounding only.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 BATCH, HEADS, KV = 2, 3, 8
 RATE = 0.3
-# (length, query_chunk, key_chunk): chunks that divide the length and that do not, that differ in both
-# directions, that are larger than the length, and a single token.
+# (length, query_chunk, key_chunk): chunks that divide the length and others, either chunk larger than the other, chunks
+# larger than the length, and a single token.
 CHUNKS = [(1, 8, 16), (7, 2, 16), (32, 16, 8), (50, 64, 7), (50, 7, 20)]
 ALL = {
     "dense": attention.dense,
@@ -33,7 +33,7 @@ def random_arrays(count, length, kv=KV, seed=0):
 
 
 def out_and_gradients(attend, q, k, v, cotangent, **options):
-    """The output and the gradients of its product with `cotangent` with respect to q, k and v."""
+    """Returns the output, and the gradients of its product with `cotangent` for q, k and v."""
 
     @quick_jit
     def run(q, k, v, cotangent):
@@ -44,13 +44,13 @@ def out_and_gradients(attend, q, k, v, cotangent, **options):
 
 
 def assert_close(actual, expected, tolerance, name=""):
-    """Errors are compared with the largest number in the array: rounding errors of a sum scale with its terms."""
+    """Asserts that errors are small relative to the largest number in the array."""
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max(), err_msg=name)
 
 
 def reference(q, k, v, keep=None):
-    """Attention as one would explain it, a query at a time and in float64; `keep` is [B, H, T, T]."""
+    """Computes attention by its definition, one query at a time, in float64. `keep` has the shape [B, H, T, T]."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(v)
     for b, t, h in np.ndindex(q.shape[:3]):
@@ -64,7 +64,7 @@ def reference(q, k, v, keep=None):
 
 
 def dropout_mask(key, length):
-    """The dropout mask that `dense` documents: one Bernoulli draw for each weight."""
+    """Returns the dropout mask of `dense`: one Bernoulli draw for each weight."""
     return np.asarray(jax.random.bernoulli(key, 1 - RATE, (BATCH, HEADS, length, length)))
 
 
@@ -82,16 +82,16 @@ def test_equals_plain_numpy(attend, length, dropout):
 @pytest.mark.parametrize("dropout", [False, True], ids=["no-dropout", "dropout"])
 @pytest.mark.parametrize(("length", "query_chunk", "key_chunk"), CHUNKS)
 def test_all_three_agree_in_output_and_gradients(length, query_chunk, key_chunk, dropout):
-    """The same key drops the same weights, so one can replace another in the middle of a run.
+    """The same key drops the same weights, so that a run may change the implementation.
 
-    Only the order of the sums differs: a few float32 roundings (6e-8 each) are allowed, far less than
-    a single weight dropped differently would make.
+    Only the order of the sums differs: a few float32 roundings (6e-8 each) are allowed, far less than the effect of
+    one weight that is dropped differently.
     """
     q, k, v, cotangent = random_arrays(4, length)
     options = {"dropout_rate": RATE, "dropout_key": jax.random.key(1)} if dropout else {}
     expected = out_and_gradients(attention.dense, q, k, v, cotangent, **options)
     chunked = functools.partial(kernels.chunked, query_chunk=query_chunk, key_chunk=key_chunk)
-    # Of a single token, the gradients of q and k are zero: its one weight is 1 whatever they are.
+    # The only weight of a single token is always 1, so that the gradients of q and k are zero.
     scale = max(np.abs(x).max() for x in expected.values())
     for attend in (kernels.flax, chunked):
         for name, value in out_and_gradients(attend, q, k, v, cotangent, **options).items():
@@ -101,7 +101,7 @@ def test_all_three_agree_in_output_and_gradients(length, query_chunk, key_chunk,
 @pytest.mark.parametrize("order", ["rising", "falling", "random"])
 @every_attention
 def test_scores_of_hundreds_do_not_overflow(attend, order):
-    """exp(89) is infinite in float32. Rising and falling scores change the running maximum at each block, or never."""
+    """exp(89) overflows float32. Rising scores change the running maximum in each block, falling scores never."""
     length = 20
     q, k, v, cotangent = random_arrays(4, length)
     if order != "random":
@@ -115,7 +115,7 @@ def test_scores_of_hundreds_do_not_overflow(attend, order):
 
 @every_attention
 def test_weights_are_causal_and_sum_to_one(attend):
-    """With the identity as values, the output is the weights: each token sees itself and everything before it."""
+    """With the identity as values, the output is the weights: a token attends to itself and to all earlier tokens."""
     length = 13
     q, k = random_arrays(2, length, kv=length)
     v = np.broadcast_to(np.eye(length, dtype=np.float32)[None, :, None], q.shape)
@@ -149,7 +149,7 @@ def test_no_dropout_without_both_rate_and_key(attend, options):
 @pytest.mark.parametrize("dropout", [False, True], ids=["no-dropout", "dropout"])
 @every_attention
 def test_future_tokens_change_nothing(attend, dropout):
-    """Bit for bit, wherever in a block the future begins, and with dropout's masks in place."""
+    """The outputs are equal to the bit, with dropout, and wherever in a block the future begins."""
     options = {"dropout_rate": RATE, "dropout_key": jax.random.key(2)} if dropout else {}
     run = quick_jit(functools.partial(attend, **options))
     before = random_arrays(3, 20)
@@ -164,7 +164,7 @@ def test_future_tokens_change_nothing(attend, dropout):
 
 @every_attention
 def test_bfloat16_in_bfloat16_out(attend):
-    """Outputs and gradients stay bfloat16 and within a few of its roundings (2⁻⁸) of the float32 results."""
+    """Outputs and gradients are bfloat16, and differ from float32 results by a few roundings of 2⁻⁸."""
     exact = [x.astype(jnp.bfloat16).astype(np.float32) for x in random_arrays(4, 20)]
     expected = out_and_gradients(attention.dense, *exact)
     short = [x.astype(jnp.bfloat16) for x in exact]
@@ -177,7 +177,7 @@ def test_bfloat16_in_bfloat16_out(attend):
 
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey], ids=["new-style-key", "old-style-key"])
 def test_keep_block_is_a_slice_of_bernoulli(make_key):
-    """Blocks in the middle, at both ends, and one that hangs over the end, as the last one may."""
+    """Blocks lie in the middle and at both ends, and one extends past the end, as the last block may."""
     key, shape, block = make_key(11), (2, 3, 50, 50), (2, 3, 8, 16)
     whole = np.asarray(jax.random.bernoulli(key, 1 - RATE, shape))
     draw = quick_jit(functools.partial(kernels._keep_block, key, 1 - RATE, shape, block))
@@ -188,9 +188,9 @@ def test_keep_block_is_a_slice_of_bernoulli(make_key):
 
 
 def test_keep_block_where_the_index_needs_more_than_32_bits():
-    """The whole array of 6·10⁹ draws cannot be made, so this computes the 64-bit index of each draw with NumPy.
+    """The whole array of 6·10⁹ draws is too large, so the test computes the 64-bit index of each draw with NumPy.
 
-    The block is laid over the element number 2³², so that its low word wraps around within the block.
+    The block contains the element number 2³², so that the low word of the index wraps around within it.
     """
     shape, block = (5, 12, 10007, 10007), (5, 12, 3, 5)
     b, h, row, column = np.unravel_index(2**32, shape)
@@ -219,7 +219,7 @@ def test_multiply_32_equals_integer_multiplication():
 
 
 def training_memory(attend, length, dropout):
-    """Bytes that the compiled forward and backward pass needs besides arguments and results."""
+    """Returns the bytes of temporaries of the compiled forward and backward pass."""
     options = {"dropout_rate": RATE, "dropout_key": jax.random.key(0)} if dropout else {}
 
     def loss(q, k, v):
@@ -232,18 +232,18 @@ def training_memory(attend, length, dropout):
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["no-dropout", "dropout"])
 def test_memory_of_chunked_grows_linearly(dropout):
-    """Each doubling of the length doubles the memory of `chunked` and quadruples that of `dense` (nothing is run)."""
+    """Doubling the length doubles the memory of `chunked` and quadruples that of `dense`. Nothing is executed."""
     lengths = (1024, 2048, 4096)
     chunked = functools.partial(kernels.chunked, query_chunk=64, key_chunk=128)
     linear = [training_memory(chunked, length, dropout) for length in lengths]
     square = [training_memory(attention.dense, length, dropout) for length in (lengths[0], lengths[-1])]
     assert linear[1] < 2.2 * linear[0]
     assert linear[2] < 2.2 * linear[1]
-    # Twice two doublings: 4 would be linear. How many matrices are alive at once varies with XLA's fusions.
+    # The length is doubled twice, so linear growth is a factor of 4. XLA's fusions change how many matrices are alive.
     assert square[1] > 8 * square[0]
     one_matrix = 2 * 4096**2 * 4  # of scores, in bytes
     assert square[1] > one_matrix > 10 * linear[2]
-    # Without the inner rematerialisation, the weights of a whole block of queries are kept: over 5 times q, k and v.
+    # Without rematerialization of the inner loop, the weights of a block of queries take over 5 times q, k and v.
     queries_keys_values = 3 * 4096 * 2 * 16 * 4
     assert linear[2] < 3 * queries_keys_values
 

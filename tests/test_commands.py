@@ -318,7 +318,11 @@ MAIN_MISTAKES = {
         1,
         r"mesh\.model=8 does not divide the 4 heads of",
     ),
-    "mesh without rules": (("--config.mesh.model=8",), 1, r"mesh\.rules=dp has no use for model; choose .*fsdp_tp"),
+    "mesh without rules": (
+        ("--config.mesh.model=8",),
+        1,
+        r"mesh\.rules=dp does not use the axis model; choose .*fsdp_tp",
+    ),
     "rules": (("--config.mesh.rules=ddp",), 1, r"mesh\.rules=ddp: 'ddp' is not known; choose one of dp, fsdp"),
     "two lengths": (("--config.train.epochs=2",), 1, "Set just one of train.steps"),
     "no length": (("--config.train.steps=0",), 1, "Set just one of train.steps"),

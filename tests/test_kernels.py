@@ -1,7 +1,6 @@
-"""Attention by kernels equals `dense`, and is refused where there is none; `auto` takes it where it can.
+"""Tests that the attention kernels equal `dense`, what they refuse, and what `auto` selects.
 
-Splash attention is interpreted here, and cuDNN's arguments go to XLA; what their compilers make of them is in
-tests/test_plan.py.
+Splash attention is interpreted here, and XLA computes cuDNN's arguments; tests/test_plan.py compiles both.
 """
 
 import dataclasses
@@ -28,7 +27,7 @@ interpreted = functools.partial(kernels.splash, interpret=True)
 
 
 def random_arrays(length, dtype=np.float32):
-    """q, k, v, the output's cotangent, and where documents begin: some rows have several, the last one has one."""
+    """Returns q, k, v, the cotangent of the output, and document starts: several in some rows, one in the last row."""
     rng = np.random.default_rng(0)
     arrays = [jnp.asarray(rng.normal(size=(BATCH, length, HEADS, KV)), dtype) for _ in range(4)]
     begins = (rng.random((BATCH, length)) < 0.03) & (np.arange(BATCH) < BATCH - 1)[:, None]
@@ -48,8 +47,8 @@ def out_and_gradients(attend, arrays, starts=None, mesh=None):
         return quick_jit(run)(*(jax.device_put(x, spec) for x in arrays), starts)
 
 
-def assert_close(found, expected, tolerance=2e-6):
-    for name, one, other in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+def assert_close(actual, expected, tolerance=2e-6):
+    for name, one, other in zip(("out", "dq", "dk", "dv"), actual, expected, strict=True):
         assert one.dtype == other.dtype, name
         one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * np.abs(other).max(), err_msg=name)
@@ -61,7 +60,7 @@ def assert_close(found, expected, tolerance=2e-6):
     ids=["one device", "one device, borders", "tensor", "tensor, borders", "sequence, borders"],
 )
 def test_splash_equals_dense(mesh, length, borders):
-    """Three blocks of 128 on one device; parts of batch and heads on a mesh, and half of the queries."""
+    """One device has three blocks of 128. Meshes shard the batch and the heads, and the queries in two."""
     *arrays, starts = random_arrays(length)
     starts = starts if borders else None
     expected = out_and_gradients(attention.dense, arrays, starts)
@@ -71,14 +70,14 @@ def test_splash_equals_dense(mesh, length, borders):
 def test_splash_in_bfloat16():
     *arrays, starts = random_arrays(128, jnp.bfloat16)
     exact = out_and_gradients(attention.dense, [x.astype(jnp.float32) for x in arrays], starts)
-    found = out_and_gradients(interpreted, arrays, starts)
-    assert_close(found, [x.astype(jnp.bfloat16) for x in exact], 0.02)
+    actual = out_and_gradients(interpreted, arrays, starts)
+    assert_close(actual, [x.astype(jnp.bfloat16) for x in exact], 0.02)
 
 
 def test_splash_of_a_prompt_of_any_length():
     q, k, v, _, starts = random_arrays(77)
-    found = quick_jit(interpreted)(q, k, v, starts)
-    np.testing.assert_allclose(found, quick_jit(attention.dense)(q, k, v, starts), rtol=0, atol=2e-6)
+    actual = quick_jit(interpreted)(q, k, v, starts)
+    np.testing.assert_allclose(actual, quick_jit(attention.dense)(q, k, v, starts), rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("mesh", [None, TENSOR], ids=["one device", "tensor"])
@@ -93,8 +92,8 @@ def test_what_cudnn_is_asked_for_equals_dense(monkeypatch, mesh, borders):
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     *arrays, starts = random_arrays(24)
     starts = starts if borders else None
-    found = out_and_gradients(kernels.cudnn, arrays, starts, mesh)
-    assert_close(found, out_and_gradients(attention.dense, arrays, starts))
+    actual = out_and_gradients(kernels.cudnn, arrays, starts, mesh)
+    assert_close(actual, out_and_gradients(attention.dense, arrays, starts))
     assert set(asked) == {("cudnn", True)}
 
 
@@ -153,7 +152,7 @@ def test_auto_is_the_kernel_of_the_platform_and_the_model_runs_it(monkeypatch, p
 
 
 def test_a_mesh_with_parts_of_the_length_is_refused_or_dense(tiny):
-    """`build` tells the config what the mesh divides."""
+    """`build` passes the number of shards of the length to `resolve`."""
     layout = sharding.make_layout(MeshConfig("sp", sequence=2))
     assert layout.length_shards == 2
     assert sharding.make_layout(TENSOR).length_shards == 1
@@ -169,7 +168,7 @@ def test_a_mesh_with_parts_of_the_length_is_refused_or_dense(tiny):
 
 
 def test_a_run_with_a_kernel_is_evaluated_and_converted_anywhere(tiny, tmp_path):
-    """The run that a TPU left behind: that of this machine, with another attention in its record."""
+    """The recorded attention is edited, as if the run had been trained on a TPU."""
     model = dataclasses.replace(KERNEL, embed_dropout=0.1, residual_dropout=0.1)
     config = dataclasses.replace(
         tiny, model=model, train=dataclasses.replace(tiny.train, batch_size=8, steps=1, eval_every=0, sample_tokens=0)

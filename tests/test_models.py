@@ -1,4 +1,4 @@
-"""The model against published sizes, an independent NumPy forward pass, and what each option promises."""
+"""Tests the GPT against published sizes and an independent NumPy forward pass, and tests the effect of each option."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from gpt.models import kernels, layers
 from gpt.models.gpt import GPT, SIZES, GPTConfig, named_size
 from gpt.runtime.errors import UserError
 
-# Without LLVM's optimizations: a third of the compilation time, and the arithmetic is the same but for rounding.
+# Skipping LLVM's optimizations takes a third of the compilation time and changes results by rounding only.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 VOCAB, LENGTH = 11, 10
@@ -30,18 +30,18 @@ def make(vocab_size=VOCAB, **options) -> GPTConfig:
 
 
 def abstract_variables(config):
-    """Shapes of the parameters, in Flax's boxes with axis names; nothing is allocated."""
+    """Returns the shapes of the parameters, in Flax's boxes with axis names, without allocating them."""
     return jax.eval_shape(GPT(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
 
 
 def by_path(tree) -> dict:
-    """{"block_0/mlp/up/kernel": leaf, …}"""
+    """Returns {"block_0/mlp/up/kernel": leaf, …}."""
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: isinstance(x, P))[0]
     return {"/".join(key.key for key in path if key.key != "params"): leaf for path, leaf in leaves}
 
 
 def random_variables(config, seed=1):
-    """Parameters far from their initial values, so that every scale and bias and every weight matters."""
+    """Returns parameters far from their initial values, so that every scale, bias and weight has an effect."""
     rng = np.random.default_rng(seed)
 
     def draw(path, x):
@@ -52,7 +52,7 @@ def random_variables(config, seed=1):
 
 
 def stacked(variables, num_layers):
-    """Parameters of the unrolled model, as the model with scan_layers wants them."""
+    """Converts parameters of the unrolled model to those of the model with scan_layers."""
     params = dict(variables["params"])
     blocks = [params.pop(f"block_{i}") for i in range(num_layers)]
     return {"params": params | {"blocks": jax.tree.map(lambda *x: np.stack(x), *blocks)}}
@@ -63,15 +63,15 @@ def logits_of(config, variables, tokens=TOKENS, **options):
 
 
 def assert_close(actual, expected, tolerance=2e-6):
-    """Errors are compared with the largest number in the array, in units of float32 rounding (6e-8)."""
+    """Asserts that errors are small relative to the largest number in the array. Rounding in float32 is 6e-8."""
     actual, expected = np.asarray(actual), np.asarray(expected)
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 # Sizes.
 
-# With GPT-2's vocabulary and context, a tied head and biases everywhere. GPT-2's are the published counts;
-# the smaller ones add up tables, 12·D² + 13·D a layer and 2·D for the final norm.
+# With GPT-2's vocabulary and context, a tied head and all biases. GPT-2's numbers are published. The smaller ones are
+# the sum of the embeddings, 12·D² + 13·D for each layer and 2·D for the final norm.
 PARAMETERS = {
     "gpt2": 124_439_808,
     "gpt2-medium": 354_823_168,
@@ -101,7 +101,7 @@ def test_openai_gpt_has_its_published_parameters_and_a_final_norm():
 
 
 def test_sizes_are_those_of_mingpt():
-    """(layers, heads, width); the number of heads is the one thing that no count of parameters shows."""
+    """Sizes are (layers, heads, width). No number of parameters depends on the number of heads."""
     assert SIZES == {
         "openai-gpt": (12, 12, 768),
         "gpt2": (12, 12, 768),
@@ -144,7 +144,7 @@ def test_counted_parameters_are_those_made(options, scan_layers):
 
 
 def test_flops_of_gpt2():
-    """6 for each weight of the 12 blocks and of the head, and 12·layers·width·length for the attention."""
+    """FLOPs are 6 for each weight of the 12 blocks and of the head, and 12·layers·width·length for attention."""
     config = GPTConfig(block_size=1024, **named_size("gpt2")).resolve(50257, "cpu")
     assert config.flops_per_token() == 6 * (12 * 12 * 768**2 + 50257 * 768) + 12 * 12 * 768 * 1024
 
@@ -165,7 +165,7 @@ def numpy_activation(name, x):
 
 
 def numpy_logits(config, variables, tokens):
-    """The forward pass in float64 and from the parameters alone, as the GPT-2 paper describes it."""
+    """Computes the forward pass of the GPT-2 paper in float64 from the parameters alone."""
     params = jax.tree.map(lambda x: np.asarray(x, np.float64), variables["params"])
 
     def linear(p, x, axes):
@@ -179,7 +179,7 @@ def numpy_logits(config, variables, tokens):
         return x * p["scale"] + p.get("bias", 0)
 
     def rotated(x):
-        """Pairs (i, i + K/2) as complex numbers, turned by position·10000^(-2i/K)."""
+        """Rotates the pairs (i, i + K/2), as complex numbers, by position·10000^(-2i/K)."""
         half = x.shape[-1] // 2
         angles = np.arange(x.shape[1])[:, None] * 10000.0 ** (-2 * np.arange(half) / x.shape[-1])
         z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None, :]
@@ -240,7 +240,7 @@ def test_logits_equal_an_independent_forward_pass(options):
 
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)
 def test_activations_and_their_gradients_far_from_zero(name):
-    """gelu_tanh is written with a sigmoid: at ±50 its cube must not give a NaN there or in the gradient."""
+    """The cube in gelu_tanh must not cause a NaN at ±50, in the value or in the gradient."""
     x = np.concatenate([np.linspace(-50, 50, 101), np.linspace(-1, 1, 21)]).astype(np.float32)
     values, slopes = jax.vmap(jax.value_and_grad(layers.ACTIVATIONS[name]))(x)
     expected = numpy_activation(name, x.astype(np.float64))
@@ -270,7 +270,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
     [*itertools.product(["dense", "flax", "chunked"], ["learned", "rotary"], [False]), ("chunked", "rotary", True)],
 )
 def test_future_tokens_change_no_logits(attention, positions, scan_layers):
-    """Bit for bit; and the changed token does change the logits from its own position on."""
+    """Earlier logits are equal to the bit; the changed token changes the logits from its own position on."""
     config = make(attention=attention, positions=positions, scan_layers=scan_layers)
     variables = random_variables(config)
     apply = quick_jit(GPT(config).apply)
@@ -285,7 +285,7 @@ def test_future_tokens_change_no_logits(attention, positions, scan_layers):
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
 def test_a_prefix_has_the_logits_it_has_within_the_whole(positions):
-    """What makes it possible to train at block_size and to generate from a shorter prompt."""
+    """A model trained at block_size can therefore continue a shorter prompt."""
     config = make(positions=positions)
     variables = random_variables(config)
     whole = logits_of(config, variables)
@@ -307,7 +307,7 @@ def test_scanned_layers_give_the_logits_of_unrolled_ones(remat):
 
 
 def loss(config, variables, dropout_key=None):
-    """Mean cross-entropy, with dropout if there is a key."""
+    """Returns the mean cross-entropy, with dropout if there is a key."""
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     logits = GPT(config).apply(variables, TOKENS[:, :-1], deterministic=dropout_key is None, rngs=rngs)
     return -jnp.take_along_axis(nn.log_softmax(logits), TOKENS[:, 1:, None], axis=-1).mean()
@@ -315,7 +315,7 @@ def loss(config, variables, dropout_key=None):
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 def test_remat_gives_the_same_gradients(scan_layers):
-    """With dropout on: what is recomputed has to drop the same things again."""
+    """Dropout is on: the recomputation has to draw the same masks."""
     config = make(scan_layers=scan_layers)
     variables = random_variables(config)
     gradients = {}
@@ -323,7 +323,7 @@ def test_remat_gives_the_same_gradients(scan_layers):
         of_loss = jax.grad(functools.partial(loss, dataclasses.replace(config, remat=remat)))
         gradients[remat] = by_path(quick_jit(of_loss)(variables, jax.random.key(4)))
     for remat, (name, expected) in itertools.product(("dots", "full"), gradients["none"].items()):
-        # Within rounding of the largest: a layer's own gradients may be sums that cancel.
+        # Relative to the largest gradient, because the terms of a gradient may cancel.
         np.testing.assert_allclose(gradients[remat][name], expected, rtol=1e-5, atol=1e-6, err_msg=f"{remat} {name}")
 
 
@@ -338,13 +338,13 @@ def test_scanned_layers_give_the_gradients_of_unrolled_ones():
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 def test_remat_keeps_less_for_the_backward_pass(scan_layers):
-    """The residuals are the leaves of the pulled-back function; `full` keeps little but the input of each block."""
+    """The saved residuals are the leaves of the vjp function. `full` saves little more than the input of each block."""
 
     def kept_bytes(remat):
         config = make(num_layers=4, scan_layers=scan_layers, remat=remat)
         of_variables = functools.partial(loss, config, dropout_key=jax.random.key(0))
         residuals = jax.eval_shape(lambda variables: jax.vjp(of_variables, variables)[1], random_variables(config))
-        parameters = 4 * config.num_parameters()  # kept in any case
+        parameters = 4 * config.num_parameters()  # always saved
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals)) - parameters
 
     none, dots, full = (kept_bytes(remat) for remat in ("none", "dots", "full"))
@@ -357,7 +357,7 @@ def test_remat_keeps_less_for_the_backward_pass(scan_layers):
 
 @pytest.mark.parametrize("tie_embeddings", [True, False], ids=["tied", "untied"])
 def test_padding_of_the_vocabulary_has_no_probability(tie_embeddings):
-    """The rows that are added hold rubbish here; the logits of real tokens stay what they were."""
+    """The added rows of the table contain arbitrary numbers here. The logits of real tokens do not change."""
     config = make(tie_embeddings=tie_embeddings)
     padded = dataclasses.replace(config, vocab_multiple=8)
     assert padded.padded_vocab_size == 16
@@ -398,7 +398,7 @@ def test_each_dropout_follows_its_key(name):
     np.testing.assert_array_equal(first, with_dropout(jax.random.key(0)))
     assert np.abs(first - with_dropout(jax.random.key(1))).max() > 0.1
     assert np.abs(first - plain).max() > 0.1
-    # Deterministic: the rate and the key count for nothing.
+    # If deterministic, rate and key have no effect.
     np.testing.assert_array_equal(logits_of(config, variables, rngs={"dropout": jax.random.key(0)}), plain)
     np.testing.assert_array_equal(logits_of(make(**NO_DROPOUT), variables), plain)
 
@@ -413,7 +413,7 @@ def test_no_dropout_needs_no_key():
 
 @pytest.mark.parametrize("attention", ["flax", "chunked"])
 def test_attention_may_be_exchanged_in_the_middle_of_a_run(attention):
-    """All three dropouts on: same parameters, same key, same logits whatever computes the attention."""
+    """With all three dropouts on, every implementation gives the same logits for the same parameters and key."""
     config = make()
     variables = random_variables(config)
     options = {"deterministic": False, "rngs": {"dropout": jax.random.key(6)}}
@@ -423,7 +423,7 @@ def test_attention_may_be_exchanged_in_the_middle_of_a_run(attention):
 
 @pytest.mark.parametrize("name", ["dense", "flax", "chunked"])
 def test_the_chosen_attention_is_the_one_that_runs(name, monkeypatch):
-    """No result can show it, since all of them give the same."""
+    """The test watches the calls, because all implementations give the same result."""
     config = make(attention=name, query_chunk=5, key_chunk=7)
     calls = []
 
@@ -442,7 +442,7 @@ def test_the_chosen_attention_is_the_one_that_runs(name, monkeypatch):
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 def test_residual_dropouts_are_independent_and_scaled(scan_layers):
-    """A model that shows its masks: each of its four branches adds 1 to every channel but the first.
+    """The model makes its masks visible: each of its four branches adds 1 to every channel but the first.
 
     A channel that survives k of the four dropouts of rate 1/4 is 1 + 4/3·k, and k is binomial. If the layers
     of a scan shared their mask, k would always be even.
@@ -460,7 +460,7 @@ def test_residual_dropouts_are_independent_and_scaled(scan_layers):
     variables["params"]["head"]["kernel"] += np.eye(width, dtype=np.float32)
     tokens = np.zeros((32, 12), np.int32)
     logits = logits_of(config, variables, tokens, deterministic=False, rngs={"dropout": jax.random.key(0)})
-    # The final norm divides all channels by the same number; the first shows which.
+    # The final norm divides all channels by the same number, which the first channel shows.
     survived = (logits[..., 1:] / logits[..., :1] - 1) * 3 / 4
     assert np.abs(survived - survived.round()).max() < 1e-4
     frequencies = np.bincount(survived.round().astype(int).ravel(), minlength=5) / survived.size
@@ -496,7 +496,7 @@ OTHER_AXES = {
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_logical_axes_of_every_parameter(scan_layers, remat):
-    """The whole table, so that no parameter is without its axes; a scan puts `layers` first."""
+    """The test covers the axes of all parameters. A scan adds `layers` as the first axis."""
     config = make(tie_embeddings=False, scan_layers=scan_layers, remat=remat)
     if scan_layers:
         blocks = {f"blocks/{name}": ("layers", *axes) for name, axes in BLOCK_AXES.items()}
@@ -514,21 +514,21 @@ def test_logical_axes_of_every_parameter(scan_layers, remat):
 
 @pytest.fixture(scope="module", params=[False, True], ids=["unrolled", "scanned"])
 def fresh(request):
-    """Config and freshly initialised parameters of a model wide enough for statistics."""
+    """Returns the config and the initial parameters of a model that is wide enough for statistics."""
     config = make(100, num_layers=3, embed_dim=64, block_size=64, scan_layers=request.param, tie_embeddings=False)
     variables = quick_jit(GPT(config).init)(jax.random.key(0), np.zeros((1, 1), np.int32))
     return config, nn.unbox(variables)
 
 
 def test_initial_parameters(fresh):
-    """GPT-2's: 0.02 everywhere, but 0.02/√(2·layers) for what writes to the residual stream."""
+    """The deviations are GPT-2's: 0.02, and 0.02/√(2·layers) for projections onto the residual stream."""
     for name, x in by_path(fresh[1]).items():
         assert x.dtype == jnp.float32, name
         if name.endswith(("bias", "scale")):
             np.testing.assert_array_equal(x, float(name.endswith("scale")), err_msg=name)
             continue
         expected = 0.02 / math.sqrt(6) if name.endswith(("out/kernel", "down/kernel")) else 0.02
-        # At least 4096 draws: the sample's deviation is within 1.1 % at one sigma.
+        # With at least 4096 draws, one sigma of the sample's deviation is at most 1.1 %.
         assert x.size >= 4096
         assert x.std() == pytest.approx(expected, rel=0.05), name
         assert abs(x.mean()) < 0.1 * expected, name
@@ -552,7 +552,7 @@ def test_layers_start_different(fresh):
 
 
 def test_a_fresh_model_knows_nothing(fresh):
-    """Its loss is that of the uniform distribution, log(vocabulary)."""
+    """The loss of an untrained model is that of the uniform distribution, log(vocabulary)."""
     config, variables = fresh
     tokens = np.random.default_rng(0).integers(0, 100, (4, 65), dtype=np.int32)
     log_probabilities = nn.log_softmax(logits_of(config, variables, tokens[:, :-1]))
@@ -590,13 +590,13 @@ def test_bfloat16_computes_in_bfloat16_between_float32_ends(attention):
     assert {"token_embedding", "position_embedding", "block_0", "block_1", "final_norm"} <= outputs.keys()
     assert {name: x.dtype for name, x in outputs.items() if x.dtype != jnp.bfloat16} == {}
     expected = logits_of(dataclasses.replace(config, dtype="float32"), variables)
-    # 2⁻⁸ for each of the roundings on the way, of which there are some tens.
+    # Each of several tens of roundings contributes up to 2⁻⁸.
     assert_close(logits[..., :VOCAB], expected[..., :VOCAB], 0.05)
     assert (logits[..., VOCAB:] <= -1e29).all()
 
 
 def by_path_of_calls(intermediates) -> dict:
-    """{"block_0/mlp": its output, …, "": the logits}"""
+    """Returns {"block_0/mlp": its output, …, "": the logits}."""
     return {
         "/".join(key.key for key in path[:-2]): x
         for path, x in jax.tree_util.tree_flatten_with_path(intermediates)[0]
@@ -605,7 +605,7 @@ def by_path_of_calls(intermediates) -> dict:
 
 
 def test_gradients_of_bfloat16_are_float32():
-    """The optimizer adds small steps to float32 parameters."""
+    """The optimizer needs float32 gradients for its small steps."""
     config = make(dtype="bfloat16")
     gradients = jax.eval_shape(jax.grad(functools.partial(loss, config)), random_variables(config))
     assert {x.dtype for x in jax.tree.leaves(gradients)} == {jnp.dtype("float32")}

@@ -1,4 +1,4 @@
-"""The schedule and AdamW against formulas of their own, and which parameters are decayed."""
+"""Tests the schedule, AdamW and Muon against independent formulas, and tests which parameters are decayed."""
 
 import dataclasses
 import math
@@ -19,7 +19,7 @@ from gpt.runtime.errors import UserError
 
 
 def expected_rate(config: OptimizerConfig, tokens_per_step: int, total_steps: int, step: int) -> float:
-    """The schedule counted in tokens, in double precision."""
+    """Computes the schedule in tokens and in double precision."""
     before, after = step * tokens_per_step, (step + 1) * tokens_per_step
     if after < config.warmup_tokens:
         return config.learning_rate * after / config.warmup_tokens
@@ -32,7 +32,7 @@ def expected_rate(config: OptimizerConfig, tokens_per_step: int, total_steps: in
     return lowest + (config.learning_rate - lowest) * falling
 
 
-# Tokens a step, steps, tokens of warm-up, tokens to the end of the decay (0: those of the run).
+# Tokens per step, number of steps, warm-up tokens, and tokens to the end of the decay (0: the end of the run).
 LENGTHS = {
     "short": (2048, 500, 1e5, 0),
     "warmup_of_part_of_a_step": (2048, 500, 5000, 0),
@@ -42,7 +42,12 @@ LENGTHS = {
     "past_int32": (1 << 19, 5000, 2**27, 0),  # 2.6e9 tokens
     "past_uint32": (1 << 21, 5000, 2**27, 2**33 + 1),  # 10.5e9 tokens
     "gpt3": (3_200_000, 93_750, 375e6, 260e9),  # 300e9 tokens
-    "past_float32_steps": (2048, 146_484_375, 375e6, 260e9),  # the same, in more steps than float32 can count
+    "past_float32_steps": (
+        2048,
+        146_484_375,
+        375e6,
+        260e9,
+    ),  # the same number of tokens in more steps than float32 can count
 }
 
 
@@ -62,12 +67,12 @@ def test_schedule_is_the_formula(length, decay_kind, final_fraction):
     edges = [int(tokens / tokens_per_step) for tokens in (warmup, decay or 0)] + [total_steps]
     steps = {edge + near for edge in edges for near in range(-2, 3)} | set(np.linspace(0, total_steps, 101).astype(int))
     steps = np.array(sorted(step for step in steps if 0 <= step <= 1.2 * total_steps), np.int32)
-    # As in the program: compiled, and fed with the int32 counter of the state.
-    found = np.asarray(jax.jit(optimizer.schedule(config, tokens_per_step, total_steps))(steps))
+    # Compiled, with an int32 step, as in the training step.
+    actual = np.asarray(jax.jit(optimizer.schedule(config, tokens_per_step, total_steps))(steps))
     expected = [expected_rate(config, tokens_per_step, total_steps, int(step)) for step in steps]
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * config.learning_rate)
-    assert (found >= 0).all()
-    assert (found <= config.learning_rate * (1 + 1e-6)).all()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * config.learning_rate)
+    assert (actual >= 0).all()
+    assert (actual <= config.learning_rate * (1 + 1e-6)).all()
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -80,7 +85,7 @@ def test_schedule_rises_then_falls_then_stays(length):
     def rates(first, last):
         return np.asarray(rate(np.unique(np.linspace(first, last, 50).astype(np.int32))))
 
-    assert rate(0) > 0  # or else the first step would be lost
+    assert rate(0) > 0  # otherwise the first step would have no effect
     if top > 2:
         assert (np.diff(rates(0, top - 1)) > 0).all()
     assert rates(0, end).max() == pytest.approx(config.learning_rate, rel=1e-3)
@@ -102,13 +107,13 @@ SHAPE = GPTConfig(num_layers=2, num_heads=2, embed_dim=8, block_size=4, vocab_si
 
 
 def boxed_params(**options):
-    """Abstract parameters of a GPT with the axis names around them."""
+    """Returns abstract parameters of a GPT in boxes with the names of their axes."""
     model = GPT(dataclasses.replace(SHAPE, **options))
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
 
 
 def names(tree, is_leaf=None) -> dict:
-    """{"block_0/mlp/up/kernel": leaf, …}."""
+    """Returns {"block_0/mlp/up/kernel": leaf, …}."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
     return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
 
@@ -128,7 +133,7 @@ KERNELS = ("attention/qkv/kernel", "attention/out/kernel", "mlp/up/kernel", "mlp
 )
 @pytest.mark.parametrize("boxed", [True, False], ids=["boxed", "unboxed"])
 def test_matrices_are_decayed_and_nothing_else(options, blocks, head, boxed):
-    """Initialisation sees parameters in Flax's boxes, the training step without."""
+    """The mask is the same for parameters with and without Flax's boxes."""
     abstract = boxed_params(**options)
     is_box = lambda x: isinstance(x, nn.meta.AxisMetadata)  # noqa: E731
     params = abstract if boxed else nn.unbox(abstract)
@@ -139,7 +144,7 @@ def test_matrices_are_decayed_and_nothing_else(options, blocks, head, boxed):
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 def test_without_gradient_only_the_matrices_shrink(scan_layers):
-    """The mask as the optimizer applies it, with a state that was made from the boxed parameters."""
+    """The optimizer applies the mask, with a state that was initialized from the boxed parameters."""
     boxed = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 2.0), boxed_params(scan_layers=scan_layers))
     params = nn.unbox(boxed)
     tx = optimizer.make_optimizer(OptimizerConfig(weight_decay=0.5), lambda step: 0.1, None)
@@ -157,7 +162,7 @@ def test_without_gradient_only_the_matrices_shrink(scan_layers):
 
 
 def adamw(config: OptimizerConfig, rates, params, gradients):
-    """Clipping, Adam with bias correction and decoupled decay in NumPy and double precision."""
+    """Computes clipping, Adam with bias correction, and decoupled decay in NumPy and double precision."""
     m = {name: np.zeros_like(p) for name, p in params.items()}
     v = {name: np.zeros_like(p) for name, p in params.items()}
     for t, (rate, gradient) in enumerate(zip(rates, gradients, strict=True), start=1):
@@ -178,7 +183,7 @@ def adamw(config: OptimizerConfig, rates, params, gradients):
     [
         OptimizerConfig(),
         OptimizerConfig(clip_norm=0.0),
-        OptimizerConfig(clip_norm=1e-3, epsilon=0.1),  # an epsilon that shows where it stands
+        OptimizerConfig(clip_norm=1e-3, epsilon=0.1),  # large enough to show where epsilon is added
         OptimizerConfig(clip_norm=4.0),  # between the norms of the gradients below
         OptimizerConfig(b1=0.0, b2=0.0),
         OptimizerConfig(b1=0.8, b2=0.999, weight_decay=0.0),
@@ -187,7 +192,7 @@ def adamw(config: OptimizerConfig, rates, params, gradients):
     ids=["default", "unclipped", "epsilon", "clipped_sometimes", "no_memory", "no_decay", "much_decay"],
 )
 def test_update_is_adamw(config):
-    """Five steps at rates that differ, gradients of norm 0.4 to 40: clipped together, not each array alone."""
+    """Five steps have different learning rates and gradients of norm 0.4 to 40, clipped by their global norm."""
     rng = np.random.default_rng(0)
     shapes = {"kernel": (3, 4), "bias": (4,), "embedding": (5, 3)}
     params = {name: rng.normal(size=shape) for name, shape in shapes.items()}
@@ -196,19 +201,19 @@ def test_update_is_adamw(config):
     single = lambda tree: jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)  # noqa: E731
 
     tx = optimizer.make_optimizer(config, lambda step: jnp.asarray(rates)[step], None)
-    found = single(params)
-    state = tx.init(found)
+    actual = single(params)
+    state = tx.init(actual)
     update = jax.jit(tx.update)
     for gradient in gradients:
-        updates, state = update(single(gradient), state, found)
-        found = optax.apply_updates(found, updates)
+        updates, state = update(single(gradient), state, actual)
+        actual = optax.apply_updates(actual, updates)
     expected = adamw(config, rates, params, gradients)
     for name in shapes:
-        np.testing.assert_allclose(found[name], expected[name], rtol=2e-5, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(actual[name], expected[name], rtol=2e-5, atol=2e-5, err_msg=name)
 
 
 def test_clipping_bounds_what_one_wild_gradient_does():
-    """The moments after a gradient that is a thousand times too big are those of one of norm 1."""
+    """The moments after a gradient of norm 1,000 are those after its direction with norm 1."""
     tx = optimizer.make_optimizer(OptimizerConfig(b1=0.0), lambda step: 1.0, None)
     params = {"kernel": jnp.zeros(4)}
     _, state = tx.update({"kernel": jnp.full(4, 500.0)}, tx.init(params), params)
@@ -219,7 +224,7 @@ def test_clipping_bounds_what_one_wild_gradient_does():
 
 
 def newton_schulz(x):
-    """Of one matrix, in double precision: the quintic iteration as Jordan's page has it."""
+    """Computes Jordan's quintic iteration for one matrix in double precision."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = x.T if x.shape[0] > x.shape[1] else x
     wide = wide / np.linalg.norm(wide)
@@ -232,11 +237,11 @@ def newton_schulz(x):
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
 def test_orthogonalized_is_near_the_nearest_orthogonal_matrix(shape):
     x = np.random.default_rng(0).normal(size=(3, *shape))
-    found = np.asarray(optimizer.orthogonalize(jnp.asarray(x, jnp.float32)))
-    for one, made in zip(x, found, strict=True):
-        np.testing.assert_allclose(made, newton_schulz(one), atol=1e-4)
+    actual = np.asarray(optimizer.orthogonalize(jnp.asarray(x, jnp.float32)))
+    for one, result in zip(x, actual, strict=True):
+        np.testing.assert_allclose(result, newton_schulz(one), atol=1e-4)
         u, _, v = np.linalg.svd(one, full_matrices=False)
-        inside = u.T @ made @ v.T  # diagonal where the singular vectors are kept
+        inside = u.T @ result @ v.T  # diagonal where the singular vectors are kept
         assert np.abs(inside - np.diag(np.diag(inside))).max() < 1e-4
         assert (np.diag(inside) > 0.6).all()
         assert (np.diag(inside) < 1.3).all()
@@ -245,7 +250,7 @@ def test_orthogonalized_is_near_the_nearest_orthogonal_matrix(shape):
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 @pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "model": 2}], ids=["one", "mesh"])
 def test_update_is_muon_for_kernels_of_blocks_and_adam_for_the_rest(scan_layers, mesh):
-    """Three steps against matrices taken one by one in NumPy, on one device and spread over a mesh."""
+    """Three steps equal those of NumPy, one matrix at a time, on one device and on a mesh."""
     boxed = boxed_params(scan_layers=scan_layers, tie_embeddings=False)
     axes = nn.get_partition_spec(boxed)
     config = OptimizerConfig(name="muon", clip_norm=0.0, weight_decay=0.1)
@@ -256,18 +261,18 @@ def test_update_is_muon_for_kernels_of_blocks_and_adam_for_the_rest(scan_layers,
 
     def updated(config):
         tx = optimizer.make_optimizer(config, lambda step: 0.1, axes)
-        found, state = params, tx.init(params)
+        actual, state = params, tx.init(params)
         with layout.use():
             for gradient in gradients:
-                updates, state = jax.jit(tx.update)(gradient, state, found)
-                found = optax.apply_updates(found, updates)
-        return names(found)
+                updates, state = jax.jit(tx.update)(gradient, state, actual)
+                actual = optax.apply_updates(actual, updates)
+        return names(actual)
 
     width = SHAPE.embed_dim
-    found, adam = updated(config), updated(dataclasses.replace(config, name="adamw"))
+    actual, adam = updated(config), updated(dataclasses.replace(config, name="adamw"))
     for name, start in names(params).items():
         if not name.endswith("kernel") or name.startswith("head"):
-            np.testing.assert_allclose(found[name], adam[name], atol=1e-6, err_msg=name)
+            np.testing.assert_allclose(actual[name], adam[name], atol=1e-6, err_msg=name)
             continue
         layers = len(start) if scan_layers else 1
         inputs = 4 * width if "down" in name else width
@@ -278,7 +283,7 @@ def test_update_is_muon_for_kernels_of_blocks_and_adam_for_the_rest(scan_layers,
             momentum = 0.95 * momentum + 0.05 * g
             steps = [newton_schulz(0.95 * m + 0.05 * one) for m, one in zip(momentum, g, strict=True)]
             expected = expected - 0.1 * (0.2 * max(expected.shape[1:]) ** 0.5 * np.stack(steps) + 0.1 * expected)
-        np.testing.assert_allclose(found[name].reshape(expected.shape), expected, atol=2e-4, err_msg=name)
+        np.testing.assert_allclose(actual[name].reshape(expected.shape), expected, atol=2e-4, err_msg=name)
 
 
 # What is refused.

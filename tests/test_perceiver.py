@@ -1,4 +1,4 @@
-"""The Perceivers against independent NumPy passes, against the GPT, and for what a token may see."""
+"""Tests the Perceivers against independent NumPy passes and the GPT, and tests what a token attends to."""
 
 import dataclasses
 import functools
@@ -38,7 +38,7 @@ def make(**options) -> PerceiverARConfig:
 
 
 def random_params(model, *inputs, seed=1):
-    """Parameters far from their initial values, so that every scale and bias and every weight matters."""
+    """Returns parameters far from their initial values, so that every scale, bias and weight has an effect."""
     rng = np.random.default_rng(seed)
 
     def draw(path, x):
@@ -50,7 +50,7 @@ def random_params(model, *inputs, seed=1):
 
 
 def stacked(params):
-    """As a model with scan_layers wants them."""
+    """Converts parameters of the unrolled model to those of the model with scan_layers."""
     blocks = jax.tree.map(lambda *x: np.stack(x), params["block_0"], params["block_1"])
     return {name: params[name] for name in ("token_embedding", "read", "final_norm")} | {"blocks": blocks}
 
@@ -64,7 +64,7 @@ def assert_close(actual, expected, tolerance=3e-6):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
-# An independent pass in float64, of one row and one head at a time.
+# An independent forward pass in float64, one row and one head at a time.
 
 
 def norm(p, x):
@@ -95,10 +95,12 @@ def mlp(p, x):
 
 
 def block(p, z, q, keys, values, seen, positions=None):
-    """z after its tokens, with queries q of [L, H, K], attended to the `seen` first of the keys, and after the MLP.
+    """Returns z after attention and MLP.
 
     Args:
-      positions: of the queries and of the keys, to be rotated by.
+      q: queries, [L, H, K].
+      seen: for each query, the number of keys that it attends to, from the first.
+      positions: positions of the queries and of the keys for rotary encoding.
     """
     out = np.zeros_like(q)
     for h in range(q.shape[1]):
@@ -125,7 +127,7 @@ def self_block(p, z, seen, positions=None):
 
 
 def reference(p, tokens, config):
-    """[L, V] logits of one row."""
+    """Returns the logits [L, V] of one row."""
     p = jax.tree.map(lambda x: x.astype(np.float64), p)
     table, places = p["token_embedding"]["embedding"], np.arange(len(tokens))
     x, latents = table[tokens], places[max(0, len(tokens) - config.num_latents) :]
@@ -143,7 +145,7 @@ def params():
 
 @pytest.mark.parametrize("length", [LENGTH, LATENTS + 1, 3])
 def test_logits_are_those_of_an_independent_pass(params, length):
-    """Also where there are fewer tokens than latents."""
+    """The test includes fewer tokens than latents."""
     logits = logits_of(make(), params, TOKENS[:, :length])
     assert logits.shape == (2, min(length, LATENTS), VOCAB)
     for row in range(2):
@@ -151,7 +153,7 @@ def test_logits_are_those_of_an_independent_pass(params, length):
 
 
 def test_no_output_changes_with_a_later_token_and_each_with_every_earlier_one(params):
-    """Over all positions: of the prefix, of the latents, and the last."""
+    """The changed token is at each position: in the prefix, among the latents, and at the end."""
     before = logits_of(make(), params)
     changed = np.repeat(TOKENS[:1], LENGTH, axis=0)
     changed[np.arange(LENGTH), np.arange(LENGTH)] = (changed.diagonal() + 1) % VOCAB
@@ -163,7 +165,7 @@ def test_no_output_changes_with_a_later_token_and_each_with_every_earlier_one(pa
 
 
 def test_with_as_many_latents_as_tokens_it_is_a_gpt_of_one_block_more(params):
-    """The block that reads is the GPT's first, its packed kernel divided, and both of its norms the same one."""
+    """The cross-attention gets the GPT's first block, with its packed kernel divided and its norm used twice."""
     config = make(num_latents=LENGTH)
     own = params | {"read": params["read"] | {"norm_context": params["read"]["norm_1"]}}
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(GPTConfig)}
@@ -179,7 +181,7 @@ def test_with_as_many_latents_as_tokens_it_is_a_gpt_of_one_block_more(params):
 
 
 def test_each_of_two_documents_in_a_row_has_the_logits_that_it_has_alone(params):
-    """Also where the second begins before the latents, as what fills up the first rows of an evaluation does."""
+    """The test includes a second document that begins before the latents, as in the first rows of an evaluation."""
     for start in (3, LENGTH - LATENTS + 2):
         starts = np.where(np.arange(LENGTH) >= start, start, 0)[None]
         together = logits_of(make(), params, TOKENS[:1], starts)
@@ -213,7 +215,7 @@ def test_flops_with_as_many_latents_as_tokens_are_those_of_a_gpt_of_one_block_mo
     whole = PerceiverARConfig(num_layers=2, num_latents=64, **sizes).flops_per_token()
     assert whole == pytest.approx(GPTConfig(num_layers=3, **sizes).flops_per_token())
     few = PerceiverARConfig(num_layers=2, num_latents=16, **sizes).flops_per_token()
-    # A quarter of everything, but for the keys and values that are read, and of the scores in blocks a sixteenth.
+    # All FLOPs fall to a quarter, except for the context's keys and values; the scores in blocks to a sixteenth.
     keys, scores = 6 * 2 * 16**2, 12 * 2 * 16 * 64
     assert few == pytest.approx((whole - keys - scores) / 4 + keys + scores / 16)
 
@@ -225,12 +227,12 @@ def test_more_latents_than_tokens_are_refused():
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 def test_a_row_continued_with_a_cache_has_the_logits_that_it_has_without(params, scan_layers):
-    """Rows of several lengths, filled at once, whose latents begin where it is said and grow token by token."""
+    """Rows of different lengths fill the cache together; their latents begin at `first` and grow by one token each."""
     config = make(scan_layers=scan_layers)
     ours = stacked(params) if scan_layers else params
     model = PerceiverAR(config)
     filled, first = np.array([6, 3]), np.array([4, 0])
-    texts = np.where(np.arange(8) < filled[:, None], TOKENS[:, :8], 0)  # what is after the end does not count
+    texts = np.where(np.arange(8) < filled[:, None], TOKENS[:, :8], 0)  # tokens after the end have no effect
     apply = quick_jit(functools.partial(model.apply, mutable=["cache"]))
     _, changed = apply({"params": ours, "cache": config.init_cache(jnp.array(first), LENGTH)}, texts)
     for step in range(2):
@@ -244,27 +246,27 @@ def test_a_row_continued_with_a_cache_has_the_logits_that_it_has_without(params,
 
 
 def naive(params, config, prompt, num_tokens):
-    """Greedy tokens by the independent pass over the window, anew for each token, and how often it began anew."""
-    window, found, anew = list(prompt[-config.block_size :]), [], 0
-    room = max(1, config.num_latents // 4)  # latents that there is room for when they begin
+    """Returns greedy tokens by the independent pass over the window, and how often the window was shortened."""
+    window, actual, restarts = list(prompt[-config.block_size :]), [], 0
+    room = max(1, config.num_latents // 4)  # number of latents that can be added before the window is shortened
     first = max(0, len(window) - 1 - (config.num_latents - room))
     for _ in range(num_tokens):
         latents = dataclasses.replace(config, num_latents=len(window) - first)
         logits = reference(params, np.array(window), latents)[-1]
         second, best = np.sort(logits)[-2:]
-        assert best - second > 1e-3  # no tie that rounding could decide
-        found.append(int(logits.argmax()))
-        window.append(found[-1])
+        assert best - second > 1e-3  # rounding cannot change the best token
+        actual.append(int(logits.argmax()))
+        window.append(actual[-1])
         if len(window) > min(first + config.num_latents, config.block_size):
             window = window[-restart_length(config) :]
             first = max(0, len(window) - 1 - (config.num_latents - room))
-            anew += 1
-    return found, anew
+            restarts += 1
+    return actual, restarts
 
 
 @pytest.mark.parametrize(("scan_layers", "mesh"), [(False, (1, 1, 1, 1)), (True, (2, 2, 1, 2))], ids=["1", "2x2x2"])
 def test_prompts_are_continued_as_by_running_the_model_on_the_window_for_each_token(params, scan_layers, mesh):
-    """Prompts shorter than the latents, than the context, and longer, together, past the end of the context."""
+    """Prompts shorter than the latents, shorter than the context and longer are continued past the context's end."""
     config = make(scan_layers=scan_layers)
     prompts = [np.random.default_rng(length).integers(0, VOCAB, length) for length in (1, 4, LENGTH - 3, LENGTH + 2)]
     devices = jax.devices()[: np.prod(mesh)]
@@ -275,17 +277,17 @@ def test_prompts_are_continued_as_by_running_the_model_on_the_window_for_each_to
     tokens = np.zeros((len(prompts), 0), int)
     while tokens.shape[1] < 14:
         tokens = np.concatenate([tokens, decoding.advance(14 - tokens.shape[1]).tokens_BxN], axis=1)
-    for prompt, found in zip(prompts, tokens, strict=True):
-        expected, anew = naive(params, make(), prompt, 14)
-        assert found.tolist() == expected
-        assert anew >= 3
+    for prompt, actual in zip(prompts, tokens, strict=True):
+        expected, restarts = naive(params, make(), prompt, 14)
+        assert actual.tolist() == expected
+        assert restarts >= 3
 
 
-# Rows of a text, of whose tokens only the last have targets.
+# Examples of a text in which only the last tokens have targets.
 
 
 def pairs(row):
-    """Of each target that counts: the tokens that it is predicted from, and itself."""
+    """Returns, for each target in the loss, the tokens that it is predicted from, and the target."""
     inputs, targets = row["inputs"], row["targets"]
     starts = row.get("starts", np.zeros(len(inputs), int))
     ends = range(len(inputs) - len(targets) + 1, len(inputs) + 1)
@@ -301,9 +303,9 @@ def pairs(row):
 def test_evaluation_predicts_each_token_once_from_all_that_there_is_before_it(size, stride):
     tokens = np.arange(100, 100 + size, dtype=np.uint16)
     windows = EvaluationWindows(tokens, LENGTH, stride=stride, num_targets=LATENTS)
-    found = [pair for index in range(len(windows)) for pair in pairs(windows.example(0, index))]
-    assert [target for _, target in found] == tokens[1:].tolist()
-    for context, target in found:
+    actual = [pair for index in range(len(windows)) for pair in pairs(windows.example(0, index))]
+    assert [target for _, target in actual] == tokens[1:].tolist()
+    for context, target in actual:
         before = list(range(100, target))
         assert len(context) >= min(len(before), LENGTH - (stride or LATENTS) + 1)
         assert context == before[len(before) - len(context) :]

@@ -1,4 +1,4 @@
-"""The same training on every mesh, and the shards that the rules promise."""
+"""Tests that training is the same on every mesh, and that arrays are sharded as the rules say."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ def name_of(config: MeshConfig) -> str:
 
 
 def run_steps(config, layout, steps):
-    """Losses and final state of a run without checkpoints."""
+    """Returns the losses and the final state of a run without checkpoints."""
     corpus = text.load(config.data, config.tokenizer, config.model.block_size)
     source = text.TrainingWindows(corpus.train, config.model.block_size, config.seed)
     program = step.build(config, corpus.tokenizer.vocab_size, layout, steps)
@@ -69,13 +69,13 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def run_20_steps():
-    """`run_steps` on a mesh of some devices, once for each config and mesh."""
+    """Returns `run_steps` for a number of devices, cached for each config and mesh."""
     return functools.cache(
         lambda config, mesh, devices: run_steps(config, sharding.make_layout(mesh, jax.devices()[:devices]), 20)
     )
 
 
-# Compiling is what takes the time, so the variants are not tried on every mesh, and on some only with the slow tests.
+# Compilation takes most of the time, so not every variant runs on every mesh, and some only in the slow tests.
 MESHES_OF = {"plain": [*MESHES[:3], *MESHES[4:7]], "chunked-scan-remat": [MESHES[2], MESHES[5]]}
 CASES = [(variant, mesh) for variant, meshes in MESHES_OF.items() for mesh in meshes]
 SLOW_MESHES_OF = {
@@ -90,7 +90,7 @@ CASES += [
 
 @pytest.mark.parametrize(("variant", "mesh_config"), CASES, ids=lambda x: x if isinstance(x, str) else name_of(x))
 def test_every_mesh_gives_the_losses_of_one_device(tiny, run_20_steps, variant, mesh_config):
-    """20 steps with dropout on: the bits of a dropout mask must not depend on the mesh either."""
+    """Dropout is on for 20 steps: its masks must not depend on the mesh either."""
     config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, **VARIANTS[variant]))
     expected, state_1 = run_20_steps(config, MeshConfig(), 1)
     losses, state = run_20_steps(config, mesh_config, 8)
@@ -100,7 +100,7 @@ def test_every_mesh_gives_the_losses_of_one_device(tiny, run_20_steps, variant, 
         np.testing.assert_allclose(a, b, atol=5e-3)
 
 
-# Path of a parameter -> PartitionSpec under the rules of everything.
+# Path of a parameter -> PartitionSpec under the rules fsdp_tp.
 EXPECTED = {
     "token_embedding/embedding": P("model", "fsdp"),
     "position_embedding/embedding": P(None, "fsdp"),
@@ -119,7 +119,7 @@ EXPECTED = {
 
 
 def expected_spec(path: str, spec: P, rules: str) -> P:
-    """`EXPECTED` is for fsdp_tp; what the other rules leave out or add."""
+    """Returns the spec of `EXPECTED`, which is for fsdp_tp, converted to other rules."""
     if rules == "sp":
         if path.startswith("position_embedding"):
             return P("sequence", "fsdp")
@@ -131,7 +131,7 @@ def expected_spec(path: str, spec: P, rules: str) -> P:
 @pytest.mark.parametrize("mesh_config", MESHES, ids=name_of)
 def test_each_parameter_and_its_moments_are_sharded_as_the_rules_say(tiny, run_20_steps, mesh_config):
     mesh = sharding.make_layout(mesh_config).mesh
-    _, state = run_20_steps(tiny, mesh_config, 8)  # after steps: the shardings have to survive them
+    _, state = run_20_steps(tiny, mesh_config, 8)  # after steps, which must keep the shardings
     moments = state.opt_state[1]
     for path, spec in EXPECTED.items():
         spec = expected_spec(path, spec, mesh_config.rules)
@@ -144,7 +144,7 @@ def test_each_parameter_and_its_moments_are_sharded_as_the_rules_say(tiny, run_2
                 mesh.shape[axis] for axes in spec for axis in (axes if isinstance(axes, tuple) else (axes,)) if axis
             )
             if i > 0 and mesh_config.zero1:
-                parts *= mesh.shape["data"]  # over which axis of the array does not matter
+                parts *= mesh.shape["data"]  # on any axis of the array
             else:
                 assert leaf.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), leaf.ndim), path
             assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}, path
@@ -157,7 +157,7 @@ def bytes_on_first_device(state) -> int:
 
 @pytest.mark.parametrize("axis", ["fsdp", "model", "sequence"])
 def test_bytes_per_device_fall_with_the_axis(tiny, axis):
-    """What is left unsharded are scalars and, for `model`, norms, positions and the biases onto the residual stream."""
+    """Only scalars are not sharded and, for `model`, norms, positions and the biases onto the residual stream."""
     held = {}
     for size in (1, 2, 4, 8):
         config = MeshConfig("sp", data=8 // size, **({"fsdp": 1, "sequence": 1, "model": 1} | {axis: size}))
@@ -199,7 +199,7 @@ def test_optimizer_state_is_sharded_at_least_as_finely_as_the_parameters(tiny, m
 
 
 def test_no_device_holds_the_whole_state_while_it_is_made(tiny):
-    """The compiled initialisation needs, a device, about its share and far from the whole."""
+    """The compiled initialization needs little more memory than a device's share of the state."""
     model = dataclasses.replace(tiny.model, embed_dim=256, num_layers=4)
     program = step.build(dataclasses.replace(tiny, model=model), 64, sharding.make_layout(MeshConfig("fsdp")), 1)
     whole = sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(program.abstract_state))
@@ -210,7 +210,7 @@ def test_no_device_holds_the_whole_state_while_it_is_made(tiny):
 
 
 class Spy:
-    """Looks at each constrained activation, by way of Flax's own function."""
+    """Inspects the sharding of each constrained activation through Flax's function."""
 
     def __init__(self, monkeypatch):
         self.seen, self._original = {}, nn.with_logical_constraint
@@ -232,7 +232,7 @@ BATCH = ("data", "fsdp")
 )
 @pytest.mark.parametrize("attention", ["dense", "chunked"])
 def test_constraints_on_activations_are_in_force(tiny, monkeypatch, mesh_config, length, attention):
-    """Without them the compiler would choose: see what the hidden layers' shardings are, not only the parameters'."""
+    """The compiler would otherwise choose the shardings of activations, so the test inspects these too."""
     layout = sharding.make_layout(mesh_config)
     config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, attention=attention, key_chunk=4))
     program = step.build(config, 64, layout, 1)
@@ -255,7 +255,7 @@ def test_constraints_on_activations_are_in_force(tiny, monkeypatch, mesh_config,
 
 @pytest.mark.parametrize("attention", ["dense", pytest.param("chunked", marks=pytest.mark.slow)])
 def test_memory_of_a_long_block_falls_with_the_sequence_axis(tiny, attention):
-    """Of the whole step, at a length at which activations are most of it; keys and values alone stay whole."""
+    """Activations take most of the memory at this length. Only keys and values are not sharded over it."""
     model = dataclasses.replace(tiny.model, block_size=2048, attention=attention, positions="rotary")
     config = dataclasses.replace(tiny, model=model, train=dataclasses.replace(tiny.train, batch_size=1))
     needed = {}
@@ -273,7 +273,7 @@ def test_memory_of_a_long_block_falls_with_the_sequence_axis(tiny, attention):
     "mesh_config", [MeshConfig("fsdp_tp", model=8), MeshConfig("sp", sequence=2, model=4)], ids=name_of
 )
 def test_big_logits_are_never_gathered(tiny, mesh_config):
-    """The loss over a vocabulary on `model` exchanges sums, not logits."""
+    """The loss over a vocabulary that `model` shards exchanges sums, not logits."""
     layout = sharding.make_layout(mesh_config)
     program = step.build(tiny, 64, layout, 1)
     batch = {name: jax.ShapeDtypeStruct((16, 16), jnp.int32) for name in ("inputs", "targets")}
@@ -304,7 +304,7 @@ def test_mesh_that_does_not_fit_the_devices_is_refused(mesh_config, message):
     [
         ({"data": -2}, r"mesh\.data=-2"),
         ({"rules": "fsdp", "data": -1, "fsdp": -1}, "Only one"),
-        ({"fsdp": 2}, r"mesh\.fsdp=2, but mesh\.rules=dp has no use for fsdp; choose mesh\.rules=fsdp or"),
+        ({"fsdp": 2}, r"mesh\.fsdp=2, but mesh\.rules=dp does not use the axis fsdp; choose mesh\.rules=fsdp or"),
         ({"rules": "fsdp", "model": 2}, "mesh.model=2, but .* choose mesh.rules=fsdp_tp or sp"),
         ({"rules": "tp"}, "'tp' is not known; choose one of dp, fsdp, fsdp_tp, sp"),
         ({"rules": "fsdp,widht=fsdp"}, "'widht=fsdp' is not of the form"),
@@ -335,19 +335,19 @@ def test_what_is_not_set_follows_from_the_rules(options, shape):
 
 
 def test_rules_may_be_changed(tiny):
-    """Parameters over both axes of the batch, and a vocabulary that stays whole."""
+    """The changes shard parameters over both axes of the batch, and do not shard the vocabulary."""
     layout = sharding.make_layout(MeshConfig("fsdp_tp,embed=fsdp+data,vocab=", data=2, fsdp=2, model=2))
     params = step.build(tiny, 64, layout, 1).abstract_state.params
     assert params["block_0"]["mlp"]["up"]["kernel"].sharding.spec == P(("fsdp", "data"), "model")
     assert params["token_embedding"]["embedding"].sharding.spec == P(None, ("fsdp", "data"))
-    # The batch still comes before them, and what a preset has no rule for can get one.
+    # The batch still has precedence, and a change can add a rule that the preset lacks.
     assert layout.spec("batch", "length", "embed") == P(("data", "fsdp"), None, None)
     assert sharding.make_layout(MeshConfig("fsdp,layers=fsdp")).spec("layers", "mlp") == P("fsdp", None)
     assert sharding.make_layout(MeshConfig("sp,embed=fsdp")).spec("embed", "mlp") == P("fsdp", "model")
 
 
 class Chip:
-    """A device of a slice, as far as a mesh looks at it."""
+    """A device of a slice, with the attributes that a mesh reads."""
 
     platform = device_kind = "accelerator"
 
@@ -362,12 +362,15 @@ class Chip:
     ("config", "slices"),
     [
         (MeshConfig("fsdp_tp", data=2, fsdp=2, model=2), 2),
-        (MeshConfig("fsdp_tp", data=2, fsdp=2, model=2), 4),  # twice as many as `data` takes: `fsdp` crosses too
+        (
+            MeshConfig("fsdp_tp", data=2, fsdp=2, model=2),
+            4,
+        ),  # twice the size of `data`, so that `fsdp` crosses them too
         (MeshConfig("dp"), 4),
     ],
 )
 def test_slow_links_are_crossed_by_the_outer_axes(config, slices):
-    """The devices come in an order that mixes the slices."""
+    """The order of the devices mixes the slices."""
     chips = [Chip(i, i % slices) for i in range(8)]
     grid = sharding.make_layout(config, chips).mesh.devices
     inner = grid.reshape(slices, -1)
@@ -376,7 +379,7 @@ def test_slow_links_are_crossed_by_the_outer_axes(config, slices):
 
 
 def test_slices_of_different_sizes_are_refused():
-    with pytest.raises(UserError, match=r"data=8 × .* cannot be laid over 3 groups"):
+    with pytest.raises(UserError, match=r"data=8 × .* does not fit 3 groups"):
         sharding.make_layout(MeshConfig("dp"), [Chip(i, i // 3) for i in range(8)])
 
 
@@ -405,5 +408,5 @@ def test_what_the_mesh_does_not_divide_is_refused_by_name(tiny):
     with pytest.raises(UserError, match=r"train\.batch_size=12 is not a multiple of 8"):
         step.build(dataclasses.replace(tiny, train=train_config), 64, sharding.make_layout(MeshConfig()), 1)
     config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, block_size=12))
-    with pytest.raises(UserError, match=r"mesh\.sequence=8 does not divide the 12 tokens of a row"):
+    with pytest.raises(UserError, match=r"mesh\.sequence=8 does not divide the 12 tokens of an example"):
         step.build(config, 64, sharding.make_layout(MeshConfig("sp", sequence=8)), 1)

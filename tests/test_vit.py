@@ -1,4 +1,4 @@
-"""The vision transformer: published sizes, what it sees, and what each option promises."""
+"""Tests the vision transformer against published sizes, and tests what it attends to and the effect of each option."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from gpt.models.layers import stack_layers
 from gpt.models.vit import ViT, ViTConfig
 from gpt.runtime.errors import UserError
 
-# Without LLVM's optimizations: a third of the compilation time, and the arithmetic is the same but for rounding.
+# Skipping LLVM's optimizations takes a third of the compilation time and changes results by rounding only.
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 NO_DROPOUT = {"embed_dropout": 0.0, "residual_dropout": 0.0, "attention_dropout": 0.0}
@@ -30,7 +30,7 @@ def make(**options) -> ViTConfig:
 
 
 def random_params(config):
-    """Parameters far from their initial values, so that each of them matters."""
+    """Returns parameters far from their initial values, so that each of them has an effect."""
     abstract = jax.eval_shape(lambda: ViT(config).init(jax.random.key(0), config.blank(1)))
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: rng.normal(0.1, 0.3, x.shape).astype(np.float32), nn.unbox(abstract)["params"])
@@ -42,7 +42,7 @@ def logits(config, params, images=IMAGES, **options):
 
 @pytest.mark.parametrize(
     ("size", "patch_size", "expected"),
-    # Of timm's vit_*_patch*_224 with 1,000 classes.
+    # The numbers are those of timm's vit_*_patch*_224 with 1,000 classes.
     [
         ("Ti", 16, 5_717_416),
         ("S", 16, 22_050_664),
@@ -68,7 +68,7 @@ def test_number_of_parameters_from_the_config(pooling, positions):
 
 def test_flops_of_the_base_model():
     config = ViTConfig(**named_size("B", vit.SIZES)).resolve(1000, "cpu")
-    # 17.6 billion multiplications and sums for one image forward (arXiv 2012.12877, table 5), thrice that in training.
+    # A forward pass has 17.6 billion multiply-adds per image (arXiv 2012.12877, table 5); training has three times that.
     assert config.length * config.flops_per_token() / 6 == pytest.approx(17.6e9, rel=0.02)
 
 
@@ -107,7 +107,7 @@ def test_every_patch_counts_and_its_place_too(options):
 
 
 def test_tokens_see_those_after_them():
-    # The class token stands first: were attention causal, it would see nothing else, and all images were one.
+    # The class token is first: with causal attention it would not depend on the image.
     config = make(positions="sincos", num_layers=1)
     first, second = logits(config, random_params(config))
     assert np.abs(first - second).max() > 1e-3
@@ -154,8 +154,8 @@ def test_pixels_are_scaled_channel_by_channel():
 
 def test_computes_in_bfloat16_and_gives_float32():
     config = dataclasses.replace(make(), dtype="bfloat16")
-    made = jax.eval_shape(ViT(config).apply, {"params": random_params(config)}, IMAGES)
-    assert (made.shape, made.dtype) == ((2, 5), jnp.float32)
+    result = jax.eval_shape(ViT(config).apply, {"params": random_params(config)}, IMAGES)
+    assert (result.shape, result.dtype) == ((2, 5), jnp.float32)
 
 
 @pytest.mark.parametrize("options", [{}, {"scan_layers": True}], ids=str)
@@ -173,7 +173,7 @@ def test_every_parameter_names_its_axes_and_is_sharded(options):
     whole, held = 0, 0
     for leaf, where in zip(jax.tree.leaves(nn.unbox(abstract)), jax.tree.leaves(shardings), strict=True):
         whole, held = whole + leaf.size, held + np.prod(where.shard_shape(leaf.shape))
-    assert held < 0.32 * whole  # a quarter, and some
+    assert held < 0.32 * whole  # a quarter, plus the parameters that are not sharded
 
 
 def _at(tree, path):

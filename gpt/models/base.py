@@ -1,7 +1,7 @@
-"""The model families, and what the rest of the program asks of one.
+"""The table of model families, and the interface that each of them implements.
 
-A family is a file here with a configuration, a subclass of `ModelConfig`, and the Flax module that it makes; and its
-line in `FAMILIES`. `config.model.family` chooses it.
+A family is a module in this folder with a configuration class, a subclass of `ModelConfig`, and the Flax module that
+the configuration creates. Its entry in `FAMILIES` makes it available as `config.model.family`.
 """
 
 import dataclasses
@@ -21,18 +21,22 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Shape and options of a model: the base of a frozen dataclass for each family, which gives each field a default.
+    """Shape and options of a model. Each family subclasses it with a frozen dataclass that gives every field a default.
 
     Attributes:
-      family: name in `FAMILIES`.
-      vocab_size: number of different targets, tokens or classes; 0: as the data has.
-      num_layers, num_heads, embed_dim: number of blocks, of attention heads in each, and width of the residual stream.
-      attention: the implementation of attention.
-      dtype: of the computation.
-      scan_layers: one compiled block in a loop over the layers.
+      family: the name of the family in `FAMILIES`.
+      vocab_size: the number of targets to choose from: tokens or classes. 0 takes the number from the data.
+      num_layers: the number of blocks.
+      num_heads: the number of attention heads in each block.
+      embed_dim: the width of the residual stream.
+      attention: the name of the attention implementation.
+      attention_dropout: the probability of dropping an attention weight.
+      dtype: the dtype of the computation. Parameters are float32.
+      scan_layers: whether one compiled block runs in a loop over the layers.
       remat: what the backward pass recomputes.
-      lora_rank, lora_targets: rank of adapters (0: none), and the kernels that have one.
-      reads: what the inputs are: "tokens", int32 [length], or "images", uint8 [height, width, channels].
+      lora_rank: the rank of the LoRA adapters. 0 means no adapters.
+      lora_targets: the linear layers that have an adapter.
+      reads: the kind of input: "tokens", int32 [length], or "images", uint8 [height, width, channels].
     """
 
     family: str
@@ -41,6 +45,7 @@ class ModelConfig:
     num_heads: int
     embed_dim: int
     attention: str
+    attention_dropout: float
     dtype: str
     scan_layers: bool
     remat: str
@@ -51,72 +56,81 @@ class ModelConfig:
 
     @property
     def length(self) -> int:
-        """Tokens of an example: what warm-up, speed and `train.tokens` count, and the mesh axis `sequence` divides."""
+        """Sequence length of an example, in tokens. The mesh axis `sequence` shards it; throughput is counted in it."""
         raise NotImplementedError
 
     @property
     def num_targets(self) -> int:
-        """How many of the last tokens of an example have a target."""
+        """Number of tokens at the end of an example that have a target."""
         return self.length
 
     @property
+    def head_dim(self) -> int:
+        """Size of an attention head."""
+        return self.embed_dim // self.num_heads
+
+    @property
     def mlp_dim(self) -> int:
-        """Hidden width of the MLP of a block."""
+        """Hidden width of the MLP in a block."""
         raise NotImplementedError
 
     @property
     def padded_vocab_size(self) -> int:
-        """Width of the logits, which `vocab_size` of them use."""
+        """Width of the logits, at least `vocab_size`."""
         return self.vocab_size
 
     @property
     def lora_scale(self) -> float:
-        """The factor of what adapters add."""
+        """Factor by which the output of an adapter is multiplied."""
         raise NotImplementedError
 
     @property
     def length_key(self) -> str:
-        """The config key of the length of what the blocks work on."""
+        """Config key of the sequence length in the blocks, for messages."""
         return "model.block_size"
 
     def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> Self:
-        """This config with what `0` and `auto` stand for filled in.
+        """Returns this config with concrete values in the place of `0` and `auto`.
 
         Args:
-          platform: JAX's name of it, like "cpu".
-          length_shards: parts into which the mesh divides the length.
+          vocab_size: the number of tokens or classes that the data has.
+          platform: JAX's name of the platform, for example "cpu".
+          length_shards: the number of shards of the sequence length on the mesh.
 
         Raises:
-          UserError: it is for another vocabulary, or cannot be computed there.
+          UserError: the config is for another vocabulary, or its attention is not available for this platform or mesh.
         """
         raise NotImplementedError
 
     def without_kernel(self) -> Self:
-        """This config without what only some platforms have, to be used on whatever platform."""
+        """Returns this config with an attention implementation that works on every platform."""
         return self
 
     def example_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Shapes and types of a row: "inputs", and "targets", int32. The module's logits are [*targets, V], float32."""
+        """Returns the shape and dtype of "inputs" and of "targets" (int32) in one example, without the batch axis.
+
+        The module's logits are float32 of shape [batch, *targets, padded_vocab_size].
+        """
         tokens = jax.ShapeDtypeStruct((self.length,), jnp.int32)
         return {"inputs": tokens, "targets": jax.ShapeDtypeStruct((self.num_targets,), jnp.int32)}
 
     def blank(self, rows: int) -> jax.Array:
-        """Inputs of zeros."""
+        """Returns inputs of zeros for a batch of `rows` examples."""
         inputs = self.example_shapes()["inputs"]
         return jnp.zeros((rows, *inputs.shape), inputs.dtype)
 
     def module(self) -> nn.Module:
-        """The model of a resolved config: inputs and `deterministic` to logits; its attribute `config` is this."""
+        """Returns the Flax module of a resolved config. It maps inputs and `deterministic` to logits."""
         raise NotImplementedError
 
     def num_parameters(self) -> int:
-        """Number of parameters, from the shapes alone."""
+        """Returns the number of parameters, computed from the shapes alone, without adapters."""
         raise NotImplementedError
 
     def flops_per_token(self) -> float:
-        """Model FLOPs of forward and backward pass for one of the `length` tokens of a row."""
+        """Returns the model FLOPs of the forward and backward pass for one of the `length` tokens of an example."""
         raise NotImplementedError
 
     def summary(self) -> str:
-        """Its shape in a few words."""
+        """Returns a short description of the model's shape for the log."""
         raise NotImplementedError

@@ -1,17 +1,15 @@
-"""Causal self-attention over [batch, length, heads, kv] tensors, five ways, chosen by name.
+"""Implementations of causal self-attention, chosen by `model.attention`. All compute the function of `attention.dense`.
 
-All compute the same function, so that one can be exchanged for another in the middle of a run; the first three
-dropout bits included, and the kernels without dropout:
+A run may change from one to another. `dense`, `flax` and `chunked` also draw the same dropout masks; `cudnn` and
+`splash` have no dropout.
 
-- `dense`: written from scratch; the whole [length, length] score matrix in memory.
-- `flax`: Flax's own `nn.dot_product_attention`, as an independent reference.
-- `chunked`: queries and keys in blocks with a running softmax; memory linear in the length.
-- `cudnn`, `splash`: the same as `chunked` as one kernel, of NVIDIA's for its GPUs, and in Pallas for TPUs.
+- `dense`: in `gpt/models/attention.py`; stores the whole [length, length] matrix of scores.
+- `flax`: Flax's `nn.dot_product_attention`, an independent reference.
+- `chunked`: loops over blocks of queries and keys with a running softmax; its memory is linear in the length.
+- `cudnn`: cuDNN's flash attention on NVIDIA GPUs; its memory is linear in the length.
+- `splash`: JAX's flash attention for TPUs, in Pallas; its memory is linear in the length.
 
-Beside them is `decode`, for the queries of one new token a row, with the keys and values of those before it
-in a cache.
-
-Shape suffixes: B batch, T query length, S key length, H heads, K size of a head.
+Shape suffixes: B batch, T query length, S key length, H heads, K head size.
 """
 
 import functools
@@ -25,16 +23,16 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from gpt.models.attention import MASKED, causal_mask, dense, document_mask
+from gpt.models.base import ModelConfig
 from gpt.models.layers import mesh_axes
 
-# The lanes of a TPU: the length that `splash` computes has to be a multiple.
-LANES = 128
+LANES = 128  # of a TPU's vector unit: `splash` needs a sequence length that is a multiple of them
 
 
 def flax(
     q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, causal: bool = True, dropout_rate=0.0, dropout_key=None
 ) -> jax.Array:
-    """`dense` by `flax.linen.dot_product_attention`; same arguments and result."""
+    """Computes `attention.dense` with `flax.linen.dot_product_attention`, for the same arguments."""
     length = q_BxTxHxK.shape[1]
     mask = jnp.tril(jnp.ones((1, 1, length, length), bool)) if causal else None
     if starts_BxT is not None:
@@ -64,18 +62,27 @@ def chunked(
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """`dense` in memory linear in the length, after Rabe & Staats (arXiv 2112.05682).
+    """Computes `attention.dense` with memory linear in the length (Rabe and Staats, arXiv 2112.05682).
 
-    An outer loop over blocks of queries and an inner one over blocks of keys, which keeps the
-    running maximum, denominator and numerator of the softmax. Both bodies are rematerialised in the
-    backward pass, so that it stays linear too. Blocks of keys that lie wholly in the future are skipped.
+    An outer loop goes over blocks of queries. An inner loop goes over blocks of keys, with the running maximum,
+    denominator and numerator of the softmax, and skips the blocks that are entirely in the future. The backward pass
+    recomputes both loop bodies, so its memory is linear too.
 
     Args:
-      query_chunk, key_chunk: block sizes; they need not divide the length.
-      starts_BxT, dropout_rate, dropout_key: as in `dense`, and the same weights are dropped.
+      q_BxTxHxK: queries.
+      k_BxTxHxK: keys.
+      v_BxTxHxK: values.
+      starts_BxT: see `attention.dense`.
+      query_chunk: number of queries in a block. It does not have to divide the length.
+      key_chunk: number of keys in a block, likewise.
+      dropout_rate: see `attention.dense`. The same weights are dropped as there.
+      dropout_key: see `attention.dense`.
 
     Returns:
-      [B, T, H, K] in the dtype of `v`.
+      [B, T, H, K] in the dtype of `v_BxTxHxK`.
+
+    Raises:
+      ValueError: there is dropout, and the random key is not JAX's default, partitionable threefry.
     """
     batch, length, heads, _ = q_BxTxHxK.shape
     attend = functools.partial(
@@ -90,15 +97,17 @@ def chunked(
         return attend(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT, starts_BxT, dropout_key, offsets=(0, 0, 0))
 
     def shard(q, k, v, q_starts, k_starts, dropout_key):
-        # A loop over blocks of a sharded axis would be run by all devices: each has to loop over its own.
-        sizes = q.shape[0], q.shape[2], q.shape[1]
-        axes = batch_axes, heads_axes, length_axes
-        offsets = tuple(size * jax.lax.axis_index(axis) if axis else 0 for size, axis in zip(sizes, axes, strict=True))
+        # Every device would run a loop over blocks of a sharded axis in full, so each loops over its own shard.
+        def offset(size: int, axes: tuple[str, ...]) -> int | jax.Array:
+            return size * jax.lax.axis_index(axes) if axes else 0
+
+        batch, length, heads, _ = q.shape
+        offsets = offset(batch, batch_axes), offset(heads, heads_axes), offset(length, length_axes)
         return attend(q, k, v, q_starts, k_starts, dropout_key, offsets=offsets)
 
     queries, keys = jax.P(batch_axes, length_axes, heads_axes), jax.P(batch_axes, None, heads_axes)
     starts = jax.P(batch_axes, length_axes), jax.P(batch_axes, None)
-    # The loops start from constants, which differ from device to device only later: hence no check of this.
+    # The loops start from constants and then differ between devices, which the check of varying axes refuses.
     in_specs = queries, keys, keys, *starts, jax.P()
     mapped = jax.shard_map(shard, in_specs=in_specs, out_specs=queries, check_vma=False)
     return mapped(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT, starts_BxT, dropout_key)
@@ -118,34 +127,27 @@ def _chunked_shard(
     full_shape: tuple[int, int, int, int],
     offsets: tuple[int | jax.Array, int | jax.Array, int | jax.Array],
 ) -> jax.Array:
-    """`chunked` for a part of the batch, heads and queries, and all keys.
+    """Computes `chunked` for a shard of the batch, heads and queries, and all keys.
 
     Args:
-      full_shape: (B, H, T, S) of the whole.
-      offsets: where the part begins in the first three of these.
+      full_shape: (B, H, T, S) of the unsharded tensors.
+      offsets: the index of the shard's first element along the first three of these axes.
     """
     batch, length, heads, kv = q_BxTxHxK.shape
     batch_start, heads_start, first_query = offsets
     query_chunk, key_chunk = min(query_chunk, length), min(key_chunk, k_BxSxHxK.shape[1])
 
-    def blocks(x_BxTxHxK, size):  # -> [blocks, B, H, size, K], zeros after the end
-        count = -(-x_BxTxHxK.shape[1] // size)
-        x = jnp.pad(x_BxTxHxK, ((0, 0), (0, count * size - x_BxTxHxK.shape[1]), (0, 0), (0, 0)))
-        return x.reshape(batch, count, size, heads, kv).transpose(1, 0, 3, 2, 4)
+    def blocks(x_BxTx, size):  # -> [blocks, B, size, ...], padded with zeros
+        count = -(-x_BxTx.shape[1] // size)
+        padding = [(0, 0), (0, count * size - x_BxTx.shape[1])] + [(0, 0)] * (x_BxTx.ndim - 2)
+        return jnp.pad(x_BxTx, padding).reshape(batch, count, size, *x_BxTx.shape[2:]).swapaxes(0, 1)
 
-    def starts_of_blocks(starts_BxT, size):  # -> [blocks, B, size]
-        if starts_BxT is None:
-            return None
-        count = -(-starts_BxT.shape[1] // size)
-        x = jnp.pad(starts_BxT, ((0, 0), (0, count * size - starts_BxT.shape[1])))
-        return x.reshape(batch, count, size).swapaxes(0, 1)
-
-    def add_keys(q, q_place, q_starts, carry, k, v, k_place, k_starts):
+    def add_keys(q, q_position, q_starts, carry, k, v, k_position, k_starts):
         numerator, denominator, maximum = carry
-        # Keys past the end need no mask of their own: they lie in the future of every real query.
-        mask = causal_mask(q_place + jnp.arange(query_chunk), k_place + jnp.arange(key_chunk))
+        # The causal mask also hides the padding of keys, which is in the future of every real query.
+        mask = causal_mask(q_position + jnp.arange(query_chunk), k_position + jnp.arange(key_chunk))
         if q_starts is not None:
-            # Keys of other documents that come first leave weights behind; the first key of its own rescales them to 0.
+            # Where every key so far was masked, the sums are meaningless; the first unmasked key rescales them to 0.
             mask = mask + document_mask(q_starts, k_starts)
         scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) + mask
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
@@ -153,51 +155,52 @@ def _chunked_shard(
         weights = jnp.exp(scores - new_maximum)
         denominator = denominator * rescale + weights.sum(axis=-1, keepdims=True)
         if dropout_key is not None and dropout_rate > 0:
-            block_starts = batch_start, heads_start, q_place, k_place
+            block_starts = batch_start, heads_start, q_position, k_position
             keep = _keep_block(dropout_key, 1 - dropout_rate, full_shape, scores.shape, block_starts)
             weights = weights * keep / (1 - dropout_rate)
         update = jnp.einsum("bhts,bhsk->bhtk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         return numerator * rescale + update, denominator, new_maximum
 
-    k_blocks, v_blocks = blocks(k_BxSxHxK, key_chunk), blocks(v_BxSxHxK, key_chunk)
-    k_places = jnp.arange(len(k_blocks)) * key_chunk
-    k_block_starts = starts_of_blocks(starts_BxS, key_chunk)
+    k_blocks, v_blocks = (blocks(x, key_chunk).swapaxes(2, 3) for x in (k_BxSxHxK, v_BxSxHxK))
+    k_positions = jnp.arange(len(k_blocks)) * key_chunk
+    k_block_starts = None if starts_BxS is None else blocks(starts_BxS, key_chunk)
 
     @jax.checkpoint
-    def one_query_block(q, q_place, q_starts):
+    def one_query_block(q, q_position, q_starts):
         @jax.checkpoint
         def one_key_block(carry, block):
-            k, v, k_place, k_starts = block
-            in_the_future = k_place > q_place + query_chunk - 1
-            add = functools.partial(add_keys, q, q_place, q_starts)
-            return jax.lax.cond(in_the_future, lambda c: c, lambda c: add(c, k, v, k_place, k_starts), carry), None
+            k, v, k_position, k_starts = block
+            in_the_future = k_position > q_position + query_chunk - 1
+            add = functools.partial(add_keys, q, q_position, q_starts)
+            return jax.lax.cond(in_the_future, lambda c: c, lambda c: add(c, k, v, k_position, k_starts), carry), None
 
         shape = (batch, heads, query_chunk)
         zero = (jnp.zeros((*shape, kv)), jnp.zeros((*shape, 1)), jnp.full((*shape, 1), MASKED))
         (numerator, denominator, _), _ = jax.lax.scan(
-            one_key_block, zero, (k_blocks, v_blocks, k_places, k_block_starts)
+            one_key_block, zero, (k_blocks, v_blocks, k_positions, k_block_starts)
         )
         return (numerator / denominator).astype(v_BxSxHxK.dtype)
 
-    q_blocks = blocks(q_BxTxHxK / math.sqrt(kv), query_chunk)
-    q_places = first_query + jnp.arange(len(q_blocks)) * query_chunk
-    q_block_starts = starts_of_blocks(starts_BxT, query_chunk)
-    out = jax.lax.map(lambda block: one_query_block(*block), (q_blocks, q_places, q_block_starts))
+    q_blocks = blocks(q_BxTxHxK / math.sqrt(kv), query_chunk).swapaxes(2, 3)
+    q_positions = first_query + jnp.arange(len(q_blocks)) * query_chunk
+    q_block_starts = None if starts_BxT is None else blocks(starts_BxT, query_chunk)
+    out = jax.lax.map(lambda block: one_query_block(*block), (q_blocks, q_positions, q_block_starts))
     out_BxTxHxK = out.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, kv)
     return out_BxTxHxK[:, :length]
 
 
 def _keep_block(key, keep_probability, full_shape, block_shape, starts) -> jax.Array:
-    """The block at `starts` of `jax.random.bernoulli(key, p, full_shape)`, without the rest.
+    """Returns the block of `jax.random.bernoulli(key, keep_probability, full_shape)` that begins at `starts`.
 
-    Partitionable threefry is a counter-based generator: the bits of an element depend only on
-    the key and the element's flat index, so a block can be drawn where it is needed.
+    Partitionable threefry is a counter-based generator: the bits of an element depend only on the key and the element's
+    flat index, so that a block can be drawn without the rest.
     """
-    if not (jax.config.jax_threefry_partitionable and str(jax.random.key_impl(key)) == "threefry2x32"):
+    is_partitionable = jax.config.jax_threefry_partitionable  # type: ignore[attr-defined]  # JAX defines it at run time
+    if not (is_partitionable and str(jax.random.key_impl(key)) == "threefry2x32"):
         raise ValueError("chunked attention with dropout needs JAX's default random keys: partitionable threefry")
     index_hi, index_lo = jnp.zeros(block_shape, jnp.uint32), jnp.zeros(block_shape, jnp.uint32)
     for axis, (size, start) in enumerate(zip(full_shape, starts, strict=True)):
-        # index = index * size + coordinate in 64 bits, made of two 32-bit words.
+        # index = index * size + coordinate, in 64 bits as two 32-bit words.
         coordinate = jax.lax.broadcasted_iota(jnp.uint32, block_shape, axis) + jnp.asarray(start, jnp.uint32)
         carry, product = _multiply_32(index_lo, size)
         index_lo = product + coordinate
@@ -205,13 +208,13 @@ def _keep_block(key, keep_probability, full_shape, block_shape, starts) -> jax.A
     key_hi, key_lo = jax.random.key_data(key)
     words = jax.extend.random.threefry2x32_p.bind(key_hi, key_lo, index_hi, index_lo)
     bits = words[0] ^ words[1]
-    # As jax.random.uniform: the 23 high bits become the mantissa of a number in [1, 2).
+    # Like jax.random.uniform, take the 23 high bits as the mantissa of a number in [1, 2).
     uniform = jax.lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32) - 1.0
     return uniform < keep_probability
 
 
 def _multiply_32(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """High and low words of the 64-bit product of uint32 `x` and a size below 2³²."""
+    """Returns the high and low words of the 64-bit product of a uint32 array and a size below 2³²."""
     mask = jnp.uint32(0xFFFF)
     x_hi, x_lo = x >> 16, x & mask
     s_hi, s_lo = jnp.uint32(size >> 16), jnp.uint32(size & 0xFFFF)
@@ -221,12 +224,12 @@ def _multiply_32(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def cudnn(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, dropout_rate: float = 0.0, dropout_key=None):
-    """`dense` by cuDNN's flash attention (arXiv 2307.08691), in bfloat16 on NVIDIA GPUs; same arguments and result.
+    """Computes `attention.dense` with cuDNN's flash attention (arXiv 2307.08691), in bfloat16 on NVIDIA GPUs.
 
-    Memory is linear in the length, but with document borders: these are a [B, 1, T, T] mask.
+    Memory is linear in the length, except for document borders, which need a [B, 1, T, T] mask.
 
     Raises:
-      ValueError: there is dropout.
+      ValueError: dropout is on.
     """
     _refuse_dropout(dropout_rate, dropout_key)
     batch_axes, heads_axes = mesh_axes("batch", "heads")
@@ -243,33 +246,38 @@ def cudnn(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, dropout_rate: flo
 def splash(
     q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, dropout_rate=0.0, dropout_key=None, interpret: bool = False
 ) -> jax.Array:
-    """`dense` by JAX's splash attention, a flash attention (arXiv 2307.08691) in Pallas; same arguments and result.
+    """Computes `attention.dense` with JAX's splash attention, a flash attention (arXiv 2307.08691) for TPUs in Pallas.
 
-    Memory is linear in the length. A length that is no multiple of 128, as of a prompt, is padded to one: what is
-    added lies in the future. The largest block of 512, 256 or 128 tokens that divides a device's part is taken.
+    Memory is linear in the length. The length is padded to a multiple of 128; the causal mask hides the padding. The
+    block size is the largest of 512, 256 and 128 tokens that divides a device's shard of the length.
 
     Args:
-      interpret: run it where there is no TPU, slowly.
+      q_BxTxHxK: queries; the arguments before `interpret` are those of `attention.dense`.
+      interpret: whether to interpret the kernel, slowly, on a platform other than TPU.
 
     Raises:
-      ValueError: there is dropout, or the mesh divides the length into parts that are no multiple of 128.
+      ValueError: dropout is on, or a device's shard of the length is not a multiple of 128.
     """
     _refuse_dropout(dropout_rate, dropout_key)
     batch_axes, length_axes, heads_axes = mesh_axes("batch", "length", "heads")
     sizes = jax.sharding.get_abstract_mesh().shape
-    parts, heads_parts = (math.prod(sizes[axis] for axis in axes) for axes in (length_axes, heads_axes))
+    length_shards, head_shards = (math.prod(sizes[axis] for axis in axes) for axes in (length_axes, heads_axes))
     real_length, heads, kv = q_BxTxHxK.shape[1:]
     length = -(-real_length // LANES) * LANES
-    block = next((size for size in (512, 256, 128) if length % (parts * size) == 0), None)
+    block = next((size for size in (512, 256, 128) if length % (length_shards * size) == 0), None)
     if block is None:
-        raise ValueError(f"splash attention needs a multiple of {LANES} tokens a device, not {length} / {parts}")
-    names = ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq")
-    causal = splash_attention.CausalMask((length, length), shard_count=parts)
+        raise ValueError(
+            f"splash attention needs a multiple of {LANES} tokens on each device, not {length} / {length_shards}"
+        )
+    block_sizes = splash_attention.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+    causal = splash_attention.CausalMask((length, length), shard_count=length_shards)
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([causal] * heads),
-        block_sizes=splash_attention.BlockSizes(**dict.fromkeys(names, block)),
-        head_shards=heads_parts,
-        q_seq_shards=parts,
+        block_sizes=block_sizes,
+        head_shards=head_shards,
+        q_seq_shards=length_shards,
         interpret=interpret,
     )
 
@@ -280,11 +288,11 @@ def splash(
 
     queries, keys = jax.P(batch_axes, length_axes, heads_axes), jax.P(batch_axes, None, heads_axes)
     starts = jax.P(batch_axes, length_axes), jax.P(batch_axes, None)
-    parts_of_kernel = None
+    kernel_spec = None
     if sizes:
-        of_mask = jax.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(heads_axes, length_axes))
-        parts_of_kernel = kernel.manual_sharding_spec(of_mask)
-    mapped = _on_each_device(attend, (parts_of_kernel, queries, keys, keys, *starts), queries)
+        mask_sharding = jax.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(heads_axes, length_axes))
+        kernel_spec = kernel.manual_sharding_spec(mask_sharding)
+    mapped = _on_each_device(attend, (kernel_spec, queries, keys, keys, *starts), queries)
 
     def padded(x):
         return x if x is None else jnp.pad(x, ((0, 0), (0, length - real_length)) + ((0, 0),) * (x.ndim - 2))
@@ -295,11 +303,11 @@ def splash(
 
 def _refuse_dropout(rate: float, key: jax.Array | None) -> None:
     if key is not None and rate > 0:
-        raise ValueError("kernels of attention have no dropout")
+        raise ValueError("the attention kernels have no dropout; set the dropout rate to 0")
 
 
 def _on_each_device(attend: Callable, in_specs: tuple, out_specs: jax.P) -> Callable:
-    """`attend` for the part that a device has, which the compiler cannot tell from a kernel."""
+    """Returns `attend` mapped over the shards of the current mesh: the compiler cannot partition a kernel."""
     if not jax.sharding.get_abstract_mesh().shape:
         return attend
     return jax.shard_map(attend, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -312,11 +320,39 @@ ATTENTION: dict[str, Callable[..., jax.Array]] = {
     "cudnn": cudnn,
     "splash": splash,
 }
-KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # and the platform of each
+KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # the implementations that are compiled kernels, and their platforms
+
+
+def obstacle(name: str, config: ModelConfig, platform: str, length_shards: int) -> str | None:
+    """Returns why an implementation of attention cannot compute a model, as the predicate of a sentence, or None.
+
+    Args:
+      name: a key of `ATTENTION`.
+      config: the model, with a resolved dtype.
+      platform: JAX's name of the platform, for example "cpu".
+      length_shards: the number of shards of the sequence length on the mesh.
+    """
+    if name not in KERNELS:
+        return None
+    if platform != (expected := KERNELS[name]):
+        return f"runs on a {expected.upper()}, and this is a {platform.upper()}"
+    if config.attention_dropout:
+        return f"has no dropout, but model.attention_dropout={config.attention_dropout}"
+    if name == "splash":
+        if config.num_targets % (LANES * length_shards) == 0:
+            return None
+        shards = f" in {length_shards} parts" if length_shards > 1 else ""
+        return f"needs a multiple of {LANES} tokens, not {config.length_key}={config.num_targets}{shards}"
+    if config.dtype == "float32":
+        return "computes in bfloat16, not in model.dtype=float32"
+    if config.head_dim % 8 or config.head_dim > 128:
+        size = f"model.embed_dim/model.num_heads={config.head_dim}"
+        return f"takes head sizes that are multiples of 8 up to 128, not {size}"
+    return "does not support a sequence length that mesh.sequence shards" if length_shards > 1 else None
 
 
 def by_name(name: str, *, query_chunk: int, key_chunk: int) -> Callable[..., jax.Array]:
-    """The attention function of that name; the chunk sizes go to the one that has chunks."""
+    """Returns the implementation of that name. Only `chunked` uses the sizes of blocks, in tokens."""
     if name == "chunked":
         return functools.partial(chunked, query_chunk=query_chunk, key_chunk=key_chunk)
     return ATTENTION[name]

@@ -1,25 +1,25 @@
-"""Perceivers: a long input is read by cross-attention into fewer latents, and the blocks work on these alone.
+"""Perceivers: models whose cross-attention reads a long input into fewer latents, on which all blocks work.
 
-`PerceiverAR` (arXiv 2202.07765) predicts text: its latents are the last tokens of a long context, and a token sees
-itself and those before it, everywhere. `PerceiverIO` (arXiv 2107.14795) classifies images: its latents are learned, and
-so is the query that reads the classes from them.
+`PerceiverAR` (arXiv 2202.07765) predicts text. Its latents are the last tokens of a long context, and every token
+attends only to itself and to earlier tokens. `PerceiverIO` (arXiv 2107.14795) classifies images. Its latents are
+learned, and so is the query that reads the class from them.
 
-Shape suffixes: B batch, T length of the context, L latents, S length on the side of keys, D width, H heads, K size of a
-head, V vocabulary, C classes.
+Shape suffixes: B batch, T context length, L latents, S length on the side of keys, D width, H heads, K head size,
+V vocabulary, C classes.
 """
 
 import dataclasses
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt.models import attention, gpt, transformer
+from gpt.models import attention, gpt, lora, transformer
 from gpt.models.gpt import GPTConfig
-from gpt.models.layers import rotary, unit_rms
-from gpt.models.transformer import MLP, REMAT_POLICIES, Block, BlockConfig, SelfAttention, apply_blocks, linear
+from gpt.models.layers import parameter, rotary, unit_rms
+from gpt.models.transformer import MLP, REMAT_POLICIES, BlockConfig, add_residual, apply_blocks, linear, norm
 from gpt.models.vit import ViT, ViTConfig
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_fraction, check_positive
@@ -27,15 +27,15 @@ from gpt.runtime.fields import check_fraction, check_positive
 
 @dataclasses.dataclass(frozen=True)
 class PerceiverARConfig(GPTConfig):
-    """Shape and options of the model; `num_layers` are the blocks on the latents, after the one that reads."""
+    """Shape and options of a Perceiver AR. `num_layers` counts the blocks on the latents, not the cross-attention."""
 
-    family: str = "perceiver_ar"  # see gpt/models/base.py
-    block_size: int = 512  # longest context, in tokens
-    num_latents: int = 128  # the last tokens of the context, which the blocks work on and which are predicted from
-    # Of the rows in training, whose context is cut to begin at a random place before the latents, so that short
-    # contexts are known too. (The paper leaves out single tokens.)
+    family: str = "perceiver_ar"  # model family: gpt, vit, perceiver_ar or perceiver_io
+    block_size: int = 512  # context length, in tokens
+    num_latents: int = 128  # number of tokens at the end of the context that are latents and have a target
+    # Fraction of the training examples whose context begins at a random token before the latents, so that the model
+    # also learns short contexts. (The paper drops single tokens instead.)
     prefix_dropout: float = 0.25
-    positions: str = "rotary"
+    positions: str = "rotary"  # position encoding: learned or rotary
 
     def __post_init__(self):
         check_positive("model", self, "num_latents")
@@ -54,12 +54,12 @@ class PerceiverARConfig(GPTConfig):
     def length_key(self) -> str:
         return "model.num_latents"
 
-    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> "PerceiverARConfig":
-        """As of a GPT; `mesh.sequence` has to divide the latents too."""
+    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> Self:
+        """Returns this config with concrete values, see `ModelConfig.resolve`. The mesh has to divide the latents."""
         check_latents(self.num_latents, length_shards)
         return super().resolve(vocab_size, platform, length_shards)
 
-    def module(self) -> "PerceiverAR":
+    def module(self) -> nn.Module:
         return PerceiverAR(self)
 
     def init_cache(self, first_latent_B: jax.Array, capacity: int) -> dict[str, Any]:
@@ -67,53 +67,211 @@ class PerceiverARConfig(GPTConfig):
         read = transformer.block_cache(self, len(first_latent_B), capacity)
         return blocks | {"read": read, "first_latent": first_latent_B}
 
-    def summary(self) -> str:
-        return f"{super().summary()}, {self.num_latents} latents"
-
     def num_parameters(self) -> int:
-        """As of a GPT with one block more, which has another norm, for the context."""
-        return super().num_parameters() + cross_parameters(self)
+        """Returns the number of parameters: those of a GPT, and of the cross-attention's block with its third norm."""
+        return super().num_parameters() + self.block_parameters(1)
 
     def flops_per_token(self) -> float:
-        """Model FLOPs of forward and backward pass for one token of a whole context: see `BlockConfig.flops`."""
         latents = self.num_latents * self.flops(self.num_latents, self.vocab_size * self.embed_dim)
         return (latents + cross_flops(self, self.num_latents, self.block_size)) / self.block_size
 
+    def summary(self) -> str:
+        return f"{super().summary()}, {self.num_latents} latents"
+
+
+@dataclasses.dataclass(frozen=True)
+class PerceiverIOConfig(ViTConfig):
+    """Shape and options of a Perceiver IO. `num_layers` counts the blocks on the latents, not the cross-attentions."""
+
+    family: str = "perceiver_io"  # model family: gpt, vit, perceiver_ar or perceiver_io
+    image_size: int = 32  # height and width of an image, in pixels
+    patch_size: int = 1  # height and width of a patch, in pixels
+    num_latents: int = 64  # number of learned latents
+    pooling: str = "query"  # what the head reads: a learned query's attention to the latents
+
+    pooling_kinds: ClassVar[tuple[str, ...]] = ("query",)
+
+    def __post_init__(self):
+        check_positive("model", self, "num_latents")
+        super().__post_init__()
+
+    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> Self:
+        """Returns this config with concrete values, see `ModelConfig.resolve`. The mesh has to divide the latents."""
+        check_latents(self.num_latents, length_shards)
+        return super().resolve(vocab_size, platform, length_shards)
+
+    def module(self) -> nn.Module:
+        return PerceiverIO(self)
+
+    def num_parameters(self) -> int:
+        """Returns the number of parameters: those of a ViT, of two cross-attentions' blocks, latents and query."""
+        return super().num_parameters() + 2 * self.block_parameters(1) + (self.num_latents + 1) * self.embed_dim
+
+    def flops_per_token(self) -> float:
+        d, latents = self.embed_dim, self.num_latents
+        patch = 6 * self.channels * self.patch_size**2 * d
+        cross = cross_flops(self, latents, self.length) + cross_flops(self, 1, latents)
+        return patch + (cross + latents * self.flops(latents, 0) + 6 * d * self.vocab_size) / self.length
+
+    def summary(self) -> str:
+        return f"{super().summary()}, {self.num_latents} latents"
+
 
 def check_latents(latents: int, length_shards: int) -> None:
-    """Raises UserError unless the mesh divides the latents where it divides the length."""
+    """Raises UserError unless the mesh axis that shards the sequence length divides the latents too."""
     if latents % length_shards:
         raise UserError(f"mesh.sequence={length_shards} does not divide model.num_latents={latents}.")
 
 
-def cross_parameters(config: BlockConfig) -> int:
-    """Number of parameters of a `CrossBlock`."""
-    return config.block_parameters(1)
-
-
 def cross_flops(config: BlockConfig, queries: int, keys: int) -> float:
-    """Model FLOPs of forward and backward pass of a `CrossBlock`, by the convention of `BlockConfig.flops`."""
+    """Returns the model FLOPs of the forward and backward pass of a `CrossBlock`, counted as in `BlockConfig.flops`."""
     d, f = config.embed_dim, config.mlp_dim
     return 6 * (queries * (2 * d * d + 2 * d * f) + keys * 2 * d * d) + 12 * d * queries * keys
 
 
-class CrossAttention(SelfAttention):
-    """Attention of some tokens to others, with one projection for queries and a packed one for keys and values."""
+class PerceiverAR(nn.Module):
+    """A Perceiver AR with a resolved `config`, see `ModelConfig.resolve`.
+
+    The last `num_latents` tokens (all tokens if there are fewer) attend to the context up to themselves, and then in
+    each block to the latents up to themselves. With `num_latents` equal to `block_size` this is a GPT with one more
+    block.
+
+    With a "cache" collection from `PerceiverARConfig.init_cache`, the module decodes as `GPT` does. The variable
+    `first_latent` [B] is the position of the first latent in each row: latents need not be the last tokens there.
+    """
+
+    config: PerceiverARConfig
+
+    @nn.compact
+    @lora.adapted
+    def __call__(
+        self,
+        tokens_BxT: jax.Array,
+        starts_BxT: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+        position_B: jax.Array | None = None,
+    ) -> jax.Array:
+        """Computes the logits [B, L, V] of the token after each latent. The arguments are those of `GPT`.
+
+        Raises:
+          ValueError: T is greater than `block_size`.
+        """
+        c = self.config
+        length = tokens_BxT.shape[1]
+        latents = min(c.num_latents, length)
+        indices = gpt.token_positions(c, tokens_BxT, position_B)
+        if not deterministic and c.prefix_dropout and latents < length:
+            starts_BxT = self._cut(starts_BxT, tokens_BxT)
+        positions = indices if starts_BxT is None else indices - starts_BxT
+        x_BxTxD, token_embedding = gpt.embed(c, tokens_BxT, positions, deterministic)
+
+        # `latent_indices` are the latents' indices in the row, and `numbers` their positions in the blocks.
+        numbers = jnp.arange(latents)
+        if position_B is not None:
+            x_BxLxD, latent_indices = x_BxTxD, indices
+            numbers = indices - self.get_variable("cache", "first_latent")[:, None]
+        elif self.has_variable("cache", "first_latent"):
+            latent_indices = self.get_variable("cache", "first_latent")[:, None] + numbers
+            # An index beyond the row is clipped: such a latent is in the future of all that have a prediction.
+            x_BxLxD = jnp.take_along_axis(x_BxTxD, latent_indices[..., None], axis=1, mode="clip")
+        else:
+            x_BxLxD, latent_indices = x_BxTxD[:, -latents:], indices[-latents:]
+        x_BxLxD = nn.with_logical_constraint(x_BxLxD, ("batch", "length", "embed"))
+        latent_positions, latent_starts_BxL = latent_indices, None
+        mask = jnp.where(latent_indices[..., None, :, None] >= indices, 0.0, attention.MASKED)
+        if starts_BxT is not None:
+            latent_starts_BxL = starts_BxT[:, -latents:]
+            latent_positions = latent_indices - latent_starts_BxL
+            mask = mask + attention.document_mask(latent_starts_BxL, starts_BxT)
+
+        cross_block = CrossBlock
+        if c.remat != "none":
+            cross_block = nn.remat(CrossBlock, policy=REMAT_POLICIES[c.remat])
+        read = cross_block(c, deterministic, name="read")
+        x_BxLxD = read(x_BxLxD, x_BxTxD, latent_positions, positions, mask)
+        x_BxLxD = apply_blocks(c, x_BxLxD, numbers, latent_starts_BxL, deterministic)
+        return gpt.token_logits(c, x_BxLxD, token_embedding)
+
+    def _cut(self, starts_BxT: jax.Array | None, tokens_BxT: jax.Array) -> jax.Array:
+        """Returns the starts of documents, with another document start at a random token in some of the rows."""
+        batch, length = tokens_BxT.shape
+        cut_key, start_key = jax.random.split(self.make_rng("dropout"))
+        start_Bx1 = jax.random.randint(start_key, (batch, 1), 1, length - self.config.num_latents + 1)
+        start_Bx1 = jnp.where(jax.random.bernoulli(cut_key, self.config.prefix_dropout, (batch, 1)), start_Bx1, 0)
+        starts_BxT = jnp.zeros((batch, length), jnp.int32) if starts_BxT is None else starts_BxT
+        return jnp.where(jnp.arange(length) >= start_Bx1, jnp.maximum(starts_BxT, start_Bx1), starts_BxT)
+
+
+class PerceiverIO(ViT):
+    """A `ViT` in which latents take the place of the patches in the blocks, and a query that of the class token.
+
+    Learned latents attend to the patches and then to each other. A learned query attends to the latents.
+    """
+
+    config: PerceiverIOConfig
+
+    def pooled(self, x_BxTxD: jax.Array, deterministic: bool) -> jax.Array:
+        c, batch = self.config, len(x_BxTxD)
+
+        def learned(name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
+            value = parameter(self, name, nn.initializers.normal(0.02), axes, shape)
+            x = jnp.broadcast_to(value.astype(x_BxTxD.dtype), (batch, *shape))
+            return nn.with_logical_constraint(x, ("batch", *axes))
+
+        patches, latents = jnp.arange(x_BxTxD.shape[1]), jnp.arange(c.num_latents)
+        latents_BxLxD = learned("latents", ("length", "embed"), (c.num_latents, c.embed_dim))
+        latents_BxLxD = CrossBlock(c, deterministic, name="read")(latents_BxLxD, x_BxTxD, latents, patches)
+        latents_BxLxD = apply_blocks(c, latents_BxLxD, latents, None, deterministic)
+        query_Bx1xD = learned("query", ("embed",), (c.embed_dim,))[:, None]
+        answer = CrossBlock(c, deterministic, name="answer")
+        return answer(query_Bx1xD, latents_BxLxD, jnp.zeros(1, jnp.int32), latents)[:, 0]
+
+
+class CrossBlock(nn.Module):
+    """A block with cross-attention: x + attention(norm(x), norm(context)), then x + mlp(norm(x))."""
+
+    config: BlockConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x_BxLxD: jax.Array, context_BxSxD: jax.Array, *places: jax.Array) -> jax.Array:
+        """Returns [B, L, D]. `places` are the positions and the mask that `CrossAttention` takes."""
+        c = self.config
+        attend = CrossAttention(c, self.deterministic, name="attention")
+        y_BxLxD = attend(norm(c, "norm_1")(x_BxLxD), norm(c, "norm_context")(context_BxSxD), *places)
+        x_BxLxD = add_residual(c, x_BxLxD, y_BxLxD, self.deterministic)
+        y_BxLxD = MLP(c, name="mlp")(norm(c, "norm_2")(x_BxLxD))
+        return add_residual(c, x_BxLxD, y_BxLxD, self.deterministic)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of some tokens to others, with a packed projection for keys and values."""
+
+    config: BlockConfig
+    deterministic: bool
 
     @nn.compact
     def __call__(
         self,
         x_BxLxD: jax.Array,
         context_BxSxD: jax.Array,
+        positions: jax.Array,
+        context_positions: jax.Array,
         mask: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        context_positions: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, L, D] of what each of x sees in the context.
+        """Computes the attention of each token of x to the context.
 
         Args:
-          mask: 0 or `attention.MASKED`, to be added to scores of [B, H, L, S].
-          positions, context_positions: of the tokens, for rotary ones and a cache: [L] and [S], or [B, L] and [B, S].
+          x_BxLxD: activations of the tokens that attend.
+          context_BxSxD: activations of the tokens that they attend to.
+          positions: positions of the tokens of x for rotary encoding, [L], or [B, L] if they differ between rows.
+          context_positions: positions of the context, [S] or [B, S]. With a "cache" collection, a [B, 1] array selects
+            decoding: the positions of one new token in each row.
+          mask: 0 or `attention.MASKED`, to be added to scores of shape [B, H, L, S]. None means no mask.
+
+        Returns:
+          [B, L, D].
         """
         c = self.config
         q_BxLxHxK = linear(c, "query", (c.embed_dim,), (c.num_heads, c.head_dim), ("embed", "heads", "kv"))(x_BxLxD)
@@ -127,166 +285,13 @@ class CrossAttention(SelfAttention):
         if c.positions == "rotary":
             q_BxLxHxK, k_BxSxHxK = rotary(q_BxLxHxK, positions), rotary(k_BxSxHxK, context_positions)
         if self.has_variable("cache", "keys") and context_positions.ndim == 2:
-            out_BxLxHxK = self._decode(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, positions)
+            out_BxLxHxK = transformer.decode_with_cache(self, q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, positions)
         else:
-            self._fill(k_BxSxHxK, v_BxSxHxK)
-            out_BxLxHxK = self._attend_to(q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, mask)
+            transformer.fill_cache(self, k_BxSxHxK, v_BxSxHxK)
+            q_BxLxHxK = q_BxLxHxK / math.sqrt(c.head_dim)
+            scores_BxHxLxS = jnp.einsum("blhk,bshk->bhls", q_BxLxHxK, k_BxSxHxK, preferred_element_type=jnp.float32)
+            weights_BxHxLxS = jax.nn.softmax(scores_BxHxLxS if mask is None else scores_BxHxLxS + mask, axis=-1)
+            weights_BxHxLxS = nn.Dropout(c.attention_dropout, deterministic=self.deterministic)(weights_BxHxLxS)
+            out_BxLxHxK = jnp.einsum("bhls,bshk->blhk", weights_BxHxLxS.astype(v_BxSxHxK.dtype), v_BxSxHxK)
         out_BxLxHxK = nn.with_logical_constraint(out_BxLxHxK, ("batch", "length", "heads", "kv"))
         return linear(c, "out", (c.num_heads, c.head_dim), (c.embed_dim,), ("heads", "kv", "embed"))(out_BxLxHxK)
-
-    def _attend_to(self, q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, mask) -> jax.Array:
-        """`attention.dense` of queries to other tokens."""
-        rate = self.config.attention_dropout
-        q_BxLxHxK = q_BxLxHxK / math.sqrt(self.config.head_dim)
-        scores_BxHxLxS = jnp.einsum("blhk,bshk->bhls", q_BxLxHxK, k_BxSxHxK, preferred_element_type=jnp.float32)
-        weights_BxHxLxS = jax.nn.softmax(scores_BxHxLxS if mask is None else scores_BxHxLxS + mask, axis=-1)
-        weights_BxHxLxS = nn.Dropout(rate, deterministic=self.deterministic)(weights_BxHxLxS)
-        return jnp.einsum("bhls,bshk->blhk", weights_BxHxLxS.astype(v_BxSxHxK.dtype), v_BxSxHxK)
-
-
-class CrossBlock(Block):
-    """x + attention(norm(x), norm(context)), then x + mlp(norm(x)): `Block`, with keys and values from elsewhere."""
-
-    @nn.compact
-    def __call__(self, x_BxLxD: jax.Array, context_BxSxD: jax.Array, *places: jax.Array | None) -> jax.Array:
-        """[B, L, D] from [B, L, D]; `places` are the mask and the positions that `CrossAttention` takes."""
-        attend = CrossAttention(self.config, self.deterministic, name="attention")
-        seen_BxLxD = attend(self._norm("norm_1")(x_BxLxD), self._norm("norm_context")(context_BxSxD), *places)
-        x_BxLxD = self._residual(x_BxLxD, seen_BxLxD)
-        return self._residual(x_BxLxD, MLP(self.config, name="mlp")(self._norm("norm_2")(x_BxLxD)))
-
-
-class PerceiverAR(nn.Module):
-    """Logits of the last tokens of a long context. `config` has to be resolved: see `GPTConfig.resolve`.
-
-    The last `num_latents` tokens (all, if they are fewer) attend to all tokens up to themselves, and then in each block
-    to the latents up to themselves. With `num_latents` = `block_size` it is a GPT of one block more.
-
-    Applied with a "cache" collection, as `PerceiverARConfig.init_cache` makes it, it leaves there what `GPT` does.
-    There `first_latent` [B] says for each row at what position its latents begin: they need not be the last tokens.
-    """
-
-    config: PerceiverARConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        tokens_BxT: jax.Array,
-        starts_BxT: jax.Array | None = None,
-        *,
-        deterministic: bool = True,
-        position_B: jax.Array | None = None,
-    ) -> jax.Array:
-        """Logits of the token that follows each latent: [B, L, V], or as in `GPT`, of which the arguments are.
-
-        Raises:
-          ValueError: T is greater than `block_size`.
-        """
-        c = self.config
-        length = tokens_BxT.shape[1]
-        latents = min(c.num_latents, length)
-        if length > c.block_size:
-            raise ValueError(f"{length} tokens are more than block_size={c.block_size}")
-        if not deterministic and c.prefix_dropout and latents < length:
-            starts_BxT = self._cut(starts_BxT, tokens_BxT.shape)
-        places = jnp.arange(length) if position_B is None else position_B[:, None]
-        positions = places if starts_BxT is None else places - starts_BxT
-        x_BxTxD, token_embedding = gpt.embed(c, tokens_BxT, positions, deterministic)
-
-        # Of the latents: embeddings, places in the row, and numbers, which are their positions in the blocks.
-        numbers, latent_starts_BxL = jnp.arange(latents), None
-        if position_B is not None:
-            x_BxLxD, latent_places = x_BxTxD, places
-            numbers = places - self.get_variable("cache", "first_latent")[:, None]
-        elif self.has_variable("cache", "first_latent"):
-            latent_places = self.get_variable("cache", "first_latent")[:, None] + numbers
-            # What lies past the end of the row is in the future of all that count.
-            x_BxLxD = jnp.take_along_axis(x_BxTxD, latent_places[..., None], axis=1, mode="clip")
-        else:
-            x_BxLxD, latent_places = x_BxTxD[:, -latents:], places[-latents:]
-        x_BxLxD = nn.with_logical_constraint(x_BxLxD, ("batch", "length", "embed"))
-        latent_positions = latent_places
-        mask = jnp.where(latent_places[..., None, :, None] >= places, 0.0, attention.MASKED)
-        if starts_BxT is not None:
-            latent_starts_BxL = starts_BxT[:, -latents:]
-            latent_positions = latent_places - latent_starts_BxL
-            mask = mask + attention.document_mask(latent_starts_BxL, starts_BxT)
-
-        cross_block = CrossBlock
-        if c.remat != "none":
-            cross_block = nn.remat(CrossBlock, policy=REMAT_POLICIES[c.remat])
-        read = cross_block(c, deterministic, name="read")
-        x_BxLxD = read(x_BxLxD, x_BxTxD, mask, latent_positions, positions)
-        x_BxLxD = apply_blocks(c, x_BxLxD, numbers, latent_starts_BxL, deterministic)
-        return gpt.token_logits(c, x_BxLxD, token_embedding)
-
-    def _cut(self, starts_BxT: jax.Array | None, shape: tuple[int, int]) -> jax.Array:
-        """The starts of documents with another one in some rows: nothing after a random place sees what is before."""
-        batch, length = shape
-        is_cut, place = jax.random.split(self.make_rng("dropout"))
-        place_Bx1 = jax.random.randint(place, (batch, 1), 1, length - self.config.num_latents + 1)
-        place_Bx1 = jnp.where(jax.random.bernoulli(is_cut, self.config.prefix_dropout, (batch, 1)), place_Bx1, 0)
-        starts_BxT = jnp.zeros(shape, jnp.int32) if starts_BxT is None else starts_BxT
-        return jnp.where(jnp.arange(length) >= place_Bx1, jnp.maximum(starts_BxT, place_Bx1), starts_BxT)
-
-
-@dataclasses.dataclass(frozen=True)
-class PerceiverIOConfig(ViTConfig):
-    """Shape and options of the model; `num_layers` are the blocks on the latents, between reading and answering."""
-
-    family: str = "perceiver_io"  # see gpt/models/base.py
-    image_size: int = 32
-    patch_size: int = 1  # single pixels
-    num_latents: int = 64
-    pooling: str = "query"  # a learned one, which reads the classes from the latents
-
-    pooling_kinds: ClassVar = ("query",)
-
-    def __post_init__(self):
-        check_positive("model", self, "num_latents")
-        super().__post_init__()
-
-    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> "PerceiverIOConfig":
-        """As of a ViT; `mesh.sequence` has to divide the latents too."""
-        check_latents(self.num_latents, length_shards)
-        return super().resolve(vocab_size, platform, length_shards)
-
-    def module(self) -> "PerceiverIO":
-        return PerceiverIO(self)
-
-    def summary(self) -> str:
-        return f"{super().summary()}, {self.num_latents} latents"
-
-    def num_parameters(self) -> int:
-        """As of a ViT with two blocks more, each with another norm; latents and query."""
-        return super().num_parameters() + 2 * cross_parameters(self) + (self.num_latents + 1) * self.embed_dim
-
-    def flops_per_token(self) -> float:
-        """Model FLOPs of forward and backward pass for one patch of an image: see `BlockConfig.flops`."""
-        d, latents = self.embed_dim, self.num_latents
-        patch = 6 * self.channels * self.patch_size**2 * d
-        cross = cross_flops(self, latents, self.length) + cross_flops(self, 1, latents)
-        return patch + (cross + latents * self.flops(latents, 0) + 6 * d * self.vocab_size) / self.length
-
-
-class PerceiverIO(ViT):
-    """Class logits from images, as `ViT` with another way from the patches to the vector that the head reads.
-
-    Learned latents attend to the patches and then to each other, and a learned query to what became of them.
-    """
-
-    config: PerceiverIOConfig
-
-    def pooled(self, x_BxTxD: jax.Array, deterministic: bool) -> jax.Array:
-        c, batch = self.config, len(x_BxTxD)
-
-        def learned(name, axes, shape):
-            init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
-            x = jnp.broadcast_to(self.param(name, init, shape).astype(x_BxTxD.dtype), (batch, *shape))
-            return nn.with_logical_constraint(x, ("batch", *axes))
-
-        latents_BxLxD = learned("latents", ("length", "embed"), (c.num_latents, c.embed_dim))
-        latents_BxLxD = CrossBlock(c, deterministic, name="read")(latents_BxLxD, x_BxTxD)
-        latents_BxLxD = apply_blocks(c, latents_BxLxD, None, None, deterministic)
-        query_BxD = learned("query", ("embed",), (c.embed_dim,))
-        return CrossBlock(c, deterministic, name="answer")(query_BxD[:, None], latents_BxLxD)[:, 0]

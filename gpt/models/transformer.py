@@ -1,8 +1,11 @@
-"""TODO."""
+"""The transformer block and its options, which all model families share.
+
+Shape suffixes: B batch, T sequence length, D width, F width of the MLP, H heads, K head size.
+"""
 
 import dataclasses
-import functools
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
@@ -14,7 +17,7 @@ from gpt.models.layers import ACTIVATIONS, Linear, Norm, merged_rows, rotary, un
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_fraction, check_positive, harmless
 
-# A model beyond these is a slip, or a stranger's trap: a trace of it would not end.
+# A larger model is a typing error, or a config that was made to keep the tracer busy for ever.
 MAX_LAYERS, MAX_PARAMETERS = 10_000, 1e14
 
 REMAT_POLICIES: dict[str, Any] = {
@@ -28,39 +31,41 @@ LORA_TARGETS = ("qkv", "out", "up", "down")
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig(ModelConfig):
-    """Shape and options of the blocks, which the families share: what `Block` reads."""
+    """Shape and options of the blocks. Each model family subclasses it."""
 
-    # Of a family, and no fields of the config: whether a token sees only those before it, and what it can choose from.
-    causal: ClassVar = True
-    position_kinds: ClassVar = ("learned", "rotary")
-    attention_kinds: ClassVar = ("auto", *kernels.ATTENTION)
+    # What a family offers: these are not fields of the config.
+    position_kinds: ClassVar[tuple[str, ...]] = ("learned", "rotary")
+    attention_kinds: ClassVar[tuple[str, ...]] = ("auto", *kernels.ATTENTION)
+    vocab_source: ClassVar[str] = "tokenizer"  # where a `vocab_size` of 0 takes its value from
 
-    num_layers: int = 8
-    num_heads: int = 8
-    embed_dim: int = 512
-    mlp_factor: float = 4.0  # hidden width of the MLP, as a multiple of embed_dim
+    num_layers: int = 8  # number of blocks
+    num_heads: int = 8  # number of attention heads in a block; has to divide embed_dim
+    embed_dim: int = 512  # width of the residual stream
+    mlp_factor: float = 4.0  # hidden width of the MLP as a multiple of embed_dim
     bias: bool = True  # biases in linear layers and LayerNorm
-    norm: str = "layernorm"  # or rmsnorm
-    norm_epsilon: float = 1e-5  # added to the variance
-    activation: str = "gelu_tanh"  # or gelu (exact), relu, relu_squared, silu
-    positions: str = "learned"  # or rotary (gpt), sincos (vit)
-    qk_norm: bool = False  # queries and keys of root mean square 1 (arXiv 2302.05442, 2010.04245)
-    zero_init: bool = False  # kernels onto the residual stream begin with zeros: each block as the identity
-    embed_dropout: float = 0.1
-    residual_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    # Or flax, chunked, or a kernel without dropout: cudnn (NVIDIA GPUs), splash (TPUs). auto is the kernel where it is
-    # possible (see `GPTConfig.resolve`), else dense.
+    norm: str = "layernorm"  # normalization: layernorm or rmsnorm
+    norm_epsilon: float = 1e-5  # number that a norm adds to the variance
+    activation: str = "gelu_tanh"  # activation of the MLP: gelu_tanh, gelu (exact), relu, relu_squared or silu
+    positions: str = "learned"  # position encoding: learned, rotary (not for images) or sincos (images only)
+    qk_norm: bool = False  # normalize queries and keys to a root mean square of 1 (arXiv 2302.05442, 2010.04245)
+    zero_init: bool = False  # initialize the projections onto the residual stream with zeros
+    embed_dropout: float = 0.1  # dropout probability of the embeddings
+    residual_dropout: float = 0.1  # dropout probability of the output of attention and MLP
+    attention_dropout: float = 0.1  # dropout probability of the attention weights
+    # Implementation of attention: dense, flax, chunked, cudnn (NVIDIA GPUs, no dropout), splash (TPUs, no dropout), or
+    # auto: the kernel of the platform if it supports the model, else dense.
     attention: str = harmless("dense")
-    dtype: str = "auto"  # of the computation: float32, bfloat16; auto is float32 on CPU, bfloat16 elsewhere
-    scan_layers: bool = harmless(False)  # one compiled block in a loop: compiles faster, on for deep models
-    remat: str = harmless("none")  # what the backward pass recomputes: none, dots (keep products), full
-    lora_rank: int = 0  # of the adapters that are trained in place of train.init_from's weights; 0: none
-    lora_alpha: float = 16.0  # what they add is scaled by lora_alpha/lora_rank
-    lora_targets: str = "qkv"  # which kernels have one, of qkv, out, up, down: "qkv,out"
+    dtype: str = "auto"  # dtype of the computation: float32, bfloat16, or auto: float32 on a CPU, bfloat16 elsewhere
+    scan_layers: bool = harmless(False)  # compile one block and loop over the layers: faster to compile if deep
+    remat: str = harmless("none")  # what the backward pass recomputes: none, dots (all but matrix products) or full
+    lora_rank: int = 0  # rank of the adapters to train on top of train.init_from's frozen weights; 0: no adapters
+    lora_alpha: float = 16.0  # the output of an adapter is multiplied by lora_alpha/lora_rank
+    lora_targets: str = "qkv"  # linear layers with an adapter, of qkv, out, up and down, separated by commas
 
     def __post_init__(self):
-        check_positive("model", self, "num_layers", "num_heads", "embed_dim", "mlp_factor", "norm_epsilon")
+        check_positive(
+            "model", self, "num_layers", "num_heads", "embed_dim", "mlp_factor", "norm_epsilon", "lora_alpha"
+        )
         check_fraction("model", self, "embed_dropout", "residual_dropout", "attention_dropout")
         check_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
         check_choice("model.activation", self.activation, ACTIVATIONS)
@@ -68,14 +73,15 @@ class BlockConfig(ModelConfig):
         check_choice("model.attention", self.attention, self.attention_kinds)
         check_choice("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         check_choice("model.remat", self.remat, REMAT_POLICIES)
-        check_positive("model", self, "lora_alpha")
+        if self.vocab_size < 0:
+            raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the {self.vocab_source}'s) or more.")
         if self.lora_rank < 0:
             raise UserError(f"model.lora_rank={self.lora_rank} has to be 0 (no LoRA) or more.")
         if not set(self.lora_targets.split(",")) <= set(LORA_TARGETS):
             raise UserError(f"model.lora_targets={self.lora_targets!r} has to name some of {','.join(LORA_TARGETS)}.")
         if not 1 <= self.mlp_factor * self.embed_dim < 2**31:
             raise UserError(
-                f"model.mlp_factor={self.mlp_factor} gives an MLP without a hidden unit, or one beyond all bounds."
+                f"model.mlp_factor={self.mlp_factor} gives the MLP a hidden width of less than 1 or more than 2³¹."
             )
         if self.num_layers > MAX_LAYERS or self.num_parameters() > MAX_PARAMETERS:
             raise UserError(
@@ -86,53 +92,63 @@ class BlockConfig(ModelConfig):
             raise UserError(f"model.num_heads={self.num_heads} does not divide model.embed_dim={self.embed_dim}.")
 
     @property
-    def head_dim(self) -> int:
-        return self.embed_dim // self.num_heads
-
-    @property
-    def lora_scale(self) -> float:
-        """Of what adapters add."""
-        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
-
-    @property
     def mlp_dim(self) -> int:
         return int(self.mlp_factor * self.embed_dim)
 
     @property
     def kernel_scale(self) -> float:
-        """Standard deviation of the values that kernels begin with: GPT-2's."""
+        """Standard deviation of the initial kernels: GPT-2's."""
         return 0.02
 
-    def summary(self) -> str:
-        return f"{self.num_layers} layers, {self.num_heads} heads, {self.embed_dim} wide"
+    @property
+    def lora_scale(self) -> float:
+        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
-    def resolved_dtype(self, platform: str) -> str:
-        """The dtype, with what `auto` stands for on a platform."""
-        return self.dtype if self.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> Self:
+        """Returns this config with concrete values, see `ModelConfig.resolve`."""
+        if self.vocab_size not in (0, vocab_size):
+            raise UserError(
+                f"model.vocab_size={self.vocab_size}, but the {self.vocab_source} has {vocab_size} "
+                f"{'tokens' if self.reads == 'tokens' else 'classes'}; set 0."
+            )
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "float32" if platform == "cpu" else "bfloat16"
+        kernel = self.attention
+        if kernel == "auto":
+            kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "dense")
+            kernel = kernel if kernel in self.attention_kinds else "dense"
+        resolved = dataclasses.replace(self, vocab_size=vocab_size, dtype=dtype, attention=kernel)
+        if obstacle := kernels.obstacle(kernel, resolved, platform, length_shards):
+            if self.attention != "auto":
+                raise UserError(f"model.attention={kernel} {obstacle}; choose dense or chunked, or auto.")
+            resolved = dataclasses.replace(resolved, attention="dense")
+        return resolved
 
-    def without_kernel(self) -> "BlockConfig":
-        """This config with `auto` in the place of a kernel of attention, to be used on whatever platform."""
+    def without_kernel(self) -> Self:
         return dataclasses.replace(self, attention="auto") if self.attention in kernels.KERNELS else self
 
-    @property
-    def norm_parameters(self) -> int:
-        return self.embed_dim * (2 if self.bias and self.norm == "layernorm" else 1)
+    def attention_function(self) -> Callable[..., jax.Array]:
+        """Returns the attention of a resolved config, with the signature of `attention.dense` without `causal`."""
+        raise NotImplementedError
 
     def block_parameters(self, blocks: int) -> int:
-        """Number of parameters of that many blocks and of a norm after them, from the shapes alone."""
+        """Returns the number of parameters of `blocks` blocks and one norm."""
         d, bias = self.embed_dim, int(self.bias)
         attention_ = 4 * d * d + bias * 4 * d
         mlp = 2 * d * self.mlp_dim + bias * (self.mlp_dim + d)
-        return blocks * (attention_ + mlp + 2 * self.norm_parameters) + self.norm_parameters
+        norm_ = d * (2 if self.bias and self.norm == "layernorm" else 1)
+        return blocks * (attention_ + mlp + 2 * norm_) + norm_
 
     def flops(self, length: int, other_weights: int) -> float:
-        """Model FLOPs of forward and backward pass for one token of a row that is `length` tokens long.
+        """Returns the model FLOPs of the forward and backward pass for one token of a sequence of `length` tokens.
 
-        6 for each parameter that multiplies an activation (4 if it is frozen), plus 12·layers·width·length for the
-        attention scores and values (PaLM's convention, arXiv 2204.02311 appendix B).
+        The number is 6 for each weight (4 if it is frozen), plus 12·layers·width·length for the products of attention,
+        as in PaLM (arXiv 2204.02311, appendix B).
 
         Args:
-          other_weights: those outside of the blocks.
+          length: sequence length, in tokens.
+          other_weights: number of weights outside of the blocks that multiply an activation.
         """
         d, f = self.embed_dim, self.mlp_dim
         weights = self.num_layers * (4 * d**2 + 2 * d * f) + other_weights
@@ -143,135 +159,32 @@ class BlockConfig(ModelConfig):
         adapters = self.num_layers * self.lora_rank * sum(widths[name] for name in self.lora_targets.split(","))
         return 4 * weights + 6 * adapters + scores
 
-
-class SelfAttention(nn.Module):
-    """Self-attention, causal where the family is, with one packed projection for queries, keys and values."""
-
-    config: BlockConfig
-    deterministic: bool
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, positions: jax.Array | None, starts_BxT: jax.Array | None) -> jax.Array:
-        """[B, T, D] from [B, T, D].
-
-        Args:
-          positions: of the tokens, for rotary ones and a cache: [T], or [B, T] where rows differ.
-          starts_BxT: see `GPT`.
-        """
-        c = self.config
-        packed = c.num_heads, 3 * c.head_dim
-        qkv_BxTxHx3K = linear(c, "qkv", (c.embed_dim,), packed, ("embed", "heads", "kv"))(x_BxTxD)
-        qkv_BxTxHx3K = nn.with_logical_constraint(qkv_BxTxHx3K, ("batch", "length", "heads", "kv"))
-        q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = jnp.split(qkv_BxTxHx3K, 3, axis=-1)
-        if c.qk_norm:
-            q_BxTxHxK, k_BxTxHxK = unit_rms(q_BxTxHxK), unit_rms(k_BxTxHxK)
-        if c.positions == "rotary":
-            q_BxTxHxK, k_BxTxHxK = rotary(q_BxTxHxK, positions), rotary(k_BxTxHxK, positions)
-        if not self.is_initializing():  # for `gpt.explain`, which asks for them; else this does nothing
-            self.sow("intermediates", "queries", q_BxTxHxK)
-            self.sow("intermediates", "keys", k_BxTxHxK)
-        if self.has_variable("cache", "keys") and positions.ndim == 2:
-            out_BxTxHxK = self._decode(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, positions)
-        else:
-            out_BxTxHxK = self._attend(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT)
-        out_BxTxHxK = nn.with_logical_constraint(out_BxTxHxK, ("batch", "length", "heads", "kv"))
-        return linear(c, "out", (c.num_heads, c.head_dim), (c.embed_dim,), ("heads", "kv", "embed"))(out_BxTxHxK)
-
-    def _attend(self, q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT) -> jax.Array:
-        """Of all tokens at once, which begin at position 0; their keys and values go to the cache if there is one."""
-        c = self.config
-        self._fill(k_BxTxHxK, v_BxTxHxK)
-        # Where the length is sharded, every query still has to see all keys before it.
-        k_BxTxHxK = nn.with_logical_constraint(k_BxTxHxK, ("batch", "keys", "heads", "kv"))
-        v_BxTxHxK = nn.with_logical_constraint(v_BxTxHxK, ("batch", "keys", "heads", "kv"))
-        use_dropout = c.attention_dropout > 0 and not self.deterministic
-        if c.causal:
-            attend = kernels.by_name(c.attention, query_chunk=c.query_chunk, key_chunk=c.key_chunk)
-        else:
-            attend = functools.partial(kernels.ATTENTION[c.attention], causal=False)
-        return attend(
-            q_BxTxHxK,
-            k_BxTxHxK,
-            v_BxTxHxK,
-            starts_BxT,
-            dropout_rate=c.attention_dropout,
-            dropout_key=self.make_rng("dropout") if use_dropout else None,
-        )
-
-    def _fill(self, k_BxTxHxK, v_BxTxHxK) -> None:
-        """Puts keys and values of tokens from position 0 on into the cache if there is one."""
-        if self.has_variable("cache", "keys"):
-            for name, x_BxTxHxK in (("keys", k_BxTxHxK), ("values", v_BxTxHxK)):
-                cache = attention.fill(self.get_variable("cache", name), x_BxTxHxK)
-                self._put(name, cache, len(x_BxTxHxK))
-
-    def _decode(self, q_Bx1xHxK, k_Bx1xHxK, v_Bx1xHxK, positions_Bx1) -> jax.Array:
-        """Of one new token in each row, by the keys and values in the cache and its own."""
-        rows = len(q_Bx1xHxK)
-        out_BxHxK, keys, values = attention.decode(
-            *(x[:, 0] for x in (q_Bx1xHxK, k_Bx1xHxK, v_Bx1xHxK)),
-            self.get_variable("cache", "keys"),
-            self.get_variable("cache", "values"),
-            positions_Bx1[:, 0],
-        )
-        self._put("keys", keys, rows)
-        self._put("values", values, rows)
-        return out_BxHxK[:, None]
-
-    def _put(self, name: str, cache: jax.Array, rows: int) -> None:
-        self.put_variable("cache", name, nn.with_logical_constraint(cache, attention.cache_axes(rows)))
-
-
-class MLP(nn.Module):
-    """Two linear layers with an activation between them."""
-
-    config: BlockConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
-        c = self.config
-        h_BxTxF = linear(c, "up", (c.embed_dim,), (c.mlp_dim,), ("embed", "mlp"))(x_BxTxD)
-        h_BxTxF = ACTIVATIONS[c.activation](merged_rows(h_BxTxF)).reshape(h_BxTxF.shape)
-        h_BxTxF = nn.with_logical_constraint(h_BxTxF, ("batch", "length", "mlp"))
-        return linear(c, "down", (c.mlp_dim,), (c.embed_dim,), ("mlp", "embed"))(h_BxTxF)
-
-
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)): the pre-norm block of GPT-2."""
-
-    config: BlockConfig
-    deterministic: bool
-
-    @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, positions: jax.Array | None, starts_BxT: jax.Array | None) -> jax.Array:
-        attend = SelfAttention(self.config, self.deterministic, name="attention")
-        x_BxTxD = self._residual(x_BxTxD, attend(self._norm("norm_1")(x_BxTxD), positions, starts_BxT))
-        return self._residual(x_BxTxD, MLP(self.config, name="mlp")(self._norm("norm_2")(x_BxTxD)))
-
-    def _norm(self, name: str) -> Norm:
-        c = self.config
-        return Norm(c.norm, c.bias, jnp.dtype(c.dtype), c.norm_epsilon, name=name)
-
-    def _residual(self, x_BxTxD: jax.Array, y_BxTxD: jax.Array) -> jax.Array:
-        y_BxTxD = nn.Dropout(self.config.residual_dropout, deterministic=self.deterministic)(y_BxTxD)
-        return nn.with_logical_constraint(x_BxTxD + y_BxTxD, ("batch", "length", "embed"))
+    def summary(self) -> str:
+        return f"{self.num_layers} layers, {self.num_heads} heads, {self.embed_dim} wide"
 
 
 def apply_blocks(
     config: BlockConfig,
     x_BxTxD: jax.Array,
-    positions: jax.Array | None,
+    positions: jax.Array,
     starts_BxT: jax.Array | None,
     deterministic: bool,
 ) -> jax.Array:
-    """The blocks, as modules of the model that calls this, one after the other or in a loop, and the norm after them.
+    """Applies all blocks and the final norm. The modules become submodules of the module that calls this function.
 
     Args:
-      positions, starts_BxT: as of `SelfAttention`.
+      config: options of the blocks.
+      x_BxTxD: embeddings of the tokens.
+      positions: see `SelfAttention`.
+      starts_BxT: see `SelfAttention`.
+      deterministic: whether dropout is off.
+
+    Returns:
+      [B, T, D].
     """
     c, block = config, Block
     if c.remat != "none":
-        # Inside a scan, XLA cannot undo the recomputation, so nothing has to prevent it.
+        # XLA cannot merge the recomputation with the forward pass across a scan, so nothing has to prevent it there.
         block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
     if c.scan_layers:
         scan = nn.scan(
@@ -285,11 +198,121 @@ def apply_blocks(
     else:
         for i in range(c.num_layers):
             x_BxTxD = block(c, deterministic, name=f"block_{i}")(x_BxTxD, positions, starts_BxT)
-    return Norm(c.norm, c.bias, jnp.dtype(c.dtype), c.norm_epsilon, name="final_norm")(x_BxTxD)
+    return norm(c, "final_norm")(x_BxTxD)
+
+
+class Block(nn.Module):
+    """The pre-norm block of GPT-2: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: BlockConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, positions: jax.Array, starts_BxT: jax.Array | None) -> jax.Array:
+        """Returns [B, T, D]. The arguments are those of `SelfAttention`."""
+        c = self.config
+        attend = SelfAttention(c, self.deterministic, name="attention")
+        y_BxTxD = attend(norm(c, "norm_1")(x_BxTxD), positions, starts_BxT)
+        x_BxTxD = add_residual(c, x_BxTxD, y_BxTxD, self.deterministic)
+        y_BxTxD = MLP(c, name="mlp")(norm(c, "norm_2")(x_BxTxD))
+        return add_residual(c, x_BxTxD, y_BxTxD, self.deterministic)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention, with one packed projection for queries, keys and values."""
+
+    config: BlockConfig
+    deterministic: bool
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, positions: jax.Array, starts_BxT: jax.Array | None) -> jax.Array:
+        """Computes the attention of each token to the tokens that it may see.
+
+        Args:
+          x_BxTxD: activations of the tokens.
+          positions: positions of the tokens for rotary encoding, [T], or [B, T] if they differ between rows. With a
+            "cache" collection, a [B, 1] array selects decoding: the positions of one new token in each row.
+          starts_BxT: see `attention.dense`.
+
+        Returns:
+          [B, T, D].
+        """
+        c = self.config
+        packed = c.num_heads, 3 * c.head_dim
+        qkv_BxTxHx3K = linear(c, "qkv", (c.embed_dim,), packed, ("embed", "heads", "kv"))(x_BxTxD)
+        qkv_BxTxHx3K = nn.with_logical_constraint(qkv_BxTxHx3K, ("batch", "length", "heads", "kv"))
+        q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = jnp.split(qkv_BxTxHx3K, 3, axis=-1)
+        if c.qk_norm:
+            q_BxTxHxK, k_BxTxHxK = unit_rms(q_BxTxHxK), unit_rms(k_BxTxHxK)
+        if c.positions == "rotary":
+            q_BxTxHxK, k_BxTxHxK = rotary(q_BxTxHxK, positions), rotary(k_BxTxHxK, positions)
+        if (
+            not self.is_initializing()
+        ):  # `gpt.explain` reads these; without an "intermediates" collection it does nothing
+            self.sow("intermediates", "queries", q_BxTxHxK)
+            self.sow("intermediates", "keys", k_BxTxHxK)
+        if self.has_variable("cache", "keys") and positions.ndim == 2:
+            out_BxTxHxK = decode_with_cache(self, q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, positions)
+        else:
+            fill_cache(self, k_BxTxHxK, v_BxTxHxK)
+            # If the length is sharded, every query still needs the keys and values of all tokens.
+            k_BxTxHxK = nn.with_logical_constraint(k_BxTxHxK, ("batch", "keys", "heads", "kv"))
+            v_BxTxHxK = nn.with_logical_constraint(v_BxTxHxK, ("batch", "keys", "heads", "kv"))
+            use_dropout = c.attention_dropout > 0 and not self.deterministic
+            dropout_key = self.make_rng("dropout") if use_dropout else None
+            dropout = {"dropout_rate": c.attention_dropout, "dropout_key": dropout_key}
+            out_BxTxHxK = c.attention_function()(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT, **dropout)
+        out_BxTxHxK = nn.with_logical_constraint(out_BxTxHxK, ("batch", "length", "heads", "kv"))
+        return linear(c, "out", (c.num_heads, c.head_dim), (c.embed_dim,), ("heads", "kv", "embed"))(out_BxTxHxK)
+
+
+class MLP(nn.Module):
+    """Two linear layers with an activation between them."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
+        """Returns [B, T, D]."""
+        c = self.config
+        h_BxTxF = linear(c, "up", (c.embed_dim,), (c.mlp_dim,), ("embed", "mlp"))(x_BxTxD)
+        h_BxTxF = ACTIVATIONS[c.activation](merged_rows(h_BxTxF)).reshape(h_BxTxF.shape)
+        h_BxTxF = nn.with_logical_constraint(h_BxTxF, ("batch", "length", "mlp"))
+        return linear(c, "down", (c.mlp_dim,), (c.embed_dim,), ("mlp", "embed"))(h_BxTxF)
+
+
+def linear(config: BlockConfig, name: str, in_shape: tuple, out_shape: tuple, axes: tuple) -> Linear:
+    """Returns a linear layer of a block, initialized like GPT-2's.
+
+    Projections onto the residual stream ("out" and "down") start smaller the more of them there are.
+    """
+    scale = config.kernel_scale
+    if name in ("out", "down"):
+        scale = (0.0 if config.zero_init else scale) / (2 * config.num_layers) ** 0.5
+    init, dtype = nn.initializers.normal(scale), jnp.dtype(config.dtype)
+    return Linear(in_shape, out_shape, axes, init, config.bias, dtype, name=name)
+
+
+def norm(config: BlockConfig, name: str) -> Norm:
+    """Returns a norm with the options of the config."""
+    return Norm(config.norm, config.bias, jnp.dtype(config.dtype), config.norm_epsilon, name=name)
+
+
+def add_residual(config: BlockConfig, x_BxTxD: jax.Array, y_BxTxD: jax.Array, deterministic: bool) -> jax.Array:
+    """Returns x + dropout(y), [B, T, D]."""
+    y_BxTxD = nn.Dropout(config.residual_dropout, deterministic=deterministic)(y_BxTxD)
+    return nn.with_logical_constraint(x_BxTxD + y_BxTxD, ("batch", "length", "embed"))
 
 
 def block_cache(config: BlockConfig, rows: int, capacity: int, layers: int | None = None) -> dict[str, Any]:
-    """Room for the keys and values of a block, or of so many blocks that one loop goes over."""
+    """Returns an empty cache for the keys and values of a block.
+
+    Args:
+      config: options of the block.
+      rows: number of sequences in the batch.
+      capacity: number of tokens in each row that the cache has room for.
+      layers: the number of blocks if they are scanned: the arrays then have the layers as their first axis.
+    """
     axes = attention.cache_axes(rows)
     shape = attention.cache_shape(rows, capacity, config.num_heads, config.head_dim)
     if layers:
@@ -298,11 +321,25 @@ def block_cache(config: BlockConfig, rows: int, capacity: int, layers: int | Non
     return {"attention": dict(zip(("keys", "values"), zeros, strict=True))}
 
 
-def linear(config: BlockConfig, name: str, in_shape: tuple, out_shape: tuple, axes: tuple) -> Linear:
-    """A linear layer of a block, initialised like GPT-2's: the smaller the more layers add to the residual stream."""
-    onto_residual = (0.0 if config.zero_init else config.kernel_scale) / (2 * config.num_layers) ** 0.5
-    scale = onto_residual if name in ("out", "down") else config.kernel_scale
-    rank = config.lora_rank if name in config.lora_targets.split(",") else 0
-    lora = {"lora_rank": rank, "lora_scale": config.lora_scale}
-    init, dtype = nn.initializers.normal(scale), jnp.dtype(config.dtype)
-    return Linear(in_shape, out_shape, axes, init, config.bias, dtype, name=name, **lora)
+def fill_cache(module: nn.Module, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array) -> None:
+    """Writes keys and values of tokens from position 0 on into the module's cache, if there is one."""
+    if module.has_variable("cache", "keys"):
+        for name, x_BxTxHxK in (("keys", k_BxTxHxK), ("values", v_BxTxHxK)):
+            _put(module, name, attention.fill(module.get_variable("cache", name), x_BxTxHxK), len(x_BxTxHxK))
+
+
+def decode_with_cache(
+    module: nn.Module, q_Bx1xHxK: jax.Array, k_Bx1xHxK: jax.Array, v_Bx1xHxK: jax.Array, positions_Bx1: jax.Array
+) -> jax.Array:
+    """Returns the attention [B, 1, H, K] of one new token in each row, and writes its key and value to the cache."""
+    q_BxHxK, k_BxHxK, v_BxHxK, position_B = (x[:, 0] for x in (q_Bx1xHxK, k_Bx1xHxK, v_Bx1xHxK, positions_Bx1))
+    keys: jax.Array = module.get_variable("cache", "keys")
+    values: jax.Array = module.get_variable("cache", "values")
+    out_BxHxK, keys, values = attention.decode(q_BxHxK, k_BxHxK, v_BxHxK, keys, values, position_B)
+    _put(module, "keys", keys, len(out_BxHxK))
+    _put(module, "values", values, len(out_BxHxK))
+    return out_BxHxK[:, None]
+
+
+def _put(module: nn.Module, name: str, cache: jax.Array, rows: int) -> None:
+    module.put_variable("cache", name, nn.with_logical_constraint(cache, attention.cache_axes(rows)))

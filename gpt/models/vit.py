@@ -1,10 +1,12 @@
-"""A vision transformer (arXiv 2010.11929): class logits from the patches of an image, on the GPT's blocks.
+"""ViT: a vision transformer that classifies images (arXiv 2010.11929), built from the GPT's blocks.
 
-Shape suffixes: B batch, H and W height and width in pixels, C channels, N patches, T tokens (the patches, and before
-them a class token if there is one), D width, L classes.
+Shape suffixes: B batch, H and W height and width in pixels, C channels, N patches, P numbers in a patch, T tokens (the
+patches, after a class token if there is one), D width, L classes.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import ClassVar
 
 import flax.linen as nn
@@ -12,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt.models.layers import Linear
+from gpt.models import kernels, lora
+from gpt.models.layers import Linear, parameter
 from gpt.models.transformer import BlockConfig, apply_blocks
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_positive
 
-# Name: (layers, heads, width). S and Ti are those of arXiv 2012.12877, the others of arXiv 2010.11929.
+# Name: (layers, heads, width). S and Ti are from arXiv 2012.12877, the others from arXiv 2010.11929.
 SIZES: dict[str, tuple[int, int, int]] = {
     "Ti": (12, 3, 192),
     "S": (12, 6, 384),
@@ -25,39 +28,38 @@ SIZES: dict[str, tuple[int, int, int]] = {
     "L": (24, 16, 1024),
     "H": (32, 16, 1280),
 }
-MAX_SIZE = 1 << 14  # pixels; more is a slip
+MAX_SIZE = 1 << 14  # pixels; a larger image is a typing error
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig(BlockConfig):
-    """Shape and options of the model. The defaults are a ViT-Ti/16 for photographs, but for the classes."""
+    """Shape and options of a vision transformer. The defaults are those of ViT-Ti/16 for photographs."""
 
-    family: str = "vit"  # see gpt/models/base.py
-    num_layers: int = 12
-    num_heads: int = 3
-    embed_dim: int = 192
-    activation: str = "gelu"
-    norm_epsilon: float = 1e-6
+    family: str = "vit"  # model family: gpt, vit, perceiver_ar or perceiver_io
+    num_layers: int = 12  # number of blocks
+    num_heads: int = 3  # number of attention heads in a block; has to divide embed_dim
+    embed_dim: int = 192  # width of the residual stream
+    activation: str = "gelu"  # activation of the MLP: gelu_tanh, gelu (exact), relu, relu_squared or silu
+    norm_epsilon: float = 1e-6  # number that a norm adds to the variance
     image_size: int = 224  # height and width of an image, in pixels
-    channels: int = 3  # 3: red, green, blue; 1: grey
+    channels: int = 3  # 3: red, green and blue; 1: gray
     patch_size: int = 16  # height and width of a patch, in pixels
-    vocab_size: int = 0  # classes; 0: the data's
-    pooling: str = "class_token"  # what the head reads: a token of its own, or the mean of the patches'
-    pixel_mean: str = "0.5"  # subtracted from pixels, which go from 0 to 1; "0.485,0.456,0.406": one for each channel
-    pixel_std: str = "0.5"  # and what the difference is divided by
+    vocab_size: int = 0  # number of classes; 0: the data's
+    pooling: str = "class_token"  # what the head reads: class_token, or mean: the mean of all patches
+    pixel_mean: str = "0.5"  # subtracted from pixels in [0, 1]: a number, or one per channel like 0.485,0.456,0.406
+    pixel_std: str = "0.5"  # the difference is divided by this: a number, or one per channel
 
     reads: ClassVar[str] = "images"
-    causal: ClassVar = False
-    position_kinds: ClassVar = ("learned", "sincos")
-    pooling_kinds: ClassVar = ("class_token", "mean")
-    attention_kinds: ClassVar = ("auto", "dense", "flax")
+    position_kinds: ClassVar[tuple[str, ...]] = ("learned", "sincos")
+    pooling_kinds: ClassVar[tuple[str, ...]] = ("class_token", "mean")
+    attention_kinds: ClassVar[tuple[str, ...]] = ("auto", "dense", "flax")
+    vocab_source: ClassVar[str] = "data"
 
     def __post_init__(self):
         check_positive("model", self, "image_size", "channels", "patch_size")
-        check_choice("model.channels", self.channels, (1, 3))
+        if self.channels not in (1, 3):
+            raise UserError(f"model.channels={self.channels} is not known; choose one of 1, 3.")
         check_choice("model.pooling", self.pooling, self.pooling_kinds)
-        if self.vocab_size < 0:
-            raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the data's) or more.")
         if self.image_size > MAX_SIZE:
             raise UserError(f"model.image_size={self.image_size} is beyond {MAX_SIZE:,} pixels.")
         super().__post_init__()
@@ -69,11 +71,12 @@ class ViTConfig(BlockConfig):
 
     @property
     def length(self) -> int:
-        """Tokens of an image: the patches, and the class token if there is one."""
+        """Number of tokens of an image: the patches, and the class token if there is one."""
         return (self.image_size // self.patch_size) ** 2 + (self.pooling == "class_token")
 
     @property
     def kernel_scale(self) -> float:
+        """Standard deviation of the initial kernels: 1/√width."""
         return self.embed_dim**-0.5
 
     def example_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -81,70 +84,60 @@ class ViTConfig(BlockConfig):
         return {"inputs": jax.ShapeDtypeStruct(shape, jnp.uint8), "targets": jax.ShapeDtypeStruct((), jnp.int32)}
 
     def pixel_scale(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of pixels, of [C] or [1]. Raises UserError where they are none."""
-        found = []
-        for key in ("pixel_mean", "pixel_std"):
-            text = getattr(self, key)
-            try:
-                numbers = np.array([float(number) for number in text.split(",")])
-            except ValueError:
-                numbers = np.full(1, np.nan)
-            if len(numbers) not in (1, self.channels) or not np.isfinite(numbers).all():
-                raise UserError(
-                    f"model.{key}={text!r} has to be a number, or one for each of model.channels={self.channels}."
-                )
-            found.append(numbers)
-        if not (found[1] > 0).all():
-            raise UserError(f"model.pixel_std={self.pixel_std} has to be greater than 0.")
-        return found[0], found[1]
-
-    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> "ViTConfig":
-        """This config with what `0` and `auto` stand for filled in.
-
-        Args:
-          platform: JAX's name of it, like "cpu".
-          length_shards: is of no concern: no kernel is used.
+        """Returns the mean and the standard deviation of pixels, each of shape [C] or [1].
 
         Raises:
-          UserError: it is for another number of classes.
+          UserError: `pixel_mean` or `pixel_std` is not a list of numbers for the channels.
         """
-        if self.vocab_size not in (0, vocab_size):
-            raise UserError(f"model.vocab_size={self.vocab_size}, but the data has {vocab_size} classes; set 0.")
-        attention = "dense" if self.attention == "auto" else self.attention
-        dtype = self.resolved_dtype(platform)
-        return dataclasses.replace(self, vocab_size=vocab_size, attention=attention, dtype=dtype)
+        return self._per_channel("pixel_mean"), self._per_channel("pixel_std")
+
+    def _per_channel(self, key: str) -> np.ndarray:
+        text = getattr(self, key)
+        try:
+            numbers = np.array([float(number) for number in text.split(",")])
+        except ValueError:
+            numbers = np.full(1, np.nan)
+        if len(numbers) not in (1, self.channels) or not np.isfinite(numbers).all():
+            raise UserError(
+                f"model.{key}={text!r} has to be a number, or one for each of model.channels={self.channels}."
+            )
+        if key == "pixel_std" and not (numbers > 0).all():
+            raise UserError(f"model.pixel_std={text} has to be greater than 0.")
+        return numbers
+
+    def attention_function(self) -> Callable[..., jax.Array]:
+        return functools.partial(kernels.ATTENTION[self.attention], causal=False)
+
+    def module(self) -> nn.Module:
+        return ViT(self)
 
     def num_parameters(self) -> int:
-        """Number of parameters, from the shapes alone."""
         d, learned, token = self.embed_dim, self.positions == "learned", self.pooling == "class_token"
         patches = self.channels * self.patch_size**2 * d + self.bias * d
         head = d * self.vocab_size + self.bias * self.vocab_size
         return patches + (learned * self.length + token) * d + self.block_parameters(self.num_layers) + head
 
     def flops_per_token(self) -> float:
-        """Model FLOPs of forward and backward pass for one of the `length` tokens: see `BlockConfig.flops`."""
         patches = self.channels * self.patch_size**2 * self.embed_dim
         return self.flops(self.length, patches) + 6 * self.embed_dim * self.vocab_size / self.length
-
-    def module(self) -> "ViT":
-        return ViT(self)
 
     def summary(self) -> str:
         return f"{super().summary()}, {self.length} tokens of patches of {self.patch_size} × {self.patch_size} pixels"
 
 
 class ViT(nn.Module):
-    """Class logits from images. `config` has to be resolved: see `ViTConfig.resolve`."""
+    """A vision transformer with a resolved `config`, see `ModelConfig.resolve`."""
 
     config: ViTConfig
 
     @nn.compact
+    @lora.adapted
     def __call__(self, images_BxHxWxC: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Logits of the classes of each image.
+        """Computes the logits of the classes of each image.
 
         Args:
-          images_BxHxWxC: uint8, H and W `image_size`.
-          deterministic: False switches dropout on; it draws from the "dropout" rng.
+          images_BxHxWxC: uint8, with H and W equal to `image_size`.
+          deterministic: whether dropout is off. Dropout draws from the "dropout" random stream.
 
         Returns:
           logits_BxL, float32.
@@ -156,8 +149,8 @@ class ViT(nn.Module):
         dtype = jnp.dtype(c.dtype)
         if images_BxHxWxC.shape[1:] != (c.image_size, c.image_size, c.channels):
             raise ValueError(f"images of {images_BxHxWxC.shape[1:]} are not of image_size={c.image_size}, {c.channels}")
+        # Pixels travel to the device as bytes and are scaled there.
         mean, std = c.pixel_scale()
-        # Near 0 and 1 in size; the scaling is one product and one sum, and pixels travel as bytes.
         pixels_BxHxWxC = (images_BxHxWxC.astype(jnp.float32) / 255 - mean) / std
         patches_BxNxP = patches(pixels_BxHxWxC, c.patch_size)
         pixels = patches_BxNxP.shape[-1]
@@ -165,15 +158,15 @@ class ViT(nn.Module):
         x_BxTxD = Linear(*embed, name="patch_embedding")(patches_BxNxP)
         normal = nn.initializers.normal(0.02)
         if c.pooling == "class_token":
-            token_D = self.param("class_token", nn.with_logical_partitioning(normal, ("embed",)), (c.embed_dim,))
+            token_D = parameter(self, "class_token", normal, ("embed",), (c.embed_dim,))
             first_Bx1xD = jnp.broadcast_to(token_D.astype(dtype), (len(x_BxTxD), 1, c.embed_dim))
             x_BxTxD = jnp.concatenate([first_Bx1xD, x_BxTxD], axis=1)
         if c.positions == "learned":
-            init = nn.with_logical_partitioning(normal, ("length", "embed"))
-            x_BxTxD = x_BxTxD + self.param("position_embedding", init, (c.length, c.embed_dim)).astype(dtype)
+            shape = c.length, c.embed_dim
+            x_BxTxD = x_BxTxD + parameter(self, "position_embedding", normal, ("length", "embed"), shape).astype(dtype)
         else:
             positions_NxD = sincos_positions(c.image_size // c.patch_size, c.embed_dim)
-            before = c.length - len(positions_NxD)  # the class token has no place
+            before = c.length - len(positions_NxD)  # the class token has no position
             x_BxTxD = x_BxTxD + jnp.pad(positions_NxD, ((before, 0), (0, 0))).astype(dtype)
         x_BxTxD = nn.Dropout(c.embed_dropout, deterministic=deterministic)(x_BxTxD)
         x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed"))
@@ -182,25 +175,29 @@ class ViT(nn.Module):
         return Linear(*head, name="head")(x_BxD).astype(jnp.float32)
 
     def pooled(self, x_BxTxD: jax.Array, deterministic: bool) -> jax.Array:
-        """[B, D]: what the blocks make of the tokens, in one vector."""
-        x_BxTxD = apply_blocks(self.config, x_BxTxD, None, None, deterministic)
+        """Applies the blocks and returns one vector for each image: [B, D] from the embedded tokens [B, T, D]."""
+        x_BxTxD = apply_blocks(self.config, x_BxTxD, jnp.arange(x_BxTxD.shape[1]), None, deterministic)
         return x_BxTxD[:, 0] if self.config.pooling == "class_token" else x_BxTxD.mean(axis=1)
 
 
 def patches(pixels_BxHxWxC: jax.Array, size: int) -> jax.Array:
-    """[B, N, size·size·C]: squares of `size` pixels, row by row; the numbers of each by row, column, channel."""
+    """Cuts images into squares of `size` × `size` pixels.
+
+    Returns:
+      [B, N, size·size·C], with the patches row by row, and the numbers of a patch by row, column and channel.
+    """
     batch, height, width, channels = pixels_BxHxWxC.shape
     x = pixels_BxHxWxC.reshape(batch, height // size, size, width // size, size, channels)
     return x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
 
 
 def sincos_positions(side: int, width: int) -> np.ndarray:
-    """[side², width]: sines and cosines of the column, then of the row of each patch, in `width`/4 frequencies each.
+    """Returns fixed position embeddings [side², width] for a square of patches, as in arXiv 2104.02057 and 2205.01580.
 
-    Those of MoCo v3 (arXiv 2104.02057), as the simple ViT has them (arXiv 2205.01580).
+    Each has the sines and cosines of the patch's column and then of its row, in width/4 frequencies.
     """
     frequencies = 10_000.0 ** -(np.arange(width // 4) / max(width // 4 - 1, 1))
     rows, columns = np.divmod(np.arange(side * side), side)
-    angles = [places[:, None] * frequencies for places in (columns, rows)]
+    angles = [indices[:, None] * frequencies for indices in (columns, rows)]
     parts = [function(angle) for angle in angles for function in (np.sin, np.cos)]
     return np.concatenate(parts, axis=1, dtype=np.float32)
