@@ -113,18 +113,20 @@ def load_model(
 
 
 def plan_step(config: "Config", topology: str, *, cache: bool = True) -> dict[str, Any]:
-    """Compiles the training step of a config for devices that are not present.
+    """Returns the plan of a config: its training step, compiled for devices that are not present, and measured.
+
+    The compilation runs in another process, so that it does not change JAX's settings in this one.
 
     Args:
-      topology: like "v5e:16x16", "4xv5p:8x8x16" or "h100:8".
-      cache: return what was compiled before, if it was.
+      topology: chips and their arrangement, like "v5e:16x16", "4xv5p:8x8x16" or "h100:8".
+      cache: read the plan from the cache if it is there, and store a new plan in it.
 
     Returns:
-      The plan, with the keys of `python -m gpt.plan --json`. Times are in seconds, sizes in bytes, of one device.
+      The values that `python -m gpt.plan --json` prints: seconds, bytes and FLOPs of one device and one step.
 
     Raises:
-      UserError: the config or the topology does not allow it, or the compiler refuses it.
+      UserError: the config or the topology does not allow it, the compiler rejects the program, or it crashes.
     """
     from gpt.planning import plans
 
-    return plans.plan(config, topology, use_cache=cache)
+    return plans.plan_elsewhere(config, topology, use_cache=cache)

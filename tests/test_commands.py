@@ -392,7 +392,7 @@ MISTAKES = {
         "workdir in use": (("--from_hf={tmp}/folder",), 1, "--workdir=.* is not an empty folder"),
     },
     "plan": {
-        "no topology": (("--config=configs/gpt2_124m.py",), 2, "what to plan for"),
+        "no topology": (("--config=configs/gpt2_124m.py",), 2, "Set a config file and a topology"),
         "zeros": (("--config=configs/gpt2_124m.py", "--topology=v5e:0x0"), 2, "v5e has 2 sizes, up to v5e:16x16"),
         "huge": (("--config=configs/gpt2_124m.py", "--topology=v5e:1000x1000"), 2, "v5e has 2 sizes, up to v5e:16x16"),
         "three sizes": (("--config=configs/gpt2_124m.py", "--topology=v5e:4x4x4"), 2, "v5e has 2 sizes"),

@@ -1,4 +1,4 @@
-"""Reading compiled programs: FLOPs, traffic and collectives of HLO whose answers are known."""
+"""The reader of compiled programs: FLOPs, memory traffic and collectives of HLO texts with known answers."""
 
 from types import SimpleNamespace
 
@@ -55,7 +55,7 @@ ENTRY %main (x.1: bf16[8,16]) -> (s32[], bf16[8,16]) {
 @pytest.mark.parametrize(
     ("known", "trips"), [("", 4), (', backend_config={"known_trip_count":{"n":"5"}}', 5)], ids=["counted", "known"]
 )
-def test_loops_count_as_often_as_they_run(known, trips):
+def test_the_body_of_a_loop_is_multiplied_by_its_trip_count(known, trips):
     text = LOOPS.replace("KNOWN", known)  # 0, 2, 4, 6
     assert matmul_flops(text) == trips * 2 * 8 * 16 * 16
     assert hlo.collectives(text, MESH) == [
@@ -63,9 +63,9 @@ def test_loops_count_as_often_as_they_run(known, trips):
     ]
 
 
-def test_a_loop_of_unknown_length_is_not_guessed():
+def test_an_unknown_trip_count_raises_an_error():
     text = LOOPS.replace("KNOWN", "").replace("direction=LT", "direction=NE")
-    with pytest.raises(ValueError, match="trip count of the loop loop"):
+    with pytest.raises(ValueError, match="the trip count of the loop loop is not known"):
         matmul_flops(text)
 
 
@@ -76,13 +76,13 @@ def entry(*lines: str) -> str:
 @pytest.mark.parametrize(
     ("shapes", "attributes", "expected"),
     [
-        # [5, 7, 3] · [5, 3, 2], a batch of 5, as TPUs write it
+        # [5, 7, 3] · [5, 3, 2], a batch of 5, as the TPU compiler writes it
         (
             ("7,3,5", "5,2,3", "5,7,2"),
             "window={size=5 stride=4 lhs_dilate=5}, dim_labels=bf0_0oi->0bf",
             2 * 5 * 7 * 2 * 3,
         ),
-        # an ordinary one: 8 outputs of a window of 3, of which one at each end meets the padding
+        # 8 outputs of a window of 3, which meets the padding once at each end
         (("1,8,4", "3,4,6", "1,8,6"), "window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", 2 * 6 * 4 * (3 * 8 - 2)),
         # the plain product [7, 3] · [3, 2]
         (("7,3", "3,2", "7,2"), "dim_labels=bf_io->bf", 2 * 7 * 2 * 3),
@@ -133,7 +133,7 @@ def test_asynchronous_collectives_count_once():
         "%e = f32[4]{0} collective-permute-done(%p)",
         *(
             f'%c{i} = f32[16]{{0}} all-gather(%a), channel_id=7, {groups}, frontend_attributes={{chain_id="0"}}'
-            for i in range(3)  # the parts that the TPU compiler fuses with products
+            for i in range(3)  # the parts that the TPU compiler fuses with matrix products
         ),
         f'%c3 = f32[16]{{0}} all-gather(%a), channel_id=8, {groups}, frontend_attributes={{chain_id="1"}}',
     )
@@ -143,7 +143,7 @@ def test_asynchronous_collectives_count_once():
     assert (gathers.sent, permute.sent) == (144, 16)
 
 
-def test_reduce_scatter_is_known_in_its_two_forms():
+def test_both_forms_of_a_reduce_scatter_are_recognised():
     plain = entry(
         "%a = bf16[16]{0} parameter(0)",
         "ROOT %r = bf16[4]{0} reduce-scatter(%a), replica_groups=[2,4]<=[8], dimensions={0}, to_apply=%add",
@@ -161,7 +161,7 @@ def test_reduce_scatter_is_known_in_its_two_forms():
         assert hlo.collectives(text, MESH) == [Collective("reduce-scatter", ("model",), 4, False, 1, 32)]
 
 
-def test_what_is_sent_between_slices_counts():
+def test_transfers_between_slices_count():
     devices = np.array([SimpleNamespace(slice_index=i // 4) for i in range(8)]).reshape(2, 4)
     text = entry(
         "%a = bf16[4,8]{1,0} parameter(0)",
@@ -184,14 +184,14 @@ def traffic(text: str) -> list[int]:
 def test_a_kernel_reads_its_operands_and_writes_its_result():
     text = entry(
         "%a = bf16[8,16]{1,0:T(8,128)(2,1)} parameter(0)",
-        "%b = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} parameter(1)",  # in the fast memory: costs nothing
+        "%b = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} parameter(1)",  # in the fast memory, which is not counted
         "%c = f32[8,16]{1,0} add(%a, %b)",
         "ROOT %t = (f32[8,16]{1,0}) tuple(%c)",
     )
     assert traffic(text) == [8 * 16 * (2 + 4)]
 
 
-def test_of_a_slice_only_the_slice_is_read_and_written():
+def test_only_the_slice_of_a_sliced_array_counts():
     fused = computation(
         "slice_and_update",
         "%stack = f32[12,64]{1,0} parameter(0)",
@@ -211,10 +211,10 @@ def test_of_a_slice_only_the_slice_is_read_and_written():
         "%w = f32[64]{0} parameter(3)",
         "ROOT %f = f32[12,64]{1,0} fusion(%a, %n, %b, %w), kind=kLoop, calls=%slice_and_update",
     )
-    assert traffic(text) == [3 * 64 * 4 + 4]  # a row read, a row written, the whole operand, the counter
+    assert traffic(text) == [3 * 64 * 4 + 4]  # a slice read, a slice written, the whole operand, the index
 
 
-def test_a_copy_to_the_fast_memory_reads_the_main_memory_and_overlaps():
+def test_a_copy_to_the_fast_memory_counts_as_overlapping_traffic():
     text = entry(
         "%a = f32[1024]{0} parameter(0)",
         "%s = (f32[1024]{0:S(1)}, f32[1024]{0}, u32[]{:S(2)}) copy-start(%a)",
@@ -226,7 +226,7 @@ def test_a_copy_to_the_fast_memory_reads_the_main_memory_and_overlaps():
 
 
 @pytest.mark.parametrize(("cycles", "expected"), [("1200", 1200), (str(2**63 - 1), None)])
-def test_the_compilers_estimate_is_read_where_there_is_one(cycles, expected):
+def test_the_compilers_estimate_is_read_if_there_is_one(cycles, expected):
     text = LOOPS.replace("KNOWN", "").replace(
         "calls=%product", f'calls=%product, backend_config={{"window_config":{{"estimated_cycles":"{cycles}"}}}}'
     )
@@ -234,7 +234,7 @@ def test_the_compilers_estimate_is_read_where_there_is_one(cycles, expected):
     assert (product.cycles, product.times) == (expected, 4)
 
 
-def test_of_cublas_the_two_factors_count():
+def test_a_cublas_product_counts_its_two_factors():
     text = entry(
         "%a = bf16[8,16]{1,0} parameter(0)",
         "%b = bf16[16,4]{1,0} parameter(1)",
@@ -262,8 +262,8 @@ def test_of_cublas_the_two_factors_count():
         ('%other.1 = bf16[2,4,Q,16]{3,2,1,0} custom-call(%m, %q, %k, %k), "tpu_custom_call"', 0, 256),
     ],
 )
-def test_of_attention_kernels_what_the_causal_mask_leaves_counts(call, products, queries):
-    """For the last half of the queries that is three quarters of the scores; the compiler breaks such lines."""
+def test_an_attention_kernel_counts_what_the_causal_mask_leaves(call, products, queries):
+    """For the last half of the queries, the mask leaves three quarters. The compiler breaks lines with metadata."""
     shape = "[2,4,{},16]{{3,2,1,0}}" if "tpu_" in call else "[2,{},4,16]{{3,2,1,0}}"
     call = call.replace("Q", str(queries)).replace('"', 'custom_call_target="', 1)
     text = (

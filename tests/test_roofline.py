@@ -1,4 +1,4 @@
-"""The estimate of a step against arithmetic done by hand."""
+"""The roofline estimate of a step, compared with arithmetic by hand."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ class Device:
 
 
 class Mesh:
-    """Devices of a torus, in whatever order."""
+    """A mesh of devices of a torus, in the given order."""
 
     def __init__(self, shape: dict[str, int], devices: list[Device]):
         self.shape, self.devices = shape, np.empty(len(devices), object)
@@ -41,47 +41,47 @@ def gather(size: int, axes=("model",), group=3, overlaps=False) -> Collective:
     return Collective("all-gather", axes, group, overlaps, 1, size)
 
 
-def test_a_kernel_takes_the_longer_of_products_and_memory():
+def test_a_kernel_is_compute_bound_or_memory_bound():
     operations = [
         Operation("product", times=2, flops=500, bytes=10),  # 5 s against 1 s
         Operation("sum", times=3, flops=0, bytes=20),  # 2 s
     ]
     seconds = roofline.estimate(operations, [], LINE, CHIP, model_flops=800)
-    assert (seconds["products"], seconds["memory"]) == (10, 6)
+    assert (seconds["compute"], seconds["memory"]) == (10, 6)
     assert seconds["step"] == seconds["roofline"] == 16
     assert seconds["mfu"] == pytest.approx(8 / 16)
-    assert seconds["binds"] == "products"
+    assert seconds["bottleneck"] == "compute"
     assert seconds["compiler"] is None
 
 
-def test_copies_beside_kernels_still_share_the_memory():
+def test_overlapping_copies_share_the_memory_bandwidth():
     operations = [Operation("product", 1, 500, 10), Operation("copy-start", 1, 0, 90, overlaps=True)]
     seconds = roofline.estimate(operations, [], LINE, CHIP, 1)
-    assert (seconds["products"], seconds["memory"]) == (5, 5)  # 100 bytes at 10 a second, 5 s of it beside the product
+    assert (seconds["compute"], seconds["memory"]) == (5, 5)  # 100 bytes at 10 bytes/s, 5 s of them during the product
     assert seconds["roofline"] == 10
 
 
-@pytest.mark.parametrize(("size", "step", "binds"), [(6, 10 + 4, "products"), (60, 20 + 4, "network")])
-def test_only_synchronous_collectives_are_waited_for(size, step, binds):
+@pytest.mark.parametrize(("size", "step", "bottleneck"), [(6, 10 + 4, "compute"), (60, 20 + 4, "network")])
+def test_only_synchronous_collectives_are_exposed(size, step, bottleneck):
     operations = [Operation("product", 1, 1000, 0)]  # 10 s
-    # A line of three: 2/3 of the bytes over one link of 2 bytes a second.
+    # A line of three devices sends 2/3 of the bytes over one link of 2 bytes/s.
     collectives = [gather(size, overlaps=True), gather(12)]
     seconds = roofline.estimate(operations, collectives, LINE, CHIP, 1)
-    assert seconds["network"] == {"hidden": pytest.approx(size / 3), "waited_for": pytest.approx(4)}
+    assert seconds["network"] == {"overlapped": pytest.approx(size / 3), "exposed": pytest.approx(4)}
     assert seconds["step"] == pytest.approx(step)
-    assert seconds["binds"] == binds
+    assert seconds["bottleneck"] == bottleneck
 
 
-def test_the_compilers_estimate_counts_where_it_covers_the_program():
+def test_the_compilers_estimate_counts_if_it_covers_the_program():
     chip = dataclasses.replace(CHIP, clock=10.0)
-    known = Operation("product", times=2, flops=500, bytes=0, cycles=80)  # 8 s, where 5 is the least
+    known = Operation("product", times=2, flops=500, bytes=0, cycles=80)  # 8 s, at least 5 s by the roofline
     unknown = Operation("tiny", 1, 0, 1)
     seconds = roofline.estimate([known, unknown], [gather(12)], LINE, chip, 1)
     assert seconds["compiler"] == seconds["step"] == 16 + 4
     assert seconds["roofline"] == pytest.approx(10 + 0.1 + 4)
     uncovered = dataclasses.replace(unknown, bytes=100)
     assert roofline.estimate([known, uncovered], [], LINE, chip, 1)["compiler"] is None
-    kernel = dataclasses.replace(uncovered, opaque=True)  # of attention: the least takes the place of an estimate
+    kernel = dataclasses.replace(uncovered, opaque=True)  # an attention kernel counts as in the roofline
     assert roofline.estimate([known, kernel], [], LINE, chip, 1)["compiler"] == 16 + 10
     assert roofline.estimate([known], [], LINE, CHIP, 1)["compiler"] is None  # a chip without a clock
 
@@ -90,7 +90,7 @@ def test_the_compilers_estimate_counts_where_it_covers_the_program():
     ("mesh", "axes", "group", "links"),
     [
         (LINE, ("model",), 3, 1),  # a line
-        (Mesh({"data": 2, "model": 4}, torus(2, 4)), ("model",), 4, 2),  # a ring goes both ways
+        (Mesh({"data": 2, "model": 4}, torus(2, 4)), ("model",), 4, 2),  # a ring has two directions
         (Mesh({"data": 4, "model": 4}, torus(4, 4)), ("data", "model"), 16, 4),  # two rings
         (Mesh({"data": 2, "model": 2}, torus(4, 1)), ("data",), 2, 0.5),  # chips 0 and 2 share their links with 1 and 3
         (Mesh({"data": 2, "model": 2}, torus(4, 1)), ("model",), 2, 1),
@@ -106,13 +106,13 @@ def test_between_slices_the_network_counts():
     mesh = Mesh({"data": 2, "model": 4}, devices)
     assert roofline.ring_bandwidth(("data",), 2, mesh, CHIP) == CHIP.network
     assert roofline.ring_bandwidth(("model",), 4, mesh, CHIP) == 2 * CHIP.link
-    # Of GPUs every one in the group lends its network card, until NVLink binds.
+    # Each GPU of the group uses its network card, up to the bandwidth of NVLink.
     assert roofline.ring_bandwidth(("data",), 2, mesh, GPU) == GPU.network
     assert roofline.ring_bandwidth(("data", "model"), 8, mesh, GPU) == min(GPU.link, 4 * GPU.network)
     assert roofline.ring_bandwidth(("model",), 4, mesh, GPU) == GPU.link
 
 
-def test_a_ring_sends_no_less_than_it_must():
+def test_a_ring_sends_the_minimum():
     assert Collective("all-reduce", ("data",), 4, False, 1, 100).sent == 150
     assert Collective("reduce-scatter", ("data",), 4, False, 1, 100).sent == 75
     assert Collective("collective-permute", ("data",), 4, True, 1, 100).sent == 100

@@ -1,4 +1,4 @@
-"""The search over meshes: what it considers, in which order, and what it makes of the compiler's answers."""
+"""The search for the fastest mesh: its candidates, their order, and what it learns from compiled programs."""
 
 import dataclasses
 import io
@@ -30,11 +30,11 @@ def expected(config: Config) -> search.Candidate:
 @pytest.mark.parametrize(("number", "parts", "count"), [(8, 4, 20), (12, 3, 18), (1, 4, 1), (7, 2, 2), (1024, 4, 286)])
 def test_factorisations(number, parts, count):
     found = list(search.factorisations(number, parts))
-    assert len(found) == len(set(found)) == count  # 2³ over four: 3 balls into 4 boxes
+    assert len(found) == len(set(found)) == count  # for 2³ into four factors: 3 balls into 4 boxes
     assert all(math.prod(factors) == number for factors in found)
 
 
-def test_candidates_are_every_change_that_can_be_built():
+def test_candidates_are_all_changes_that_can_be_built():
     found = search.candidates(CONFIG, jax.devices(), CHIP)
     kinds = {(sizes(c.config), c.config.model.remat, c.config.mesh.zero1, c.config.train.micro_batches) for c in found}
     assert len(kinds) == len(found)
@@ -45,10 +45,10 @@ def test_candidates_are_every_change_that_can_be_built():
     assert {c.config.mesh.rules for c in found} == {"dp", "fsdp", "fsdp_tp", "sp"}
     assert [c.seconds for c in found] == sorted(c.seconds for c in found)
     for candidate in {sizes(c.config): c for c in found}.values():
-        compiling.build(candidate.config, jax.devices())  # refuses nothing
+        compiling.build(candidate.config, jax.devices())  # raises no error
 
 
-def test_arithmetic_knows_what_saves_memory():
+def test_arithmetic_expects_less_memory_where_an_option_saves_it():
     def memory(**changes):
         model = dataclasses.replace(MODEL, remat=changes.pop("remat", "none"))
         train = dataclasses.replace(CONFIG.train, micro_batches=changes.pop("micro_batches", 1))
@@ -61,8 +61,8 @@ def test_arithmetic_knows_what_saves_memory():
     assert memory(zero1=True) < memory()
 
 
-def test_arithmetic_finds_the_compilers_memory():
-    """Roughly, on this machine's compiler: what is compiled first depends on it."""
+def test_expected_memory_is_near_the_compilers():
+    """Within a factor of 3 of the CPU compiler's figure, which is enough to decide what is compiled first."""
     for remat in ("none", "full"):
         config = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, remat=remat, dtype="float32"))
         used = compiling.compile_step(config, compiling.build(config, jax.devices())).executable.memory_analysis()
@@ -71,7 +71,7 @@ def test_arithmetic_finds_the_compilers_memory():
 
 
 class Compiler:
-    """A plan for each config by a rule, and the configs it was asked for."""
+    """Plans configs by functions for memory and time, and keeps the configs."""
 
     def __init__(self, memory, seconds=lambda config: expected(config).seconds):
         self.memory, self.seconds, self.asked = memory, seconds, []
@@ -79,7 +79,7 @@ class Compiler:
     def __call__(self, config: Config) -> dict:
         self.asked.append(config)
         total = self.memory(config)
-        report = {"memory": {"parameters": 1, "total": total}, "fits": total <= CHIP.memory, "compiler_says": None}
+        report = {"memory": {"parameters": 1, "total": total}, "fits": total <= CHIP.memory, "compiler_message": None}
         return report | {"seconds": {"step": self.seconds(config), "mfu": 0.5}}
 
 
@@ -88,12 +88,12 @@ def run_search(compiler: Compiler, compilations: int, config: Config = CONFIG, o
     return search.search(config, jax.devices(), CHIP, compilations, compiler, progress)
 
 
-def test_search_ranks_what_it_compiled_and_begins_with_the_config():
+def test_search_compiles_the_config_first_and_ranks_all():
     out = io.StringIO()
     compiler = Compiler(lambda config: expected(config).memory)
     found = run_search(compiler, 5, out=out)
     assert compiler.asked[0] == CONFIG
-    assert len(compiler.asked) == len(found) == 1 + 5 + 1  # and the best with its layers unrolled
+    assert len(compiler.asked) == len(found) == 1 + 5 + 1  # and the best with unrolled layers
     assert {config.model.scan_layers for config in compiler.asked[:6]} == {True}
     assert compiler.asked[6].model.scan_layers is False
     assert len({(sizes(c), c.model.remat) for c in compiler.asked[1:6]}) == 5
@@ -103,7 +103,7 @@ def test_search_ranks_what_it_compiled_and_begins_with_the_config():
 
 
 def test_search_learns_from_what_does_not_fit():
-    """Where the compiler needs twenty times what arithmetic says, the search comes to configs that do fit."""
+    """A search finds configs that fit even if the compiler needs twenty times the expected memory."""
     compiler = Compiler(lambda config: 20 * expected(config).memory)
     config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=1024))
     assert compiler.memory(config) > CHIP.memory
@@ -116,7 +116,7 @@ def test_search_learns_from_what_does_not_fit():
 
 def test_a_candidate_that_cannot_be_compiled_is_ranked_last():
     def refuse(config):
-        return {"memory": {}, "fits": False, "compiler_says": "no"}
+        return {"memory": {}, "fits": False, "compiler_message": "no"}
 
     out = io.StringIO()
     found = run_search(refuse, 3, out=out)
@@ -124,7 +124,7 @@ def test_a_candidate_that_cannot_be_compiled_is_ranked_last():
     assert out.getvalue().count("does not fit: no") == 4
 
 
-def test_nearest_changes_as_little_as_it_can():
+def test_nearest_changes_as_few_keys_as_possible():
     config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=1024))
     compiler = Compiler(lambda config: 20 * expected(config).memory)
     report = compiler(config)
@@ -136,7 +136,7 @@ def test_nearest_changes_as_little_as_it_can():
     assert search.nearest(config, devices, CHIP, report, Compiler(lambda config: 1e12), progress) is None
 
 
-def test_flags_name_what_differs():
+def test_flags_are_the_differences():
     mesh = sharding.MeshConfig("fsdp", data=2, fsdp=4)
     changed = dataclasses.replace(CONFIG, mesh=mesh, model=dataclasses.replace(MODEL, remat="full"))
     assert set(search.flags(CONFIG, changed)) == {

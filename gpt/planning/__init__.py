@@ -1,1 +1,1 @@
-"""What `python -m gpt.plan` is made of: compile, read the program, estimate, search, show."""
+"""The parts of `python -m gpt.plan`: compile the step, read the program, estimate its time, search, report."""

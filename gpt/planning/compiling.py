@@ -1,4 +1,4 @@
-"""Compiles the training step for devices that are not there, and measures the program."""
+"""Compiles the training step for devices that are not present, and measures the compiled program."""
 
 import dataclasses
 import re
@@ -22,8 +22,9 @@ class Compiled:
     """A training step compiled for a topology.
 
     Attributes:
+      executable: the compiled step.
       hlo_text: the optimised program of one device.
-      largest: the largest buffers as the compiler writes them, where it does.
+      largest: the largest buffers in the compiler's notation, if the compiler reports them.
     """
 
     executable: jax.stages.Compiled
@@ -32,26 +33,26 @@ class Compiled:
 
 
 class DoesNotFit(Exception):
-    """The compiler gave up because of the memory; the message is in its words."""
+    """Raised if the program needs more memory than a device has. Its text is the compiler's message."""
 
     @property
     def needed(self) -> float:
-        """Bytes of a device that were wanted: the largest figure that the compiler names."""
-        figures = re.findall(r"([\d.]+)([KMGT])", str(self))
-        return max((float(number) * 1024 ** ("KMGT".index(unit) + 1) for number, unit in figures), default=0.0)
+        """The bytes that the program needs on a device: the largest size in the compiler's message."""
+        sizes = re.findall(r"([\d.]+)([KMGT])", str(self))
+        return max((float(number) * 1024 ** ("KMGT".index(unit) + 1) for number, unit in sizes), default=0.0)
 
 
 def build(config: Config, devices: list[jax.Device]) -> step.Program:
-    """The program that gpt.main would run on the devices.
+    """Returns the program that `gpt.main` would run on the devices.
 
     Raises:
-      UserError: the config does not allow it.
+      UserError: the config does not allow it, or cuDNN is not installed although the config needs it.
     """
     vocab_size = config.model.vocab_size or config.data.vocab_size
     if not vocab_size:
-        raise UserError("Set model.vocab_size: a plan reads no data and no tokenizer that would tell it.")
+        raise UserError("A plan reads neither data nor tokenizer; set model.vocab_size to the size of the vocabulary.")
     layout = sharding.make_layout(config.mesh, devices)
-    # The length of the run is a constant of the learning rate, and costs nothing.
+    # The number of steps only sets constants of the learning rate schedule; it does not affect memory or time.
     try:
         return step.build(config, vocab_size, layout, config.train.total_steps(config.model.length, 1))
     except RuntimeError as error:
@@ -61,71 +62,72 @@ def build(config: Config, devices: list[jax.Device]) -> step.Program:
 
 
 def compile_step(config: Config, program: step.Program) -> Compiled:
-    """Compiles the training step of a program of the config.
+    """Compiles the training step of a program that `build` returned for the same config.
 
     Raises:
-      DoesNotFit: a device has not enough memory.
-      UserError: the compiler refuses it.
+      DoesNotFit: a device has too little memory.
+      UserError: the compiler rejects the program.
     """
     with program.layout.use():
         lowered = program.train_step.lower(program.abstract_state, batch(config, program))
     is_tpu = program.layout.mesh.devices.flat[0].platform == "tpu"
     with tempfile.TemporaryDirectory() as folder:
-        # libtpu has to write the program down itself: printed from what it returns, a program fails on asynchronous
-        # collectives of several arrays (a RET_CHECK of version 0.0.52 for v5p).
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if is_tpu else {}
+        # libtpu writes the program to a file: `as_text` fails for a program with asynchronous collectives of several
+        # arrays (a RET_CHECK of libtpu 0.0.52 for v5p).
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if is_tpu else {}
         try:
             executable = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            if said := re.search(r"Ran out of memory (?:on HBM, |in memory space hbm\. )?(.*?)(?:\.\s|$)", str(error)):
-                raise DoesNotFit(said[1]) from error
-            raise UserError(f"The compiler refuses this program: {str(error).splitlines()[0][:300]}") from error
-        written = next(Path(folder).glob("*.after_codegen.txt"), None)  # none if it was in JAX's cache
+            memory = r"Ran out of memory (?:on HBM, |in memory space hbm\. )?(.*?)(?:\.\s|$)"
+            if match := re.search(memory, str(error)):
+                raise DoesNotFit(match[1]) from error
+            raise UserError(f"The compiler rejects this program: {str(error).splitlines()[0][:300]}") from error
+        dumped = next(Path(folder).glob("*.after_codegen.txt"), None)  # None if JAX's cache had the program
         usage = next(Path(folder).glob("*-memory-usage-report.txt"), None)
         largest = re.findall(r"\); +([\d.]+\w+); +\d+; +\d+; (.*)", usage.read_text() if usage else "")
-        hlo_text = written.read_text() if written else executable.as_text()
+        hlo_text = dumped.read_text() if dumped else executable.as_text() or ""
     return Compiled(executable, hlo_text, [f"{size}: {shapes}" for size, shapes in largest[:3]])
 
 
 def batch(config: Config, program: step.Program) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, types and shardings of the arrays of a batch."""
-    row = config.model.example_shapes()
-    row |= {name: jax.ShapeDtypeStruct(row["inputs"].shape, jnp.int32) for name in config.data.extras}
-    rows, layout = config.train.batch_size, program.layout
-    return {name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=layout.batch) for name, x in row.items()}
+    """Returns the shape, type and sharding of each array of a batch."""
+    example = config.model.example_shapes()
+    example |= {name: jax.ShapeDtypeStruct(example["inputs"].shape, jnp.int32) for name in config.data.extras}
+    size, sharded = config.train.batch_size, program.layout.batch
+    return {name: jax.ShapeDtypeStruct((size, *x.shape), x.dtype, sharding=sharded) for name, x in example.items()}
 
 
 def measure(config: Config, topology: str) -> dict[str, Any]:
-    """Plans a config for a topology: a report of plain values, as `--json` prints it.
+    """Returns the plan of a config for a topology: values that JSON can hold, as `--json` prints them.
 
-    All figures are those of one device and one step, bytes and seconds, unless they are named otherwise.
+    Bytes, FLOPs and seconds are those of one device and one step.
 
     Raises:
-      UserError: the config or the topology does not allow it, or the compiler refuses it.
+      UserError: the config or the topology does not allow it, or the compiler rejects the program.
     """
     chip, devices = hardware.of_topology(topology), hardware.topology_devices(topology)
-    began = time.perf_counter()
+    start = time.perf_counter()
     program = build(config, devices)
     report = _head(config, topology, len(devices)) | {"num_parameters": program.num_parameters()}
     state, mesh = program.abstract_state, program.layout.mesh
-    memory = report["memory"] | {
-        "parameters": sharding.bytes_per_device((state.params, state.frozen)),
-        "optimizer": sharding.bytes_per_device(state.opt_state),
-        "batch": sharding.bytes_per_device(batch(config, program)),
-    }
+    memory = report["memory"]
+    memory["parameters"] = sharding.bytes_per_device((state.params, state.frozen))
+    memory["optimizer"] = sharding.bytes_per_device(state.opt_state)
+    memory["batch"] = sharding.bytes_per_device(batch(config, program))
     model_flops = config.train.batch_size * config.model.length * program.model.config.flops_per_token()
-    report |= {"memory": memory, "model_flops": model_flops / len(devices)}
-    report["attention"] = program.model.config.attention  # what `auto` is there
+    report["model_flops"] = model_flops / len(devices)
+    report["attention"] = program.model.config.attention  # what `auto` resolves to on these devices
     try:
         compiled = compile_step(config, program)
     except DoesNotFit as error:
         memory["needed"] = error.needed
-        return report | {"compiler_says": str(error), "compile_seconds": time.perf_counter() - began}
+        return report | {"compiler_message": str(error), "compile_seconds": time.perf_counter() - start}
     used = compiled.executable.memory_analysis()
+    assert used is not None  # every compiler that a topology can name has it
     known = memory["parameters"] + memory["optimizer"] + memory["batch"]
     memory["padding"] = max(0, used.argument_size_in_bytes - known)  # tiles that are not full, and counters
     memory["temporaries"] = used.temp_size_in_bytes
-    memory["output"] = used.output_size_in_bytes - used.alias_size_in_bytes  # beyond the arguments given up
+    memory["output"] = used.output_size_in_bytes - used.alias_size_in_bytes  # beyond the donated arguments
     memory["total"] = known + memory["padding"] + memory["temporaries"] + memory["output"]
     memory["largest"] = compiled.largest
     operations, collectives = hlo.operations(compiled.hlo_text), hlo.collectives(compiled.hlo_text, mesh)
@@ -143,30 +145,35 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
             for collective in collectives
         ],
         "seconds": roofline.estimate(operations, collectives, mesh, chip, report["model_flops"]),
-        "compile_seconds": time.perf_counter() - began,
+        "compile_seconds": time.perf_counter() - start,
     }
 
 
 def placement(config: Config, topology: str) -> dict[str, Any]:
-    """What lies where.
+    """Returns where devices are in a topology, and which mesh axes the batch and the parameters are sharded over.
 
     Returns:
-      {"devices": for each device in the order of the mesh, its place in the topology: [slice or host, x, y, z],
-      "parameters": `Program.parameters` as dictionaries}.
+      {"devices": for each device in the order of the mesh, its position in the topology: [slice, x, y, z] or
+      [host, index], "batch_axes", "length_axes": the mesh axes that shard the examples of a batch and the length of
+      activations, "parameters": `Program.parameters` as dictionaries}.
     """
     program = build(config, hardware.topology_devices(topology))
-    places = [hardware.place(device) for device in program.layout.mesh.devices.flat]
-    return {"devices": places, "parameters": [dataclasses.asdict(parameter) for parameter in program.parameters()]}
+    rules = dict(program.layout.rules)
+    return {
+        "devices": [hardware.place(device) for device in program.layout.mesh.devices.flat],
+        "batch_axes": rules["batch"],
+        "length_axes": rules.get("length", ()),
+        "parameters": [dataclasses.asdict(parameter) for parameter in program.parameters()],
+    }
 
 
 def refused(config: Config, topology: str, reason: str) -> dict[str, Any]:
-    """The report of a config that cannot be compiled."""
-    num_devices = len(hardware.topology_devices(topology))
-    return _head(config, topology, num_devices) | {"compiler_says": reason}
+    """Returns the report of a config that cannot be compiled for a topology."""
+    return _head(config, topology, len(hardware.topology_devices(topology))) | {"compiler_message": reason}
 
 
 def _head(config: Config, topology: str, num_devices: int) -> dict[str, Any]:
-    """What is known before compiling."""
+    """Returns the part of a report that is known before compilation."""
     chip = hardware.of_topology(topology)
     return {
         "topology": topology,
@@ -184,5 +191,5 @@ def _head(config: Config, topology: str, num_devices: int) -> dict[str, Any]:
         "steps": None if config.train.epochs else config.train.total_steps(config.model.length, 1),
         "memory": {"capacity": chip.memory, "usable": chip.memory * chip.usable},
         "fits": False,
-        "compiler_says": None,
+        "compiler_message": None,
     }

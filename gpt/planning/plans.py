@@ -1,13 +1,14 @@
-"""Makes plans, looks up those that were made before, and prints them: what `python -m gpt.plan` does."""
+"""Makes plans, caches them, and prints them: what `python -m gpt.plan` and `gpt.plan_step` do."""
 
 import dataclasses
 import functools
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import IO
 
 from gpt.config import Config, from_tree
 from gpt.planning import compiling, page, report, search
@@ -22,14 +23,14 @@ class Options:
     """What to plan, and how to show it.
 
     Attributes:
-      batch_per_device: examples of the batch for each device; None: `train.batch_size` over all devices.
-      search: look for the mesh, remat policy and micro-batches of the shortest step.
-      compilations: how many candidates a search compiles.
-      advise: where a config does not fit, look for the nearest change that does.
-      price: of a device for an hour.
-      html: file for a page of the same report.
+      batch_per_device: examples per device and step; None: `train.batch_size` over all devices.
+      search: search for the mesh, remat policy and micro-batches of the shortest step.
+      compilations: number of candidates that a search compiles.
+      advise: if a config does not fit, search for the nearest change that fits.
+      price: price of one device for an hour.
+      html: file to write a page of the same report to.
       as_json: print a line of JSON for each plan instead of text.
-      use_cache: look up what was compiled before, and keep what is compiled now.
+      use_cache: read plans from the cache, and store new ones in it.
     """
 
     batch_per_device: int | None = None
@@ -43,10 +44,11 @@ class Options:
 
 
 def run(config: Config, topologies: Sequence[str], options: Options) -> int:
-    """Prints the plans of a config for topologies; returns 0 if all fit (of a search, the best), else 1.
+    """Prints the plans of a config for topologies; returns 0 if all fit (for a search: if the best fits), else 1.
 
     Raises:
-      UserError: the config or a topology does not allow it, the compiler refuses it, or the page cannot be written.
+      UserError: the config or a topology does not allow it, the compiler rejects the program, or the page cannot be
+        written.
     """
     if options.search and len(topologies) > 1:
         raise UsageError("--search takes one --topology at a time.")
@@ -56,10 +58,10 @@ def run(config: Config, topologies: Sequence[str], options: Options) -> int:
         return _run(config, topologies, options, file)
 
 
-def _run(config: Config, topologies: Sequence[str], options: Options, file: Any) -> int:
+def _run(config: Config, topologies: Sequence[str], options: Options, file: IO[bytes] | None) -> int:
     _use_no_accelerator()
-    planned = [each for topology in topologies for each in _plan(config, topology, options)]
-    plans = [each | {"flags": search.flags(config, changed)} for changed, each in planned]
+    planned = [pair for topology in topologies for pair in _plan(config, topology, options)]
+    plans = [plan | {"flags": search.flags(config, changed)} for changed, plan in planned]
     if file:
         placement = compiling.placement(planned[0][0], plans[0]["topology"])
         file.write(page.html(plans, placement, options.price).encode())
@@ -78,61 +80,75 @@ def _run(config: Config, topologies: Sequence[str], options: Options, file: Any)
 def _use_no_accelerator() -> None:
     import jax
 
-    jax.config.update("jax_platforms", "cpu")  # this machine's accelerators have no part in it
-    jax.config.update("jax_enable_compilation_cache", False)  # it could not be read without a TPU
+    jax.config.update("jax_platforms", "cpu")  # compilation for absent devices uses no accelerator of this machine
+    jax.config.update("jax_enable_compilation_cache", False)  # JAX can read such a program back only on a TPU
 
 
 def _plan(config: Config, topology: str, options: Options) -> list[tuple[Config, report.Report]]:
-    """Returns the plan of a config for a topology, or of all that a search tried, the best first."""
+    """Returns the config and its plan for a topology, or all configs and plans of a search, the best first."""
     chip, devices = hardware.of_topology(topology), hardware.topology_devices(topology)
     if options.batch_per_device:
         train = dataclasses.replace(config.train, batch_size=options.batch_per_device * len(devices))
         config = dataclasses.replace(config, train=train)
-    elsewhere = functools.partial(plan_elsewhere, topology=topology, use_cache=options.use_cache)
+
+    def plan_or_refuse(changed: Config) -> report.Report:
+        try:
+            return plan_elsewhere(changed, topology, options.use_cache)
+        except UserError as error:
+            return compiling.refused(changed, topology, str(error))
+
     shown = progress.Progress(enabled=options.search or not options.as_json, out=sys.stderr)
     if options.search:
-        compiling.build(config, devices)  # raises what is wrong with the config
-        return search.search(config, devices, chip, options.compilations, elsewhere, shown)
+        compiling.build(config, devices)  # raises UserError if the config itself cannot be built
+        return search.search(config, devices, chip, options.compilations, plan_or_refuse, shown)
     planned = plan(config, topology, options.use_cache)
     if not planned["fits"] and options.advise:
-        found = search.nearest(config, devices, chip, planned, elsewhere, shown)
-        nearest = found and {"flags": search.flags(config, found[0]), "total": found[1]["memory"]["total"]}
-        planned = planned | {"nearest": nearest}
+        nearest = search.nearest(config, devices, chip, planned, plan_or_refuse, shown)
+        planned["nearest"] = nearest and {
+            "flags": search.flags(config, nearest[0]),
+            "total": nearest[1]["memory"]["total"],
+        }
     return [(config, planned)]
 
 
 def plan(config: Config, topology: str, use_cache: bool = True) -> report.Report:
-    """Returns `compiling.measure`, or what it returned before for the same config, code and compiler.
+    """Returns `compiling.measure`, from the cache if it has the plan for the same config, code and compiler.
 
     Raises:
-      UserError: the config or the topology does not allow it, or the compiler refuses it.
+      UserError: the config or the topology does not allow it, or the compiler rejects the program.
     """
     if not use_cache:
         return compiling.measure(config, topology)
+    hardware.topology_devices(topology)  # raises UserError if the compiler is not installed
     packages = ("jax", "jaxlib", "flax", "optax", hardware.of_topology(topology).compiler)
     versions = {name: importlib.metadata.version(name) for name in packages}
     name = f"plan-{cache.digest(dataclasses.asdict(config), topology, versions, code_digest())}"
-    kept = cache.Cache(say=functools.partial(print, file=sys.stderr))
-    return kept.entry(name, lambda create: compiling.measure(config, topology)).value
+    stored = cache.Cache(say=functools.partial(print, file=sys.stderr))
+    return stored.entry(name, lambda create: compiling.measure(config, topology)).value
 
 
 def plan_elsewhere(config: Config, topology: str, use_cache: bool = True) -> report.Report:
-    """`plan` in a process of its own, so that several run at once and each gives its memory back.
+    """Returns `plan`, made in another process.
 
-    Returns:
-      The plan; where the config is refused or the compiler died, one that does not fit and says why.
+    Compilation for absent devices changes JAX's settings and takes gigabytes of memory; a process of its own keeps
+    both from the caller. Several can run at once.
+
+    Raises:
+      UserError: the config or the topology does not allow it, the compiler rejects the program, or it crashes.
     """
+    hardware.of_topology(topology)  # raises UsageError for an unknown chip
     command = [sys.executable, "-c", "from gpt.planning import plans; plans.serve()"]
     request = json.dumps([dataclasses.asdict(config), topology, use_cache])
-    done = subprocess.run(command, input=request, capture_output=True, text=True)
-    if done.returncode == 0:
-        return json.loads(done.stdout)
-    reason = done.stderr.strip().splitlines()[-1:] or [f"the compiler died with code {done.returncode}"]
-    return compiling.refused(config, topology, reason[0].removeprefix("error: "))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # a notebook may have changed its sys.path
+    process = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
+    if process.returncode == 0:
+        return json.loads(process.stdout)
+    message = process.stderr.strip().splitlines()[-1:] or [f"the compiler crashed with code {process.returncode}"]
+    raise UserError(message[0].removeprefix("error: "))
 
 
 def serve() -> None:
-    """Prints the plan that standard input asks for: the other end of `plan_elsewhere`."""
+    """Reads a request of `plan_elsewhere` from standard input, and prints the plan."""
     tree, topology, use_cache = json.load(sys.stdin)
     _use_no_accelerator()
     try:

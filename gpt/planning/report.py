@@ -1,4 +1,4 @@
-"""Shows plans, which `gpt.planning.step.measure` makes, as text."""
+"""Formats plans, which `gpt.planning.compiling.measure` returns, as text."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,75 +10,72 @@ from gpt.runtime.progress import duration
 
 Report = dict[str, Any]
 
-BINDS = {
-    "products": "matrix products bind",
-    "memory": "the bandwidth of the main memory binds",
-    "network": "the network binds",
+BOTTLENECKS = {
+    "compute": "compute-bound (matrix products)",
+    "memory": "memory-bound (bandwidth of the main memory)",
+    "network": "network-bound (collectives)",
 }
 MEMORY_PARTS = {
     "parameters": "parameters",
     "optimizer": "optimizer state",
     "batch": "batch",
-    "padding": "padding of these",
+    "padding": "padding of the above",
     "temporaries": "gradients, activations",
-    "output": "results",
+    "output": "outputs",
 }
 ASSUMPTIONS = """\
-Assumed: kernels one after the other, each as long as its matrix products at the chip's peak or its bytes at the peak
-bandwidth of the main memory; collectives round a ring over every link their group spans, at public bandwidth, those
-marked * beside the kernels; both sides of a condition; input in time. Where the compiler estimates its kernels and that
-is longer, it stands in place of the first. Published runs took 1.2 to 1.8 times the roofline (launch/PLANNING.md)."""
+Assumptions: Kernels run one after another. A kernel takes as long as its matrix products at the chip's peak, or as its
+bytes at the peak bandwidth of the main memory, whichever is longer. Collectives use a ring over every link that their
+group spans, at public bandwidth; those marked * overlap with kernels. Both branches of a conditional run. The input
+arrives in time. If the compiler's estimate of its kernels is longer, it counts instead. Published runs of such programs
+took 1.2 to 1.8 times as long as the roofline (launch/PLANNING.md)."""
 
 
 def text(report: Report, price: float | None = None) -> Iterator[str]:
-    """Lines of the whole report.
+    """Yields the lines of the whole report.
 
     Args:
-      price: of a device for an hour.
+      price: price of one device for an hour.
     """
-    yield from _title(report)
+    model = f"{model_name(report)} on " if "num_parameters" in report else ""
+    micro = f", {report['micro_batches']} micro-batches" if report["micro_batches"] > 1 else ""
+    layers = "scanned" if report["scan_layers"] else "unrolled"
+    yield f"{model}{report['topology']}: {report['devices']:,} × {report['chip']}, {mesh_name(report)}"
+    yield (
+        f"{report['batch_size']:,} examples of {report['block_size']:,} tokens per step{micro}; "
+        f"attention {report['attention']}, remat {report['remat']}, layers {layers}"
+    )
+    yield ""
     yield from _memory(report)
     if "seconds" not in report:
         return
-    model, compiled = report["model_flops"], report["hardware_flops"]
+    model_flops, compiled = report["model_flops"], report["hardware_flops"]
     yield ""
-    yield "WORK, a device and step"
-    yield f"  model           {model / 1e12:10.3f} TFLOP   6 a weight and token; attention 12·layers·width·length"
+    yield "WORK per device and step"
+    yield f"  model           {model_flops / 1e12:10.3f} TFLOP   6 per parameter and token, and attention"
     yield (
-        f"  compiled        {compiled / 1e12:10.3f} TFLOP   {compiled / model:.2f} × the model's: "
-        f"with what the backward pass computes again (remat={report['remat']})"
+        f"  compiled        {compiled / 1e12:10.3f} TFLOP   {compiled / model_flops:.2f} × the model's, "
+        f"with recomputation in the backward pass (remat={report['remat']})"
     )
     if report["attention"] in KERNELS:
-        yield f"{'':41}of attention by {report['attention']}, what the mask leaves and no more"
+        yield f"{'':36}and only the causal half of {report['attention']} attention"
     yield f"  memory traffic  {report['memory_traffic'] / 1e9:10.1f} GB"
     yield ""
-    yield "COMMUNICATION, a device and step"
+    yield "COMMUNICATION per device and step"
     yield from _collectives(report)
     yield ""
     yield from _estimate(report, price)
 
 
-def _title(report: Report) -> Iterator[str]:
-    rows, parts = report["batch_size"], report["micro_batches"]
-    model = f"{model_name(report)} on " if "num_parameters" in report else ""
-    yield f"{model}{report['topology']}: {report['devices']:,} × {report['chip']}, {mesh_name(report)}"
-    yield (
-        f"{rows:,} rows of {report['block_size']:,} tokens a step{f', in {parts} parts' if parts > 1 else ''}; "
-        f"attention {report['attention']}, remat {report['remat']}, "
-        f"layers {'scanned' if report['scan_layers'] else 'unrolled'}"
-    )
-    yield ""
-
-
 def _memory(report: Report) -> Iterator[str]:
     memory = report["memory"]
     capacity, usable = memory["capacity"], memory["usable"]
-    share = f", of which JAX takes {usable / capacity:.0%} unless told otherwise" if usable < capacity else ""
+    share = f", of which JAX uses {usable / capacity:.0%} by default" if usable < capacity else ""
     if "total" in memory:
         verdict = "FITS" if report["fits"] else "DOES NOT FIT"
-        yield f"{verdict}: {memory['total'] / 1e9:.2f} GB of {capacity / 1e9:.2f} GB a device{share}"
+        yield f"{verdict}: {memory['total'] / 1e9:.2f} GB of {capacity / 1e9:.2f} GB per device{share}"
     else:
-        yield f"DOES NOT FIT in {capacity / 1e9:.2f} GB a device. The compiler: {report['compiler_says']}."
+        yield f"DOES NOT FIT in {capacity / 1e9:.2f} GB per device. The compiler: {report['compiler_message']}."
     for part, name in MEMORY_PARTS.items():
         if part in memory:
             bar = "█" * round(40 * memory[part] / capacity)
@@ -88,14 +85,14 @@ def _memory(report: Report) -> Iterator[str]:
     if nearest := report.get("nearest"):
         yield f"  nearest change that fits, {nearest['total'] / 1e9:.2f} GB: {' '.join(nearest['flags'])}"
     elif "nearest" in report:
-        yield "  none of the changes tried fits; take more devices, or look with --search"
+        yield "  none of the changes that were tried fits; use more devices, or run with --search"
 
 
 def _collectives(report: Report) -> Iterator[str]:
     if not report["collectives"]:
         yield "  none"
         return
-    yield f"  {'kind':20}{'over':20}{'group':>6}{'count':>7}{'GB':>10}{'sent GB':>10}{'GB/s':>8}{'ms':>10}"
+    yield f"  {'kind':20}{'mesh axes':20}{'group':>6}{'count':>7}{'GB':>10}{'sent GB':>10}{'GB/s':>8}{'ms':>10}"
     for c in report["collectives"]:
         yield (
             f"  {c['kind'] + ('*' if c['overlaps'] else ''):20}{'+'.join(c['axes']):20}{c['group']:6,}{c['count']:7,}"
@@ -105,38 +102,39 @@ def _collectives(report: Report) -> Iterator[str]:
 
 def _estimate(report: Report, price: float | None) -> Iterator[str]:
     seconds, tokens = report["seconds"], report["batch_size"] * report["block_size"]
-    yield f"ESTIMATE: {BINDS[seconds['binds']]}"
-    products, memory = duration_ms(seconds["products"]), duration_ms(seconds["memory"])
-    waited_for, hidden = (duration_ms(seconds["network"][part]) for part in ("waited_for", "hidden"))
-    yield f"  kernels that wait for products {products}, for memory {memory}"
-    yield f"  network waited for {waited_for}, beside kernels {hidden}"
-    yield f"  step            {duration_ms(seconds['roofline']):>14}   by the roofline"
+    compute, memory = duration_ms(seconds["compute"]), duration_ms(seconds["memory"])
+    exposed, overlapped = (duration_ms(seconds["network"][part]) for part in ("exposed", "overlapped"))
+    yield f"ESTIMATE: {BOTTLENECKS[seconds['bottleneck']]}"
+    yield f"  kernels         {compute:>14} compute-bound, {memory} memory-bound"
+    yield f"  collectives     {exposed:>14} exposed, {overlapped} overlapped"
+    yield f"  step            {duration_ms(seconds['roofline']):>14} by the roofline"
     if seconds["compiler"]:
-        yield f"                  {duration_ms(seconds['compiler']):>14}   by the compiler's estimate of its kernels"
+        yield f"                  {duration_ms(seconds['compiler']):>14} by the compiler's estimate of its kernels"
     else:
-        yield "                  the compiler gives no usable estimate of its kernels"
+        yield "                  (the compiler gives no usable estimate of its kernels)"
     yield (
-        f"  at the longer   {tokens / seconds['step']:14,.0f} tokens/s, "
-        f"{tokens / seconds['step'] / report['devices']:,.0f} a device; MFU {seconds['mfu']:.1%}"
+        f"  throughput      {tokens / seconds['step']:14,.0f} tokens/s by the longer, "
+        f"{tokens / seconds['step'] / report['devices']:,.0f} per device; MFU {seconds['mfu']:.1%}"
     )
     if report["steps"]:
-        run, hours = report["steps"] * seconds["step"], report["steps"] * seconds["step"] * report["devices"] / 3600
+        run, billions = report["steps"] * seconds["step"], report["steps"] * tokens / 1e9
+        hours = run * report["devices"] / 3600
         cost = f", {hours * price:,.0f} at {price:g} each" if price is not None else ""
         yield (
-            f"  whole run       {duration(run):>14}   {report['steps']:,} steps, {report['steps'] * tokens / 1e9:,.1f} "
-            f"billion tokens: {hours:,.1f} device-hours{cost}"
+            f"  whole run       {duration(run):>14} for {report['steps']:,} steps, {billions:,.1f} billion tokens: "
+            f"{hours:,.1f} device-hours{cost}"
         )
     else:
-        yield "  whole run       not known: train.epochs depends on the data; set train.steps or train.tokens"
+        yield "  whole run       unknown: train.epochs depends on the data; set train.steps or train.tokens"
     if report.get("flags"):
-        yield f"  its flags       {' '.join(report['flags'])}"
+        yield f"  flags           {' '.join(report['flags'])}"
     yield ""
     yield ASSUMPTIONS
 
 
 def table(reports: Iterable[Report]) -> Iterator[str]:
-    """A line for each plan, in the order given, and a header."""
-    header = ["topology", "mesh", "remat", "scan", "parts", "batch", "GB", "TFLOP", "sent GB", "step", "MFU", ""]
+    """Yields a header and a line for each plan, in the given order."""
+    header = ["topology", "mesh", "remat", "scan", "micro", "batch", "GB", "TFLOP", "sent GB", "step", "MFU", ""]
     lines = [header]
     for r in reports:
         line = [r["topology"], mesh_name(r), r["remat"], "yes" if r["scan_layers"] else "no"]
@@ -146,24 +144,21 @@ def table(reports: Iterable[Report]) -> Iterator[str]:
             line += [f"{r['memory']['total'] / 1e9:.2f}", f"{r['hardware_flops'] / 1e12:,.3f}", f"{sent / 1e9:,.3f}"]
             line += [duration_ms(seconds["step"]), f"{seconds['mfu']:.1%}", "" if r["fits"] else "does not fit"]
         else:
-            line += [""] * 5 + [f"does not fit: {r['compiler_says']}"]
+            line += [""] * 5 + [f"does not fit: {r['compiler_message']}"]
         lines.append(line)
     yield from columns(lines, left=4)
 
 
 def columns(lines: list[list[str]], left: int) -> Iterator[str]:
-    """Lines of a table; its first columns are aligned to the left, as is the last, the others to the right."""
+    """Yields the lines of a table. The first `left` columns and the last are aligned left, the others right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for *cells, last in lines:
-        aligned = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=False))
-        ]
-        yield "  ".join([*aligned, last]).rstrip()
+    for line in lines:
+        cells = [f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(line[:-1])]
+        yield "  ".join([*cells, line[-1]]).rstrip()
 
 
 def chips(known: Iterable[Chip] = hardware.CHIPS) -> Iterator[str]:
-    """A table of what can be asked for."""
+    """Yields the lines of a table of the chips that a topology can name, and their public figures."""
     lines = [["chip", "up to", "TFLOP/s", "memory GB", "GB/s", "link GB/s", "network GB/s", ""]]
     for chip in known:
         if chip.memory:
@@ -171,23 +166,24 @@ def chips(known: Iterable[Chip] = hardware.CHIPS) -> Iterator[str]:
             lines.append([chip.name, chip.largest, *(f"{figure:,.4g}" for figure in figures), ""])
     yield from columns(lines, left=2)
     yield ""
-    yield "TFLOP/s: dense bfloat16. link: one direction, to a neighbour in the torus (TPU) or the NVLink switch (GPU)."
-    yield "network: one direction, a device, between slices (4xv5e:16x16) or hosts (4xh100:8), as many as you like."
+    yield "TFLOP/s: peak of dense bfloat16 matrix products."
+    yield "link: in one direction, to one neighbour in the torus (TPU) or to the NVLink switch (GPU)."
+    yield "network: in one direction, per device, between slices (4xv5e:16x16) or hosts (4xh100:8) of any number."
     yield hardware.SOURCES
 
 
 def model_name(report: Report) -> str:
-    """ "174.6 billion parameters"."""
+    """Returns the size of the model, like "174.6 billion parameters"."""
     number = report["num_parameters"]
     return f"{number / 1e9:,.1f} billion parameters" if number >= 1e9 else f"{number / 1e6:,.1f} million parameters"
 
 
 def mesh_name(report: Report) -> str:
-    """ "fsdp data=4 fsdp=8": the rules, and the sizes that are not 1."""
+    """Returns the rules and the mesh sizes greater than 1, like "fsdp data=4 fsdp=8"."""
     sizes = [f"{axis}={size}" for axis, size in report["mesh"].items() if size > 1]
     return " ".join([report["rules"], *sizes, *(["zero1"] if report["zero1"] else [])])
 
 
 def duration_ms(seconds: float) -> str:
-    """ "27.3 ms", "12.340 s"."""
+    """Returns a duration in milliseconds, or from 10 seconds on in seconds: "27.3 ms", "12.340 s"."""
     return f"{seconds:,.3f} s" if seconds >= 10 else f"{seconds * 1e3:,.1f} ms"

@@ -1,15 +1,15 @@
-"""From what a compiled step does to how long it takes, by a roofline (Williams et al. 2009, 10.1145/1498765.1498785).
+"""Estimates the time of a compiled step by a roofline (Williams et al. 2009, doi 10.1145/1498765.1498785).
 
-The assumptions, all towards a step that is too short:
-- A kernel takes as long as its matrix products at the peak of bfloat16, or as the bytes that it moves at the peak
-  bandwidth of the main memory, whichever is longer; kernels run one after the other. Work on vectors is free.
-- A collective goes round a ring, along each direction of each axis of the torus that its group spans (TPU), or through
-  NVLink and, where a group spans hosts, through the network card of each GPU; links reach their public bandwidth.
-- A collective that the compiler made asynchronous, or fused with products, costs only what is longer than all kernels
-  together; any other is waited for.
-- Kernels of attention compute what the causal mask leaves, and read and write their operands and results once.
-- Both branches of a condition run (the parts of chunked attention that lie in the future are such branches).
-- The input is there in time, and nothing is evaluated or saved.
+The assumptions, nearly all of which make the estimate too short:
+- A kernel takes as long as its matrix products at the peak of bfloat16, or as its bytes at the peak bandwidth of the
+  main memory, whichever is longer. Kernels run one after another. Vector operations take no time.
+- A collective uses a ring along each direction of each axis of the torus that its group spans (TPU), or NVLink and, if
+  the group spans hosts, the network card of each GPU. Links reach their public bandwidth.
+- A collective that the compiler made asynchronous, or fused with matrix products, overlaps with the kernels: it costs
+  only the time by which all such collectives exceed all kernels. Any other collective is exposed: kernels wait for it.
+- Attention kernels compute what the causal mask leaves, and read and write their operands and results once.
+- Both branches of a conditional run (chunked attention skips future chunks with conditionals).
+- The input arrives in time, and the step includes no evaluation and no checkpoint.
 """
 
 import functools
@@ -31,100 +31,92 @@ def estimate(
     chip: Chip,
     model_flops: float,
 ) -> dict[str, Any]:
-    """The time of a step and where it goes, in seconds.
+    """Estimates the time of a step and its parts, in seconds.
 
     Args:
-      model_flops: model FLOPs of a step, for each device.
+      model_flops: model FLOPs of a step per device.
 
     Returns:
-      {"products": of kernels that wait for products, "memory": of those that wait for the main memory,
-      "network": {"hidden": overlapping, "waited_for"}, "roofline": the whole step, "compiler": the whole step with
-      the compiler's estimate in the place of the kernels', or None, "step": the longer of the two, "mfu", "binds"}.
+      {"compute": time of the compute-bound kernels, "memory": of the memory-bound kernels,
+      "network": {"overlapped", "exposed"}: of the collectives, "roofline": of the step by the roofline,
+      "compiler": of the step with the compiler's estimate of the kernels, or None, "step": the longer of the two,
+      "mfu": model FLOPs utilisation, "bottleneck": "compute", "memory" or "network"}.
     """
-    products = memory = copies = 0.0
+    compute = memory = 0.0
     for operation in operations:
         by_flops, by_bytes = operation.flops / chip.flops, operation.bytes / chip.bandwidth
         if operation.overlaps:
-            copies += operation.times * by_bytes
-        elif by_flops > by_bytes:
-            products += operation.times * by_flops
+            continue
+        if by_flops > by_bytes:
+            compute += operation.times * by_flops
         else:
             memory += operation.times * by_bytes
-    # Copies that run beside the kernels still share the main memory with them.
+    # Overlapping copies share the bandwidth of the main memory with the kernels.
     traffic = sum(operation.times * operation.bytes for operation in operations) / chip.bandwidth
-    memory += max(0.0, traffic - products - memory)
-    seconds = [(collective.overlaps, network_seconds(collective, mesh, chip)) for collective in collectives]
-    hidden = sum(time for overlaps, time in seconds if overlaps)
-    waited_for = sum(time for overlaps, time in seconds if not overlaps)
-
-    def step(kernels: float) -> float:
-        return max(kernels, hidden) + waited_for
-
-    compiler = compiler_seconds(operations, chip)
-    roofline = step(products + memory)
-    longest = max(roofline, step(compiler)) if compiler else roofline
-    parts = {"products": products, "memory": memory, "network": waited_for + max(0.0, hidden - products - memory)}
+    memory = max(memory, traffic - compute)
+    times = [(collective.overlaps, network_seconds(collective, mesh, chip)) for collective in collectives]
+    overlapped = sum(time for overlaps, time in times if overlaps)
+    exposed = sum(time for overlaps, time in times if not overlaps)
+    kernels, estimated = compute + memory, compiler_seconds(operations, chip)
+    roofline = max(kernels, overlapped) + exposed
+    compiler = max(estimated, overlapped) + exposed if estimated else None
+    step = max(roofline, compiler or 0.0)
+    parts = {"compute": compute, "memory": memory, "network": exposed + max(0.0, overlapped - kernels)}
     return {
-        "products": products,
+        "compute": compute,
         "memory": memory,
-        "network": {"hidden": hidden, "waited_for": waited_for},
+        "network": {"overlapped": overlapped, "exposed": exposed},
         "roofline": roofline,
-        "compiler": compiler and step(compiler),
-        "step": longest,
-        "mfu": model_flops / chip.flops / longest,
-        "binds": max(parts, key=parts.get),
+        "compiler": compiler,
+        "step": step,
+        "mfu": model_flops / chip.flops / step,
+        "bottleneck": max(parts, key=lambda part: parts[part]),
     }
 
 
 def compiler_seconds(operations: list[Operation], chip: Chip) -> float | None:
-    """The compiler's own estimate of all kernels, or None if it does not cover nearly all of the traffic and FLOPs.
+    """Returns the compiler's own estimate of all kernels, in seconds.
 
-    Kernels of attention, of which it has none, stand in it as in the roofline.
+    Attention kernels, which the compiler does not estimate, count as in the roofline. Returns None if the estimate
+    covers less than 95 % of the roofline's time.
     """
     if not chip.clock:
         return None
-    opaque = [operation for operation in operations if operation.opaque]
     known = [o for o in operations if o.cycles is not None or o.overlaps or o.opaque]
 
-    def roofline(of: list[Operation]) -> float:
-        return sum(o.times * max(o.flops / chip.flops, o.bytes / chip.bandwidth) for o in of)
+    def roofline(chosen: list[Operation]) -> float:
+        return sum(o.times * max(o.flops / chip.flops, o.bytes / chip.bandwidth) for o in chosen)
 
     if roofline(known) < 0.95 * roofline(operations):
         return None
-    return sum(operation.times * (operation.cycles or 0) for operation in known) / chip.clock + roofline(opaque)
+    return sum(o.times * (o.cycles or 0) for o in known) / chip.clock + roofline([o for o in known if o.opaque])
 
 
 def network_seconds(collective: Collective, mesh: jax.sharding.Mesh, chip: Chip) -> float:
-    """How long the collectives take if nothing else used their links."""
+    """Returns the seconds that the collectives take if nothing else uses their links."""
     return collective.sent / ring_bandwidth(collective.axes, collective.group, mesh, chip)
 
 
 @functools.lru_cache(maxsize=4096)
 def ring_bandwidth(axes: tuple[str, ...], size: int, mesh: jax.sharding.Mesh, chip: Chip) -> float:
-    """Bytes/s that a device sends round a ring of its group.
+    """Returns the bytes per second that a device can send along the rings of its group.
 
     Args:
       axes: mesh axes along which the devices of a group differ.
-      size: devices in a group.
+      size: number of devices in a group.
     """
-    group = _group(axes, mesh)[:size]
+    index = tuple(slice(None) if axis in axes else 0 for axis in mesh.shape)
+    group = list(mesh.devices[index].flat)[:size]
     islands = {hardware.island(device) for device in group}
-    if not chip.ring:  # NVLink to a switch within a host; between hosts each GPU of the group has its card
+    if not chip.ring:  # hosts have an NVLink switch inside; between hosts, each GPU of the group uses its network card
         return chip.link if len(islands) == 1 else min(chip.link, chip.network * len(group) / len(islands))
     if len(islands) > 1:
         return chip.network
     links = 0.0
-    everywhere = np.array([device.coords for device in mesh.devices.flat])
-    ends = everywhere.max(axis=0) + 1
-    for places, length in zip(np.array([device.coords for device in group]).T, ends, strict=True):
-        steps = np.diff(np.unique(places))
-        if len(steps):
-            joined = len(steps) + 1 == length and length % chip.ring == 0
-            links += (2 if joined else 1) / steps.min()  # a group that takes every second chip shares its links
+    lengths = np.array([device.coords for device in mesh.devices.flat]).max(axis=0) + 1
+    for coordinates, length in zip(np.array([device.coords for device in group]).T, lengths, strict=True):
+        distances = np.diff(np.unique(coordinates))
+        if len(distances):
+            closed = len(distances) + 1 == length and length % chip.ring == 0
+            links += (2 if closed else 1) / distances.min()  # groups that interleave share their links
     return chip.link * links if links else math.inf
-
-
-def _group(axes: tuple[str, ...], mesh: jax.sharding.Mesh) -> list[jax.Device]:
-    """The devices along some mesh axes, from the first."""
-    where = tuple(slice(None) if axis in axes else 0 for axis in mesh.shape)
-    return list(mesh.devices[where].flat)
