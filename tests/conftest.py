@@ -26,6 +26,7 @@ import dataclasses  # noqa: E402
 import gc  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
+import time  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -67,11 +68,24 @@ def tiny(play) -> Config:
 
 
 @pytest.fixture(scope="session")
-def command():
-    """Runs `python -m gpt.NAME FLAGS…` in a process of its own, as a user would."""
+def warm(tmp_path_factory) -> list[str]:
+    """The first words of a command line that starts a module of `gpt` in a fork of a process that has imported it."""
+    script, path = str(ROOT / "tests" / "forked.py"), tmp_path_factory.mktemp("server") / "socket"
+    with subprocess.Popen([sys.executable, script, str(path)], stdin=subprocess.PIPE, cwd=ROOT) as server:
+        while not path.exists():
+            assert server.poll() is None, "the process that imports everything has ended"
+            time.sleep(0.02)
+        os.environ["GPT_TEST_SERVER"] = str(path)
+        yield [sys.executable, "-IS", script]
+        server.stdin.close()
 
-    def run(name: str, *flags: str, **options) -> subprocess.CompletedProcess:
+
+@pytest.fixture(scope="session")
+def command(warm):
+    """Runs `python -m gpt.NAME FLAGS…` as a user would; with `fresh`, in a process that imports everything itself."""
+
+    def run(name: str, *flags: str, fresh: bool = False, **options) -> subprocess.CompletedProcess:
         options = {"capture_output": True, "text": True, "timeout": 300, "cwd": ROOT} | options
-        return subprocess.run([sys.executable, "-m", f"gpt.{name}", *flags], **options)
+        return subprocess.run([*([sys.executable] if fresh else warm), "-m", f"gpt.{name}", *flags], **options)
 
     return run

@@ -1,6 +1,5 @@
 """The commands as a user types them, in processes of their own: the main path, and every kind of mistake."""
 
-import functools
 import io
 import json
 import os
@@ -37,7 +36,9 @@ SMALL = (
 def trained(tmp_path_factory, command, play):
     """A workdir in which `gpt.main` trained for six steps."""
     workdir = tmp_path_factory.mktemp("trained") / "a run"  # a space in the path
-    result = command("main", *SMALL, f"--config.data.path={play}", "--config.train.steps=6", f"--workdir={workdir}")
+    result = command(
+        "main", *SMALL, f"--config.data.path={play}", "--config.train.steps=6", f"--workdir={workdir}", fresh=True
+    )
     assert result.returncode == 0, result.stderr
     return workdir, result
 
@@ -68,7 +69,7 @@ def test_config_takes_a_known_size(tmp_path, play, command):
 def test_evaluate_needs_the_workdir_alone(trained, command):
     workdir, result = trained
     validation_loss = float(re.search(r"best validation loss ([\d.]+)", result.stdout)[1])
-    shown = command("evaluate", f"--workdir={workdir}")
+    shown = command("evaluate", f"--workdir={workdir}", fresh=True)
     assert shown.returncode == 0, shown.stderr
     assert shown.stderr == ""
     assert float(re.search(r"^loss +([\d.]+)$", shown.stdout, re.M)[1]) == validation_loss
@@ -175,7 +176,7 @@ def test_prompt_on_stdin(monkeypatch):
 
 
 def test_sample_without_prompt_or_terminal(trained, command):
-    result = command("sample", f"--workdir={trained[0]}", "--num_tokens=5", stdin=subprocess.DEVNULL)
+    result = command("sample", f"--workdir={trained[0]}", "--num_tokens=5", stdin=subprocess.DEVNULL, fresh=True)
     assert result.returncode == 0
     assert len(result.stdout) == 5 + len("\n")
 
@@ -424,46 +425,26 @@ def mistaken(tmp_path_factory, trained):
     return tmp
 
 
-@pytest.fixture(scope="module")
-def results(mistaken, trained, play):
-    """A function that gives (exit code, stdout, stderr) of a case of MISTAKES; one process makes those of a command."""
-
-    def usual(command: str, name: str, flags: list[str]) -> list[str]:
-        """The flags that are not the mistake."""
-        has = " ".join(flags)
-        if command == "plan":
-            return []
-        if command != "main":
-            return [] if "--workdir" in has else [f"--workdir={trained[0]}"]
-        if "config" in name or "--config=" in has:
-            return [f"--workdir={mistaken}/unused"]
-        data = [] if "data.path" in has else [f"--config.data.path={play}"]
-        return [*SMALL, *data, *([] if "workdir" in has else [f"--workdir={mistaken}/unused"])]
-
-    @functools.cache
-    def of_command(command: str) -> dict[str, tuple[int, str, str]]:
-        cases = []
-        for name, (flags, _, _, *more) in MISTAKES[command].items():
-            flags = [flag.format(tmp=mistaken) for flag in flags]
-            env, missing = [*more, *[{}, []][len(more) :]]
-            cases.append([[*usual(command, name, flags), *flags], env, missing])
-        script = [sys.executable, Path(__file__).parent / "forked.py", command]
-        done = subprocess.run(script, input=json.dumps(cases), capture_output=True, text=True, cwd=ROOT, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return dict(zip(MISTAKES[command], json.loads(done.stdout), strict=True))
-
-    return lambda command, name: of_command(command)[name]
-
-
 @pytest.mark.parametrize(("tool", "name"), [(command, name) for command in MISTAKES for name in MISTAKES[command]])
-def test_a_mistake_is_one_sentence(results, tool, name):
-    _, code, sentence, *_ = MISTAKES[tool][name]
-    found, out, err = results(tool, name)
-    assert found == code, out + err
-    assert err.startswith("error: ")
-    assert re.search(sentence, err), err
-    assert err.count("\n") == 1
-    assert "Traceback" not in out
+def test_a_mistake_is_one_sentence(mistaken, trained, play, command, tool, name):
+    flags, code, sentence, *more = MISTAKES[tool][name]
+    env, missing = [*more, *[{}, []][len(more) :]]
+    flags = [flag.format(tmp=mistaken) for flag in flags]
+    has, usual = " ".join(flags), []  # the flags that are not the mistake
+    if tool == "main":
+        usual = [f"--workdir={mistaken}/unused"]
+        if "config" not in name and "--config=" not in has:
+            data = [] if "data.path" in has else [f"--config.data.path={play}"]
+            usual = [*SMALL, *data, *([] if "workdir" in has else usual)]
+    elif tool != "plan" and "--workdir" not in has:
+        usual = [f"--workdir={trained[0]}"]
+    environment = os.environ | env | {"GPT_TEST_MISSING": ",".join(missing)}
+    done = command(tool, *usual, *flags, env=environment, stdin=subprocess.DEVNULL)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ")
+    assert re.search(sentence, done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "Traceback" not in done.stdout
 
 
 def test_a_bug_keeps_its_traceback(tiny, tmp_path, monkeypatch):

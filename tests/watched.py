@@ -7,9 +7,13 @@ the log, and in that of a tracer.
 
 import json
 import os
+import signal
 import sys
+import tempfile
 
 import forked
+
+TIMEOUT = 60  # seconds of a case
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # The arguments of an event that are paths, and which of them is a folder's descriptor.
@@ -57,12 +61,28 @@ def watch(log: int) -> None:
     sys.addaudithook(hook)
 
 
+def run(command: str, flags: list[str]) -> tuple[int, str, str]:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(os.devnull) as nothing:
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(TIMEOUT)
+            case = {"module": f"gpt.{command}", "flags": flags, "cwd": os.getcwd(), "env": dict(os.environ)}
+            forked.become(case, [file.fileno() for file in (nothing, out, err)])
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+        return code, *texts
+
+
 if __name__ == "__main__":
     log, folder = sys.argv[1:]
     cases = json.load(sys.stdin)
+    forked.warm_up()
     watch(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND))
     results = []
     for number, (command, flags) in enumerate(cases):
         os.mkdir(os.path.join(folder, f"case-{number}"))
-        results.append(forked.run(command, flags, {}, []))
+        results.append(run(command, flags))
     print(json.dumps(results))
