@@ -142,7 +142,7 @@ def plan_of_blocks(topology, block_size, attention, document_borders=False):
 
 
 def assert_kernels_are_counted(plan, products):
-    """A product of attention has 2·layers·width·length FLOPs per token, of which the mask leaves half; the model has 6."""
+    """A product of attention takes 2·layers·width·length FLOPs per token; the mask leaves half of them."""
     tokens = 16 * plan["block_size"] / plan["devices"]
     one_product = 2 * MODEL.num_layers * MODEL.embed_dim * plan["block_size"] * tokens
     assert plan["hardware_flops"] == pytest.approx(plan["model_flops"] - (6 - products / 2) * one_product, rel=1e-3)

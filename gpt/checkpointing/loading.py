@@ -139,7 +139,7 @@ class Loaded:
     batch_size: int
 
     @property
-    def tokenizer(self) -> tokenizers.Tokenizer:
+    def tokenizer(self) -> Any:
         return self.run.tokenizer
 
     @property

@@ -45,7 +45,7 @@ class Run:
     """
 
     config: Config
-    tokenizer: tokenizers.Tokenizer
+    tokenizer: tokenizers.Tokenizer | tokenizers.Labels
     fingerprint: str | None
     base: Base | None = None
     skipped: tuple[int, ...] = ()
