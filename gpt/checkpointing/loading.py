@@ -21,7 +21,6 @@ from gpt import sharding
 from gpt.checkpointing.run import Base, Run
 from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config
-from gpt.data import tokenizers
 from gpt.data.base import Dataset
 from gpt.models import lora
 from gpt.models.base import ModelConfig
