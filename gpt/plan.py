@@ -1,7 +1,7 @@
 """Plans a run: compiles its training step for absent TPUs or GPUs, and reports memory, time and bottleneck.
 
-    python -m gpt.plan --config=configs/gpt2_124m.py --topology=v5e:4x4
-    python -m gpt.plan --config=configs/gpt3_175b.py --topology=v5p:8x8x16 --search --html=plan.html
+    python -m gpt.plan --config=configs/pretrain.py:gpt2-124m --topology=v5e:4x4
+    python -m gpt.plan --config=configs/pretrain.py:gpt3-175b --topology=v5p:8x8x16 --search --html=plan.html
 
 It compiles the program that gpt.main would run, with the compiler of the TPU or GPU. Figures are those of one device
 and one step; a GB is 10⁹ bytes. 4xv5p:8x8x16 means four slices, 4xh100:8 four hosts. See launch/PLANNING.md.
@@ -13,7 +13,7 @@ from gpt import config, config_files
 from gpt.runtime import cli
 from gpt.runtime.errors import UsageError
 
-_CONFIG = cli.define_config_flag("Config file, like configs/gpt2_124m.py.", config.known_keys)
+_CONFIG = cli.define_config_flag("Config file, like configs/pretrain.py:gpt2-124m.", config.known_keys)
 _TOPOLOGY = flags.DEFINE_list("topology", None, "Devices to compile for, like v5e:16x16, 4xv5p:8x8x16 or h100:8.")
 _BATCH_PER_DEVICE = flags.DEFINE_integer(
     "batch_per_device",
@@ -39,7 +39,7 @@ def main() -> int:
         print(*report.chips(), sep="\n")
         return 0
     if _CONFIG.value is None or not _TOPOLOGY.value:
-        raise UsageError("Set a config file and a topology: --config=configs/gpt2_124m.py --topology=v5e:4x4.")
+        raise UsageError("Set a config file and a topology: --config=configs/pretrain.py:gpt2-124m --topology=v5e:4x4.")
     options = plans.Options(
         batch_per_device=_BATCH_PER_DEVICE.value,
         search=_SEARCH.value,

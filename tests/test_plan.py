@@ -6,13 +6,13 @@ import json
 import math
 import os
 import re
-import runpy
 import subprocess
 import sys
 
 import pytest
 
-from gpt.config import Config, TrainConfig, from_tree
+from gpt import config_files
+from gpt.config import Config, TrainConfig
 from gpt.models.gpt import GPTConfig
 from gpt.planning import compiling, report
 from gpt.runtime import hardware
@@ -368,8 +368,7 @@ def test_list_of_topologies(command):
 
 
 def test_gpt2_124m_is_gpt2(request):
-    get_config = runpy.run_path(str(request.config.rootpath / "configs" / "gpt2_124m.py"))["get_config"]
-    config = from_tree(get_config())
+    config = config_files.read(str(request.config.rootpath / "configs" / "pretrain.py:gpt2-124m"))
     padding = (config.model.padded_vocab_size - 50_257) * 768
     assert config.model.num_parameters() - padding == 124_439_808
     assert config.train.batch_size * config.model.block_size == 2**19
@@ -378,10 +377,10 @@ def test_gpt2_124m_is_gpt2(request):
 
 @pytest.mark.parametrize(
     ("name", "billions", "tokens_per_step"),
-    [("gpt2_1558m", 1.5576, 2**20), ("gpt3_7b", 6.65, 2**21), ("gpt3_175b", 174.6, 2**21)],
+    [("gpt2-1558m", 1.5576, 2**20), ("gpt3-7b", 6.65, 2**21), ("gpt3-175b", 174.6, 2**21)],
 )
 def test_published_sizes(request, name, billions, tokens_per_step):
-    config = from_tree(runpy.run_path(str(request.config.rootpath / "configs" / f"{name}.py"))["get_config"]())
+    config = config_files.read(str(request.config.rootpath / "configs" / f"pretrain.py:{name}"))
     padding = (config.model.padded_vocab_size - 50_257) * config.model.embed_dim
     assert (config.model.num_parameters() - padding) / 1e9 == pytest.approx(billions, rel=2e-3)
     assert config.train.batch_size * config.model.block_size == tokens_per_step
