@@ -3,13 +3,13 @@
 #
 #   launch/gpu_host.sh -m gpt.main --config=configs/char.py --config.mesh.rules=fsdp
 #
-# What may be set:
-#   PYTHON                the interpreter; python3
-#   CUDA_VISIBLE_DEVICES  the GPUs to use, like 0,1; all
-#   PROCESSES             a process for each of so many GPUs instead, where a single one cannot feed them
+# Variables:
+#   PYTHON                the interpreter. Default: python3
+#   CUDA_VISIBLE_DEVICES  the GPUs to use, like 0,1. Default: all
+#   PROCESSES             number of processes with one GPU each, if a single process cannot load data fast enough
 #
-# Several hosts without a scheduler: the same command on each, all three flags added, a workdir that all share, and the
-# same secret, which keeps other programs out: on the first host `openssl rand -hex 16` makes one.
+# Several hosts without a scheduler: run the same command on each host, with the three flags below, a workdir on shared
+# storage, and the same secret, which keeps other programs out. `openssl rand -hex 16` generates a secret.
 #
 #   export GPT_CLUSTER_SECRET=…
 #   launch/gpu_host.sh -m gpt.main --config=configs/char.py --workdir=/shared/runs/char \
@@ -17,11 +17,11 @@
 set -euo pipefail
 
 if (($# == 0)); then
-  echo "error: say what follows python, like: launch/gpu_host.sh -m gpt.main --config=configs/char.py" >&2
+  echo "error: add the arguments of python, like: launch/gpu_host.sh -m gpt.main --config=configs/char.py" >&2
   exit 2
 fi
 if [[ -n ${PROCESSES:-} ]]; then
   PLATFORM=cuda exec "$(dirname "$0")/local.sh" "$PROCESSES" "$@"
 fi
-export JAX_PLATFORMS=cuda # an error where no GPU is found, not a slow run on the CPU
+export JAX_PLATFORMS=cuda # an error if there is no GPU, instead of a slow run on the CPU
 exec "${PYTHON:-python3}" "$@"

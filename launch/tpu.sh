@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Trains on Cloud TPU VMs: one slice, or several that are joined over the network. Needs gcloud with a project set.
+# Trains on Cloud TPU VMs: one slice, or several over the network. Requires gcloud with a default project.
 #
 #   export ZONE=us-east5-b TYPE=v6e-16 VERSION=v2-alpha-tpuv6e
-#   launch/tpu.sh create           # asks for the slices; --spot and other flags of gcloud may follow
-#   launch/tpu.sh status           # ACTIVE: they are there; SUSPENDED: a spot slice was taken away
+#   launch/tpu.sh create           # requests the slices; --spot and other flags of gcloud may follow
+#   launch/tpu.sh status           # ACTIVE: the slices exist; SUSPENDED: a spot slice was preempted
 #   launch/tpu.sh install          # copies this code to all workers and installs it
 #   launch/tpu.sh train -m gpt.main --config=configs/char.py --workdir=gs://BUCKET/runs/char
-#   launch/tpu.sh logs             # follows the log of process 0; of another with SLICE=1 WORKER=2
-#   launch/tpu.sh stop             # saves and stops; the same train goes on
-#   launch/tpu.sh delete           # ends the costs
+#   launch/tpu.sh logs             # follows the log of process 0; SLICE=1 WORKER=2 selects another process
+#   launch/tpu.sh stop             # saves and stops; the same train command resumes
+#   launch/tpu.sh delete           # deletes the slices, which ends their costs
 #
-# What may be set:
-#   NAME     of the queued resource and its slices; gpt
-#   ZONE     where
+# Variables:
+#   NAME     name of the queued resource and its slices. Default: gpt
+#   ZONE     zone of the slices
 #   TYPE     accelerator type of a slice, like v5litepod-16, v5p-32, v6e-16
-#   VERSION  runtime version that belongs to the type, like v2-alpha-tpuv5-lite, v2-alpha-tpuv5, v2-alpha-tpuv6e
-#   SLICES   how many; 1
+#   VERSION  runtime version for the type, like v2-alpha-tpuv5-lite, v2-alpha-tpuv5, v2-alpha-tpuv6e
+#   SLICES   number of slices. Default: 1
 #
-# Training runs as a systemd unit: it outlives the connection, and begins again by itself when it fails, but not after
-# a mistake in the flags. After a VM was booted anew: stop, train. A spot slice that was taken away is gone: delete,
-# create, install, train. With the same workdir it goes on from what was saved.
+# Training runs as a systemd unit. It continues when the connection closes, and restarts after a failure, except after
+# an error in the flags. After a VM was rebooted: stop, train. After a spot slice was preempted: delete, create, install,
+# train. With the same workdir, training resumes from the last checkpoint.
 set -euo pipefail
 
 name=${NAME:-gpt}
@@ -30,11 +30,11 @@ fail() {
   exit 2
 }
 
-need() { # the variable $1, whose value looks like $2
+need() { # fails if the variable $1 is not set; $2 is an example of its value
   [[ -n ${!1:-} ]] || fail "set $1, like: export $1=$2"
 }
 
-gcloud_tpu() { # a command on the queued resource, with further flags
+gcloud_tpu() { # runs the gcloud command $1 on queued resources, with further flags
   local command=$1
   shift
   gcloud compute tpus queued-resources "$command" "$@" --zone="$ZONE"
@@ -59,11 +59,11 @@ status() {
 install() {
   local folder
   folder=$(mktemp -d)
-  # shellcheck disable=SC2064 # the folder of now
+  # shellcheck disable=SC2064 # expands now, because the variable is local
   trap "rm -rf '$folder'" EXIT
   tar -czf "$folder/gpt.tgz" --exclude=__pycache__ -C "$(dirname "$0")/.." gpt configs setup.cfg pyproject.toml README.md LICENSE
   gcloud_tpu scp "$folder/gpt.tgz" "$name:gpt.tgz" --node=all --worker=all
-  # uv brings a Python that is new enough; the one of the image may be older.
+  # uv installs a recent Python; that of the image may be too old.
   on_workers 'set -e; mkdir -p ~/gpt; tar -xzf ~/gpt.tgz -C ~/gpt; cd ~/gpt
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv
     ~/.local/bin/uv venv --quiet --allow-existing --python 3.12 .venv
@@ -71,16 +71,16 @@ install() {
 }
 
 train() {
-  (($# > 0)) || fail "say what follows python, like: launch/tpu.sh train -m gpt.main --config=configs/char.py"
+  (($# > 0)) || fail "add the arguments of python, like: launch/tpu.sh train -m gpt.main --config=configs/char.py"
   local secret
-  secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # by which processes of this job know one another
+  secret=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n') # processes prove to each other that they know it
   local unit=(
     --unit=gpt --collect
     --property=Restart=on-failure --property=RestartSec=30 --property=RestartPreventExitStatus=2
     --setenv=GPT_CLUSTER_SECRET="$secret"
-    --property=KillMode=mixed --property=TimeoutStopSec=180 # SIGTERM to the main process, and time to save
+    --property=KillMode=mixed --property=TimeoutStopSec=180 # SIGTERM goes to the main process, which gets time to save
   )
-  # What begins with $ is for the worker's shell.
+  # The worker's shell expands the quoted variables.
   # shellcheck disable=SC2016
   on_workers "$(printf '%q ' sudo systemd-run "${unit[@]}")"'--uid="$USER" --working-directory="$HOME/gpt" \
     --property=StandardOutput=append:"$HOME/gpt.log" --property=StandardError=append:"$HOME/gpt.log" \
@@ -91,7 +91,7 @@ logs() {
   gcloud_tpu ssh "$name" --node="${SLICE:-0}" --worker="${WORKER:-0}" --command='tail -n 100 -F ~/gpt.log'
 }
 
-stop() { # no error where it does not run
+stop() { # succeeds even if no training is running
   on_workers 'if systemctl cat gpt >/dev/null 2>&1; then sudo systemctl stop gpt; fi'
 }
 

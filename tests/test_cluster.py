@@ -192,19 +192,23 @@ def test_a_run_goes_on_with_other_processes_and_meshes(undisturbed, play, tmp_pa
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=2e-5)
 
 
+# Threads of Gloo print these parts of a line one by one, so that lines may be mixed.
+GLOO = r"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+\n?"
+
+
 def test_evaluate_and_sample_in_two_processes_say_what_one_says(undisturbed, command):
     workdir, _ = undisturbed
     for module, *flags in (("evaluate", "--json"), ("sample", "--prompt=KING", "--num_tokens=8", "--num_samples=2")):
         alone = command(module, f"--workdir={workdir}", *flags)
         together = Processes(2, f"gpt.{module}", f"--workdir={workdir}", *flags).succeeded()
-        printed = "".join(line for line in together.out[0].splitlines(True) if not line.startswith("[Gloo]"))
+        printed = re.sub(GLOO, "", together.out[0])
         if module == "sample":
             assert printed == alone.stdout
         else:
             one, two = json.loads(alone.stdout), json.loads(printed)
             assert two.pop("loss") == pytest.approx(one.pop("loss"), rel=1e-5)
             assert (two["tokens"], two["step"]) == (one["tokens"], one["step"])
-        assert "".join(line for line in together.out[1].splitlines() if not line.startswith("[Gloo]")) == ""
+        assert re.sub(GLOO, "", together.out[1]).strip() == ""
 
 
 def test_each_process_reads_the_rows_of_its_devices(play, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""The launch scripts with stand-ins for the tools of a cluster, and the manifests against Kubernetes' schemas."""
+"""The launch scripts with substitutes for the tools of a cluster, and the manifests against Kubernetes' schemas."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ SMALL = (
 
 @pytest.fixture
 def tool(tmp_path, monkeypatch):
-    """Puts an executable of the given name and text first on the PATH, and points PYTHON to this interpreter."""
+    """Returns a function that puts an executable first on the PATH. Sets PYTHON to this interpreter."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -89,7 +89,7 @@ def test_shell(script):
 
 @pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
 def test_manifest(manifest):
-    """The parts of a JobSet that Kubernetes itself knows obey its schema; the parts around them have the known keys."""
+    """The parts of a JobSet that are from Kubernetes fit its schema, and the other parts have only known keys."""
     jobset = yaml.safe_load(manifest.read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert jobset.keys() == {"apiVersion", "kind", "metadata", "spec"}
@@ -99,7 +99,7 @@ def test_manifest(manifest):
     assert replicated.keys() == {"name", "replicas", "template"}
     job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "gpt"}, **replicated["template"]}
     kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
-    # What Kubernetes and JobSet check beyond their schemas.
+    # Checks of Kubernetes and JobSet that are not in their schemas.
     job, pod = job["spec"], job["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert job["parallelism"] == job["completions"]
@@ -143,7 +143,7 @@ def test_dockerfile():
 
 # --- local.sh
 
-# A process that says who it is, and then what its first argument asks for.
+# A process that prints its arguments, and then behaves as its first argument says.
 PROCESS = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
@@ -174,7 +174,7 @@ if behaviour != "end":
 
 @pytest.fixture
 def processes(tmp_path, monkeypatch):
-    """Starts local.sh with a number of PROCESS; when the test ends, none of them may be left."""
+    """Returns a function that starts local.sh with copies of PROCESS. None of them may run after the test."""
     (tmp_path / "process.py").write_text(PROCESS)
     monkeypatch.setenv("FOLDER", str(tmp_path))
     monkeypatch.setenv("PYTHON", sys.executable)
@@ -187,7 +187,7 @@ def processes(tmp_path, monkeypatch):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Where the tests run in the background, it is ignored, and bash cannot change that.
+            # SIGINT is ignored if the tests run in the background, and bash cannot change that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
@@ -199,7 +199,7 @@ def processes(tmp_path, monkeypatch):
         process.kill()
     pids = [int(pid) for path in tmp_path.glob("pids*") for pid in path.read_text().split()]
     assert len(pids) > 1
-    # A zombie whose parent is gone lasts until the system's first process takes notice of it.
+    # A zombie without a parent exists until the system's first process reaps it.
     wait_until(lambda: not any(is_alive(pid) for pid in pids), 10)
 
 
@@ -218,7 +218,7 @@ def secrets(folder) -> set[str]:
 
 
 def test_local_makes_a_secret_of_each_job(processes, tmp_path, monkeypatch):
-    """The same for all its processes, unless there is one already."""
+    """All processes of a job get the same secret, unless the user set one."""
     monkeypatch.delenv("GPT_CLUSTER_SECRET", raising=False)
     found = []
     for _ in range(2):
@@ -278,7 +278,7 @@ def test_local_mistakes(arguments, env):
 
 def test_gpu_host(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHON", sys.executable)
-    # In one piece, for two processes write.
+    # Written in one piece, because two processes write.
     words = "{os.environ['JAX_PLATFORMS']} {os.getenv('CUDA_VISIBLE_DEVICES')} {sys.argv[1:]}"
     show = ("-c", f'import os, sys; os.write(1, f"{words}\\n".encode())')
     result = run(LAUNCH / "gpu_host.sh", *show, "a b", env=os.environ | {"CUDA_VISIBLE_DEVICES": "4,6"})
@@ -296,7 +296,7 @@ def test_gpu_host(tmp_path, monkeypatch):
 
 # --- slurm.sh
 
-# Starts two tasks on this host as srun would, and notes their process ids.
+# Starts two tasks on this host like srun, and saves their process ids.
 SRUN = """#!/usr/bin/env bash
 echo "$@" >>"$FOLDER/srun"
 while [[ $1 == --* ]]; do shift; done
@@ -314,7 +314,7 @@ exit "${code:-0}"
 
 @pytest.fixture
 def slurm(tmp_path, tool, monkeypatch):
-    """Starts slurm.sh as a job. Its number is one that gives a free port, which JAX makes of it."""
+    """Returns a function that starts slurm.sh as a job. JAX computes a free port from the number of the job."""
     tool("srun", SRUN)
     tool("scontrol", '#!/usr/bin/env bash\necho "$@" >>"$FOLDER/scontrol"\n')
     port = next(port for port in range(61440 + os.getpid() % 4000, 65536) if is_free(port))
@@ -325,7 +325,7 @@ def slurm(tmp_path, tool, monkeypatch):
 
     def start(*arguments: str) -> subprocess.Popen:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        # A session of its own, so that nothing of it outlives the test.
+        # The new session makes it possible to kill all of its processes after the test.
         started.append(subprocess.Popen([LAUNCH / "slurm.sh", *arguments], cwd=ROOT, start_new_session=True, **pipes))
         alarms.append(threading.Timer(240, os.killpg, (started[-1].pid, signal.SIGKILL)))
         alarms[-1].start()
@@ -345,13 +345,13 @@ def is_free(port: int) -> bool:
 
 
 def signal_tasks(folder: Path) -> None:
-    """What --signal=TERM@120 brings: SIGTERM to the tasks, not to the script."""
+    """Sends SIGTERM to the tasks and not to the script, like --signal=TERM@120."""
     for task in wait_until(lambda: (folder / "tasks").exists() and (folder / "tasks").read_text()).split():
         os.kill(int(task), signal.SIGTERM)
 
 
 def test_slurm_trains_saves_and_resumes(tmp_path, slurm, play):
-    """Two tasks train as one; SIGTERM saves and requeues; the job's next run goes on to the end."""
+    """Two tasks train together, SIGTERM saves and requeues the job, and the next run of the job resumes."""
     flags = (*SMALL, f"--config.data.path={play}", f"--workdir={tmp_path}/a run", "--config.train.eval_every=1000000")
     job = slurm(*flags, "--config.train.steps=1000000")
     shown = ""
@@ -401,9 +401,38 @@ def test_slurm_does_not_requeue_what_was_cancelled(tmp_path, slurm):
     assert not (tmp_path / "scontrol").exists()
 
 
-def test_slurm_needs_a_command():
-    result = run(LAUNCH / "slurm.sh")
-    assert result.returncode == 2
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        (None, ["--ntasks-per-node=8", "--gpus-per-node=8"]),
+        ("4", ["--ntasks-per-node=4", "--gpus-per-node=4"]),
+        ("0", ["--ntasks-per-node=1"]),
+    ],
+)
+def test_slurm_submits_with_or_without_gpus(tool, gpus, expected):
+    """Flags of sbatch come first, and the flags of Python are passed on unchanged."""
+    tool("sbatch", "#!/usr/bin/env bash\nprintf '%s\\n' \"$@\"\n")
+    environment = {name: value for name, value in os.environ.items() if name not in ("SLURM_JOB_ID", "GPUS_PER_NODE")}
+    environment |= {"GPUS_PER_NODE": gpus} if gpus else {}
+    python = ["-m", "gpt.main", "--workdir=a run"]
+    result = run(LAUNCH / "slurm.sh", "--nodes=4", "--time=1:00:00", *python, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [*expected, "--nodes=4", "--time=1:00:00", str(LAUNCH / "slurm.sh"), *python]
+    assert "gpu" not in "".join(re.findall("#SBATCH.*", (LAUNCH / "slurm.sh").read_text()))
+
+
+@pytest.mark.parametrize(("gpus", "platform"), [("8", "cuda"), ("0", "cpu")])
+def test_slurm_runs_on_what_it_asked_for(slurm, monkeypatch, gpus, platform):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setenv("GPUS_PER_NODE", gpus)
+    shown = slurm("-c", "import os; os.write(1, os.environb[b'JAX_PLATFORMS'] + b'\\n')").communicate()[0]
+    assert shown.split() == [platform] * 2
+
+
+@pytest.mark.parametrize(("arguments", "gpus"), [((), "8"), (("--nodes=2",), "8"), (("-m", "gpt.main"), "many")])
+def test_slurm_mistakes(arguments, gpus):
+    result = run(LAUNCH / "slurm.sh", *arguments, env=os.environ | {"GPUS_PER_NODE": gpus})
+    assert (result.returncode, result.stdout) == (2, "")
     assert re.fullmatch(r"error: .+\n", result.stderr)
 
 
@@ -418,7 +447,7 @@ echo >>"$FOLDER/calls"
 
 @pytest.fixture
 def tpu(tmp_path, tool, monkeypatch):
-    """Runs tpu.sh and returns the calls of gcloud: the word after `queued-resources`, and what follows."""
+    """Returns a function that runs tpu.sh and returns gcloud's arguments after `queued-resources` for each call."""
     tool("gcloud", GCLOUD)
     for name, value in {
         "FOLDER": str(tmp_path),
@@ -468,7 +497,7 @@ def on_worker(call: list[str]) -> str:
 
 
 def test_tpu_train(tpu, tool, tmp_path):
-    """The worker's shell gets the flags as they were typed."""
+    """The worker's shell passes the flags on unchanged."""
     flags = ("-m", "gpt.main", "--config=configs/char.py", "--workdir=gs://bucket/a run", "--config.x='$HOME'")
     (call,) = tpu("train", *flags)
     assert call[:4] == ["ssh", "gpt", "--node=all", "--worker=all"]
