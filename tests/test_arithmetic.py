@@ -1,4 +1,4 @@
-"""Questions with answers: what is asked, held out, counted and shown."""
+"""Tests of questions with answers: how they are posed, held out, evaluated and shown."""
 
 import dataclasses
 import re
@@ -28,7 +28,7 @@ def load(config, **model) -> tuple[Questions, GPTConfig]:
 
 
 def answer(config, question: str) -> str:
-    """By Python's own arithmetic."""
+    """Returns the answer by Python's arithmetic."""
     if isinstance(config, SortConfig):
         return "".join(sorted(question.removesuffix("=")))
     a, operator, b = re.fullmatch(r"(\d+)(\D)(\d+)=", question).groups()
@@ -42,25 +42,25 @@ def test_numbers_are_scattered_one_to_one(size):
 
 
 @pytest.mark.parametrize("config", KINDS, ids=str)
-def test_answers_are_right_and_rows_ask_for_them_alone(config):
+def test_answers_are_right_and_only_answers_are_targets(config):
     dataset, model = load(config)
     source = dataset.evaluation("all", model)
     assert len(source) == config.num_questions
     for index in range(0, len(source), 7):
         question, written = source.pose(0, index)
         assert config.show(written) == answer(config, question)
-        row = source.example(0, index)
-        text = "".join(config.alphabet[i] for i in row["inputs"])
+        example = source.example(0, index)
+        text = "".join(config.alphabet[i] for i in example["inputs"])
         assert text == question + written
-        counted = row["targets"] != IGNORED
+        counted = example["targets"] != IGNORED
         assert counted.tolist() == [False] * (len(question) - 1) + [True] * (len(written) + 1)
-        asked = "".join(config.alphabet[i] for i in row["targets"][counted])
+        asked = "".join(config.alphabet[i] for i in example["targets"][counted])
         assert asked == written + "\n"
 
 
 @pytest.mark.parametrize("config", KINDS, ids=str)
 def test_what_is_held_out_is_never_trained_on(config):
-    """In no epoch and in no order of its numbers; and all the rest is, once an epoch."""
+    """This holds in all epochs and for both orders of the operands. Each other question occurs once in an epoch."""
     dataset, model = load(config)
     training, held_out = dataset.training(model, seed=3), dataset.evaluation("val", model)
 
@@ -91,12 +91,12 @@ def test_another_epoch_asks_the_other_way_round_by_the_seed():
     assert [source.pose(0, i) for i in range(99)] != [other.pose(0, i) for i in range(99)]
 
 
-def test_rows_fill_a_longer_block():
+def test_examples_fill_a_longer_context():
     config = ArithmeticConfig(digits=1, validation_rows=9)
-    row = config.load(TokenizerConfig(), None).training(GPTConfig(block_size=12), 0).example(0, 0)
-    assert row["inputs"].shape == row["targets"].shape == (12,)
-    assert (row["targets"][7:] == IGNORED).all()
-    assert (row["targets"] != IGNORED).sum() == config.answer_length + 1
+    example = config.load(TokenizerConfig(), None).training(GPTConfig(block_size=12), 0).example(0, 0)
+    assert example["inputs"].shape == example["targets"].shape == (12,)
+    assert (example["targets"][7:] == IGNORED).all()
+    assert (example["targets"] != IGNORED).sum() == config.answer_length + 1
 
 
 def test_a_prompt_is_written_as_people_do_and_so_is_the_answer():
@@ -110,8 +110,8 @@ def test_a_prompt_is_written_as_people_do_and_so_is_the_answer():
     assert read("2500") == "52"
     assert read("833-") == "-338"
     assert read("0000") == "0"
-    assert read("-3-3") == "3-3-"  # no number: as it is, last character first
-    assert read("250") == "\ufffd" * 3  # not to be shown yet
+    assert read("-3-3") == "3-3-"  # not a number: the characters in reverse
+    assert read("250") == "\ufffd" * 3  # incomplete
     for wrong in ("7+45", "7*45=", "1000+1=", "", "x"):
         with pytest.raises(UserError, match=r"is not a question like \d{3}[+-]\d{3}="):
             tokenizer.encode(wrong)
@@ -123,19 +123,19 @@ def test_a_prompt_is_written_as_people_do_and_so_is_the_answer():
         sorting.encode("203")
 
 
-def test_mistakes_are_shown_in_words():
+def test_mistakes_are_shown_as_text():
     dataset, model = load(ArithmeticConfig(digits=1, validation_rows=9))
     source = dataset.evaluation("val", model)
-    said = source.example(0, 2)["targets"].copy()
-    said[3:5] = [dataset.tokenizer.alphabet.index(character) for character in "99"]
+    predictions = source.example(0, 2)["targets"].copy()
+    predictions[3:5] = [dataset.tokenizer.alphabet.index(character) for character in "99"]
     question, written = source.pose(0, 2)
-    shown = dataset.mistakes(source, {"mistakes": [(2, said)]}).text
+    shown = dataset.mistakes(source, {"mistakes": [(2, predictions)]}).text
     assert shown == f"mistake  {question}99, right is {int(written[::-1])}"
     assert dataset.mistakes(source, {"mistakes": []}).text == ""
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda: ArithmeticConfig(operators="+/"), r"data\.operators='\+/' has to name"),
         (lambda: ArithmeticConfig(operators="++"), r"data\.operators"),
@@ -152,8 +152,8 @@ def test_mistakes_are_shown_in_words():
         (lambda: ArithmeticConfig().opened("x.txt"), r"--data=x\.txt: data\.kind=arithmetic reads no files"),
     ],
 )
-def test_mistakes_of_the_user_are_named(make, said):
-    with pytest.raises(UserError, match=said):
+def test_mistakes_of_the_user_are_named(make, message):
+    with pytest.raises(UserError, match=message):
         make()
 
 
@@ -173,7 +173,7 @@ def test_the_config_chooses_family_and_kind_by_name():
     config = from_tree(default_config(data=SortConfig()))
     assert config == Config(data=SortConfig())
     tree = default_config(data=SortConfig()).to_dict()
-    for key, field, value, said in (
+    for key, field, value, message in (
         ("data", "kind", "sorts", r"data\.kind='sorts' is not known; choose one of .*sort"),
         (
             "data",
@@ -184,7 +184,7 @@ def test_the_config_chooses_family_and_kind_by_name():
         ("data", "kind", 3, r"data\.kind=3 has to be of type str"),
         ("model", "family", "rnn", r"model\.family='rnn' is not known"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             from_tree(tree | {key: tree[key] | {field: value}})
     del tree["model"]["family"]
     with pytest.raises(UserError, match=r"no key 'model\.family'"):
@@ -193,7 +193,7 @@ def test_the_config_chooses_family_and_kind_by_name():
 
 @pytest.mark.slow
 def test_the_commands_train_evaluate_and_answer(tmp_path, command):
-    """A model that has learnt little: the answers are numbers, most of them wrong, and said to be."""
+    """The answers of a barely trained model are numbers; most are wrong, and are reported."""
     model = ("--config.model.num_layers=1", "--config.model.num_heads=2", "--config.model.embed_dim=16")
     data = ("--config.data.digits=1", "--config.data.operators=+-", "--config.data.validation_rows=30")
     length = ("--config.train.steps=20", "--config.train.eval_every=0", "--config.train.batch_size=8")

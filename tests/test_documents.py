@@ -1,4 +1,4 @@
-"""Documents in a corpus, and with `data.document_borders`: packed together, each is as if it were alone."""
+"""Tests of documents in a corpus; with `data.document_borders`, packed documents do not affect each other."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ pytest.importorskip("tokenizers", reason='needs pip install -e ".[bpe]"')
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 LENGTH, VOCAB = 16, 11
-# Where documents begin, in two rows: of one token, across the borders of chunks, and none but the first.
+# Beginnings of documents in two rows: a document of one token, documents across chunks, and only the first.
 BORDERS = [(0, 1, 7, 13), (0, 10)]
 STARTS = np.array([np.repeat(row, np.diff([*row, LENGTH])) for row in BORDERS], np.int32)
 ATTENTION = {
@@ -51,7 +51,7 @@ DOCUMENTS = [
 
 
 def apart(x):
-    """[documents, LENGTH, …]: each document in a row of its own; the zeros that follow change nothing before them."""
+    """Returns [documents, LENGTH, …] with each document in a separate row; the zeros after it have no effect on it."""
     rows = np.zeros((len(DOCUMENTS), *x.shape[1:]), x.dtype)
     for i, (row, part) in enumerate(DOCUMENTS):
         rows[i, : part.stop - part.start] = x[row, part]
@@ -76,7 +76,7 @@ def test_attention_and_its_gradients_stay_within_a_document(attend):
 
 @functools.cache
 def logits_of_each_alone(positions="learned"):
-    """[2, LENGTH, VOCAB] logits, each document by itself, and the parameters that gave them."""
+    """Returns the logits [2, LENGTH, VOCAB] of each document alone, and the parameters."""
     rng = np.random.default_rng(2)
     model = GPT(dataclasses.replace(CONFIG, positions=positions))
     abstract = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
@@ -104,7 +104,7 @@ def test_a_document_has_the_logits_that_it_has_alone(options):
     variables = stack_layers(variables) if config.scan_layers else variables
     found = apply(variables, TOKENS, STARTS)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
-    whole = apply(variables, TOKENS, np.zeros_like(STARTS))  # the same program: borders make the difference
+    whole = apply(variables, TOKENS, np.zeros_like(STARTS))  # the same program without borders
     assert np.abs(whole - expected).max() > 0.1
 
 
@@ -121,26 +121,32 @@ def test_borders_on_a_sharded_length(name, mesh):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
-# Rows.
+# Examples.
 
 CORPUS = np.array([9, 1, 2, 9, 3, 4, 5, 6, 7, 9, 8, 9], np.uint16)  # 9 is the separator
 
 
-def test_rows_say_where_documents_begin():
-    rows = [EvaluationWindows(CORPUS, 4, border=9).example(0, i) for i in range(3)]
-    np.testing.assert_array_equal([row["inputs"] for row in rows], [[9, 1, 2, 9], [3, 4, 5, 6], [7, 9, 8, 0]])
-    np.testing.assert_array_equal([row["starts"] for row in rows], [[0, 0, 0, 3], [0, 0, 0, 0], [0, 1, 1, 1]])
+def test_examples_have_the_beginnings_of_documents():
+    examples = [EvaluationWindows(CORPUS, 4, border=9).example(0, i) for i in range(3)]
+    np.testing.assert_array_equal(
+        [example["inputs"] for example in examples], [[9, 1, 2, 9], [3, 4, 5, 6], [7, 9, 8, 0]]
+    )
+    np.testing.assert_array_equal(
+        [example["starts"] for example in examples], [[0, 0, 0, 3], [0, 0, 0, 0], [0, 1, 1, 1]]
+    )
     # The separator is the last target of one document and the first input of the next.
-    np.testing.assert_array_equal([row["targets"] for row in rows], [[1, 2, 9, 3], [4, 5, 6, 7], [9, 8, 9, IGNORED]])
+    np.testing.assert_array_equal(
+        [example["targets"] for example in examples], [[1, 2, 9, 3], [4, 5, 6, 7], [9, 8, 9, IGNORED]]
+    )
     source = TrainingWindows(CORPUS, 4, seed=0, border=9)
     for epoch in range(9):
-        row = source.example(epoch, 1)
+        example = source.example(epoch, 1)
         np.testing.assert_array_equal(
-            row["starts"], [max([0, *np.flatnonzero(row["inputs"][: i + 1] == 9)]) for i in range(4)]
+            example["starts"], [max([0, *np.flatnonzero(example["inputs"][: i + 1] == 9)]) for i in range(4)]
         )
 
 
-def test_without_borders_rows_are_as_they_were():
+def test_without_borders_examples_are_unchanged():
     for source, other in (
         (EvaluationWindows(CORPUS, 4), EvaluationWindows(CORPUS, 4, border=9)),
         (TrainingWindows(CORPUS, 4, 0), TrainingWindows(CORPUS, 4, 0, border=9)),
@@ -177,13 +183,13 @@ def test_separators_stand_before_between_and_after_documents(load):
 
 
 def test_trained_bpe_and_its_tokens_are_kept(load, monkeypatch):
-    said = []
-    first = load({"a.txt": "the cat sat on the mat " * 50}, say=said.append)
-    assert len(said) == 2  # training, and that the text has fewer pairs than asked for
+    messages = []
+    first = load({"a.txt": "the cat sat on the mat " * 50}, say=messages.append)
+    assert len(messages) == 2  # the training, and that the text has fewer pairs than requested
     with monkeypatch.context() as patch:
         patch.setattr(BPETokenizer, "train", None)
         patch.setattr(BPETokenizer, "encode_stream", None)
-        again = load({}, say=said.append)
+        again = load({}, say=messages.append)
     assert (again.tokenizer, again.fingerprint) == (first.tokenizer, first.fingerprint)
     other = load({}, TokenizerConfig("bpe", 265))
     assert other.tokenizer.vocab_size == 265
@@ -218,7 +224,7 @@ def test_an_empty_prompt_is_the_beginning_of_a_document():
 
 
 def test_train_evaluate_and_sample_from_the_workdir_alone(tiny, play, tmp_path):
-    """The loss over the whole split is that of every document of a row by itself."""
+    """The loss over the whole split equals the loss of every document of an example alone."""
     folder = tmp_path / "texts"
     folder.mkdir()
     for i, part in enumerate(play.read_text().split("\n\n")[:100]):
@@ -241,11 +247,11 @@ def test_train_evaluate_and_sample_from_the_workdir_alone(tiny, play, tmp_path):
     result = step.evaluate(run.program, run.params, source, run.batch_size)
     assert result["targets"] == len(corpus.validation) - 1
     inputs, targets = [], []
-    for row in (source.example(0, i) for i in range(len(source))):
-        starts = np.unique(row["starts"])
-        for start, end in zip(starts, [*starts[1:], 16], strict=True):  # each document in a row of its own
-            inputs.append(np.pad(row["inputs"][start:end], (0, 16 - end + start)))
-            targets.append(np.pad(row["targets"][start:end], (0, 16 - end + start), constant_values=IGNORED))
+    for example in (source.example(0, i) for i in range(len(source))):
+        starts = np.unique(example["starts"])
+        for start, end in zip(starts, [*starts[1:], 16], strict=True):  # each document in a separate example
+            inputs.append(np.pad(example["inputs"][start:end], (0, 16 - end + start)))
+            targets.append(np.pad(example["targets"][start:end], (0, 16 - end + start), constant_values=IGNORED))
     assert len(inputs) > len(source) + 5
 
     @quick_jit

@@ -1,4 +1,4 @@
-"""Images: the digits, folders of every sort, what augmentation does, and each mistake's sentence."""
+"""Tests of images: the digits, folders, augmentation, and messages about errors."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ def draw(path, color, size=(20, 12), mode="RGB", **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six red and six blue images, of all sorts."""
+    """Writes six red and six blue images of several formats."""
     for i in range(6):
         draw(tmp_path / "photos" / "red" / f"{i}.png", (200 + i, 0, 0))
         draw(tmp_path / "photos" / "blue" / "more" / f"{i}.JPG", (0, 0, 200 + i), format="JPEG")
@@ -52,13 +52,24 @@ def test_digits():
     digits = load()
     assert digits.describe() == "1,438 training and 359 validation images, 10 classes"
     assert digits.tokenizer == Labels(tuple("0123456789"))
-    rows = digits.evaluation("all", DIGITS)
-    found = [rows.example(0, i) for i in range(len(rows))]
-    assert {(row["inputs"].shape, row["inputs"].dtype.name) for row in found} == {((8, 8, 1), "uint8")}
-    pixels = np.stack([row["inputs"] for row in found])
+    examples = digits.evaluation("all", DIGITS)
+    found = [examples.example(0, i) for i in range(len(examples))]
+    assert {(example["inputs"].shape, example["inputs"].dtype.name) for example in found} == {((8, 8, 1), "uint8")}
+    pixels = np.stack([example["inputs"] for example in found])
     assert (pixels.min(), pixels.max()) == (0, 255)
-    assert np.bincount([row["targets"] for row in found]).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    # Each of them is on one side, and that is the same for every seed and in every run.
+    assert np.bincount([example["targets"] for example in found]).tolist() == [
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]
+    # Each of them is in one split, which is the same for every seed and in every run.
     sides = [
         {digits.evaluation(part, DIGITS).example(0, i)["inputs"].tobytes() for i in range(n)}
         for part, n in (("train", 1438), ("val", 359))
@@ -76,9 +87,9 @@ def test_a_folder(folder):
     assert found.tokenizer.names == ("blue", "red")
     for source in (found.training(MODEL, 0), found.evaluation("val", MODEL)):
         for i in range(len(source)):
-            row = source.example(0, i)
-            assert (row["inputs"].shape, row["inputs"].dtype) == ((8, 8, 3), np.uint8)
-            assert row["inputs"][..., 0 if row["targets"] == 1 else 2].min() > 190  # JPEG is not exact
+            example = source.example(0, i)
+            assert (example["inputs"].shape, example["inputs"].dtype) == ((8, 8, 3), np.uint8)
+            assert example["inputs"][..., 0 if example["targets"] == 1 else 2].min() > 190  # JPEG is not exact
     grey = found.evaluation("all", dataclasses.replace(MODEL, channels=1)).example(0, 0)
     assert grey["inputs"].shape == (8, 8, 1)
 
@@ -117,7 +128,7 @@ def test_the_square_in_the_middle_upright(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "wide.png")
     np.testing.assert_array_equal(ImagesConfig().inputs(str(tmp_path / "wide.png"), MODEL), pixels[:, 8:16])
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: show it a quarter clockwise
+    exif[0x0112] = 6  # the camera was turned: rotate the image by 90° clockwise
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     expected = np.rot90(pixels[:, 8:16], -1)
     np.testing.assert_array_equal(ImagesConfig().inputs(str(tmp_path / "turned.png"), MODEL), expected)
@@ -125,10 +136,10 @@ def test_the_square_in_the_middle_upright(tmp_path):
 
 @pytest.mark.parametrize("options", [{"crop": 0.3}, {"shift": 2}, {"flip": True}], ids=str)
 def test_augmentation_is_a_function_of_seed_epoch_and_index(options):
-    rows = load(**options).training(DIGITS, seed=3)
+    examples = load(**options).training(DIGITS, seed=3)
     again, other = load(**options).training(DIGITS, seed=3), load(**options).training(DIGITS, seed=4)
     places = [(epoch, index) for epoch in range(2) for index in range(20)]
-    found = {place: rows.example(*place)["inputs"] for place in places}
+    found = {place: examples.example(*place)["inputs"] for place in places}
     for place in reversed(places):
         np.testing.assert_array_equal(again.example(*place)["inputs"], found[place])
     assert np.mean([(found[0, i] != found[1, i]).any() for i in range(20)]) > 0.2
@@ -163,14 +174,14 @@ def test_a_crop_has_the_area_that_was_asked_for():
         pixels = source.example(epoch, 0)["inputs"].astype(float)
         width, height = np.ptp(pixels[..., 0]) / 255, np.ptp(pixels[..., 1]) / 255
         areas.append(width * height)
-    assert 0.35 < min(areas) < 0.55  # the ends of a ramp are blurred, and what would stand out is cut off
+    assert 0.35 < min(areas) < 0.55  # the ends of a ramp are blurred, and crops end at the border
     assert max(areas) > 0.75
 
 
 def test_batches_are_the_same_for_every_number_of_threads_and_processes(folder):
-    def batches(rows, threads, start=0):
+    def batches(positions, threads, start=0):
         source = load(folder, threads=threads, crop=0.5, flip=True).training(MODEL, 0)
-        found = pipeline.training_batches(source, 4, 0, rows, start, prefetch=3)
+        found = pipeline.training_batches(source, 4, 0, positions, start, prefetch=3)
         return [next(found)["inputs"] for _ in range(6)]
 
     whole = batches(range(4), 1)
@@ -230,7 +241,7 @@ def stranger(folder):
     ],
     ids=lambda x: getattr(x, "__name__", None),
 )
-def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(folder, damage, message):
+def test_damage_of_a_folder_is_reported_in_one_sentence(folder, damage, message):
     def read():
         return list(pipeline.evaluation_batches(load(folder).evaluation("all", MODEL), 4, range(4)))
 
@@ -241,8 +252,8 @@ def test_what_is_wrong_with_a_folder_is_said_in_one_sentence(folder, damage, mes
     assert "\n" not in str(error.value)
 
 
-def test_what_is_left_out_of_a_folder_is_said(folder, tmp_path):
-    """By the rule for texts; and a folder is an image by no name."""
+def test_files_that_are_left_out_of_a_folder_are_reported(folder, tmp_path):
+    """The rule is that for texts, and a folder is not an image, whatever its name is."""
     draw(tmp_path / "elsewhere" / "0.png", (0, 0, 255))
     draw(folder / "red" / "._3.png", (0, 0, 255))
     draw(folder / "red" / ".ipynb_checkpoints" / "3-checkpoint.png", (0, 0, 255))
@@ -254,12 +265,12 @@ def test_what_is_left_out_of_a_folder_is_said(folder, tmp_path):
     (folder / "blue" / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "crimson").symlink_to("red")
     os.mkfifo(folder / "blue" / "pipe.png")
-    said = []
-    found = ImagesConfig(path=str(folder)).load(None, MODEL, said.append)
+    messages = []
+    found = ImagesConfig(path=str(folder)).load(None, MODEL, messages.append)
     assert found.tokenizer.names == ("blue", "red")
     assert [path.name for path in found.evaluation("all", MODEL).images if path.parent.name in ("linked", "more.png")]
     assert len(found.evaluation("all", MODEL)) == 14
-    (line,) = said
+    (line,) = messages
     for part in (
         "hidden: .hidden, red/._3.png, red/.ipynb_checkpoints",
         "outside the folders of classes: loose.png",
@@ -270,17 +281,19 @@ def test_what_is_left_out_of_a_folder_is_said(folder, tmp_path):
         "of another type: red/notes.txt",
     ):
         assert part in line
-    assert PixelsConfig(path=str(folder)).load(TokenizerConfig(), None, said.append).describe().startswith("11 train")
-    assert said[1] == line
+    assert (
+        PixelsConfig(path=str(folder)).load(TokenizerConfig(), None, messages.append).describe().startswith("11 train")
+    )
+    assert messages[1] == line
 
 
-def test_folders_beside_the_two_splits_are_said(tmp_path):
+def test_folders_beside_the_two_splits_are_reported(tmp_path):
     for part in ("train", "val", "test"):
         for color in ("red", "blue"):
             draw(tmp_path / part / color / "0.png", color)
-    said = []
-    ImagesConfig(path=str(tmp_path)).load(None, MODEL, said.append)
-    assert said == [f"note   left out of data.path={tmp_path}: beside train and val: test"]
+    messages = []
+    ImagesConfig(path=str(tmp_path)).load(None, MODEL, messages.append)
+    assert messages == [f"note   left out of data.path={tmp_path}: beside train and val: test"]
 
 
 def no_image(path):
@@ -288,7 +301,7 @@ def no_image(path):
 
 
 def with_postscript(path):
-    """As Pillow would have Ghostscript run it."""
+    """Writes PostScript, which Pillow would pass to Ghostscript."""
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n")
 
 
@@ -339,9 +352,9 @@ def test_a_path_that_leads_nowhere_is_a_sentence(path):
 
 
 def test_a_large_jpeg_is_read_at_a_lower_resolution(tmp_path):
-    """The limit is for what is decoded."""
+    """The limit applies to the decoded image."""
     Image.new("L", (13_000, 9_000), 200).save(tmp_path / "large.jpg")
-    # An eighth, which is the least that libjpeg can give, and not below twice the size that is wanted.
+    # The scale is 1/8, the smallest that libjpeg offers, and not below twice the requested size.
     assert images.decode(tmp_path / "large.jpg", 1, 500).size == (1625, 1125)
     with pytest.raises(UserError, match="117,000,000 pixels are more than"):
         images.decode(tmp_path / "large.jpg", 1)
@@ -349,7 +362,7 @@ def test_a_large_jpeg_is_read_at_a_lower_resolution(tmp_path):
 
 @pytest.mark.parametrize("format_", images.FORMATS)
 def test_damaged_images_of_every_format_are_a_sentence(tmp_path, format_):
-    """Whatever error the decoder raises."""
+    """This holds for all errors that decoders raise."""
     pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     path, rng = tmp_path / "x.png", np.random.default_rng(1)
     Image.fromarray(pixels).save(path, format_)
@@ -421,7 +434,7 @@ def run(folder) -> Config:
 def test_a_run_on_a_folder_learns_and_is_evaluated_and_sampled(run, folder, tmp_path, command, capsys):
     workdir = Workdir(tmp_path / "run")
     assert train.train(run, workdir) == 0
-    assert "accuracy 100.00%" in capsys.readouterr().out  # red and blue
+    assert "accuracy 100.00%" in capsys.readouterr().out  # to tell red from blue is easy
     shown = command("evaluate", f"--workdir={workdir.path}", "--json")
     assert re.search(r'"images": 3, "loss": [\d.e-]+, "accuracy": 1.0', shown.stdout), shown.stderr
     files = [str(folder / "red" / "0.png"), str(folder / "blue" / "more" / "0.JPG")]

@@ -1,4 +1,4 @@
-"""Images as tokens of a palette: nothing is lost that need not be, and pictures of them."""
+"""Tests of images as tokens of a palette, and of pictures of them."""
 
 import collections
 import importlib.util
@@ -19,7 +19,9 @@ from gpt.runtime.errors import UserError
 
 pytest.importorskip("sklearn")
 
-GREYS = Palette(((0,), (100,), (255,)), 4, ("cat", "dog"))  # tokens 0 to 2, 3 for any class, 4, 5
+GREYS = Palette(
+    ((0,), (100,), (255,)), 4, ("cat", "dog")
+)  # tokens: 0 to 2 for colours, 3 for any class, 4 and 5 for the classes
 HUES = Palette(((0, 0, 0), (250, 10, 10), (10, 250, 10)), 2, ())
 
 
@@ -32,28 +34,28 @@ def opened(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)))
 
 
-def test_few_colours_are_all_kept_and_rows_are_the_images(digits):
-    """17 greys of the digits, so that bits per dimension are those of the images themselves."""
+def test_few_colours_are_all_kept_and_examples_are_the_images(digits):
+    """The digits have 17 greys, so that bits per dimension are exact."""
     assert len(digits.tokenizer.colors) == 17
     assert "17 colours" in digits.describe()
     assert digits.tokenizer.vocab_size == digits.config.vocab_size == 28
-    rows, images = digits.evaluation("all", None), digits.folders.source("all", 8, 1)
-    assert len(rows) == len(images) == 1797
+    examples, images = digits.evaluation("all", None), digits.folders.source("all", 8, 1)
+    assert len(examples) == len(images) == 1797
     for index in (0, 500, 1796):
-        row, image = rows.example(0, index), images.example(0, index)
-        np.testing.assert_array_equal(digits.tokenizer.pixels(row["targets"]), image["inputs"])
-        assert row["inputs"][0] == 17 + 1 + image["targets"]
-        np.testing.assert_array_equal(row["inputs"][1:], row["targets"][:-1])
-        assert row["inputs"].dtype == row["targets"].dtype == np.int32
+        example, image = examples.example(0, index), images.example(0, index)
+        np.testing.assert_array_equal(digits.tokenizer.pixels(example["targets"]), image["inputs"])
+        assert example["inputs"][0] == 17 + 1 + image["targets"]
+        np.testing.assert_array_equal(example["inputs"][1:], example["targets"][:-1])
+        assert example["inputs"].dtype == example["targets"].dtype == np.int32
 
 
-def test_part_of_the_classes_is_not_told_in_training_and_all_are_in_evaluation(digits):
+def test_some_classes_are_hidden_in_training_and_none_in_evaluation(digits):
     images = digits.folders.source("train", 8, 1)
-    rows = PixelExamples(images, digits.tokenizer, class_dropout=0.3, seed=1)
-    firsts = np.array([[rows.example(epoch, index)["inputs"][0] for index in range(300)] for epoch in range(2)])
+    examples = PixelExamples(images, digits.tokenizer, class_dropout=0.3, seed=1)
+    firsts = np.array([[examples.example(epoch, index)["inputs"][0] for index in range(300)] for epoch in range(2)])
     assert abs((firsts == digits.tokenizer.any_class).mean() - 0.3) < 0.06
     assert (firsts[0] != firsts[1]).any()
-    assert firsts[0].tolist() == [rows.example(0, index)["inputs"][0] for index in range(300)]
+    assert firsts[0].tolist() == [examples.example(0, index)["inputs"][0] for index in range(300)]
     assert all(
         digits.evaluation("val", None).example(0, i)["inputs"][0] != digits.tokenizer.any_class for i in range(300)
     )
@@ -155,7 +157,7 @@ def test_a_picture_shows_every_sample_pixel_by_pixel():
         cells = picture[top : top + 64 : scale, left : left + 64 : scale].ravel()
         drawn = [
             {0: 0, 1: 100, 2: 255}.get(token, 0) for token in sample[1:]
-        ]  # what is no colour, or missing, is black
+        ]  # other tokens and missing pixels are black
         assert cells.tolist() == drawn + [0] * (16 - len(drawn))
     assert opened(pictures.png(pictures.grid(HUES, [np.array([3, 0, 1, 2, 0])]))).shape[-1] == 3
 
@@ -167,14 +169,14 @@ def test_a_block_of_another_size_than_the_image_is_refused():
 
 @pytest.mark.parametrize(("key", "value"), [("resize", 16), ("stretch", True), ("on_white", True)])
 def test_images_of_tokens_are_cut_in_one_way(key, value):
-    """A prompt half:FILE is read without the config."""
+    """A prompt half:FILE is read without the config, so that its options must not differ."""
     with pytest.raises(UserError, match=rf"data\.{key}={value} is not known; choose one of"):
         PixelsConfig(**{key: value})
 
 
 @pytest.fixture(scope="module")
 def trained(command, tmp_path_factory):
-    """A workdir after two steps of a tiny model."""
+    """Returns a workdir after two steps of a tiny model."""
     workdir = tmp_path_factory.mktemp("pixels") / "run"
     flags = ["num_layers=1", "num_heads=2", "embed_dim=16"]
     done = command(
@@ -228,7 +230,7 @@ def test_the_parts_of_a_preview_share_no_random_numbers(digits, monkeypatch):
     streams = []
 
     class Blank:
-        """Makes samples of token 0 only."""
+        """Generates samples that have only token 0."""
 
         def __init__(self, generator, params, prompts, key_B):
             streams.extend(map(tuple, key_B))
@@ -245,7 +247,7 @@ def test_the_parts_of_a_preview_share_no_random_numbers(digits, monkeypatch):
     assert len(set(streams)) == len(streams) == 10 * 4 + 4 * 8
 
 
-def test_evaluation_tells_bits_per_dimension(command, trained):
+def test_evaluation_reports_bits_per_dimension(command, trained):
     done = command("evaluate", f"--workdir={trained}", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

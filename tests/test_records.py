@@ -1,4 +1,4 @@
-"""JSONL and Parquet: documents, prompts whose tokens do not count, and what is wrong with a file in one sentence."""
+"""Tests of JSONL and Parquet: documents, prompts whose tokens do not count, and messages about damaged files."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ MODEL = GPTConfig(block_size=16)
 
 
 def write_jsonl(path, records):
-    path.write_text("\n\n".join(map(json.dumps, records)) + "\n")  # blank lines do not matter
+    path.write_text("\n\n".join(map(json.dumps, records)) + "\n")  # blank lines are ignored
     return path
 
 
@@ -45,7 +45,7 @@ def load(tmp_path):
 
 
 def counted(corpus) -> str:
-    """What of a whole corpus counts in the loss, by its evaluation."""
+    """Returns the text of a corpus that counts in the loss of an evaluation."""
     source = corpus.evaluation("all", MODEL)
     targets = np.concatenate([source.example(0, i)["targets"] for i in range(len(source))])
     return corpus.tokenizer.decode(targets[targets != IGNORED])
@@ -57,16 +57,16 @@ def test_only_completions_count(load, tmp_path, form):
     assert corpus.tokenizer.decode(corpus.split("all")) == STREAM
     completions = "".join(f"{pair['completion']}\n" for pair in PAIRS)
     assert counted(corpus) == completions
-    # The training windows, which tile the text from another place in each epoch, ask for nothing else.
+    # In training windows, which begin at another offset in each epoch, the same tokens count.
     source = corpus.training(MODEL, seed=0)
     for epoch in range(3):
         for i in range(len(source)):
-            row = source.example(epoch, i)
-            place = "".join(corpus.tokenizer.decode(row["inputs"]))
+            example = source.example(epoch, i)
+            place = "".join(corpus.tokenizer.decode(example["inputs"]))
             start = STREAM.index(place)
             expected = corpus.counts("train")[start + 1 : start + 17]
-            np.testing.assert_array_equal(row["targets"] != IGNORED, expected)
-    # Again, from the cache.
+            np.testing.assert_array_equal(example["targets"] != IGNORED, expected)
+    # The same holds for tokens from the cache.
     assert counted(load(tmp_path / f"pairs.{form}")) == completions
 
 
@@ -74,7 +74,7 @@ def test_both_forms_are_the_same_data(load, tmp_path):
     forms = [load(write(tmp_path / f"pairs.{form}", PAIRS)) for form, write in WRITERS.items()]
     assert forms[0].fingerprint == forms[1].fingerprint
     unlike = [*PAIRS[:-1], {"prompt": PAIRS[-1]["prompt"] + "1", "completion": PAIRS[-1]["completion"][1:]}]
-    other = load(write_jsonl(tmp_path / "other.jsonl", unlike))  # the same text, but more of it is prompt
+    other = load(write_jsonl(tmp_path / "other.jsonl", unlike))  # the same text with longer prompts
     assert other.tokenizer.decode(other.split("all")) == STREAM
     assert other.fingerprint != forms[0].fingerprint
 
@@ -106,14 +106,14 @@ def test_with_bpe_separators_stand_around_records_and_count_after_them(load, tmp
     expected = end + "".join(f"{pair['prompt']}{pair['completion']}{end}" for pair in PAIRS)
     assert corpus.tokenizer.decode(corpus.split("all")) == expected
     assert counted(corpus) == "".join(f"{pair['completion']}{end}" for pair in PAIRS)
-    # A prompt has the tokens that it has when it comes alone.
+    # A prompt has the same tokens as without its completion.
     prompt = corpus.tokenizer.encode(PAIRS[0]["prompt"])
     np.testing.assert_array_equal(corpus.split("all")[1 : 1 + len(prompt)], prompt)
     starts = corpus.training(MODEL, 0).example(0, 0)["starts"]
     assert starts.max() > 0
 
 
-def test_bits_per_byte_are_of_what_counts(load, tmp_path):
+def test_bits_per_byte_are_those_of_the_text_that_counts(load, tmp_path):
     corpus = load(write_jsonl(tmp_path / "pairs.jsonl", PAIRS))
     source = corpus.evaluation("all", MODEL)
     size = sum(len(pair["completion"]) + 1 for pair in PAIRS)
@@ -140,22 +140,22 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_line_is_named(load, tmp_path, name):
-    content, said = WRONG[name]
+    content, message = WRONG[name]
     path = tmp_path / "pairs.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         load(path)
     assert "\n" not in str(error.value)
 
 
 def test_a_wrong_table_is_named(load, tmp_path):
     path = tmp_path / "pairs.parquet"
-    for records, said in (
+    for records, message in (
         ([{"text": "a"}] * 9 + [{"text": None}], r"pairs\.parquet, row 10 has to hold"),
         ([{"words": "a"}], r"pairs\.parquet: each row has to hold .*, but the columns are words\."),
     ):
         write_parquet(path, records)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             load(path)
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"pairs\.parquet cannot be read as Parquet: "):

@@ -1,4 +1,4 @@
-"""Text to tokens and back, and what a tokenizer does with characters that it does not know."""
+"""Tests of tokenizers: encoding, decoding, unknown characters, and Hugging Face's files."""
 
 import functools
 import importlib.util
@@ -43,7 +43,7 @@ TEXTS = [
 
 
 def random_text(seed: int, length: int = 300) -> str:
-    """Code points from all planes, surrogates excepted, with repetitions."""
+    """Returns a text of code points from all planes except surrogates, with repetitions."""
     rng = random.Random(seed)
     ranges = [(0, 0x80), (0x80, 0x800), (0x800, 0xD800), (0xE000, 0x10000), (0x10000, 0x110000)]
     return "".join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(length)) + chr(rng.randrange(0x80)) * 2
@@ -76,7 +76,7 @@ def test_what_is_encoded_is_decoded(make, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert 0 <= ids.min() <= ids.max() < tokenizer.vocab_size
-    # As a model gives them.
+    # In the dtype of a model.
     assert tokenizer.decode(ids.astype(np.int32)) == text
     saved = tokenizers.from_tree(json.loads(tokenizer.to_json()))
     assert saved == tokenizer
@@ -86,7 +86,7 @@ def test_what_is_encoded_is_decoded(make, text):
 @pytest.mark.parametrize("text", CASES, ids=case_ids)
 @every_tokenizer
 def test_byte_lengths_add_up_to_the_bytes_of_the_text(make, text):
-    """Bits per byte, by which models with other tokenizers are compared, depend on it."""
+    """Bits per byte, which compare models with different tokenizers, depend on this."""
     tokenizer = make(text)
     assert len(tokenizer.byte_lengths) == tokenizer.vocab_size
     assert tokenizer.byte_lengths[tokenizer.encode(text)].sum() == len(text.encode())
@@ -101,7 +101,7 @@ def test_nothing_is_encoded_as_nothing(make):
 
 
 def test_characters_are_numbered_in_the_order_of_their_code_points():
-    """So that an alphabet gives the same tokens however the text is ordered."""
+    """The tokens therefore do not depend on the order of the text."""
     tokenizer = CharTokenizer.from_text("banana €😀\n")
     assert tokenizer.alphabet == "\n abn€😀"
     assert tokenizer == CharTokenizer.from_text("😀€\nnab ")
@@ -132,9 +132,9 @@ def test_bytes_have_256_tokens_of_8_bits():
 @pytest.mark.parametrize(
     ("unknown", "named"),
     [
-        ("!", "'!' (U+0021)"),  # before the first of the alphabet
-        ("n", "'n' (U+006E)"),  # between two
-        ("~", "'~' (U+007E)"),  # after the last
+        ("!", "'!' (U+0021)"),  # before the alphabet
+        ("n", "'n' (U+006E)"),  # between two characters of the alphabet
+        ("~", "'~' (U+007E)"),  # after the alphabet
         ("😀", "'😀' (U+1F600)"),
         ("\n", "'\\n' (U+000A)"),
         ("\udce9", "'\\udce9' (U+DCE9)"),  # a byte of the command line that is not UTF-8
@@ -146,7 +146,7 @@ def test_unknown_character_is_named(unknown, named, place):
     with pytest.raises(UserError) as caught:
         tokenizer.encode("amaz"[:place] + unknown + "amaz"[place:])
     assert str(caught.value) == f"unknown characters {named}: not in the model's alphabet of 3."
-    str(caught.value).encode()  # it has to be possible to print it
+    str(caught.value).encode()  # the message can be printed
 
 
 def test_unknown_characters_are_listed_once_each_and_not_without_end():
@@ -159,7 +159,7 @@ def test_unknown_characters_are_listed_once_each_and_not_without_end():
 
 @pytest.mark.parametrize("make", [ByteTokenizer, pytest.param(trained, marks=needs_bpe)])
 def test_broken_utf_8_is_shown_as_replacement_characters(make):
-    """A model of bytes may write anything."""
+    """A model of bytes may generate any bytes."""
     tokenizer = make()
 
     def decode(values: list[int]) -> str:
@@ -175,7 +175,7 @@ def test_broken_utf_8_is_shown_as_replacement_characters(make):
 
 
 def test_bytes_of_the_command_line_that_are_not_utf_8_are_kept():
-    """Python hands them over as lone surrogates, which have no UTF-8 form of their own."""
+    """Python represents them by lone surrogates, which have no UTF-8 form."""
     argument = os.fsdecode(b"caf\xe9\xff")
     assert ByteTokenizer().encode(argument).tobytes() == b"caf\xe9\xff"
 
@@ -237,7 +237,7 @@ def test_gpt2_ids_are_those_of_another_implementation(text):
         ("Hello world", [15496, 995]),
         ("Hello, I'm a language model,", [15496, 11, 314, 1101, 257, 3303, 2746, 11]),
         ("<|endoftext|>", [50256]),
-        (" gazed", [50255]),  # the last of the merges
+        (" gazed", [50255]),  # the result of the last merge
     ],
 )
 def test_gpt2_ids_that_were_published(text, ids):
@@ -256,7 +256,7 @@ def white_space_and_words(seed: int) -> str:
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("make", [trained, gpt2])
 def test_a_text_may_be_cut_anywhere(make, seed, monkeypatch):
-    """Cores share the pieces of a text, and files are read in pieces: neither may change a token."""
+    """Neither encoding on several cores nor reading a file in pieces changes a token."""
     monkeypatch.setattr(bpe, "BATCH", 64)
     monkeypatch.setattr(bpe, "PIECE", 8)
     tokenizer, text = make(), white_space_and_words(seed)
@@ -265,11 +265,11 @@ def test_a_text_may_be_cut_anywhere(make, seed, monkeypatch):
     for size in (1, 3, 50, 10_000):
         parts = list(tokenizer.encode_stream(text[i : i + size] for i in range(0, len(text), size)))
         assert np.concatenate(parts).tolist() == whole
-        assert len(parts) > 1 or size < 50  # of tiny pieces none may be cut for itself
+        assert len(parts) > 1 or size < 50  # tiny pieces may have no place to cut
 
 
 def test_every_white_space_of_unicode_is_one_of_python():
-    """On which the places where a text is cut rely; of Python's, some are not white space in the pattern."""
+    """The places to cut a text rely on this. Some white space of Python is not white space in GPT-2's pattern."""
     white_space = [
         *range(9, 14),
         0x20,
@@ -394,7 +394,7 @@ def test_options_without_meaning_are_refused(options, message):
 
 @needs_bpe
 def test_a_vocabulary_may_have_no_separator(tmp_path):
-    """Then its name is text like any other."""
+    """Then the name of the separator is ordinary text."""
     letters = sorted(bpe._LETTERS)
     (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate([*letters, "he", "the"])}))
     (tmp_path / "merges.txt").write_text("h e\nt he\n")
@@ -405,7 +405,7 @@ def test_a_vocabulary_may_have_no_separator(tmp_path):
     assert tokenizer.byte_lengths.tolist() == [1] * 256 + [2, 3]
 
 
-# Text without blanks.
+# Text without white space.
 
 
 def without_blanks(length: int) -> dict[str, str]:
@@ -439,7 +439,7 @@ def test_a_text_without_blanks_gets_the_same_tokens_in_parts(kind, monkeypatch):
 @needs_bpe
 @pytest.mark.parametrize("kind", ["dna", "blanks"])
 def test_bpe_of_a_text_without_blanks_takes_time_in_proportion(kind):
-    """A million characters took more than 200 s; a limit of processor time, which other programs do not change."""
+    """The limit is on processor time, which other programs do not change."""
     text, began = without_blanks(600_000)[kind], time.process_time()
     tokenizer = BPETokenizer.train([text], 400)
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -448,7 +448,7 @@ def test_bpe_of_a_text_without_blanks_takes_time_in_proportion(kind):
 
 @needs_bpe
 def test_long_words_do_not_change_what_is_learnt_of_others():
-    """As long as a word has no more than 256 bytes, the tokens are those that the library learns without a limit."""
+    """If words have at most 256 bytes, the tokens are those that the library learns without a limit."""
     library = bpe._library()
     rng = random.Random(0)
     text = " ".join("".join(rng.choices("abc", k=rng.randrange(1, 200))) for _ in range(300))
@@ -465,7 +465,7 @@ def test_long_words_do_not_change_what_is_learnt_of_others():
 
 @needs_bpe
 def test_training_shows_its_progress_and_is_interruptible():
-    """The library takes minutes in one call; here it is the text that takes them."""
+    """The library may take minutes in one call; in this test the text takes the time."""
     lines, is_read = [], threading.Event()
 
     def texts() -> Iterator[str]:
@@ -477,7 +477,9 @@ def test_training_shows_its_progress_and_is_interruptible():
         signal.raise_signal(signal.SIGINT)
 
     began = time.monotonic()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored, as in a shell's background
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell ignores it for processes in the background
     try:
         with pytest.raises(KeyboardInterrupt):
             BPETokenizer.train(texts(), 260, status)
@@ -498,11 +500,11 @@ def test_a_failure_of_the_text_ends_the_training():
         BPETokenizer.train(texts(), 260)
 
 
-# Tokenizers of Hugging Face.
+# Hugging Face's tokenizers.
 
 
 def hf_folder(folder: Path, vocabulary: Iterable[str] = (), **files: Any) -> Path:
-    """A folder with vocab.json, merges.txt and others; `vocabulary` replaces that of the small BPE."""
+    """Writes a folder with vocab.json, merges.txt and others; `vocabulary` replaces that of the small BPE."""
     vocabulary = list(vocabulary) or trained().tokens
     ids = {token: i for i, token in enumerate(vocabulary)}
     folder.mkdir(exist_ok=True)
@@ -523,7 +525,7 @@ def hf_token(content: str, **flags: bool) -> dict[str, Any]:
     } | flags
 
 
-SIZE = 279  # tokens of `trained`, which the added ones follow
+SIZE = 279  # number of tokens of `trained`; added tokens have the ids after them
 SEPARATOR_ROLES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), tokenizers.SEPARATOR)
 HF_FOLDERS = {
     "plain": {},
