@@ -244,9 +244,7 @@ class SelfAttention(nn.Module):
             q_BxTxHxK, k_BxTxHxK = unit_rms(q_BxTxHxK), unit_rms(k_BxTxHxK)
         if c.positions == "rotary":
             q_BxTxHxK, k_BxTxHxK = rotary(q_BxTxHxK, positions), rotary(k_BxTxHxK, positions)
-        if (
-            not self.is_initializing()
-        ):  # `gpt.explain` reads these; without an "intermediates" collection it does nothing
+        if not self.is_initializing():  # `gpt.explain` asks for these; otherwise `sow` does nothing
             self.sow("intermediates", "queries", q_BxTxHxK)
             self.sow("intermediates", "keys", k_BxTxHxK)
         if self.has_variable("cache", "keys") and positions.ndim == 2:
