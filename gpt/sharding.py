@@ -131,7 +131,7 @@ class Layout:
             yield
 
     def for_decoding(self, rows: int) -> "Layout":
-        """Returns the layout for decoding: length not sharded, nor the batch if the mesh does not divide `rows`."""
+        """Returns a layout for decoding: without sharded length, nor batch if the mesh does not divide `rows`."""
         unsharded = {"length"} | ({"batch"} if rows % self.batch_shards else set())
         rules = tuple((name, () if name in unsharded else axes) for name, axes in self.rules)
         return dataclasses.replace(self, rules=rules)

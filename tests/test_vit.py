@@ -68,7 +68,7 @@ def test_number_of_parameters_from_the_config(pooling, positions):
 
 def test_flops_of_the_base_model():
     config = ViTConfig(**named_size("B", vit.SIZES)).resolve(1000, "cpu")
-    # A forward pass takes 17.6 billion multiply-adds per image (arXiv 2012.12877, table 5), training three times that.
+    # A forward pass has 17.6 billion multiply-adds per image (arXiv 2012.12877, table 5); training has 3 × that.
     assert config.length * config.flops_per_token() / 6 == pytest.approx(17.6e9, rel=0.02)
 
 

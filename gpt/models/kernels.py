@@ -98,11 +98,9 @@ def chunked(
 
     def shard(q, k, v, q_starts, k_starts, dropout_key):
         # Every device would run a loop over blocks of a sharded axis in full, so each loops over its own shard.
-        def offset(size: int, axes: tuple[str, ...]) -> int | jax.Array:
-            return size * jax.lax.axis_index(axes) if axes else 0
-
-        batch, length, heads, _ = q.shape
-        offsets = offset(batch, batch_axes), offset(heads, heads_axes), offset(length, length_axes)
+        sizes = q.shape[0], q.shape[2], q.shape[1]
+        axes = batch_axes, heads_axes, length_axes
+        offsets = tuple(size * jax.lax.axis_index(axis) if axis else 0 for size, axis in zip(sizes, axes, strict=True))
         return attend(q, k, v, q_starts, k_starts, dropout_key, offsets=offsets)
 
     queries, keys = jax.P(batch_axes, length_axes, heads_axes), jax.P(batch_axes, None, heads_axes)
@@ -125,7 +123,7 @@ def _chunked_shard(
     key_chunk: int,
     dropout_rate: float,
     full_shape: tuple[int, int, int, int],
-    offsets: tuple[int | jax.Array, int | jax.Array, int | jax.Array],
+    offsets: tuple[int | jax.Array, ...],
 ) -> jax.Array:
     """Computes `chunked` for a shard of the batch, heads and queries, and all keys.
 

@@ -200,38 +200,28 @@ def stack_layers(tree: Any, stack: Callable[[list], Any] = jnp.stack) -> Any:
     arrays have the layers as their first axis.
 
     Args:
-      tree: arrays in dictionaries and tuples, for example parameters or the state of an optimizer.
+      tree: a tree of arrays, for example parameters or the state of an optimizer.
       stack: makes one array from a list with the arrays of all layers.
     """
 
-    def stack_blocks(tree: dict) -> dict:
-        names = sorted((name for name in tree if re.fullmatch(r"block_\d+", name)), key=lambda name: int(name[6:]))
-        if not names:
-            return tree
-        blocks = jax.tree.map(lambda *layers: stack(list(layers)), *(tree[name] for name in names))
-        return {name: value for name, value in tree.items() if name not in names} | {"blocks": blocks}
+    def stacked(x: Any) -> Any:
+        if not isinstance(x, dict):
+            return x  # an array that is not in a layer
+        names = sorted((name for name in x if re.fullmatch(r"block_\d+", name)), key=lambda name: int(name[6:]))
+        blocks = jax.tree.map(lambda *layers: stack(list(layers)), *(x[name] for name in names))
+        return {name: value for name, value in x.items() if name not in names} | {"blocks": blocks}
 
-    return _map_dictionaries(stack_blocks, tree)
+    return jax.tree.map(stacked, tree, is_leaf=lambda x: isinstance(x, dict) and "block_0" in x)
 
 
 def unstack_layers(tree: Any) -> Any:
     """Converts parameters from the scanned layout to the unrolled one, see `stack_layers`."""
 
-    def unstack_blocks(tree: dict) -> dict:
-        if "blocks" not in tree:
-            return tree
-        count = len(jax.tree.leaves(tree["blocks"])[0])
-        blocks = {f"block_{i}": jax.tree.map(lambda layers, i=i: layers[i], tree["blocks"]) for i in range(count)}
-        return {name: value for name, value in tree.items() if name != "blocks"} | blocks
+    def unstacked(x: Any) -> Any:
+        if not isinstance(x, dict):
+            return x  # an array that is not in a layer
+        count = len(jax.tree.leaves(x["blocks"])[0])
+        blocks = {f"block_{i}": jax.tree.map(lambda layers, i=i: layers[i], x["blocks"]) for i in range(count)}
+        return {name: value for name, value in x.items() if name != "blocks"} | blocks
 
-    return _map_dictionaries(unstack_blocks, tree)
-
-
-def _map_dictionaries(change: Callable[[dict], dict], tree: Any) -> Any:
-    """Applies `change` to every dictionary in a tree of dictionaries and tuples, innermost first."""
-    if isinstance(tree, dict):
-        return change({name: _map_dictionaries(change, value) for name, value in tree.items()})
-    if isinstance(tree, tuple):
-        values = [_map_dictionaries(change, value) for value in tree]
-        return type(tree)(*values) if hasattr(tree, "_fields") else tuple(values)
-    return tree
+    return jax.tree.map(unstacked, tree, is_leaf=lambda x: isinstance(x, dict) and "blocks" in x)

@@ -35,10 +35,9 @@ def adapted(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 def _add_adapter(config: Any, call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
     """Returns the result of a method call, plus the adapter's output if the method applies one of the target layers."""
     y, layer = call(*args, **kwargs), context.module
-    if not isinstance(layer, Linear) or layer.name not in config.lora_targets.split(","):
-        return y
-    if not (layer.is_initializing() or layer.has_variable("lora", "a")):
-        return y  # a model with merged adapters has no such collection
+    is_target = isinstance(layer, Linear) and layer.name in config.lora_targets.split(",")
+    if not is_target or not (layer.is_initializing() or layer.has_variable("lora", "a")):
+        return y  # not a layer with an adapter, or the adapters are merged and the collection is absent
     (x,), width, inputs = args, math.prod(layer.in_shape), len(layer.in_shape)
 
     def matrix(name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:

@@ -42,9 +42,7 @@ class PerceiverARConfig(GPTConfig):
         check_fraction("model", self, "prefix_dropout")
         super().__post_init__()
         if self.num_latents > self.block_size:
-            raise UserError(
-                f"model.num_latents={self.num_latents} must not be more than model.block_size={self.block_size}."
-            )
+            raise UserError(f"model.num_latents={self.num_latents} must not exceed model.block_size={self.block_size}.")
 
     @property
     def num_targets(self) -> int:

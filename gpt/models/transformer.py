@@ -80,9 +80,7 @@ class BlockConfig(ModelConfig):
         if not set(self.lora_targets.split(",")) <= set(LORA_TARGETS):
             raise UserError(f"model.lora_targets={self.lora_targets!r} has to name some of {','.join(LORA_TARGETS)}.")
         if not 1 <= self.mlp_factor * self.embed_dim < 2**31:
-            raise UserError(
-                f"model.mlp_factor={self.mlp_factor} gives the MLP a hidden width of less than 1 or more than 2³¹."
-            )
+            raise UserError(f"model.mlp_factor={self.mlp_factor} makes the MLP narrower than 1 or wider than 2³¹.")
         if self.num_layers > MAX_LAYERS or self.num_parameters() > MAX_PARAMETERS:
             raise UserError(
                 f"model.num_layers={self.num_layers} and model.embed_dim={self.embed_dim}, with the other sizes under "
@@ -246,9 +244,7 @@ class SelfAttention(nn.Module):
             q_BxTxHxK, k_BxTxHxK = unit_rms(q_BxTxHxK), unit_rms(k_BxTxHxK)
         if c.positions == "rotary":
             q_BxTxHxK, k_BxTxHxK = rotary(q_BxTxHxK, positions), rotary(k_BxTxHxK, positions)
-        if (
-            not self.is_initializing()
-        ):  # `gpt.explain` reads these; without an "intermediates" collection it does nothing
+        if not self.is_initializing():  # `gpt.explain` asks for these; otherwise `sow` does nothing
             self.sow("intermediates", "queries", q_BxTxHxK)
             self.sow("intermediates", "keys", k_BxTxHxK)
         if self.has_variable("cache", "keys") and positions.ndim == 2:
