@@ -1,4 +1,4 @@
-"""Workdirs, weights and prompts of strangers: they run no code, write nowhere else, and take no memory by a number."""
+"""Untrusted workdirs, weights and prompts run no code, write nowhere else, and cannot demand absurd memory."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def config(play) -> Config:
 
 @pytest.fixture(scope="module")
 def made(config, tmp_path_factory) -> Path:
-    """A workdir of two steps."""
+    """Returns a workdir after two steps."""
     path = tmp_path_factory.mktemp("made") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_layout", lambda mesh: LAYOUT(mesh, jax.devices()[:1]))
@@ -57,20 +57,20 @@ def _one_device(monkeypatch):
 
 
 @pytest.fixture
-def stranger(made, tmp_path) -> Path:
-    """A copy of the workdir, to be changed."""
+def untrusted(made, tmp_path) -> Path:
+    """Returns a copy of the workdir, to be changed."""
     return Path(shutil.copytree(made, tmp_path / "run"))
 
 
 @pytest.fixture
 def folder(made, tmp_path) -> Path:
-    """A folder in the layout of transformers, to be changed."""
+    """Returns a folder in the layout of transformers, to be changed."""
     huggingface.to_hf(Workdir(made), "last", tmp_path / "hf")
     return tmp_path / "hf"
 
 
 class Payload:
-    """Makes a file when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, marker: Path):
         self._marker = marker
@@ -85,7 +85,7 @@ def payload(tmp_path) -> bytes:
 
 
 def refused_or_done(function, *arguments) -> bool:
-    """Whether it was refused, by a sentence and no other error."""
+    """Returns whether a call was refused with a UserError; other errors are raised."""
     try:
         function(*arguments)
     except UserError:
@@ -102,13 +102,13 @@ def edit_json(path: Path, change) -> None:
 # Code.
 
 
-def test_the_payload_is_one(payload, tmp_path):
+def test_the_payload_works(payload, tmp_path):
     pickle.loads(payload)
     assert (tmp_path / "marker").exists()
 
 
 def test_no_file_of_a_workdir_is_unpickled(made, payload, config, tmp_path):
-    """Each in turn is a pickle: opening, evaluating, converting, plotting and going on to train run no code."""
+    """Replaces each file by a pickle: opening, evaluating, plotting and resuming run no code."""
     files = [path.relative_to(made) for path in sorted(made.rglob("*")) if path.is_file()]
     assert len(files) > 20
     refused = 0
@@ -165,21 +165,21 @@ def test_no_file_of_weights_is_unpickled_or_imported(folder, payload, tmp_path):
 # Places.
 
 
-def test_a_workdir_does_not_say_where_to_write(stranger, tmp_path, monkeypatch):
+def test_a_workdir_does_not_choose_where_to_write(untrusted, tmp_path, monkeypatch):
     outside = tmp_path / "outside"
     edit_json(
-        stranger / "run.json",
+        untrusted / "run.json",
         lambda record: (
             record["config"]["data"].update(cache_dir=str(outside)),
             record["config"]["train"].update(init_from=str(outside)),
             record["config"]["tokenizer"].update(name="gpt2", path=str(outside)),
         ),
     )
-    before = sorted(stranger.rglob("*"))
-    run = loading.load(Workdir(stranger), "last")
+    before = sorted(untrusted.rglob("*"))
+    run = loading.load(Workdir(untrusted), "last")
     run.dataset()
     assert not outside.exists()
-    assert sorted(stranger.rglob("*")) == before
+    assert sorted(untrusted.rglob("*")) == before
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "..", "", "a/b", "x" * 5000, "a\0b", "\ud800"])
@@ -304,7 +304,7 @@ ABSURD_WEIGHTS = {
 
 @pytest.fixture(scope="module")
 def attempts(made, tmp_path_factory):
-    """{case: (what was said, GB of memory at most)}, all by a process that may take 12 GB of addresses."""
+    """Returns {case: (message, peak GB of memory)}, from one process with 12 GB of address space."""
     tmp, cases = tmp_path_factory.mktemp("absurd"), {}
     huggingface.to_hf(Workdir(made), "last", tmp / "hf")
     for source, wanted, way in ((made, ABSURD, "load"), (tmp / "hf", ABSURD_WEIGHTS, "from_hf")):
@@ -328,29 +328,29 @@ def attempts(made, tmp_path_factory):
         for name, (way, path) in json.loads(sys.argv[1]).items():
             try:
                 ways[way](path)
-                said = "nothing"
+                message = "nothing"
             except errors.UserError as error:
-                said = str(error)
+                message = str(error)
             except BaseException as error:
-                said = f"TRACEBACK {error!r}"
-            print(json.dumps([name, said, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]), flush=True)
+                message = f"TRACEBACK {error!r}"
+            print(json.dumps([name, message, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]), flush=True)
     """
     env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(script), json.dumps(cases)]
     result = subprocess.run(command, env=env, cwd=tmp, capture_output=True, text=True, timeout=300)
     found = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(found) == len(cases), (found[-1:], result.stderr[-2000:])
-    return {name: (said, peak) for name, said, peak in found}
+    return {name: (message, peak) for name, message, peak in found}
 
 
 @pytest.mark.parametrize("case", [f"load {name}" for name in ABSURD] + [f"from_hf {name}" for name in ABSURD_WEIGHTS])
 def test_absurd_sizes_are_refused_before_memory_is_taken(attempts, case):
-    said, peak = attempts[case]
+    message, peak = attempts[case]
     way, _, name = case.partition(" ")
-    assert re.search({"load": ABSURD, "from_hf": ABSURD_WEIGHTS}[way][name][1], said), said
-    assert len(said) < 700
-    assert "\n" not in said
-    assert peak < 2  # GB, of all cases so far, JAX included
+    assert re.search({"load": ABSURD, "from_hf": ABSURD_WEIGHTS}[way][name][1], message), message
+    assert len(message) < 700
+    assert "\n" not in message
+    assert peak < 2  # GB, the peak of all cases so far, with JAX
 
 
 # Prompts.
@@ -362,7 +362,7 @@ def test_absurd_sizes_are_refused_before_memory_is_taken(attempts, case):
     [os.fsdecode(b"caf\xe9 \xff\xfe"), "\0", "\ud800", "a" * 100_000, "\r\n\x1b[31m\u202e", "🙂" * 1000],
     ids=["latin-1", "nul", "half", "long", "controls", "emoji"],
 )
-def test_prompts_of_any_bytes_are_tokens_or_one_sentence(name, prompt):
+def test_prompts_of_any_bytes_give_tokens_or_one_error(name, prompt):
     tokenizer = {
         "char": lambda: tokenizers.CharTokenizer.from_text("abc \n"),
         "byte": tokenizers.ByteTokenizer,
@@ -381,7 +381,7 @@ def test_prompts_of_any_bytes_are_tokens_or_one_sentence(name, prompt):
 
 
 def test_prompts_of_a_command_line(made, command):
-    """100 kB, which are cut to what the model sees, and bytes that are no text."""
+    """A prompt of 100 kB is cut to the context length, and bytes that are not text are refused."""
     sample = f"--workdir={made}", "--num_tokens=3"
     long = command("sample", *sample, "--prompt=" + "the " * 25_000)
     assert long.returncode == 0, long.stderr
