@@ -192,12 +192,12 @@ def test_resuming_on_another_mesh_gives_the_same_losses(tiny, whole, tmp_path, m
     with monkeypatch.context() as patch:
         StopAfter(patch, 9, signal.SIGTERM)
         train.train(tiny, workdir)
-    step = workdir.checkpoints().last()
-    before = checkpoint_arrays(workdir, step)
+    last = workdir.checkpoints().last()
+    before = checkpoint_arrays(workdir, last)
     other = change(tiny, "mesh", rules="fsdp_tp", data=2, fsdp=2, model=2)
     program = step.build(other, workdir.read().tokenizer.vocab_size, sharding.make_layout(other.mesh), 20)
     checkpoints = workdir.checkpoints()
-    after = train.restore(checkpoints, step, program)
+    after = train.restore(checkpoints, last, program)
     for (path, x), (name, y) in zip(jax.tree_util.tree_leaves_with_path(after), before.items(), strict=True):
         assert jax.tree_util.keystr(path) == name
         np.testing.assert_array_equal(np.asarray(x), y)
