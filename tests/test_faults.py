@@ -1,7 +1,7 @@
-"""Damage done on purpose, with real processes and real files: what was saved is not lost, and nothing goes unsaid.
+"""Injected faults, with real processes and real files: no saved state is lost, and every fault is reported.
 
-A start that goes wrong, an error of one process of several, and signals that a run can answer are in test_commands.py,
-test_cluster.py and test_train.py.
+Failing starts are in test_commands.py, errors of one of several processes in test_cluster.py, and signals that a run
+handles in test_train.py.
 """
 
 import contextlib
@@ -50,19 +50,19 @@ FLAGS = (
 
 
 def start(workdir, play, *, steps=STEPS, module="gpt.main", wrapper=(), out=None) -> subprocess.Popen:
-    """`python -m gpt.main` in a process of its own; what it prints goes to a file beside the workdir."""
+    """Starts `python -m gpt.main` in a new process, with its output in a file beside the workdir."""
     command = [*wrapper, sys.executable, "-m", module, *FLAGS, f"--config.train.steps={steps}"]
     command += [f"--config.data.path={play}", f"--workdir={workdir}"]
     with open(out or f"{workdir}.out", "w") as stream:
         return subprocess.Popen(command, cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT)
 
 
-def said(workdir) -> str:
+def printed(workdir) -> str:
     return Path(f"{workdir}.out").read_text()
 
 
 def whole_steps(workdir: Path) -> list[int]:
-    """Steps whose checkpoint is complete: orbax gives a folder its name in the end."""
+    """Returns the steps whose checkpoint is complete, because orbax renames its folder last."""
     return sorted(int(folder.name) for folder in (workdir / "checkpoints").glob("*") if folder.name.isdecimal())
 
 
@@ -80,11 +80,11 @@ def points(workdir: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 class Undisturbed:
-    """A run that nothing disturbed, to copy and to compare with."""
+    """An uninterrupted run, to copy and to compare with."""
 
     def __init__(self, path: Path, play: Path, steps: int = STEPS):
         began = time.monotonic()
-        assert start(path, play, steps=steps).wait(240) == 0, said(path)
+        assert start(path, play, steps=steps).wait(240) == 0, printed(path)
         self.path, self.steps, self.seconds = path, steps, time.monotonic() - began
         self.config = Workdir(path).read().config
         self.program = loading.load(Workdir(path), "last").program
@@ -95,14 +95,14 @@ class Undisturbed:
         return shutil.copytree(self.path, to)
 
     def same_arrays(self, workdir: Path) -> None:
-        """Parameters and optimizer state, to the bit."""
+        """Checks that parameters and optimizer state are equal to the bit."""
         found = arrays(workdir, self.steps, self.program)
         assert found.keys() == self.arrays.keys()
         for name, array in self.arrays.items():
             np.testing.assert_array_equal(found[name], array, err_msg=name)
 
     def equals(self, workdir: Path) -> None:
-        """The same, and the points of TensorBoard."""
+        """Checks that arrays and the points of TensorBoard are equal."""
         self.same_arrays(workdir)
         assert points(workdir) == self.points
 
@@ -112,15 +112,15 @@ def undisturbed(tmp_path_factory, play) -> Undisturbed:
     return Undisturbed(tmp_path_factory.mktemp("undisturbed") / "run", play)
 
 
-# Death.
+# Kills.
 
 
 def kill(workdir: Path, play: Path, when: str, moment: float, steps: int) -> str:
-    """Starts the run and kills it; returns what it had said.
+    """Starts the run and kills it; returns its output.
 
     Args:
-      when: "start": `moment` seconds after its start; "step": so many after its first step was shown; "save": during
-        the save that comes after `moment` whole ones.
+      when: "start": `moment` seconds after its start; "step": `moment` seconds after its first step was shown; "save":
+        during the save after `moment` complete ones.
     """
     began, before = time.time(), whole_steps(workdir)
     process = start(workdir, play, steps=steps)
@@ -129,7 +129,7 @@ def kill(workdir: Path, play: Path, when: str, moment: float, steps: int) -> str
             saving = any(started(folder) > began for folder in unfinished(workdir))
             now = saving and len(set(whole_steps(workdir)) - set(before)) >= moment
         else:
-            if when == "step" and not re.search("^step ", said(workdir), re.M):
+            if when == "step" and not re.search("^step ", printed(workdir), re.M):
                 began = time.time()
             now = time.time() - began > moment
         if now:
@@ -137,11 +137,11 @@ def kill(workdir: Path, play: Path, when: str, moment: float, steps: int) -> str
             break
         time.sleep(0.001)
     process.wait()
-    return said(workdir)
+    return printed(workdir)
 
 
 def started(folder: Path) -> float:
-    """When a save began; 0 if it has just ended."""
+    """Returns when a save started; 0 if it has just ended."""
     try:
         return folder.stat().st_ctime
     except FileNotFoundError:
@@ -149,10 +149,10 @@ def started(folder: Path) -> float:
 
 
 def survive(expected: Undisturbed, workdir: Path, play: Path, moments: list[tuple[str, float]]) -> dict[str, int]:
-    """Kills the run at each of the moments, looks how each start goes on, and compares the end.
+    """Kills the run at each of the moments, checks how each start resumes, and compares the final state.
 
     Returns:
-      How often it was killed in a save, at start-up, and otherwise.
+      Numbers of kills in a save, at start-up, and at other times.
     """
     killed = {"in a save": 0, "at start-up": 0, "between": 0}
     for when, moment in [*moments, ("start", math.inf)]:
@@ -164,7 +164,7 @@ def survive(expected: Undisturbed, workdir: Path, play: Path, moments: list[tupl
             kind = "in a save"
         killed[kind] += 1
         print(f"{when} {moment:.3f}: whole before {before}, after {after}, killed {kind}")
-        assert (after or [0])[-1] >= (before or [0])[-1], "the newest one is gone"
+        assert (after or [0])[-1] >= (before or [0])[-1], "the newest checkpoint is missing"
         if "compiling the training step" in out:
             resumed = re.search(r"resuming after step ([\d,]+)", out)
             assert (int(resumed[1].replace(",", "")) if resumed else 0) == (before or [0])[-1], out
@@ -172,12 +172,12 @@ def survive(expected: Undisturbed, workdir: Path, play: Path, moments: list[tupl
         assert "is damaged" not in out, out
     assert f"Done: {expected.steps:,} steps" in out
     expected.equals(workdir)
-    killed[kind] -= 1  # the last one ended by itself
+    killed[kind] -= 1  # the last one was not killed
     return killed
 
 
 def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(undisturbed, play, tmp_path):
-    """In a save, at start-up, and in a save again; in a folder with a space and letters from elsewhere."""
+    """Kills in a save, at start-up, and in a save again, in a folder with a space and non-ASCII characters."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     moments = [("save", 2), ("start", random.Random(seed).uniform(0.2, 2)), ("save", 1)]
@@ -188,7 +188,7 @@ def test_a_run_that_is_killed_three_times_ends_as_if_it_had_not_been(undisturbed
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_25_times_ends_as_if_it_had_not_been(play, tmp_path):
-    """At random moments of its life, in saves, and at start-up. GPT_FAULTS_SEED repeats one that went wrong."""
+    """Kills at random times, in saves, and at start-up. GPT_FAULTS_SEED repeats a failed test."""
     seed = int(os.environ.get("GPT_FAULTS_SEED") or random.randrange(2**32))
     draw = random.Random(seed)
     expected = Undisturbed(tmp_path / "undisturbed", play, steps=1000)
@@ -210,7 +210,7 @@ def test_a_run_that_is_killed_25_times_ends_as_if_it_had_not_been(play, tmp_path
 
 
 def numbers(checkpoint: Path) -> list[Path]:
-    """The files with numbers of the parameters. Any one of them may be a draft that tensorstore wrote and never reads.
+    """Returns the files with values of the parameters, some of which tensorstore may have written and never reads.
 
     Tensorstore has checksums for the small arrays and for the indices in them only.
     """
@@ -264,7 +264,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_takes_its_place(un
     aside = newest.with_name(f"{STEPS}.damaged")
     assert sorted(file.relative_to(aside) for file in aside.rglob("*")) == left
     undisturbed.equals(workdir)
-    if damage is empty:  # once more: another name, and the first is left as it was
+    if damage is empty:  # a second time: another name, and the first folder is kept
         damage(newest)
         assert train.train(undisturbed.config, Workdir(workdir)) == 0
         assert newest.with_name(f"{STEPS}.damaged-2").is_dir()
@@ -272,7 +272,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_takes_its_place(un
 
 
 def test_where_all_are_damaged_the_run_stops(undisturbed, tmp_path):
-    """At every start, for nothing is renamed."""
+    """Every start is refused, because nothing is renamed."""
     workdir = undisturbed.copy(tmp_path / "run")
     checkpoints = sorted((workdir / "checkpoints").iterdir())
     for checkpoint, damage in zip(checkpoints, DAMAGES, strict=False):
@@ -284,8 +284,8 @@ def test_where_all_are_damaged_the_run_stops(undisturbed, tmp_path):
 
 
 @pytest.mark.parametrize("damage", [flip_in_the_middle, empty])
-def test_damage_is_said_by_whoever_reads(undisturbed, play, tmp_path, command, damage):
-    """evaluate, sample and init_from: one sentence, and nothing is renamed. Another checkpoint is read as ever."""
+def test_damage_is_reported_by_every_reader(undisturbed, play, tmp_path, command, damage):
+    """evaluate, sample and init_from print one error and rename nothing. Other checkpoints can be read."""
     workdir = undisturbed.copy(tmp_path / "run")
     damage(workdir / "checkpoints" / str(STEPS))
     names = sorted(file.name for file in (workdir / "checkpoints").iterdir())
@@ -302,7 +302,7 @@ def test_damage_is_said_by_whoever_reads(undisturbed, play, tmp_path, command, d
 
 
 def test_a_flipped_bit_in_any_file_is_noticed_or_of_no_effect(undisturbed, tmp_path):
-    """Orbax and tensorstore notice some of them; the digests of the arrays notice those that would change a number."""
+    """Orbax and tensorstore detect some flips; the digests of the arrays detect those that change a value."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     draw = random.Random(seed)
@@ -328,7 +328,7 @@ def test_a_flipped_bit_in_any_file_is_noticed_or_of_no_effect(undisturbed, tmp_p
 
 
 def mount(*mounts: str) -> tuple[str, ...]:
-    """What runs a command where these mounts are made, without being root; skips where that is not permitted."""
+    """Returns the prefix of a command that runs it with these mounts, without root; skips if that is not permitted."""
     script = " && ".join(["mount --make-rprivate /", *mounts])
     permitted = shutil.which("unshare") and subprocess.run(
         ["unshare", "-rm", "bash", "-c", script], capture_output=True, check=False
@@ -365,9 +365,9 @@ FILLS_THE_DISK = """
 
 @pytest.mark.parametrize("free", [STEPS, 0], ids=["for a while", "to the end"])
 def test_a_full_disk(undisturbed, play, tmp_path, monkeypatch, capsys, free):
-    """Training goes on, the checkpoints before stay whole, the next save is another try; the exit code tells the end.
+    """Training continues, older checkpoints are kept, the next save tries again; a failed last save gives exit code 1.
 
-    The points of TensorBoard are kept meanwhile, and written once there is room.
+    The points of TensorBoard are buffered, and written when there is space.
     """
     disk, workdir = tmp_path / "disk", tmp_path / "disk" / "run"
     disk.mkdir()
@@ -401,24 +401,24 @@ def test_a_full_disk(undisturbed, play, tmp_path, monkeypatch, capsys, free):
 
 
 def test_a_workdir_that_cannot_be_written_to(undisturbed, play, tmp_path):
-    """A disk that is mounted read-only: refused before anything is compiled, and nothing has changed."""
+    """A disk that is mounted read-only is refused before anything is compiled, and nothing is changed."""
     workdir = undisturbed.copy(tmp_path / "run")
     before = sorted(workdir.rglob("*"))
     wrapper = mount(f"mount --bind {workdir} {workdir}", f"mount -o remount,bind,ro {workdir}")
     assert start(workdir, play, wrapper=wrapper).wait(120) == 1
-    assert said(workdir) == f"error: Cannot write to --workdir={workdir}: Read-only file system.\n"
+    assert printed(workdir) == f"error: Cannot write to --workdir={workdir}: Read-only file system.\n"
     assert sorted(workdir.rglob("*")) == before
 
 
 def test_a_workdir_that_is_removed_under_the_run(undisturbed, tmp_path, monkeypatch, capsys):
-    """The run goes on, for the folder may come back (a network disk), and says at each save that it is in vain."""
+    """The run continues, because the folder may come back (on a network disk), and reports each failed save."""
     workdir = tmp_path / "run"
     update = progress.Progress.update
 
     def update_and_remove(progress, step, *args, **kwargs):
         update(progress, step, *args, **kwargs)
         if step == EVERY + 5:
-            shutil.rmtree(workdir.rename(tmp_path / "gone"), ignore_errors=True)  # a save may be going on
+            shutil.rmtree(workdir.rename(tmp_path / "gone"), ignore_errors=True)  # a save may be running
 
     monkeypatch.setattr(progress.Progress, "update", update_and_remove)
     settings = train.dataclasses.replace(undisturbed.config.train, steps=3 * EVERY, eval_every=0)
@@ -438,7 +438,7 @@ HOLD = """
 
 
 def test_two_runs_do_not_share_a_workdir(undisturbed, play, tmp_path):
-    """The second is refused, with the first one's number; a death leaves a file that is no obstacle."""
+    """The second run is refused with the process ID of the first; a killed process releases the lock."""
     workdir = undisturbed.copy(tmp_path / "run")
     command = [sys.executable, "-c", textwrap.dedent(HOLD), str(workdir)]
     holder = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -446,9 +446,9 @@ def test_two_runs_do_not_share_a_workdir(undisturbed, play, tmp_path):
         assert holder.stdout.readline() == "locked\n"
         assert start(workdir, play).wait(120) == 1
         by = f"process {holder.pid} on {socket.gethostname()}"
-        assert said(workdir).startswith(f"error: --workdir={workdir} is in use by {by}; "), said(workdir)
-        assert said(workdir).count("\n") == 1
-        loading.load(Workdir(workdir), "last")  # who only reads is welcome
+        assert printed(workdir).startswith(f"error: --workdir={workdir} is in use by {by}; "), printed(workdir)
+        assert printed(workdir).count("\n") == 1
+        loading.load(Workdir(workdir), "last")  # reading is allowed
     finally:
         holder.kill()
         holder.wait()
@@ -458,12 +458,12 @@ def test_two_runs_do_not_share_a_workdir(undisturbed, play, tmp_path):
         pass
 
 
-# Many processes, and much time.
+# Many processes and long runs.
 
 
 @pytest.mark.slow
 def test_several_processes_agree_on_the_checkpoint_that_is_whole(play, tmp_path):
-    """Where one of them finds a file that it cannot read, all take the checkpoint before."""
+    """If one process cannot read a file, all processes restore the previous checkpoint."""
     flags = (*FLAGS, f"--config.data.path={play}", f"--workdir={tmp_path / 'run'}", "--config.mesh.rules=fsdp")
     expected = Processes(2, "gpt.main", *flags, f"--config.train.steps={STEPS}").succeeded()
     assert "is damaged" not in expected.out[0]
@@ -480,7 +480,7 @@ def test_several_processes_agree_on_the_checkpoint_that_is_whole(play, tmp_path)
 
 
 def measured(process: int) -> tuple[float, int, int]:
-    """Resident megabytes, open files and threads of a process."""
+    """Returns resident megabytes, open files and threads of a process."""
     status = Path(f"/proc/{process}/status").read_text()
     resident, threads = (int(re.search(rf"^{name}:\s+(\d+)", status, re.M)[1]) for name in ("VmRSS", "Threads"))
     return resident / 1024, len(os.listdir(f"/proc/{process}/fd")), threads
@@ -489,11 +489,11 @@ def measured(process: int) -> tuple[float, int, int]:
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
 def test_nothing_grows_in_a_long_run(play, tmp_path, monkeypatch, count):
-    """20,000 steps, or 10,000 by two processes: memory, open files, threads, and what a point costs TensorBoard.
+    """Memory, open files, threads and TensorBoard's bytes per point stay constant in a long run.
 
-    With a checkpoint and an evaluation every 1,000 of them.
+    20,000 steps, or 10,000 of two processes, with a checkpoint and an evaluation every 1,000 steps.
     """
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # many arenas of glibc fill up unevenly for hours, which is no leak
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # glibc's arenas grow for hours without a leak
     steps, log_every = 20_000 // count, 10
     flags = (*FLAGS, f"--config.data.path={play}", f"--workdir={tmp_path}", f"--config.train.steps={steps}")
     flags += (f"--config.train.log_every={log_every}", "--config.train.eval_every=1000")

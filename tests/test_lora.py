@@ -1,4 +1,4 @@
-"""LoRA: the numbers of adapters, runs that train them, and what becomes of these runs."""
+"""LoRA: the values of adapters, runs that train them, and the use of the trained adapters."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def unboxed(tree):
 
 
 def by_hand(variables, alpha, rank):
-    """{path of a kernel: (in, out) matrices kernel, a, b} in float64, layers apart."""
+    """Returns {path of a kernel: matrices kernel, a and b} in float64, for each layer."""
     kernels, adapters = (flatten_dict(variables[name]) for name in ("params", "lora"))
     for *place, name in adapters:
         if name == "a":
@@ -93,7 +93,7 @@ def test_adapters_add_their_product_to_the_kernels(scan_layers, targets):
 
 
 def test_gradients_are_those_of_the_kernels_projected():
-    """By the chain rule, of W + s·a·b: the gradients are s·dW·bᵀ and s·aᵀ·dW."""
+    """The chain rule for W + s·a·b gives the gradients s·dW·bᵀ and s·aᵀ·dW."""
     model, variables, tokens = model_and_variables(SMALL)
     scale = 16 / 3
 
@@ -141,7 +141,7 @@ def test_bad_values_are_refused(values, message):
 
 @pytest.fixture(scope="module")
 def base(play, tmp_path_factory):
-    """The workdir of a plain run of a few steps."""
+    """Returns the workdir of a run of a few steps without LoRA."""
     config = Config(
         model=GPTConfig(num_layers=2, num_heads=4, embed_dim=32, block_size=16, vocab_multiple=8),
         data=dataclasses.replace(Config().data, path=str(play)),
@@ -155,7 +155,7 @@ def base(play, tmp_path_factory):
 
 
 def adapting(base, steps=6, **mesh):
-    """A run that trains adapters for the weights of a workdir, dropout on."""
+    """Returns the config of a run that trains adapters on a base, with dropout."""
     config = base.read().config
     return dataclasses.replace(
         config,
@@ -211,10 +211,10 @@ def test_a_checkpoint_holds_the_adapters_and_their_optimizer_state_alone(base, a
         assert sum(np.prod(shape) for shape in shapes if shape) == arrays_saved
 
 
-def test_resumed_equals_undisturbed_to_the_bit(base, adapted, tmp_path, capsys):
+def test_resumed_equals_uninterrupted_to_the_bit(base, adapted, tmp_path, capsys):
     workdir = Workdir(tmp_path)
     short = adapting(base, steps=3)
-    # A schedule that ends where that of the whole run does.
+    # The schedule ends at the same step as that of the whole run.
     decay = dataclasses.replace(short.optimizer, decay_tokens=6.0 * 16 * 16)
     assert train.train(dataclasses.replace(short, optimizer=decay), workdir) == 0
     longer = dataclasses.replace(adapting(base), optimizer=decay)
@@ -243,7 +243,7 @@ def test_frozen_weights_that_change_in_memory_stop_the_run(base, tmp_path, monke
         if self.step == 6:
             frozen = self.state.frozen
             scale = frozen["final_norm"]["scale"]
-            changed = jax.device_put(scale.at[0].add(1e-6), scale.sharding)  # on all devices alike
+            changed = jax.device_put(scale.at[0].add(1e-6), scale.sharding)  # on all devices
             self.state = self.state.replace(frozen=frozen | {"final_norm": frozen["final_norm"] | {"scale": changed}})
         save(self, loss)
 
@@ -254,7 +254,7 @@ def test_frozen_weights_that_change_in_memory_stop_the_run(base, tmp_path, monke
 
 
 def test_stacked_layers_train_what_layers_apart_do(base, tmp_path):
-    """Without dropout, whose draws differ; from the same adapters, which are drawn in another order too."""
+    """Dropout is off, because its random numbers differ, and the initial adapters are the same for both layouts."""
     losses, adapters = {}, None
     for scan_layers in (False, True):
         config = adapting(base, rules="fsdp")
@@ -317,7 +317,7 @@ def test_a_run_starts_from_merged_weights_and_adapters_go_on_top_of_adapters(ada
     assert train.train(again, workdir) == 0
     for name, array in arrays(workdir).items():
         np.testing.assert_allclose(array, expected[name], atol=1e-6, err_msg=name)
-    # Another mesh may round the merged weights otherwise.
+    # Another mesh may round the merged weights differently.
     longer = dataclasses.replace(
         again, mesh=MeshConfig("fsdp_tp", model=2), train=dataclasses.replace(again.train, steps=2)
     )
@@ -327,7 +327,7 @@ def test_a_run_starts_from_merged_weights_and_adapters_go_on_top_of_adapters(ada
     np.testing.assert_allclose(found, expected["block_1/mlp/down/kernel"], atol=1e-6)
 
 
-def test_weights_that_are_gone_or_others_are_refused(base, adapted, tmp_path):
+def test_a_base_that_is_missing_or_has_changed_is_refused(base, adapted, tmp_path):
     moved = Workdir(shutil.copytree(adapted.path, tmp_path / "moved"))
     record = json.loads((moved.path / "run.json").read_text())
     assert record["base"]["path"] == str(base.path)
@@ -354,7 +354,7 @@ def test_weights_that_are_gone_or_others_are_refused(base, adapted, tmp_path):
             use()
     assert not (tmp_path / "hf" / "model.safetensors").exists()
 
-    # Where the same weights lie does not matter.
+    # The path of the same weights does not matter.
     record["base"] |= {"path": str(shutil.copytree(base.path, tmp_path / "copy")), "digest": digest}
     (moved.path / "run.json").write_text(json.dumps(record))
     for name, array in arrays(moved).items():
@@ -362,7 +362,7 @@ def test_weights_that_are_gone_or_others_are_refused(base, adapted, tmp_path):
 
 
 def test_weights_in_a_bucket_are_refused_for_adapters_on_a_disk(base, tmp_path):
-    """At the start, for no later start could read them."""
+    """The start is refused, because no later start could read the base."""
     config = adapting(base)
     elsewhere = dataclasses.replace(config, train=dataclasses.replace(config.train, init_from="gs://bucket/run"))
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""Steps that go wrong: a loss, gradient or parameters that are not finite, and losses that jump."""
+"""Steps with a loss, gradient or parameters that are not finite, and spikes of the loss."""
 
 import dataclasses
 import math
@@ -20,13 +20,13 @@ from gpt.data import pipeline, text
 from gpt.models.gpt import GPTConfig
 from gpt.runtime.errors import UserError
 
-POISON = -2  # a target that no text has, by which the batches to be poisoned are known on the devices
+POISON = -2  # a target that no text has, which marks the batches to be poisoned
 REAL_LOSSES, REAL_BATCHES, MAKE_LAYOUT = step.token_losses, pipeline.training_batches, sharding.make_layout
 
 
 @pytest.fixture
 def small(play) -> Config:
-    """14 steps of a model of one layer, with dropout."""
+    """Returns a run of 14 steps of a model of one layer, with dropout."""
     return Config(
         model=GPTConfig(num_layers=1, num_heads=2, embed_dim=16, block_size=16, vocab_multiple=8),
         data=dataclasses.replace(Config().data, path=str(play)),
@@ -44,12 +44,12 @@ def small(play) -> Config:
 
 
 def damaged(kind):
-    """`program_lib.token_losses`, but a batch with `POISON` in its targets gets something that is not finite."""
+    """Returns `step.token_losses` with a loss or gradient that is not finite for batches with a `POISON` target."""
 
     def token_losses(logits_BxTxV, targets_BxT):
         losses_BxT = REAL_LOSSES(logits_BxTxV, targets_BxT)
         bad = (targets_BxT == POISON).any()
-        if kind == "gradient":  # finite, but the slope of a root at 0 is not
+        if kind == "gradient":  # the loss is finite, but the derivative of a root at 0 is not
             return losses_BxT + jnp.sqrt(jnp.where(bad, 0 * logits_BxTxV[..., 0], 1))
         if kind == "spike":
             return losses_BxT * jnp.where(bad, 5.0, 1.0)
@@ -59,7 +59,7 @@ def damaged(kind):
 
 
 def poison(patch, config, numbers, kind="nan"):
-    """Lets these batches of the run give something that is not finite, wherever and whenever they come."""
+    """Makes these batches of the run give a loss or gradient that is not finite, each time they come."""
     corpus = text.load(config.data, config.tokenizer, config.model.block_size)
     source = text.TrainingWindows(corpus.train, config.model.block_size, config.seed)
     clean = REAL_BATCHES(source, config.train.batch_size, config.seed, range(config.train.batch_size))
@@ -78,7 +78,7 @@ def poison(patch, config, numbers, kind="nan"):
 
 
 def leave_out_by_hand(patch, numbers, kind="nan"):
-    """Takes batches out of the stream by hand, without the code for it; the program is that of `poison`."""
+    """Removes batches from the stream without the code under test; the program is that of `poison`."""
 
     def training_batches(source, batch_size, seed, rows, start, prefetch, skipped):
         assert start == 0
@@ -105,7 +105,7 @@ def shown_texts(workdir, tag):
 
 @pytest.fixture
 def devices(monkeypatch):
-    """Lets meshes be made of so many devices only: fewer compile faster."""
+    """Limits meshes to a number of devices, because fewer devices compile faster."""
 
     def limit(count):
         monkeypatch.setattr(sharding, "make_layout", lambda config: MAKE_LAYOUT(config, jax.devices()[:count]))
@@ -148,7 +148,7 @@ def test_a_skipped_update_is_one_left_out_by_hand(small, tmp_path, monkeypatch, 
     assert scalars(workdir, "progress/skipped") == {i: float((i >= 7) + (i >= 9)) for i in range(1, 15)}
     assert shown_texts(workdir, "skipped").keys() == {7, 9}
 
-    # By hand: steps whose update is thrown away.
+    # By hand: the update of these steps is discarded.
     corpus = text.load(config.data, config.tokenizer, config.model.block_size)
     layout = sharding.make_layout(config.mesh)
     monkeypatch.setattr(step, "token_losses", damaged(kind))
@@ -169,7 +169,7 @@ def test_a_skipped_update_is_one_left_out_by_hand(small, tmp_path, monkeypatch, 
     assert expected.keys() == found.keys()
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-    # The learning rate that is shown is the one that was used: it waits for the updates that are made.
+    # The shown learning rate is the one that was used, which depends on the number of updates.
     rates = scalars(workdir, "train/learning_rate")
     assert rates[8] == rates[7]
 
@@ -211,7 +211,7 @@ def test_a_run_rolled_back_is_one_that_never_saw_those_batches(small, tmp_path, 
 
 @pytest.mark.parametrize("stop_at", [pytest.param(3, marks=SLOW), 6, pytest.param(8, marks=SLOW)])
 def test_rolled_back_stopped_and_resumed_is_the_same(small, tmp_path, monkeypatch, stop_at):
-    """Stopped before, between and after the batches that are left out."""
+    """Stops before, between and after the batches that are left out."""
     config = change(small, "train", on_nonfinite="rollback")
     run, by_hand = Workdir(tmp_path / "run"), Workdir(tmp_path / "by_hand")
     with monkeypatch.context() as patch:
@@ -228,7 +228,7 @@ def test_rolled_back_stopped_and_resumed_is_the_same(small, tmp_path, monkeypatc
 
 
 def test_killed_right_after_it_was_recorded(small, tmp_path, monkeypatch):
-    """The process dies between the record of a batch and the first step without it."""
+    """The process is killed between the record of a batch and the first step without it."""
 
     class Killed(BaseException):
         pass
@@ -257,7 +257,7 @@ def test_killed_right_after_it_was_recorded(small, tmp_path, monkeypatch):
 
 
 def test_parameters_of_a_checkpoint_that_are_poisoned(small, tmp_path):
-    """Leaving out batches cannot help, and is bounded."""
+    """Leaving out batches does not help, and ends at `train.max_skipped`."""
     workdir = Workdir(tmp_path)
     train.train(change(small, "train", steps=4), workdir)
     layout = sharding.make_layout(small.mesh)
@@ -278,8 +278,8 @@ def test_parameters_of_a_checkpoint_that_are_poisoned(small, tmp_path):
     assert len(workdir.read().skipped) == 3
 
 
-def test_an_update_that_makes_the_parameters_infinite_is_noticed_at_once(small, tmp_path):
-    """Loss and gradient of that step are finite; it must not be saved."""
+def test_an_update_that_makes_the_parameters_infinite_is_detected_at_once(small, tmp_path):
+    """Loss and gradient of that step are finite, and the step must not be saved."""
     config = change(change(small, "optimizer", learning_rate=1e30, clip_norm=0.0), "train", checkpoint_every=1)
     with pytest.raises(UserError, match=r"^Step 1 gave loss \d.*parameter norm inf; there is no checkpoint yet"):
         train.train(config, Workdir(tmp_path))
@@ -295,19 +295,19 @@ def test_too_many_steps_stop_the_run(small, tmp_path, monkeypatch):
                 UserError, match=r"train\.max_skipped=2 were left out already.*a larger train\.max_skip"
             ):
                 train.train(config, workdir)
-            # It goes on where more is allowed, and that is no other run.
+            # The run resumes with a larger limit, which is a harmless change.
             assert train.train(change(config, "train", max_skipped=4), workdir) == 0
             assert scalars(workdir, "progress/skipped")[14] == 4
 
 
 def test_a_spike_of_the_loss_is_rolled_back_or_stops(small, tmp_path, monkeypatch, capsys):
-    """The running mean is kept with a checkpoint: a run resumed decides as one that was not."""
+    """The checkpoint has the running mean, so a resumed run decides as an uninterrupted one."""
     config = change(small, "train", on_nonfinite="rollback", spike_factor=2.0)
     run, by_hand, stopped = (Workdir(tmp_path / name) for name in ("run", "by_hand", "stopped"))
     with monkeypatch.context() as patch:
         poison(patch, config, {5, 11}, "spike")
         with monkeypatch.context() as stopping:
-            StopAfter(stopping, 3, signal.SIGTERM)  # batch 5 comes right after, as the first ones
+            StopAfter(stopping, 3, signal.SIGTERM)  # batch 5 comes soon after the resume
             train.train(config, run)
         assert train.train(config, run) == 0
         out = capsys.readouterr().out
@@ -330,7 +330,7 @@ def test_a_spike_of_the_loss_is_rolled_back_or_stops(small, tmp_path, monkeypatc
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", ["skip", "rollback"])
 def test_several_processes_decide_alike(play, tmp_path, choice):
-    """Two of two devices each, and one of four, on the same mesh with zero1."""
+    """Compares two processes of two devices with one of four devices, on the same mesh with zero1."""
     found = []
     for count in (2, 1):
         flags = (
@@ -345,9 +345,9 @@ def test_several_processes_decide_alike(play, tmp_path, choice):
         )
         processes = Processes(count, "tests.poisoned", *flags, devices=4 // count).wait()
         assert processes.codes == [0] * count, processes.err
-        said = re.findall(r"Step (\d+) gave .*?: (.*)\.", processes.out[0])
+        reports = re.findall(r"Step (\d+) gave .*?: (.*)\.", processes.out[0])
         workdir = Workdir(tmp_path / str(count))
-        found.append((said, workdir.read().skipped, scalars(workdir, "train/loss")))
+        found.append((reports, workdir.read().skipped, scalars(workdir, "train/loss")))
         assert all("gave" not in out for out in processes.out[1:])
     assert found[0][:2] == found[1][:2]
     assert len(found[0][0]) == 2
@@ -365,6 +365,6 @@ def test_several_processes_decide_alike(play, tmp_path, choice):
         ({"spike_factor": 2.0, "on_nonfinite": "skip"}, r"train\.spike_factor needs train\.on_nonfinite=stop or"),
     ],
 )
-def test_choices_without_meaning_are_refused(small, options, message):
+def test_invalid_settings_are_refused(small, options, message):
     with pytest.raises(UserError, match=message):
         change(small, "train", **options)

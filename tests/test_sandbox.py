@@ -1,4 +1,4 @@
-"""Commands on hostile workdirs: they start no process, use no network, and write nothing but what they are asked to.
+"""Commands on hostile workdirs start no process, use no network, and write only their own output.
 
 One process runs all of them in forks (see tests/watched.py). Python's audit events show what Python code does, and
 strace, where it works, what native code does.
@@ -45,7 +45,7 @@ def make_record(**groups) -> Callable[[Path], None]:
 
 
 def _elsewhere(run: Path) -> None:
-    """Every setting that names a place names one outside."""
+    """Changes every setting with a path to a path outside of the workdir."""
     outside = str(run.parent.parent / "outside")
     make_record(
         data={"cache_dir": outside}, tokenizer={"name": "gpt2", "path": outside}, train={"init_from": "gs://bucket/x"}
@@ -80,7 +80,7 @@ def _pickle(name: str) -> Callable[[Path], None]:
 
 
 def _foreign_values(prefix: str) -> Callable[[Path], None]:
-    """An array whose numbers the manifest says are in a file of another place."""
+    """Changes the manifest so that the values of an array are in a file with this prefix."""
 
     def change(run: Path) -> None:
         base = run / "checkpoints/2/params"
@@ -104,7 +104,7 @@ def _foreign_values(prefix: str) -> Callable[[Path], None]:
 
 
 def _foreign_metadata(run: Path) -> None:
-    """The drivers and places of the arrays, in orbax's metadata and zarr's, are those of other hosts and folders."""
+    """Changes orbax's and zarr's metadata to drivers and addresses of other hosts and folders."""
     for path in (run / "checkpoints/2").rglob("_*METADATA"):
         text = path.read_text()
         text = text.replace('"use_ocdbt": true', '"use_ocdbt": false').replace(
@@ -135,9 +135,9 @@ def _pictures(run: Path) -> None:
             (run / name / f"{number}.png").write_bytes(DRAWING)
 
 
-def _deed(run: Path) -> None:
-    """A config file that does all that no workdir may do."""
-    (run.parent.parent / "outside/deed.py").write_text(
+def _actions(run: Path) -> None:
+    """Writes a config file that does everything that a workdir may not do."""
+    (run.parent.parent / "outside/actions.py").write_text(
         "import socket, subprocess\n"
         "subprocess.run(['true'])\n"
         "socket.socket().connect_ex(('127.0.0.1', 9))\n"
@@ -145,9 +145,9 @@ def _deed(run: Path) -> None:
     )
 
 
-CONTROL = "the config file's own deeds"
+CONTROL = "actions of a config file"
 
-# What is done to a workdir, the command, its flags, the exit code, and what it says. {run} is the workdir, {out} a name
+# A change of a workdir, a command, its flags, the exit code, and its output. {run} is the workdir, {out} a name
 # in a folder for output, {outside} another folder, {url} a server that listens.
 SAMPLE = ("--workdir={run}", "--num_tokens=3", "--prompt=KING")
 EVALUATE = ("--workdir={run}",)
@@ -155,7 +155,7 @@ EXPLAIN = (*SAMPLE[::2], "--out={out}.html")
 CONVERT = ("--workdir={run}", "--to_hf={out}")
 RESUME = ("--workdir={run}", "--config.train.steps=3")
 CASES = {
-    CONTROL: (_deed, "main", ("--config={outside}/deed.py",), 2, "no function get_config"),
+    CONTROL: (_actions, "main", ("--config={outside}/actions.py",), 2, "no function get_config"),
     "sample: places": (_elsewhere, "sample", SAMPLE, 0, ""),
     "evaluate: places": (_elsewhere, "evaluate", EVALUATE, 0, ""),
     "explain: places": (_elsewhere, "explain", EXPLAIN, 0, ""),
@@ -249,8 +249,8 @@ class Watched:
     code: int
     out: str
     err: str
-    events: list[str]  # that are not permitted, by Python
-    calls: list[str] | None  # likewise, by strace; None without one
+    events: list[str]  # forbidden events of Python
+    calls: list[str] | None  # forbidden system calls; None without strace
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def watched(made, config, tmp_path_factory) -> dict[str, Watched]:  # noqa: F811
         assert done.returncode == 0, done.stderr
         assert (tmp / "outside/dear.txt").read_text() == TEXT
         server.settimeout(0)
-        with pytest.raises(BlockingIOError):  # nobody came
+        with pytest.raises(BlockingIOError):  # nobody connected
             server.accept()
     usual = [str(tmp / "cache"), str(tmp / "tmp"), str(CACHE)]
     events = _events(tmp / "events", tmp / "marks", len(cases))
@@ -318,7 +318,7 @@ def _forbidden(found: list[tuple[str, list[str]]], allowed: list[str]) -> list[s
 
 
 def _split(entries: list[tuple[str, list[str]]], marks: Path, count: int) -> list[list[tuple[str, list[str]]]]:
-    """The entries of each case."""
+    """Returns the entries of each case."""
     cases: list = [[] for _ in range(count)]
     number = None
     for what, paths in entries:
@@ -334,15 +334,15 @@ def _events(log: Path, marks: Path, count: int) -> list[list[tuple[str, list[str
 
 
 def _calls(log: Path, marks: Path, count: int) -> list[list[tuple[str, list[str]]]]:
-    """The system calls of strace's log that were done and start a program, use the network, or change a file."""
-    entries, begun = [], {}
+    """Returns the system calls in strace's log that start a program, use the network, or change a file."""
+    entries, unfinished = [], {}
     for line in log.read_text(errors="replace").splitlines():
         pid, _, text = line.partition(" ")
         if text.endswith("<unfinished ...>"):
-            begun[pid] = text.removesuffix("<unfinished ...>")
+            unfinished[pid] = text.removesuffix("<unfinished ...>")
             continue
         if resumed := re.match(r" *<\.\.\. \w+ resumed>", text):
-            text = begun.pop(pid) + text[resumed.end() :]
+            text = unfinished.pop(pid) + text[resumed.end() :]
         call = re.match(r" *(\w+)\((.*)\) += (-?\d+)(?:<(.*)>)?", text)
         if not call or (call[3].startswith("-") and call[1] not in ("connect", "execve", "sendto")):
             continue
@@ -379,8 +379,8 @@ def test_a_hostile_workdir_reaches_nothing_outside(watched, name):
         assert found.err.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_the_watch_misses_nothing(watched):
-    """A config file is code of the user's own, which may do what a workdir may not."""
+def test_forbidden_actions_are_detected(watched):
+    """A config file is the user's code, which may do what a workdir may not."""
     done = watched[CONTROL]
     assert done.code == 2
     assert [event.split()[0] for event in done.events] == ["subprocess.Popen", "socket.connect", "open"]

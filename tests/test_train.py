@@ -1,4 +1,4 @@
-"""The loop: resuming to the bit, accumulation, evaluation, checkpoints, stopping."""
+"""The training loop: exact resume, gradient accumulation, evaluation, checkpoints, signals."""
 
 import dataclasses
 import itertools
@@ -33,7 +33,7 @@ def change(config, section, **values):
 
 
 def checkpoint_arrays(workdir, step):
-    """Every array of a checkpoint on one device, by name."""
+    """Returns the arrays of a checkpoint on the host, by name."""
     run = loading.load(workdir, str(step))
     checkpoints = workdir.checkpoints()
     state = train.restore(checkpoints, step, run.program)
@@ -47,7 +47,7 @@ def scalars(workdir, tag):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The workdir of a run that nothing disturbed; made once for a config by `whole(config)`."""
+    """Returns a function that returns the workdir of an uninterrupted run of a config, which it trains once."""
     made = {}
 
     def run(config):
@@ -61,7 +61,7 @@ def whole(tmp_path_factory):
 
 
 class StopAfter:
-    """Sends this process a signal once a number of steps has been reported."""
+    """Sends a signal to this process after a step was reported."""
 
     def __init__(self, monkeypatch, step, number):
         original = progress.Progress.update
@@ -80,13 +80,13 @@ class StopAfter:
 def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
     tiny, whole, tmp_path, monkeypatch, capsys, stop_at, number
 ):
-    """With dropout on: parameters, optimizer state and every loss."""
+    """Compares parameters, optimizer state and every loss, with dropout."""
     workdir = Workdir(tmp_path)
     with monkeypatch.context() as patch:
         StopAfter(patch, stop_at, number)
         assert train.train(tiny, workdir) == 128 + number
     last_line = capsys.readouterr().out.splitlines()[-1]
-    # No step is begun after the signal; the one after `stop_at` was going on already.
+    # No step is started after the signal; the one after `stop_at` was running already.
     assert last_line.startswith(f"Stopped by {number.name}, saved after step {stop_at + 1} of 20;")
     assert train.train(tiny, workdir) == 0
     assert "resuming after step" in capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_to_the_bit(
 
 @pytest.mark.parametrize("moment", ["before", "within", "in the sample"])
 def test_a_signal_is_not_kept_waiting_by_an_evaluation(tiny, tmp_path, monkeypatch, capsys, moment):
-    """It may take minutes where a scheduler grants 30 s. The step is saved with its loss only if that is known."""
+    """A scheduler grants 30 s, and an evaluation may take minutes. A step is saved with its loss if that is known."""
     calls = []
 
     def interrupt(check):
@@ -142,7 +142,7 @@ def test_a_signal_is_not_kept_waiting_by_an_evaluation(tiny, tmp_path, monkeypat
 
 
 def test_a_step_is_saved_before_its_evaluation_which_a_resume_makes_up_for(tiny, whole, tmp_path, monkeypatch, capsys):
-    """A scheduler's SIGKILL comes in the middle of the last evaluation."""
+    """A scheduler kills the process in the middle of the last evaluation."""
     workdir, events, save, evaluate = Workdir(tmp_path), [], checkpoints.Checkpoints.save, train.evaluate
 
     def saving(checkpoints, step, *args):
@@ -172,7 +172,7 @@ def test_a_step_is_saved_before_its_evaluation_which_a_resume_makes_up_for(tiny,
 
 
 def test_a_second_signal_does_not_disturb_the_save(tiny, tmp_path, monkeypatch, capsys):
-    """A scheduler sends SIGTERM again, systemd SIGHUP after it."""
+    """A scheduler sends a second SIGTERM, and systemd then sends SIGHUP."""
     close = checkpoints.Checkpoints.close
 
     def disturbed(checkpoints):
@@ -186,8 +186,8 @@ def test_a_second_signal_does_not_disturb_the_save(tiny, tmp_path, monkeypatch, 
     assert Workdir(tmp_path).checkpoints().last() == 8
 
 
-def test_resuming_on_another_mesh_goes_on_the_same(tiny, whole, tmp_path, monkeypatch):
-    """Restored parameters are equal to the bit, losses to float tolerance."""
+def test_resuming_on_another_mesh_gives_the_same_losses(tiny, whole, tmp_path, monkeypatch):
+    """Restored parameters are equal to the bit, losses to rounding."""
     workdir = Workdir(tmp_path)
     with monkeypatch.context() as patch:
         StopAfter(patch, 9, signal.SIGTERM)
@@ -208,7 +208,7 @@ def test_resuming_on_another_mesh_goes_on_the_same(tiny, whole, tmp_path, monkey
 
 @pytest.mark.parametrize("scan_first", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_may_change_to_scanned_layers_and_back(tiny, tmp_path, scan_first):
-    """Without dropout, whose masks are drawn another way, the two go on the same."""
+    """Both layouts give the same losses without dropout, whose masks differ."""
     config = change(tiny, "model", embed_dropout=0.0, residual_dropout=0.0, attention_dropout=0.0, num_layers=3)
     workdirs = [Workdir(tmp_path / name) for name in ("same", "changed")]
     for workdir in workdirs:
@@ -218,7 +218,7 @@ def test_a_run_may_change_to_scanned_layers_and_back(tiny, tmp_path, scan_first)
     train.train(change(config, "model", scan_layers=not scan_first), workdirs[1])
     expected, found = (list(scalars(workdir, "train/loss").values()) for workdir in workdirs)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    # The checkpoint from before the change is read in the new form, its numbers as they were.
+    # The checkpoint from before the change is restored in the new layout with the same values.
     after = checkpoint_arrays(workdirs[1], 5)
     unrolled, scanned = (after, before) if scan_first else (before, after)
     for layer in range(3):
@@ -228,7 +228,7 @@ def test_a_run_may_change_to_scanned_layers_and_back(tiny, tmp_path, scan_first)
             np.testing.assert_array_equal(stacked[layer], unrolled[f"{where}['block_{layer}']{kernel}"])
 
 
-def test_finished_run_has_nothing_to_do_and_more_steps_go_on(tiny, tmp_path, capsys):
+def test_finished_run_has_nothing_to_do_and_resumes_with_more_steps(tiny, tmp_path, capsys):
     workdir = Workdir(tmp_path)
     train.train(change(tiny, "train", steps=5), workdir)
     assert train.train(change(tiny, "train", steps=5), workdir) == 0
@@ -257,7 +257,7 @@ def test_another_config_is_refused_with_the_differences(tiny, tmp_path, play):
         train.train(change(other, "data", path=str(longer_play)), workdir)
 
 
-def test_a_run_that_never_saved_can_be_begun_anew(tiny, tmp_path):
+def test_a_run_that_never_saved_can_start_anew(tiny, tmp_path):
     broken = change(change(tiny, "optimizer", learning_rate=1e30, clip_norm=0.0), "train", checkpoint_every=20)
     with pytest.raises(UserError, match="there is no checkpoint yet"):
         train.train(change(broken, "train", eval_every=0), Workdir(tmp_path))
@@ -266,7 +266,7 @@ def test_a_run_that_never_saved_can_be_begun_anew(tiny, tmp_path):
 
 
 def test_best_and_newest_checkpoints_are_kept(tiny, tmp_path, monkeypatch):
-    """The validation loss is best at step 4 here, and nothing but the newest and that one stays."""
+    """The validation loss is lowest at step 4, and only that checkpoint and the newest are kept."""
     losses = iter([3.0, 2.0, 2.5, 2.6, 2.7])
     real = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda *args: real(*args) | {"loss": next(losses)})
@@ -283,7 +283,7 @@ def test_best_and_newest_checkpoints_are_kept(tiny, tmp_path, monkeypatch):
 
 
 def test_nan_loss_stops_and_names_the_step(tiny, tmp_path):
-    """An absurd learning rate; the checkpoint from before stays what it was."""
+    """The learning rate is absurd; the previous checkpoint does not change."""
     workdir = Workdir(tmp_path)
     train.train(change(tiny, "train", steps=5), workdir)
     before = checkpoint_arrays(workdir, 5)
@@ -297,7 +297,7 @@ def test_nan_loss_stops_and_names_the_step(tiny, tmp_path):
 
 
 def gradients(config, layout):
-    """Parameters after one step of plain gradient descent, which show the gradient."""
+    """Returns metrics and parameters after one step of plain gradient descent, which show the gradient."""
     corpus = text.load(config.data, config.tokenizer, config.model.block_size)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(step.optimizer, "make_optimizer", lambda *_: optax.sgd(lambda _: 1.0))
@@ -327,7 +327,7 @@ def test_accumulated_gradient_equals_that_of_the_big_batch(tiny, parts):
 
 
 def test_evaluation_with_a_stride_gives_each_target_its_context(tiny):
-    """Against the logits of each target's own context."""
+    """Compares the losses with the logits of each target's own context."""
     corpus = text.load(tiny.data, tiny.tokenizer, 16)
     tokens, stride = np.asarray(corpus.validation[:60], np.int32), 5
     program = step.build(tiny, corpus.tokenizer.vocab_size, sharding.make_layout(MeshConfig()), 1)
@@ -335,7 +335,7 @@ def test_evaluation_with_a_stride_gives_each_target_its_context(tiny):
         params = jax.tree.map(lambda x: x * 8, program.init().params)
     contexts, lengths = np.zeros((59, 16), np.int32), []
     for target in range(1, 60):
-        start = max(0, -(-(target - 16) // stride) * stride)  # of the first window that reaches the target
+        start = max(0, -(-(target - 16) // stride) * stride)  # start of the first window that contains the target
         lengths.append(target - start)
         contexts[target - 1, : target - start] = tokens[start:target]
     logits = program.model.apply({"params": jax.tree.map(np.asarray, params)}, contexts)
@@ -347,7 +347,7 @@ def test_evaluation_with_a_stride_gives_each_target_its_context(tiny):
 
 
 def test_evaluation_is_the_exact_mean_over_tokens(tiny):
-    """Against a loop over single windows, for batches that the split does not fill."""
+    """Compares the loss with a loop over single windows, for batch sizes that do not divide the split."""
     corpus = text.load(tiny.data, tiny.tokenizer, 16)
     validation = corpus.validation[:1003]
     program = step.build(tiny, corpus.tokenizer.vocab_size, sharding.make_layout(MeshConfig()), 1)
@@ -394,7 +394,7 @@ def test_what_tensorboard_shows(tiny, whole):
 
 @pytest.fixture
 def profiled(tmp_path, play, command):
-    """Trains eight steps with `--profile`, in a process of its own: JAX's profiler crashes where libtpu is loaded."""
+    """Trains eight steps with `--profile` in a new process, because JAX's profiler crashes if libtpu is loaded."""
 
     def run() -> subprocess.CompletedProcess:
         # Without JAX_PLATFORMS libtpu would make JAX look for a TPU, which gpt.main prevents.
@@ -421,7 +421,7 @@ def test_a_trace_that_cannot_be_written_ends_no_run(tmp_path, profiled):
 
 
 def test_loss_falls_and_the_model_learns_a_pattern(tiny, tmp_path):
-    """A text whose next character follows from the last: the loss has to approach 0."""
+    """The previous character determines the next one, so the loss has to approach 0."""
     pattern = tmp_path / "pattern.txt"
     pattern.write_text("abcdefgh" * 1000)
     config = change(change(tiny, "data", path=str(pattern)), "train", steps=150, log_every=50, eval_every=0)
@@ -436,8 +436,8 @@ def test_unknown_sample_prompt_is_refused_before_training(tiny, tmp_path):
         train.train(change(tiny, "train", sample_prompt="ж"), Workdir(tmp_path))
 
 
-def test_slow_input_is_seen(tiny, tmp_path, monkeypatch, capsys):
-    """In the log, once every `log_every` steps, and on TensorBoard."""
+def test_slow_input_is_reported(tiny, tmp_path, monkeypatch, capsys):
+    """The log shows the share of waiting every `log_every` steps, and TensorBoard shows it too."""
     real = text.TrainingWindows.example
 
     def slow(*args):
@@ -454,8 +454,8 @@ def test_slow_input_is_seen(tiny, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("prefetch", [0, 4])
-def test_input_that_fails_ends_the_run_with_its_own_words(tiny, tmp_path, monkeypatch, prefetch):
-    """Raised in the thread that reads ahead, and no checkpoint of steps before is lost."""
+def test_input_that_fails_ends_the_run_with_its_error(tiny, tmp_path, monkeypatch, prefetch):
+    """The thread that reads ahead raises the error, and no earlier checkpoint is lost."""
     real, count = text.TrainingWindows.example, itertools.count()
 
     def failing(*args):
