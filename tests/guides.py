@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from PIL import Image
+
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted(
     path.relative_to(ROOT).as_posix()
@@ -67,7 +69,7 @@ class Block:
 
 def blocks(text: str) -> Iterator[Block]:
     """Yields the `bash` blocks of a guide with the comments that follow them."""
-    for match in re.finditer(r"^```bash\n(.*?)^```\n((?:<!-- .* -->\n)*)", text, re.M | re.S):
+    for match in re.finditer(r"^```bash\n(.*?)^```\n((?:<!-- [^\n]* -->\n)*)", text, re.M | re.S):
         lines = match[1].replace("\\\n", " ").splitlines()
         comments = re.findall(r"<!-- (.*) -->", match[2])
         yield Block(
@@ -113,6 +115,8 @@ def reason_not_to_run(command: str) -> str | None:
     for start, reason in NOT_RUN.items():
         if line == start or line.startswith(start if start.endswith("/") else f"{start} "):
             return reason
+    if re.match(r"python -m gpt\.sample (?!.*--prompt)", line):
+        return "a terminal"
     return next((reason for text, reason in NOT_RUN_WITH.items() if text in line), None)
 
 
@@ -132,6 +136,7 @@ class Sandbox:
         for name in (TEXT, "a.txt", "b.txt", "folder/c.txt"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
+        Image.new("L", (8, 8)).save(folder / "digit.png")
         for candidate in tinyshakespeare():
             (folder / "tinyshakespeare.txt").symlink_to(candidate)
         # Python and its scripts first on the PATH; `launch/` starts `python3`, or $PYTHON.
@@ -230,8 +235,6 @@ class Sandbox:
 
     def _images(self, folder: Path) -> None:
         """Writes a few small images of two classes."""
-        from PIL import Image
-
         for name, colour in (("cats", "red"), ("dogs", "blue")):
             (folder / name).mkdir(parents=True, exist_ok=True)
             for i in range(40):
