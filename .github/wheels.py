@@ -1,6 +1,6 @@
 """Prints for which platforms and versions of Python there are wheels of every dependency that contains compiled code.
 
-    python .github/wheels.py jaxlib numpy tensorstore
+    python .github/wheels.py "jaxlib>=0.10.2" "numpy>=2.0" tensorstore
 
 pip resolves each package for the platform without downloading or installing it. Wheels of pure Python fit everywhere.
 """
