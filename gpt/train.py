@@ -352,7 +352,7 @@ class BadStep(Exception):
 
 
 def find_problem(metrics: dict[str, float], config: TrainConfig, mean_loss: float | None) -> str:
-    """Returns what is wrong with the metrics of a step, in words; "" if nothing is.
+    """Returns what is wrong with the metrics of a step as text; "" if nothing is.
 
     Args:
       mean_loss: running mean of the losses of the steps before.

@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import count_lines
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -98,40 +99,10 @@ def test_only_commands_define_flags(path):
             assert module_name(path) in COMMANDS or is_shared, f"{path}:{node.lineno}"
 
 
-def code_lines(path: Path) -> int:
-    """Returns the lines of a file that hold code: no docstrings, comments and blank lines."""
-    text = path.read_text()
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    docstrings = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            docstrings |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    lines = enumerate(text.splitlines(), start=1)
-    return sum(bool(line.strip()) and not line.strip().startswith("#") and i not in docstrings for i, line in lines)
-
-
-CORE = (
-    *("gpt/main.py", "gpt/train.py", "gpt/step.py", "gpt/sharding.py", "gpt/optimizer.py", "gpt/config.py"),
-    *("gpt/models/base.py", "gpt/models/transformer.py", "gpt/models/attention.py", "gpt/models/layers.py"),
-    *("gpt/models/gpt.py", "gpt/data/base.py", "gpt/data/pipeline.py"),
-)
-
-
-def test_the_core_path_is_short():
-    counted = {file: code_lines(ROOT / file) for file in CORE}
-    assert sum(counted.values()) <= 1800, counted
-
-
 def test_the_whole_is_small():
-    assert sum(map(code_lines, FILES)) <= 9000
+    assert sum(map(count_lines.count, FILES)) <= 9000
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_are_short(command):
-    assert code_lines(ROOT / f"{command.replace('.', '/')}.py") <= 60
-
-
-if __name__ == "__main__":  # prints the counts: python tests/test_imports.py
-    for file in CORE:
-        print(f"{code_lines(ROOT / file):6,} {file}")
-    print(f"{sum(code_lines(ROOT / file) for file in CORE):6,} core path\n{sum(map(code_lines, FILES)):6,} all of gpt/")
+    assert count_lines.count(ROOT / f"{command.replace('.', '/')}.py") <= 60

@@ -3,7 +3,7 @@
 The checkpoints of a run with LoRA hold its adapters only. Their base, which is the checkpoint with the frozen weights
 that the adapters were trained with, is in another workdir, and `run.json` records its path, step and digest. Whoever
 opens the adapters opens the base too, verifies its digest, and gets parameters with the adapters merged into them. The
-base may be a checkpoint of adapters itself, with a base of its own.
+base may be a checkpoint of adapters itself, with another base.
 """
 
 import dataclasses

@@ -121,7 +121,7 @@ class BPETokenizer(Tokenizer):
             except BaseException as error:
                 failures.append(error)
 
-        # Python handles a signal only between two of its own instructions, and the library may take minutes within one.
+        # Python handles a signal only between two Python instructions, and the library may take minutes within one.
         # Therefore the library runs in another thread.
         worker = threading.Thread(target=work, daemon=True)
         worker.start()

@@ -28,7 +28,7 @@ from gpt.models.transformer import BlockConfig
 from gpt.runtime import files
 from gpt.runtime.errors import UserError
 
-# Any: each architecture has a config class of its own.
+# Any: each architecture has its own config class.
 ARCHITECTURES: tuple[Architecture[Any], ...] = (GPT2(), ViT())
 
 

@@ -17,7 +17,7 @@ from gpt.models.layers import ACTIVATIONS, Linear, Norm, merged_rows, rotary, un
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_fraction, check_positive, harmless
 
-# A larger model is a typing error, or a config that was made to keep the tracer busy for ever.
+# A larger model is a typing error, or a config that was made to keep the tracer busy indefinitely.
 MAX_LAYERS, MAX_PARAMETERS = 10_000, 1e14
 
 REMAT_POLICIES: dict[str, Any] = {

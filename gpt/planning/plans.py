@@ -130,7 +130,7 @@ def plan(config: Config, topology: str, use_cache: bool = True) -> report.Report
 def plan_elsewhere(config: Config, topology: str, use_cache: bool = True) -> report.Report:
     """Returns `plan`, made in another process.
 
-    Compilation for absent devices changes JAX's settings and takes gigabytes of memory; a process of its own keeps
+    Compilation for absent devices changes JAX's settings and takes gigabytes of memory; a separate process keeps
     both from the caller. Several can run at once.
 
     Raises:

@@ -126,7 +126,7 @@ class TensorBoard:
                 self._file.flush()
                 self._flushed_at = time.time()
             self._failed = False
-        except Exception as error:  # each client of a bucket raises exceptions of its own types
+        except Exception as error:  # each client of a bucket raises its own types of exceptions
             self._file, self._pending = None, self._pending[-MAX_PENDING:]
             if not self._failed:
                 self._say(
