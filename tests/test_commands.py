@@ -206,7 +206,7 @@ class Terminal:
 
 def test_prompt_loop_on_a_terminal(trained):
     terminal = Terminal("gpt.sample", f"--workdir={trained[0]}", "--num_tokens=12")
-    terminal.wait_for("ends.*prompt> ")
+    terminal.wait_for("exits.*prompt> ")
     terminal.type("KING\n")
     terminal.wait_for("KING\r\nKING.*prompt> ")
     terminal.type("жизнь\n")

@@ -264,6 +264,10 @@ def _outside(folder):
             lambda folder: (folder / "gpt_tokenizer.json").unlink(),
             r"no tokenizer: .*hf has to be a folder with vocab\.json",
         ),
+        (
+            lambda folder: (folder / "gpt_tokenizer.json").write_text('{"name": "labels", "names": ["a"]}'),
+            r"gpt_tokenizer\.json is damaged \(it holds names of classes\)",
+        ),
         (shutil.rmtree, r"--from_hf=.*: there is no such folder"),
     ],
 )

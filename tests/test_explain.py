@@ -90,7 +90,7 @@ def test_a_text_of_the_wrong_length_is_refused(run):
 
 
 def test_the_page_holds_all_and_no_text_ends_its_script(run):
-    page = explanation.page(explanation.explain(run, "is <light> it"), "title")
+    page = explanation.explain(run, "is <light> it").page("title")
     data = page.split("const d = ")[1].split(", [L, H, T]")[0]
     assert "<" not in data
     assert "".join(json.loads(data)["pieces"]) == "is <light> it"
