@@ -3,7 +3,6 @@
 Every array that is read is compared with its digest in the record, so a damaged checkpoint is reported and never used.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import math
@@ -75,9 +74,8 @@ class Checkpoint:
 
     def check_fits(self, **abstract: Any) -> None:
         """Raises UserError unless the items have the arrays of these trees; see `restore`."""
-        with self._explained():
-            for item, tree in stacked_shapes(abstract).items():
-                self._check_shapes(item, _shapes(tree))
+        for item, tree in stacked_shapes(abstract).items():
+            self._check_shapes(item, _shapes(tree))
 
     def restore(self, **abstract: Any) -> dict[str, Any]:
         """Returns the named items (`params`, `optimizer`). Every process calls this.
@@ -96,11 +94,12 @@ class Checkpoint:
         try:
             self.check_fits(**abstract)
             handler = ocp.StandardCheckpointHandler()
-            with self._explained():
-                for item, tree in stacked.items():
-                    restored[item] = handler.restore(self.folder / item, args=ocp.args.StandardRestore(tree))
+            restored = {
+                item: handler.restore(self.folder / item, args=ocp.args.StandardRestore(tree))
+                for item, tree in stacked.items()
+            }
         except Exception as error:
-            failure = error
+            failure = self._explain(error)  # a new exception, whose traceback keeps no arrays in memory
         # The operations that follow are collective, so either all processes continue or none does.
         if cluster.is_several() and not multihost_utils.process_allgather(np.array(failure is None)).all():
             failure = failure or Damaged(self.folder, "another process cannot read it")
@@ -119,14 +118,15 @@ class Checkpoint:
           UserError: a parameter is missing or has another shape, or the storage does not answer.
         """
         handler = ocp.PyTreeCheckpointHandler()
-        with self._explained():
-            self._check_shapes("params", shapes)
+        self._check_shapes("params", shapes)
         for name in shapes:
             item = unflatten_dict({name: 0}, sep="/")
             types = unflatten_dict({name: ocp.RestoreArgs(restore_type=np.ndarray)}, sep="/")
             args = ocp.args.PyTreeRestore(item, restore_args=types, partial_restore=True)
-            with self._explained():
+            try:
                 restored = handler.restore(self.folder / "params", args=args)
+            except Exception as error:
+                raise self._explain(error) from error
             (array,) = jax.tree.leaves(restored)
             self.compare({f"params/{name}": integrity.on_host(array)})
             yield array
@@ -161,32 +161,31 @@ class Checkpoint:
 
     def _check_shapes(self, item: str, expected: dict[str, tuple[int, ...]]) -> None:
         """Raises an error unless an item has arrays of exactly these names and shapes."""
-        saved = ocp.PyTreeCheckpointHandler().metadata(self.folder / item)
-        shapes = _shapes(saved.tree)
-        if {f"{item}/{name}" for name in shapes} - self.record.arrays.keys():
-            raise Damaged(self.folder, f"{item}/_METADATA: not the arrays that were saved")
-        for leaf in jax.tree.leaves(saved.tree, is_leaf=_is_array):
-            # TensorStore allocates a chunk before it reads it, and ends the process if there is not enough memory.
-            chunk = leaf.storage.chunk_shape if leaf.storage else None
-            if chunk and math.prod(chunk) > max(math.prod(leaf.shape), 1):
-                raise ValueError(f"{leaf.name} has chunks of {_sizes(chunk)}, larger than the array")
+        try:
+            saved = ocp.PyTreeCheckpointHandler().metadata(self.folder / item)
+            shapes = _shapes(saved.tree)
+            if {f"{item}/{name}" for name in shapes} - self.record.arrays.keys():
+                raise ValueError(f"{item}/_METADATA: not the arrays that were saved")
+            for leaf in jax.tree.leaves(saved.tree, is_leaf=_is_array):
+                # TensorStore allocates a chunk before it reads it, and ends the process if there is too little memory.
+                chunk = leaf.storage.chunk_shape if leaf.storage else None
+                if chunk and math.prod(chunk) > max(math.prod(leaf.shape), 1):
+                    raise ValueError(f"{leaf.name} has chunks of {_sizes(chunk)}, larger than the array")
+        except Exception as error:
+            raise self._explain(error) from error
         for name in sorted(shapes.keys() | expected.keys()):
             if shapes.get(name) != expected.get(name):
                 sizes = f"{_sizes(shapes.get(name))} in the checkpoint, and {_sizes(expected.get(name))} by the config"
                 raise UserError(f"{self.folder} does not fit the config: {name} is {sizes}.")
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turns errors of reading into Damaged, or UserError if the storage does not answer; bugs are left alone."""
-        try:
-            yield
-        except Exception as error:
-            is_explained = isinstance(error, UserError | RuntimeError | MemoryError)
-            if is_explained and not isinstance(error, NotImplementedError):  # orbax, for an unknown kind of array
-                raise
-            if isinstance(error, PermissionError | TimeoutError) or any(code in str(error) for code in TRANSIENT):
-                raise UserError(f"Cannot read {self.folder}: {reason(error)}.") from error
-            raise Damaged(self.folder, reason(error)) from error
+    def _explain(self, error: Exception) -> Exception:
+        """Returns Damaged for an error of reading, UserError if the storage does not answer, and bugs unchanged."""
+        is_known = isinstance(error, UserError | RuntimeError | MemoryError)
+        if is_known and not isinstance(error, NotImplementedError):  # orbax raises it for unknown kinds of arrays
+            return error
+        if isinstance(error, PermissionError | TimeoutError) or any(code in str(error) for code in TRANSIENT):
+            return UserError(f"Cannot read {self.folder}: {reason(error)}.")
+        return Damaged(self.folder, reason(error))
 
 
 def stacked_shapes(tree: Any) -> Any:

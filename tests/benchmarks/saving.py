@@ -64,7 +64,7 @@ def measure_saves(file: str, every: int, steps: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         settings = config.from_tree(tree)
         backend.set_xla_options()  # as gpt.main does
-        backend.divide_cpu(settings, settings.train.batch_size // settings.train.micro_batches)
+        backend.divide_cpu(settings.work(settings.train.batch_size // settings.train.micro_batches))
         workdir = Workdir(folder)
         train.train(settings, workdir)
         newest = Path(folder, "checkpoints", str(workdir.checkpoints().last()))
