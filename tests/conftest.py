@@ -22,11 +22,15 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
 os.environ.pop("GPT_CACHE_DIR", None)
 
+import atexit  # noqa: E402
 import dataclasses  # noqa: E402
+import functools  # noqa: E402
 import gc  # noqa: E402
+import shutil  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
@@ -67,25 +71,39 @@ def tiny(play) -> Config:
     )
 
 
-@pytest.fixture(scope="session")
-def warm(tmp_path_factory) -> list[str]:
-    """The first words of a command line that starts a module of `gpt` in a fork of a process that has imported it."""
-    script, path = str(ROOT / "tests" / "forked.py"), tmp_path_factory.mktemp("server") / "socket"
-    with subprocess.Popen([sys.executable, script, str(path)], stdin=subprocess.PIPE, cwd=ROOT) as server:
-        while not path.exists():
-            assert server.poll() is None, "the process that imports everything has ended"
-            time.sleep(0.02)
-        os.environ["GPT_TEST_SERVER"] = str(path)
-        yield [sys.executable, "-IS", script]
-        server.stdin.close()
+@functools.cache
+def warm() -> list[str]:
+    """The first words of a command line that starts a module in a fork of a process that has imported all of `gpt`."""
+    script, path = str(ROOT / "tests" / "forked.py"), Path(tempfile.mkdtemp(prefix="gpt-test-server-")) / "socket"
+    server = subprocess.Popen([sys.executable, script, str(path)], stdin=subprocess.PIPE, cwd=ROOT)
+    atexit.register(lambda: (server.communicate(), shutil.rmtree(path.parent)))
+    while not path.exists():
+        assert server.poll() is None, "the process that imports everything has ended"
+        time.sleep(0.02)
+    os.environ["GPT_TEST_SERVER"] = str(path)
+    return [sys.executable, "-IS", script]
 
 
 @pytest.fixture(scope="session")
-def command(warm):
-    """Runs `python -m gpt.NAME FLAGS…` as a user would; with `fresh`, in a process that imports everything itself."""
+def command():
+    """Runs `python -m gpt.NAME FLAGS…` as a user would, in a fork of a process that has imported everything.
 
-    def run(name: str, *flags: str, fresh: bool = False, **options) -> subprocess.CompletedProcess:
+    With `fresh`, the command imports everything itself, and does not find the packages that `missing` names.
+    """
+
+    def run(
+        name: str, *flags: str, fresh: bool = False, missing: Sequence[str] = (), **options
+    ) -> subprocess.CompletedProcess:
         options = {"capture_output": True, "text": True, "timeout": 300, "cwd": ROOT} | options
-        return subprocess.run([*([sys.executable] if fresh else warm), "-m", f"gpt.{name}", *flags], **options)
+        start = ["-m", f"gpt.{name}"]
+        if missing:
+            hide = f"sys.modules.update(dict.fromkeys({missing!r}))"
+            start = ["-c", f"import runpy, sys; {hide}; runpy.run_module('gpt.{name}', None, '__main__', True)"]
+        if fresh or missing:
+            return subprocess.run([sys.executable, *start, *flags], **options)
+        start = [*warm(), *start]
+        if "env" in options:
+            options["env"] = options["env"] | {"GPT_TEST_SERVER": os.environ["GPT_TEST_SERVER"]}
+        return subprocess.run([*start, *flags], **options)
 
     return run

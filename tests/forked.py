@@ -9,11 +9,10 @@ pay hundreds of times. The process that has imported them serves a Unix socket:
 The second form passes its environment, folder, standard streams and signals to a fork of the server, and ends as the
 fork ends: by the same exit code or signal. The fork ends when the process that asked for it is killed. The fork becomes
 a new `python -m` where the environment differs in a variable that Python or a library reads while it starts.
-
-GPT_TEST_MISSING names packages, separated by commas, that the command does not find.
 """
 
 import array
+import gc
 import json
 import os
 import select
@@ -50,8 +49,6 @@ def run(module: str, flags: list[str]) -> None:
     import atexit
     import runpy
 
-    missing = os.environ.get("GPT_TEST_MISSING", "")
-    sys.modules.update(dict.fromkeys(missing.split(",") if missing else ()))
     sys.argv = [module, *flags]
     sys.path[0] = os.getcwd()
     code = 0
@@ -111,6 +108,8 @@ def attend(connection: socket.socket) -> None:
 
 def serve(path: str) -> None:
     warm_up()
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy all pages
     assert threading.active_count() == 1, "a fork has only one of the threads of its parent"
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that no zombies remain
     with socket.socket(socket.AF_UNIX) as server:

@@ -22,6 +22,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
+from conftest import warm
 
 from gpt import train
 from gpt.checkpointing.workdir import Workdir
@@ -59,12 +61,13 @@ class Processes:
 
     def __init__(self, count, module, *flags, own_flags=None, devices=2):
         self.port = free_port()
+        start = warm()
         env = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         self.all = []
         for i in range(count):
             several = (f"--coordinator=127.0.0.1:{self.port}", f"--num_processes={count}", f"--process_id={i}")
             command = [
-                sys.executable,
+                *start,
                 "-m",
                 module,
                 *flags,

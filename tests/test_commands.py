@@ -438,8 +438,7 @@ def test_a_mistake_is_one_sentence(mistaken, trained, play, command, tool, name)
             usual = [*SMALL, *data, *([] if "workdir" in has else usual)]
     elif tool != "plan" and "--workdir" not in has:
         usual = [f"--workdir={trained[0]}"]
-    environment = os.environ | env | {"GPT_TEST_MISSING": ",".join(missing)}
-    done = command(tool, *usual, *flags, env=environment, stdin=subprocess.DEVNULL)
+    done = command(tool, *usual, *flags, missing=missing, env=os.environ | env, stdin=subprocess.DEVNULL)
     assert done.returncode == code, done.stdout + done.stderr
     assert done.stderr.startswith("error: ")
     assert re.search(sentence, done.stderr), done.stderr

@@ -109,6 +109,8 @@ def test_a_config_builds(name):
     with layout.use():
         batch = compiling.batch(config, program)
         _, measured = jax.eval_shape(program.train_step, program.abstract_state, batch)
+        with jax.numpy_dtype_promotion("strict"):  # the optimizer, which is optax's, relies on promotion
+            jax.eval_shape(program.eval_step, program.abstract_state.params, batch)
     assert measured["loss"].shape == ()
     assert program.model.config.summary() in next(reporting.describe(program, config, None, 1, 1))
 
