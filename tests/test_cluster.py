@@ -22,7 +22,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
 from conftest import warm
 
 from gpt import train
