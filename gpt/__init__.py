@@ -6,7 +6,7 @@
     gpt.train_model(config, "runs/first")
     model = gpt.load_model("runs/first")
     print(model.generate("ROMEO:", num_tokens=200), model.evaluate())
-    print(gpt.plan_step(config, "v5e:4x4")["seconds"])
+    print(gpt.plan_step(gpt.read_config("configs/pretrain.py:gpt2-124m"), "v5e:4x4")["seconds"]["mfu"])
 
 Importing this package imports no JAX. The commands (`python -m gpt.main` and the others) call the same functions.
 """

@@ -97,7 +97,7 @@ def fit_palette(pixels_NxC: np.ndarray, size: int) -> np.ndarray:
         chosen = np.random.default_rng(0).choice(len(colors_KxC), FITTED_COLORS, replace=False, p=weights_K)
         colors_KxC, counts_K = colors_KxC[chosen], counts_K[chosen]
     with threadpool_limits(1):  # the order in which threads add up would change the rounding
-        means = KMeans(size, n_init=1, random_state=0).fit(colors_KxC.astype(np.float32), sample_weight=counts_K)
+        means = KMeans(size, n_init=4, random_state=0).fit(colors_KxC.astype(np.float32), sample_weight=counts_K)
     return np.unique(np.round(means.cluster_centers_).astype(np.uint8), axis=0)
 
 
