@@ -30,6 +30,7 @@ from gpt.config import from_tree
 from gpt.runtime import cluster, lifeline, tensorboard, versions
 from gpt.runtime.errors import UsageError, UserError
 
+pytestmark = pytest.mark.process
 ROOT = Path(__file__).parent.parent
 
 MODEL = (

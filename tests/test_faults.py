@@ -31,6 +31,7 @@ from gpt.checkpointing.workdir import Workdir
 from gpt.runtime import progress, tensorboard
 from gpt.runtime.errors import UserError
 
+pytestmark = pytest.mark.process
 ROOT = Path(__file__).parent.parent
 STEPS, EVERY = 120, 20
 FLAGS = (

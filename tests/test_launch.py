@@ -18,6 +18,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+pytestmark = pytest.mark.process
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
