@@ -61,7 +61,9 @@ class Checkpoints:
                 self._damaged[step] = error
 
     def __getitem__(self, step: int) -> Checkpoint:
-        """Returns the checkpoint of a step."""
+        """Returns the checkpoint of a step. Raises Damaged if its record is damaged."""
+        if step in self._damaged:
+            raise self._damaged[step]
         return self._saved[step]
 
     def last(self) -> int | None:
@@ -107,11 +109,11 @@ class Checkpoints:
 
     def check_fits(self, step: int, **abstract: Any) -> None:
         """Raises UserError unless `restore` with the same arguments would find arrays of these names and shapes."""
-        self._saved[step].check_fits(**abstract)
+        self[step].check_fits(**abstract)
 
     def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
         """Returns the named items of a step; see `Checkpoint.restore`."""
-        return self._saved[step].restore(**abstract)
+        return self[step].restore(**abstract)
 
     def last_whole(self, restore: Callable[[int], Any]) -> tuple[int, Any] | None:
         """Returns the newest step that can be restored and the result of `restore(step)`; None if nothing was saved.
