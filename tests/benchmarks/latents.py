@@ -32,7 +32,7 @@ def main() -> None:
     config = from_tree(
         runpy.run_path(str(Path(__file__).parent.parent.parent / "configs/perceiver_ar.py"))["get_config"]()
     )
-    backend.divide_cpu(config, config.train.batch_size)
+    backend.divide_cpu(config.work(config.train.batch_size))
     latents = config.model
     shared = {field.name: getattr(latents, field.name) for field in dataclasses.fields(GPTConfig)}
     whole = GPTConfig(**shared | {"family": "gpt", "num_layers": latents.num_layers + 1})

@@ -47,7 +47,7 @@ def ours(size: str, dropout: float, forward: bool) -> Work:
     model = GPTConfig(vocab_size=vocab, block_size=length, **shape, **rates)
     settings = config.Config(model=model, train=config.TrainConfig(batch_size=rows))
     backend.set_xla_options()
-    backend.divide_cpu(settings, rows)
+    backend.divide_cpu(settings.work(rows))
     built = step.build(settings, vocab, sharding.make_layout(settings.mesh), 1000)
     tokens = np.random.default_rng(0).integers(0, vocab, (rows, length + 1), np.int32)
     with built.layout.use():
