@@ -17,6 +17,7 @@ GUIDES = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in ("README.md", "*/README.md", "gpt/*/README.md", "launch/*.md", ".github/*.md")
     for path in ROOT.glob(pattern)
+    if not path.relative_to(ROOT).parts[0].startswith(".pytest")
 )
 
 # Commands that do not run, by the first word or words: what they need.

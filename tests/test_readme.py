@@ -177,3 +177,13 @@ def test_python_of_readme_runs(tmp_path, play):
     )
     assert result.returncode == 0, result.stderr
     assert "'loss'" in result.stdout
+
+
+def test_every_test_in_the_table_of_faults_exists():
+    rows = [line for line in text_of("gpt/checkpointing/README.md").splitlines() if "`test_" in line]
+    assert len(rows) > 50
+    for row in rows:
+        for file, fragments in re.findall(r"`(test_\w+\.py)`: ((?:`\w+`(?: \([^)]*\))?(?:, |; )?)+)", row):
+            names = re.findall(r"^def (test_\w+)", text_of(f"tests/{file}"), re.M)
+            for fragment in re.findall(r"`(\w+)`", fragments):
+                assert any(fragment in name for name in names), f"{file}: {fragment}"

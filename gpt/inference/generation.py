@@ -210,7 +210,7 @@ class Generator:
         return self.layout.for_decoding(rows).batch
 
     def _constrain(self, cache: Any, rows: int) -> Any:
-        """So that what one program gives is laid out as the next one wants it."""
+        """Constrains a cache to the sharding that every program of the generator expects and returns."""
         layout = self.layout.for_decoding(rows)
 
         def constrain(path, x):
