@@ -19,7 +19,7 @@ from gpt.data import paths
 from gpt.data.base import DataConfig, Dataset, ModelShape, Say, Shown, refuse_stride
 from gpt.data.tokenizers import Labels
 from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_choice, check_positive, harmless
+from gpt.runtime.fields import check_choice, check_not_negative, check_part, check_positive, harmless
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,13 +57,10 @@ class ImagesConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(f"data.validation_fraction={self.validation_fraction} has to lie between 0 and 1.")
+        check_part("data", self, "validation_fraction")
         if not 0 < self.crop <= 1:
             raise UserError(f"data.crop={self.crop} has to be greater than 0 and at most 1.")
-        for name in ("shift", "resize"):
-            if getattr(self, name) < 0:
-                raise UserError(f"data.{name}={getattr(self, name)} must not be negative.")
+        check_not_negative("data", self, "shift", "resize")
         check_positive("data", self, "threads")
         check_choice("data.resample", self.resample, FILTERS)
 
