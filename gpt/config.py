@@ -21,7 +21,7 @@ from gpt.models.gpt import GPTConfig
 from gpt.optimizer import OptimizerConfig
 from gpt.runtime.backend import Work
 from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_choice, check_positive, harmless, harmless_names, named
+from gpt.runtime.fields import check_choice, check_not_negative, check_positive, harmless, harmless_names, named
 from gpt.runtime.files import read_json
 from gpt.sharding import MeshConfig
 
@@ -56,9 +56,7 @@ class TrainConfig:
             raise UserError(
                 "train.spike_factor needs train.on_nonfinite=stop or rollback: a spike is known after its update only."
             )
-        for name in ("steps", "epochs", "tokens", "eval_every", "sample_tokens"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"train.{name}={getattr(self, name)} must not be negative.")
+        check_not_negative("train", self, "steps", "epochs", "tokens", "eval_every", "sample_tokens")
         lengths = [
             f"train.{name}={getattr(self, name):g}" for name in ("steps", "epochs", "tokens") if getattr(self, name)
         ]

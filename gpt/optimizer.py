@@ -12,7 +12,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_choice, check_fraction, check_positive
+from gpt.runtime.fields import check_choice, check_fraction, check_not_negative, check_positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +37,7 @@ class OptimizerConfig:
         check_choice("optimizer.name", self.name, ("adamw", "muon"))
         check_choice("optimizer.decay", self.decay, ("cosine", "linear"))
         check_fraction("optimizer", self, "b1", "b2", "momentum")
-        for name in ("warmup_tokens", "decay_tokens", "weight_decay", "clip_norm"):
-            if not getattr(self, name) >= 0:
-                raise UserError(f"optimizer.{name}={getattr(self, name)} must not be negative.")
+        check_not_negative("optimizer", self, "warmup_tokens", "decay_tokens", "weight_decay", "clip_norm")
         if not 0 <= self.final_fraction <= 1:
             raise UserError(f"optimizer.final_fraction={self.final_fraction} has to lie between 0 and 1.")
 

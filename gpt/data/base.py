@@ -13,7 +13,7 @@ import numpy as np
 from gpt.data import tokenizers
 from gpt.data.tokenizers import Labels, Tokenizer, TokenizerConfig
 from gpt.runtime.errors import UsageError, UserError
-from gpt.runtime.fields import harmless
+from gpt.runtime.fields import check_not_negative, harmless
 
 KINDS = {
     "text": "gpt.data.text:TextConfig",
@@ -132,8 +132,7 @@ class DataConfig:
     gives: ClassVar[str] = "tokens"
 
     def __post_init__(self) -> None:
-        if self.prefetch < 0:
-            raise UserError(f"data.prefetch={self.prefetch} must not be negative.")
+        check_not_negative("data", self, "prefetch")
 
     @property
     def vocab_size(self) -> int:

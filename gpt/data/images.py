@@ -9,7 +9,6 @@ import hashlib
 import importlib.util
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -19,7 +18,7 @@ from gpt.data import paths
 from gpt.data.base import DataConfig, Dataset, ModelShape, Say, Shown, refuse_stride
 from gpt.data.tokenizers import Labels
 from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_choice, check_positive, harmless
+from gpt.runtime.fields import check_choice, check_not_negative, check_part, check_positive, harmless
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,13 +56,10 @@ class ImagesConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(f"data.validation_fraction={self.validation_fraction} has to lie between 0 and 1.")
+        check_part("data", self, "validation_fraction")
         if not 0 < self.crop <= 1:
             raise UserError(f"data.crop={self.crop} has to be greater than 0 and at most 1.")
-        for name in ("shift", "resize"):
-            if getattr(self, name) < 0:
-                raise UserError(f"data.{name}={getattr(self, name)} must not be negative.")
+        check_not_negative("data", self, "shift", "resize")
         check_positive("data", self, "threads")
         check_choice("data.resample", self.resample, FILTERS)
 
@@ -217,8 +213,6 @@ def _cut(
 ) -> np.ndarray:
     from PIL import Image
 
-    if box == (0, 0, size, size):
-        return np.asarray(image.crop(box))
     return np.asarray(image.resize((size, size), Image.Resampling[resample.upper()], box, **options))
 
 
@@ -304,23 +298,25 @@ def _load_folder(config: ImagesConfig, labels: Labels | None, say: Say) -> Folde
     root = paths.located(config.path, "data.path", "folder")
     listing = paths.Listing(root, "data.path")
     folders = _subfolders(listing, root)
-    if "train" not in folders:
-        names = labels.names if labels else tuple(folders)
-        files, classes = _listed(listing, folders, names)
-        listing.say(say)
-        return _split(config, files, classes, Labels(names), _digest(root, files))
-    held_out = next((name for name in VALIDATION_FOLDERS if name in folders), None)
-    if held_out is None:
-        raise UserError(f"{root} has a folder train, but no folder val with images for validation.")
-    for name, folder in folders.items():
-        if name not in ("train", held_out):
-            listing.leave_out(f"beside train and {held_out}", folder)
-    sides = [_subfolders(listing, folders[side]) for side in ("train", held_out)]
-    names = labels.names if labels else tuple(sides[0])
-    train, validation = (_listed(listing, side, names) for side in sides)
+    sides = [folders]
+    if "train" in folders:
+        held_out = next((name for name in VALIDATION_FOLDERS if name in folders), None)
+        if held_out is None:
+            raise UserError(f"{root} has a folder train, but no folder val with images for validation.")
+        for name, folder in folders.items():
+            if name not in ("train", held_out):
+                listing.leave_out(f"beside train and {held_out}", folder)
+        sides = [_subfolders(listing, folders[side]) for side in ("train", held_out)]
+    labels = labels or Labels(tuple(sides[0]))
+    parts = [_listed(listing, side, labels.names) for side in sides]
     listing.say(say)
-    fingerprint = _digest(root, [*train[0], *validation[0]]).hexdigest()[:32]
-    return Folders(config, train, validation, Labels(names), fingerprint)
+    # Names and sizes identify the files, because reading the contents of a large folder would take hours.
+    listed = [[str(file.relative_to(root)), file.stat().st_size] for files, _ in parts for file in files]
+    digest = hashlib.sha256(json.dumps(listed).encode())
+    if len(parts) == 1:
+        return _split(config, *parts[0], labels, digest)
+    train, validation = parts
+    return Folders(config, train, validation, labels, digest.hexdigest()[:32])
 
 
 def _subfolders(listing: paths.Listing, folder: Path) -> dict[str, Path]:
@@ -353,12 +349,6 @@ def _listed(listing: paths.Listing, folders: dict[str, Path], names: tuple[str, 
         files += inside
         classes += [names.index(name)] * len(inside)
     return np.array(files, object), np.array(classes, np.int32)
-
-
-def _digest(root: Path, files: Iterable[Path]) -> Any:
-    """Returns a hash of names and sizes, because reading the contents of a large folder would take hours."""
-    listed = [[str(file.relative_to(root)), file.stat().st_size] for file in files]
-    return hashlib.sha256(json.dumps(listed).encode())
 
 
 def _split(config: ImagesConfig, images: np.ndarray, classes: np.ndarray, labels: Labels, digest: Any) -> Folders:

@@ -14,7 +14,7 @@ from gpt.data.tokens import make_tokenizer, scan, shakespeare, tokenise
 from gpt.runtime import cache
 from gpt.runtime.cache import Cache
 from gpt.runtime.errors import UsageError, UserError
-from gpt.runtime.fields import harmless
+from gpt.runtime.fields import check_part, harmless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +33,7 @@ class TextConfig(DataConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(f"data.validation_fraction={self.validation_fraction} has to lie between 0 and 1.")
+        check_part("data", self, "validation_fraction")
 
     def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Corpus":
         return load(self, tokenizer, model and model.length, say, status)
@@ -46,9 +45,8 @@ class TextConfig(DataConfig):
         return tokenizer
 
     def opened(self, path: str | None = None) -> "TextConfig":
-        config = dataclasses.replace(
-            self, cache_dir=""
-        )  # the author of a workdir must not choose where files are written
+        # The author of a workdir must not choose where files are written.
+        config = dataclasses.replace(self, cache_dir="")
         return config if path is None else dataclasses.replace(config, path=path, validation_path="")
 
     @property

@@ -57,8 +57,7 @@ class ViTConfig(BlockConfig):
 
     def __post_init__(self):
         check_positive("model", self, "image_size", "channels", "patch_size")
-        if self.channels not in (1, 3):
-            raise UserError(f"model.channels={self.channels} is not known; choose one of 1, 3.")
+        check_choice("model.channels", self.channels, (1, 3))
         check_choice("model.pooling", self.pooling, self.pooling_kinds)
         if self.image_size > MAX_SIZE:
             raise UserError(f"model.image_size={self.image_size} is beyond {MAX_SIZE:,} pixels.")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from gpt.runtime.errors import UserError
@@ -40,15 +40,28 @@ def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
 
 def check_positive(section: str, config: object, *names: str) -> None:
     """Raises UserError unless each named attribute of `config` is a number greater than 0."""
-    for name in names:
-        value = getattr(config, name)
-        if not (isinstance(value, int | float) and value > 0):
-            raise UserError(f"{section}.{name}={value!r} has to be greater than 0.")
+    _check(section, config, names, lambda value: value > 0, "has to be greater than 0")
+
+
+def check_not_negative(section: str, config: object, *names: str) -> None:
+    """Raises UserError unless each named attribute of `config` is a number of at least 0."""
+    _check(section, config, names, lambda value: value >= 0, "must not be negative")
 
 
 def check_fraction(section: str, config: object, *names: str) -> None:
     """Raises UserError unless each named attribute of `config` is a number in [0, 1)."""
+    _check(section, config, names, lambda value: 0 <= value < 1, "has to be at least 0 and less than 1")
+
+
+def check_part(section: str, config: object, *names: str) -> None:
+    """Raises UserError unless each named attribute of `config` is a number in (0, 1)."""
+    _check(section, config, names, lambda value: 0 < value < 1, "has to lie between 0 and 1")
+
+
+def _check(
+    section: str, config: object, names: tuple[str, ...], is_valid: Callable[[float], bool], requirement: str
+) -> None:
     for name in names:
         value = getattr(config, name)
-        if not (isinstance(value, int | float) and 0 <= value < 1):
-            raise UserError(f"{section}.{name}={value!r} has to be at least 0 and less than 1.")
+        if not (isinstance(value, int | float) and is_valid(value)):
+            raise UserError(f"{section}.{name}={value!r} {requirement}.")
