@@ -11,7 +11,7 @@ import re
 import select
 import sys
 import threading
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from absl import logging
 
@@ -61,9 +61,7 @@ def install() -> None:
 
 def continue_without_output() -> None:
     """Makes the program continue if standard output or standard error fails. Requires `install`."""
-    out, err = (stream.buffer for stream in (sys.stdout, sys.stderr))
-    assert isinstance(out, _Descriptor)
-    assert isinstance(err, _Descriptor)
+    out, err = (cast(_Descriptor, stream.buffer) for stream in (sys.stdout, sys.stderr))
     out.raises, out.other, err.other = False, err, out
 
 
