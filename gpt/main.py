@@ -25,8 +25,9 @@ __doc__ += f"\n{config.help_text()}\n"
 def main() -> int:
     settings = config_files.read(_CONFIG.value, cli.overrides())
     workdir = _WORKDIR.value or config_files.default_workdir(_CONFIG.value)
-    options = {"allow_config_change": _ALLOW_CONFIG_CHANGE.value, "profile": _PROFILE.value}
-    return gpt.train_model(settings, workdir, **options, job=_JOB())
+    return gpt.train_model(
+        settings, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value, profile=_PROFILE.value, job=_JOB()
+    )
 
 
 if __name__ == "__main__":
