@@ -24,12 +24,9 @@ __doc__ += f"\n{config.help_text()}\n"
 
 def main() -> int:
     settings = config_files.read(_CONFIG.value, cli.overrides())
+    workdir = _WORKDIR.value or config_files.default_workdir(_CONFIG.value)
     return gpt.train_model(
-        settings,
-        _WORKDIR.value or config_files.default_workdir(_CONFIG.value),
-        allow_config_change=_ALLOW_CONFIG_CHANGE.value,
-        profile=_PROFILE.value,
-        job=_JOB(),
+        settings, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value, profile=_PROFILE.value, job=_JOB()
     )
 
 

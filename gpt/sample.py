@@ -22,6 +22,7 @@ from gpt.runtime import cli, cluster
 
 _WORKDIR = cli.define_workdir_flag()
 _CHECKPOINT = cli.define_checkpoint_flag()
+_JOB = cli.define_cluster_flags()
 _PROMPT = flags.DEFINE_multi_string(
     "prompt",
     None,
@@ -29,30 +30,25 @@ _PROMPT = flags.DEFINE_multi_string(
     "stdin is a pipe or a file; on a terminal, a prompt loop starts. A classifier takes an image file, and a model of "
     "pixels class:NAME, half:FILE (an image whose lower half is generated), class:NAME,half:FILE, or an empty prompt.",
 )
-_NUM_TOKENS = flags.DEFINE_integer(
+flags.DEFINE_integer(
     "num_tokens", None, "Tokens in a sample. Default: 500 for a text, all of an answer or an image.", lower_bound=1
 )
-_NUM_SAMPLES = flags.DEFINE_integer(
-    "num_samples", 1, "Number of samples for each prompt.", lower_bound=1, upper_bound=1 << 16
-)
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: always the most probable token.")
-_TOP_K = flags.DEFINE_integer("top_k", None, "Sample from the k most probable tokens only.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Sample from the most probable tokens whose probabilities sum to p.")
-_REPETITION_PENALTY = flags.DEFINE_float(
+flags.DEFINE_integer("num_samples", 1, "Number of samples for each prompt.", lower_bound=1, upper_bound=1 << 16)
+flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: always the most probable token.")
+flags.DEFINE_integer("top_k", None, "Sample from the k most probable tokens only.")
+flags.DEFINE_float("top_p", None, "Sample from the most probable tokens whose probabilities sum to p.")
+flags.DEFINE_float(
     "repetition_penalty",
     1.0,
     "Reduces the logits of tokens that are already in the text; 1: no penalty, 1.2: a usual value.",
 )
-_LOGPROBS = flags.DEFINE_bool(
+flags.DEFINE_bool(
     "logprobs", False, "Print a line of JSON for each sample, with its tokens and their log-probabilities."
 )
-_SEED = flags.DEFINE_integer("seed", 0, "Equal seeds give equal samples.", lower_bound=0, upper_bound=2**32 - 1)
-_STOP = flags.DEFINE_string("stop", "", "End a sample before this text.")
-_STOP_NEWLINES = flags.DEFINE_integer(
-    "stop_newlines", 0, "End a sample with its n-th line feed; 0: do not.", lower_bound=0
-)
-_OUT = flags.DEFINE_string("out", "samples.png", "New file for the images of a model of pixels.")
-_JOB = cli.define_cluster_flags()
+flags.DEFINE_integer("seed", 0, "Equal seeds give equal samples.", lower_bound=0, upper_bound=2**32 - 1)
+flags.DEFINE_string("stop", "", "End a sample before this text.")
+flags.DEFINE_integer("stop_newlines", 0, "End a sample with its n-th line feed; 0: do not.", lower_bound=0)
+flags.DEFINE_string("out", "samples.png", "New file for the images of a model of pixels.")
 
 
 def main() -> None:
@@ -63,17 +59,8 @@ def main() -> None:
     prompts = _PROMPT.value
     if prompts is None and not cluster.share("terminal", lambda: sys.stdin is not None and sys.stdin.isatty()):
         prompts = [cluster.share("piped prompt", cli.read_stdin)]
-    options = sampling.Options(
-        Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value, _REPETITION_PENALTY.value),
-        num_tokens=_NUM_TOKENS.value,
-        num_samples=_NUM_SAMPLES.value,
-        logprobs=_LOGPROBS.value,
-        seed=_SEED.value,
-        stop_text=_STOP.value,
-        stop_newlines=_STOP_NEWLINES.value,
-        out=_OUT.value,
-    )
-    rows = len(prompts or [""]) * _NUM_SAMPLES.value
+    options = sampling.Options(Sampling(**cli.values(Sampling)), **cli.values(sampling.Options))
+    rows = len(prompts or [""]) * options.num_samples
     sampling.run(gpt.load_model(_WORKDIR.value, _CHECKPOINT.value, rows=rows), prompts, options)
 
 

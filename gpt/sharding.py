@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from gpt.runtime import hardware
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import harmless
+from gpt.runtime.progress import columns
 
 # The mesh axes, from the slowest links between devices to the fastest.
 AXES = ("data", "fsdp", "sequence", "model")
@@ -299,15 +300,12 @@ def parameters(params: Any, logical_axes: Any) -> list[Parameter]:
 
 def table(parameters: list[Parameter]) -> Iterator[str]:
     """Yields the lines of a text table of `parameters`."""
-    lines = [("parameter", "shape", "logical axes", "sharded over", "bytes a device")]
+    lines = [("parameter", "shape", "logical axes", "sharded over", "bytes a device", "")]
     for p in parameters:
         shards = ", ".join("+".join(axes) or "-" for axes in p.over)
         times = f"{p.count} × " if p.count > 1 else ""
-        lines.append((p.name, " × ".join(map(str, p.shape)), ", ".join(p.axes), shards, f"{times}{p.bytes:,}"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for *left, last in lines:
-        cells = [cell.ljust(width) for cell, width in zip(left, widths[:-1], strict=True)]
-        yield "  ".join([*cells, last.rjust(widths[-1])])
+        lines.append((p.name, " × ".join(map(str, p.shape)), ", ".join(p.axes), shards, f"{times}{p.bytes:,}", ""))
+    yield from columns(lines, left=4)
 
 
 def path_name(path: tuple) -> str:

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -95,8 +96,6 @@ def _attention(intermediates: dict[str, Any], layers: int, is_stacked: bool) -> 
         block = intermediates["blocks" if is_stacked else f"block_{i}"]["attention"]
         (q,), (k,) = block["queries"], block["keys"]
         q_TxHxK, k_TxHxK = (np.asarray(x[i][0] if is_stacked else x[0], np.float32) for x in (q, k))
-        scores_HxTxT = np.einsum("thk,shk->hts", q_TxHxK, k_TxHxK) / math.sqrt(q_TxHxK.shape[-1])
-        scores_HxTxT = np.where(np.tri(len(q_TxHxK)) > 0, scores_HxTxT, -np.inf)
-        scores_HxTxT = np.exp(scores_HxTxT - scores_HxTxT.max(axis=-1, keepdims=True))
-        weights.append(scores_HxTxT / scores_HxTxT.sum(axis=-1, keepdims=True))
+        mask_TxT = np.tri(len(q_TxHxK), dtype=bool)
+        weights.append(nn.dot_product_attention_weights(q_TxHxK, k_TxHxK, mask=mask_TxT, precision="highest"))
     return np.stack(weights)

@@ -147,7 +147,7 @@ class Generator:
             return self._constrain(config.init_cache(jnp.zeros(rows, jnp.int32), capacity), rows)
 
         def grow(cache, rows, capacity):
-            larger = config.init_cache(jnp.zeros(rows, jnp.int32), capacity)
+            larger = empty(rows, capacity)
             put = jax.tree.map(lambda new, old: jax.lax.dynamic_update_slice(new, old, (0,) * old.ndim), larger, cache)
             return self._constrain(put, rows)
 
@@ -168,6 +168,7 @@ class Generator:
         def extend(params, cache, seen_BxV, token_B, position_B, finished_B, key_B, num_generated, count):
             """Generates `count` tokens in each unfinished row, from the row's last token and its position."""
             rows, key_B = len(token_B), jax.random.wrap_key_data(key_B)
+            by_row = layout.for_decoding(rows).batch
             tokens_NxB = jnp.full((segment, rows), -1, jnp.int32)
             logprobs_NxB = jnp.zeros((segment, rows)) if logprobs else None
 
@@ -178,7 +179,7 @@ class Generator:
             def step(carry):
                 i, cache, seen_BxV, token_B, position_B, finished_B, tokens_NxB, logprobs_NxB = carry
                 logits_Bx1xV, cache = run(params, cache, token_B[:, None], position_B)
-                logits_BxV = jax.lax.with_sharding_constraint(logits_Bx1xV[:, 0], self._rows(rows))
+                logits_BxV = jax.lax.with_sharding_constraint(logits_Bx1xV[:, 0], by_row)
                 penalised_BxV = logits_BxV
                 if seen_BxV is not None:
                     penalised_BxV = penalise(logits_BxV, seen_BxV, sampling.repetition_penalty)
@@ -197,7 +198,7 @@ class Generator:
             carry = jnp.int32(0), cache, seen_BxV, token_B, position_B, finished_B, tokens_NxB, logprobs_NxB
             _, cache, seen_BxV, *rest = jax.lax.while_loop(is_unfinished, step, carry)
             if seen_BxV is not None:
-                seen_BxV = jax.lax.with_sharding_constraint(seen_BxV, self._rows(rows))
+                seen_BxV = jax.lax.with_sharding_constraint(seen_BxV, by_row)
             return self._constrain(cache, rows), seen_BxV, jax.lax.with_sharding_constraint(rest, layout.replicated)
 
         self.empty = jax.jit(empty, static_argnums=(0, 1))
@@ -205,12 +206,8 @@ class Generator:
         self.fill = jax.jit(fill, static_argnums=(5, 6), donate_argnums=1)
         self.extend = jax.jit(extend, donate_argnums=(1, 2))
 
-    def _rows(self, rows: int) -> NamedSharding:
-        """Returns the sharding of an array whose first axis is the rows."""
-        return self.layout.for_decoding(rows).batch
-
     def _constrain(self, cache: Any, rows: int) -> Any:
-        """Constrains a cache to the sharding that every program of the generator expects and returns."""
+        """Constrains the sharding of a cache to the same one in all programs."""
         layout = self.layout.for_decoding(rows)
 
         def constrain(path, x):
@@ -220,12 +217,7 @@ class Generator:
         return jax.tree_util.tree_map_with_path(constrain, cache)
 
     def start(
-        self,
-        params: Any,
-        prompts: Sequence[np.ndarray],
-        num_samples: int = 1,
-        seed: int = 0,
-        first_prompt: int = 0,
+        self, params: Any, prompts: Sequence[np.ndarray], num_samples: int = 1, seed: int = 0, first_prompt: int = 0
     ) -> "Decoding":
         """Starts continuing prompts together.
 
@@ -236,11 +228,10 @@ class Generator:
           first_prompt: number of the first prompt, if earlier calls with the same seed used the numbers below it.
         """
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
-        numbers = np.add.outer(
-            np.arange(first_prompt, first_prompt + len(prompts)) * MAX_SAMPLES, np.arange(num_samples)
-        )
+        first_numbers = (first_prompt + np.arange(len(prompts))) * MAX_SAMPLES
+        numbers = np.add.outer(first_numbers, np.arange(num_samples)).ravel().astype(np.uint32)
         # NumPy arrays, because a jax.Array on this process's devices alone cannot be moved to all processes.
-        streams = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers.ravel().astype(np.uint32))
+        streams = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
         return Decoding(self, params, rows, np.asarray(jax.random.key_data(streams)))
 
 
@@ -282,16 +273,15 @@ class Decoding:
         self._token_B = np.array([window[-1] for window in windows], np.int32)
         self._position_B = np.array([len(window) - 1 for window in windows], np.int32)
         self._limit_B = np.zeros(rows, np.int32)  # the first position that is beyond a row's window
-        layout = generator.layout
-        self._key_B = key_B
-        self._seen_BxV = None
+        layout = generator.layout.for_decoding(rows)
+        self._key_B, self._seen_BxV = key_B, None
         if generator.sampling.repetition_penalty != 1:
             seen_BxV = np.zeros((rows, generator.config.padded_vocab_size), bool)
             for row, text in enumerate(self._text):
                 seen_BxV[row, text] = True
-            self._seen_BxV = jax.device_put(seen_BxV, layout.for_decoding(rows).batch)
-        self._capacity = self._rounded_capacity(self._position_B.max() + 1)
-        with layout.for_decoding(rows).use():
+            self._seen_BxV = jax.device_put(seen_BxV, layout.batch)
+        self._capacity = _round_up(self._position_B.max() + 1, MIN_CAPACITY, self._block_size)
+        with layout.use():
             self._cache = generator.empty(rows, self._capacity)
         self._fill(np.arange(rows), [window[:-1] for window in windows])
 
@@ -313,7 +303,7 @@ class Decoding:
         layout = generator.layout.for_decoding(len(active_B))
         with layout.use():
             if furthest + count > self._capacity:
-                self._capacity = self._rounded_capacity(furthest + count)
+                self._capacity = _round_up(furthest + count, MIN_CAPACITY, self._block_size)
                 self._cache = generator.grow(self._cache, len(active_B), self._capacity)
             rows = self._token_B, self._position_B, self.finished_B, self._key_B
             arguments = jax.device_put((*rows, np.int32(self._num_generated), np.int32(count)), layout.replicated)
@@ -326,9 +316,6 @@ class Decoding:
         tokens_BxN = tokens_NxB.T[:, :count]
         self._text = [np.append(text, new[new >= 0]) for text, new in zip(self._text, tokens_BxN, strict=True)]
         return Segment(tokens_BxN, None if logprobs_NxB is None else logprobs_NxB.T[:, :count])
-
-    def _rounded_capacity(self, tokens: int) -> int:
-        return _round_up(tokens, MIN_CAPACITY, self._block_size)
 
     def _fill(self, rows: np.ndarray, windows: list[np.ndarray]) -> None:
         """Writes the windows of some rows into the cache."""

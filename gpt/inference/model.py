@@ -77,14 +77,10 @@ class TrainedModel(Loaded):
           UserError: a file is not an image, or the model is not a classifier.
         """
         inputs = np.stack([self.run.config.data.inputs(file, self.model_config) for file in files])
-
-        def probabilities(params: Any, inputs: jax.Array) -> jax.Array:
-            logits: Any = self.program.model.apply({"params": params}, inputs)
-            return jax.nn.softmax(logits)
-
         with self.program.layout.for_decoding(len(inputs)).use():
-            compiled = jax.jit(probabilities, out_shardings=self.program.layout.replicated)
-            return jax.device_get(compiled(self.params, inputs))
+            apply = jax.jit(self.program.model.apply, out_shardings=self.program.layout.replicated)
+            logits = jax.device_get(apply({"params": self.params}, inputs))
+        return np.asarray(jax.nn.softmax(logits))
 
     def evaluate(self, split: str = "val", data: str | None = None, stride: int | None = None) -> dict[str, float]:
         """Returns measures over a whole split, by name.

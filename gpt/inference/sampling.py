@@ -26,7 +26,8 @@ class Options:
       num_tokens: greatest number of tokens in a sample; None: 500 for a text, all of an answer or an image.
       num_samples: number of samples for each prompt.
       logprobs: print a line of JSON for each sample.
-      stop_text, stop_newlines: see `generation.continuations`.
+      stop: the `stop_text` of `generation.continuations`.
+      stop_newlines: see `generation.continuations`.
       out: file for the picture of generated images.
     """
 
@@ -35,7 +36,7 @@ class Options:
     num_samples: int = 1
     logprobs: bool = False
     seed: int = 0
-    stop_text: str = ""
+    stop: str = ""
     stop_newlines: int = 0
     out: str = "samples.png"
 
@@ -82,11 +83,11 @@ def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int],
             tokenizer.decode,
             options.num_tokens or tokenizer.sample_length(tokens),
             stop_tokens=tokenizer.stop_tokens,
-            stop_text=options.stop_text,
+            stop_text=options.stop,
             stop_newlines=options.stop_newlines,
         )
         if len(prompts) * options.num_samples == 1 and not options.logprobs and not isinstance(tokenizer, Palette):
-            return _stream(prompts[0], segments, options.stop_text)
+            return _stream(prompts[0], segments, options.stop)
         *_, samples = segments
         if isinstance(tokenizer, Palette):
             return _draw(tokenizer, pictures.join(tokens, samples), options.out)

@@ -6,7 +6,7 @@ from typing import Any
 from gpt.models.kernels import KERNELS
 from gpt.runtime import hardware
 from gpt.runtime.hardware import Chip
-from gpt.runtime.progress import duration
+from gpt.runtime.progress import columns, duration
 
 Report = dict[str, Any]
 
@@ -147,14 +147,6 @@ def table(reports: Iterable[Report]) -> Iterator[str]:
             line += [""] * 5 + [f"does not fit: {r['compiler_message']}"]
         lines.append(line)
     yield from columns(lines, left=4)
-
-
-def columns(lines: list[list[str]], left: int) -> Iterator[str]:
-    """Yields the lines of a table. The first `left` columns and the last are aligned left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        cells = [f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(line[:-1])]
-        yield "  ".join([*cells, line[-1]]).rstrip()
 
 
 def chips(known: Iterable[Chip] = hardware.CHIPS) -> Iterator[str]:

@@ -76,11 +76,10 @@ class Cache:
             except OSError as error:
                 problems.append(f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror))
         else:
-            reasons = "; ".join(problems)
-            message = (
-                f"Cannot write to the cache {selected or 'folder'} ({reasons}); set {self.setting} to another folder."
+            raise UserError(
+                f"Cannot write to the cache {selected or 'folder'} ({'; '.join(problems)}); "
+                f"set {self.setting} to another folder."
             )
-            raise UserError(message)
         if problems:
             self._say(f"note   the cache is in {self.path} ({problems[0]}); set {VARIABLE} to choose another folder")
 
@@ -101,7 +100,7 @@ class Cache:
         if entry := self._find(name):
             return entry
         files: dict[str, io.BufferedRandom] = {}
-        stored = {}
+        stored: dict[str, list] = {}
         with contextlib.ExitStack() as partial:
 
             def create(suffix: str) -> IO[bytes]:
@@ -113,9 +112,8 @@ class Cache:
                 for suffix, file in files.items():
                     file.flush()
                     os.fsync(file.fileno())  # the content has to be on the disk before the entry that refers to it
-                    sha256 = _sha256(file)
                     os.replace(file.name, self._path(name, suffix))
-                    stored[suffix] = sha256, identity(os.fstat(file.fileno()))
+                    stored[suffix] = [_sha256(file), identity(os.fstat(file.fileno()))]
             except OSError as error:
                 if not files:  # the error is from the computation
                     raise
@@ -134,22 +132,21 @@ class Cache:
             if hashlib.sha256(text).hexdigest().encode() != digest:
                 return None
             saved = json.loads(text)
-            files, has_moved = saved["files"], False
-            for suffix, (sha256, known) in files.items():
+            files = {}
+            for suffix, (sha256, known) in saved["files"].items():
                 with self._path(name, suffix).open("rb") as file:
                     found = identity(os.fstat(file.fileno()))
                     # An unchanged file is not read: a large file on a shared disk would take minutes at each start.
-                    if found != known:
-                        if _sha256(file) != sha256:
-                            return None
-                        files[suffix], has_moved = (sha256, found), True
+                    if found != known and _sha256(file) != sha256:
+                        return None
+                files[suffix] = [sha256, found]
         except OSError:
             return None
-        if has_moved:
+        if files != saved["files"]:
             self._store(name, saved["value"], files, mode)
         return Entry(saved["value"], {suffix: self._path(name, suffix) for suffix in files})
 
-    def _store(self, name: str, value: Any, files: dict[str, tuple[str, list[int]]], mode: int) -> None:
+    def _store(self, name: str, value: Any, files: dict[str, list], mode: int) -> None:
         text = json.dumps({"value": value, "files": files}).encode()
         try:
             with contextlib.ExitStack() as partial:

@@ -1,5 +1,6 @@
 """What all commands share: parsing of flags, and one error message instead of a traceback for errors of the user."""
 
+import dataclasses
 import difflib
 import inspect
 import logging as std_logging
@@ -9,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -51,8 +53,7 @@ def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
             return cluster.failed(traceback.format_exc(), 1, own_fault=False)
 
     def end(number: int) -> int:
-        text = f"error: stopped by {signal.Signals(number).name}."
-        return cluster.failed(text, 128 + number, own_fault=True)
+        return cluster.failed(f"error: stopped by {signal.Signals(number).name}.", 128 + number, own_fault=True)
 
     output.install()
     signals.end_at_once(give_up=lambda number: os._exit(end(number)))
@@ -102,6 +103,12 @@ def define_checkpoint_flag() -> flags.FlagHolder:
     """Defines --checkpoint; returns its holder."""
     text = 'Checkpoint to load: "best" (lowest validation loss), "last", or a step.'
     return flags.DEFINE_string("checkpoint", "best", text)
+
+
+def values(cls: Any) -> dict[str, Any]:
+    """Returns the values of the flags that have the names of fields of a dataclass, by name."""
+    names = [field.name for field in dataclasses.fields(cls) if field.name in flags.FLAGS]
+    return {name: flags.FLAGS[name].value for name in names}
 
 
 def define_cluster_flags() -> Callable[[], cluster.Job]:

@@ -141,12 +141,9 @@ def first_before_others(key: str, function: Callable[[], Any]) -> Any:
     Returns:
       What `function` returns on this process.
     """
-    if is_first():
-        result = function()
-        share(key, lambda: None)
-        return result
+    result = function() if is_first() else None
     share(key, lambda: None)
-    return function()
+    return result if is_first() else function()
 
 
 def failed(text: str, code: int, own_fault: bool) -> int:

@@ -77,10 +77,8 @@ def write(path: epath.Path, text: str) -> None:
 
 def make_folder(path: epath.Path) -> list[str]:
     """Creates a folder and its missing parents; returns the created local folders, from the top."""
-    if not is_local(path):
-        path.mkdir(parents=True, exist_ok=True)
-        return []
-    missing = [str(folder) for folder in (path, *path.parents) if not folder.exists()][::-1]
+    folders = (path, *path.parents) if is_local(path) else ()
+    missing = [str(folder) for folder in folders if not folder.exists()][::-1]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         sync(os.path.dirname(folder))

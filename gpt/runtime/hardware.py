@@ -187,10 +187,8 @@ def topology_devices(name: str) -> list[jax.Device]:
         missing = 'The GPU compiler is not installed: pip install "gpt-spmd[plan-cuda]".'
     try:
         return topologies.get_topology_desc(**options).devices
-    except NotImplementedError as error:
-        raise UserError(missing) from error
     except RuntimeError as error:
-        if "TPU support not installed" in str(error):
+        if isinstance(error, NotImplementedError) or "TPU support not installed" in str(error):
             raise UserError(missing) from error
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
         raise UsageError(f"--topology={name} is refused by {chip.compiler}: {reason}.") from error

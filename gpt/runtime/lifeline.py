@@ -109,27 +109,25 @@ class Hub(Lifeline):
             _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         self._unknown: dict[socket.socket, None] = {}  # connections in the handshake, the oldest first
-        self._spokes: dict[int, _Connection] = {}
-        self._names: dict[int, str] = {}
-        self._facts: dict[int, dict[str, str]] = {}
+        self._spokes: dict[int, _Connection] = {}  # by process number, including processes that ended
         self._done: set[int] = set()
         self._refused = ""  # the last connection that was refused, as a sentence for the user
         for server in self._listen():
             self._in_background(self._accept, server)
         with self._changed:
-            while len(self._names) < self.count - 1:
-                missing = ", ".join(str(i) for i in range(1, self.count) if i not in self._names)
+            while len(self._spokes) < self.count - 1:
+                missing = ", ".join(str(i) for i in range(1, self.count) if i not in self._spokes)
                 waiting_for = f"at {self.address} for process {missing} of {self.count}"
                 if self._waited_too_long(f"waiting {waiting_for} …{self._refused}"):
                     self._refuse(f"{self.name} waited {self.timeout:.0f} s {waiting_for} to connect.{self._refused}")
                 self._changed.wait(1)
-            different = {i: text for i in self._facts if (text := versions.differences(self.facts, self._facts[i]))}
-            if different:
-                first = min(different)
-                more = f" {len(different) - 1} other processes differ too." if len(different) > 1 else ""
+            differing = [i for i, spoke in self._spokes.items() if versions.differences(self.facts, spoke.facts)]
+            if differing:
+                first = self._spokes[min(differing)]
+                more = f" {len(differing) - 1} other processes differ too." if len(differing) > 1 else ""
                 self._refuse(
-                    f"{self._names[first]} differs from {self.name} in {different[first]}.{more} Their results would "
-                    "not agree: give all processes the same code, libraries and settings."
+                    f"{first.name} differs from {self.name} in {versions.differences(self.facts, first.facts)}.{more} "
+                    "Their results would not agree: give all processes the same code, libraries and settings."
                 )
 
     def _refuse(self, text: str) -> None:
@@ -148,16 +146,14 @@ class Hub(Lifeline):
             if is_local and not host.endswith("localhost") and host not in names:
                 # Debian gives a host's own name the address 127.0.1.1, but other hosts use an address of an interface.
                 places, is_local = [(socket.AF_INET, ("", port))], False
-            servers, absent = [], None
-            for family, address in places:
+            servers: list[socket.socket] = []
+            for i, (family, address) in enumerate(places, 1):
                 try:
                     servers.append(socket.create_server(address, family=family, backlog=1024))
                 except OSError as error:  # "localhost" has two addresses, even on a host without IPv6
-                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    is_absent = error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+                    if not is_absent or (i == len(places) and not servers):
                         raise
-                    absent = error
-            if absent and not servers:
-                raise absent
         except (OSError, UnicodeError) as error:
             raise UserError(
                 f"{self.name} cannot listen at {self.address}: {_reason(error)}. "
@@ -236,9 +232,8 @@ class Hub(Lifeline):
             while True:
                 self._receive(index, spoke.receive())
         with self._changed:
-            del self._spokes[index]
             if not self._done & {0, index}:
-                self._end(f"error: {_gone(self._names[index])}", 1)
+                self._end(f"error: {_gone(spoke.name)}", 1)
 
     def _welcome(self, connection: "_Connection", host: str) -> int:
         """Lets a process join, and returns its number.
@@ -260,13 +255,14 @@ class Hub(Lifeline):
         with self._changed:
             if count != self.count:
                 refusal = f"{name} was started as one of {count} processes, {self.name} as one of {self.count}."
-            elif index in self._names or not 0 < index < self.count:
-                refusal = f"{name} has the same number as {self._names.get(index, self.name)}."
+            elif index in self._spokes or not 0 < index < self.count:
+                refusal = f"{name} has the same number as {self._spokes.get(index, self).name}."
             connection.send({"proof": _proof("process 0", nonce, own_nonce), "refusal": refusal})
             if refusal:
                 self._refused = f" {refusal}"
                 raise ValueError
-            self._spokes[index], self._names[index], self._facts[index] = connection, name, facts
+            connection.name, connection.facts = name, facts
+            self._spokes[index] = connection
             self._changed.notify_all()
         return index
 
@@ -368,7 +364,15 @@ class _Malformed(ValueError):
 
 
 class _Connection:
-    """A socket that sends and receives JSON objects, one per line."""
+    """A socket that sends and receives JSON objects, one per line.
+
+    Attributes:
+      address: this host's IP address on the connection.
+      name, facts: what the process at the other end sent about itself.
+    """
+
+    name = ""
+    facts: dict[str, str]
 
     def __init__(self, connection: socket.socket):
         self._socket, self._rest, self.address = connection, b"", connection.getsockname()[0]

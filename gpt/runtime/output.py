@@ -11,7 +11,7 @@ import re
 import select
 import sys
 import threading
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from absl import logging
 
@@ -61,9 +61,7 @@ def install() -> None:
 
 def continue_without_output() -> None:
     """Makes the program continue if standard output or standard error fails. Requires `install`."""
-    out, err = (stream.buffer for stream in (sys.stdout, sys.stderr))
-    assert isinstance(out, _Descriptor)
-    assert isinstance(err, _Descriptor)
+    out, err = (cast(_Descriptor, stream.buffer) for stream in (sys.stdout, sys.stderr))
     out.raises, out.other, err.other = False, err, out
 
 
@@ -78,7 +76,7 @@ class _Stream(io.TextIOWrapper):
         return len(text)
 
 
-class _Descriptor(io.RawIOBase):
+class _Descriptor(io.FileIO):
     """The file descriptor of a stream.
 
     Text that cannot be written is dropped. If `other` is set, a note about this goes to that descriptor, and a note
@@ -90,6 +88,7 @@ class _Descriptor(io.RawIOBase):
     """
 
     def __init__(self, number: int, raises: bool = False):
+        super().__init__(number, "w", closefd=False)
         self.name = "standard error" if number == 2 else "standard output"
         self.raises = raises
         self.other: _Descriptor | None = None
@@ -98,15 +97,6 @@ class _Descriptor(io.RawIOBase):
         self._error: OSError | None = None  # of the last write
         self._failing = ""  # reason why the output fails, from the first failure to the next success
         self._lost_lines = 0
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._number
-
-    def isatty(self) -> bool:
-        return os.isatty(self._number)
 
     def write(self, data: Any) -> int:  # of type `collections.abc.Buffer`, which Python 3.11 does not have
         data = bytes(data)

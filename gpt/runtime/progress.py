@@ -4,7 +4,7 @@ import contextlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 from gpt.runtime import output
@@ -123,6 +123,14 @@ class Progress:
         self._line_is_open = not keep
         self._out.write(erase)
         print(text, end="\n" if keep else "", flush=True, file=self._out)
+
+
+def columns(lines: Sequence[Sequence[str]], left: int) -> Iterator[str]:
+    """Yields the lines of a table. The first `left` columns and the last are aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = [f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(line[:-1])]
+        yield "  ".join([*cells, line[-1]]).rstrip()
 
 
 def duration(seconds: float) -> str:

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.compat.proto import event_pb2, summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.compat.tensorflow_stub.io.gfile import GFile
+from tensorboard.plugins.text.summary_v2 import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 FLUSH_EVERY = 120  # seconds; a flush to a bucket uploads the whole file again
@@ -53,14 +54,7 @@ class TensorBoard:
 
     def text(self, step: int, tag: str, markdown: str) -> None:
         """Writes a text in Markdown, for TensorBoard's text plugin."""
-        tensor = tensor_pb2.TensorProto(
-            dtype=types_pb2.DT_STRING,
-            string_val=[markdown.encode(errors="replace")],
-            tensor_shape=tensor_shape_pb2.TensorShapeProto(dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=1)]),
-        )
-        plugin = summary_pb2.SummaryMetadata.PluginData(plugin_name="text")
-        metadata = summary_pb2.SummaryMetadata(plugin_data=plugin)
-        self._summary(step, [summary_pb2.Summary.Value(tag=tag, tensor=tensor, metadata=metadata)])
+        self._summary(step, text_pb(tag, [markdown.encode(errors="replace")]).value)
 
     def image(self, step: int, tag: str, png: bytes) -> None:
         """Writes an image. `png` is the content of a PNG file."""
@@ -99,7 +93,7 @@ class TensorBoard:
         if self._pending:
             self._say(f"note: {len(self._pending)} of TensorBoard's events could not be written to {self._path}.")
 
-    def _summary(self, step: int, values: list[summary_pb2.Summary.Value]) -> None:
+    def _summary(self, step: int, values: Sequence[summary_pb2.Summary.Value]) -> None:
         if self._enabled:
             self._queue(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=values)))
             self._write()
@@ -121,7 +115,7 @@ class TensorBoard:
                 self._file, self._name = file, ""
             while self._pending:
                 RecordWriter(self._file).write(self._pending[0])
-                self._pending.pop(0)
+                del self._pending[0]
             if time.time() > self._flushed_at + FLUSH_EVERY:
                 self._file.flush()
                 self._flushed_at = time.time()
@@ -129,10 +123,8 @@ class TensorBoard:
         except Exception as error:  # each client of a bucket raises its own types of exceptions
             self._file, self._pending = None, self._pending[-MAX_PENDING:]
             if not self._failed:
-                self._say(
-                    f"note: cannot write TensorBoard's events to {self._path} ({error}); the run continues and tries "
-                    "again."
-                )
+                text = f"note: cannot write TensorBoard's events to {self._path} ({error})"
+                self._say(f"{text}; the run continues and tries again.")
             self._failed = True
 
     def _new_name(self) -> str:
