@@ -18,7 +18,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     ]
 )
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "xla")
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # hundreds of tiny programs add up
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
 os.environ.pop("GPT_CACHE_DIR", None)
 

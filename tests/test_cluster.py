@@ -287,7 +287,7 @@ def test_an_error_of_one_process_ends_all_with_its_message(play, tmp_path, own_f
     own = {1: [flag.format(tmp=tmp_path) for flag in own_flags]}
     flags = (*MODEL, f"--config.data.path={play}", f"--workdir={tmp_path / 'run'}")
     fails_before_joining = "num_layers" in own_flags[0]
-    flags += ("--cluster_timeout=20",) if fails_before_joining else ()
+    flags += ("--cluster_timeout=3",) if fails_before_joining else ()
     running = Processes(2, "gpt.main", *flags, "--config.train.steps=100000", own_flags=own).wait(120)
     assert running.codes == [1, 1], running.err
     assert re.search(f"error: .*{message}", running.err[1]), running.err
@@ -411,8 +411,8 @@ def test_who_is_missing_is_said():
     (late,) = connected("", count=2, timeout=2, only=[1])
     assert late.returncode == 9
     assert re.search(r"process 1 on \S+ waited 2 s for process 0 at 127.0.0.1:\d+: Connection refused", late.stdout)
-    first, second = connected("time.sleep(100)", count=4, timeout=15, only=[0, 2])
-    assert re.search(r"process 0 on \S+ waited 15 s at 127.0.0.1:\d+ for process 1, 3 of 4 to connect", first.stdout)
+    first, second = connected("time.sleep(100)", count=4, timeout=6, only=[0, 2])
+    assert re.search(r"process 0 on \S+ waited 6 s at 127.0.0.1:\d+ for process 1, 3 of 4 to connect", first.stdout)
     assert (first.returncode, second.returncode) == (9, 1)
 
 
