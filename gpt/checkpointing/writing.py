@@ -20,6 +20,13 @@ from gpt.checkpointing.run import Run
 from gpt.config import flatten, is_harmless
 from gpt.runtime import files
 
+# Orbax has every replica write a slice of an array, and compiles a program for each slice: hundreds of them when a small
+# model is first saved. Below this size, in bytes of a slice, one replica writes the whole array.
+MIN_SLICE = 1 << 20
+type_handlers.register_type_handler(
+    jax.Array, type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICE), override=True
+)
+
 RECORD = "digests/metadata"  # of a checkpoint; where orbax's own handler of JSON would write it
 CHUNK = 1 << 26  # bytes of a piece of a converted array on disk: what a device that needs a part has to read at most
 
