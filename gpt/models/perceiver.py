@@ -160,7 +160,7 @@ class PerceiverAR(nn.Module):
         latents = min(c.num_latents, length)
         indices = gpt.token_positions(c, tokens_BxT, position_B)
         if not deterministic and c.prefix_dropout and latents < length:
-            starts_BxT = self._cut(starts_BxT, tokens_BxT)
+            starts_BxT = self._cut(starts_BxT, tokens_BxT.shape)
         positions = indices if starts_BxT is None else indices - starts_BxT
         x_BxTxD, token_embedding = gpt.embed(c, tokens_BxT, positions, deterministic)
 
@@ -191,13 +191,13 @@ class PerceiverAR(nn.Module):
         x_BxLxD = apply_blocks(c, x_BxLxD, numbers, latent_starts_BxL, deterministic)
         return gpt.token_logits(c, x_BxLxD, token_embedding)
 
-    def _cut(self, starts_BxT: jax.Array | None, tokens_BxT: jax.Array) -> jax.Array:
+    def _cut(self, starts_BxT: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
         """Returns the starts of documents, with another document start at a random token in some of the rows."""
-        batch, length = tokens_BxT.shape
+        batch, length = shape
         cut_key, start_key = jax.random.split(self.make_rng("dropout"))
         start_Bx1 = jax.random.randint(start_key, (batch, 1), 1, length - self.config.num_latents + 1)
         start_Bx1 = jnp.where(jax.random.bernoulli(cut_key, self.config.prefix_dropout, (batch, 1)), start_Bx1, 0)
-        starts_BxT = jnp.zeros((batch, length), jnp.int32) if starts_BxT is None else starts_BxT
+        starts_BxT = jnp.zeros(shape, jnp.int32) if starts_BxT is None else starts_BxT
         return jnp.where(jnp.arange(length) >= start_Bx1, jnp.maximum(starts_BxT, start_Bx1), starts_BxT)
 
 
