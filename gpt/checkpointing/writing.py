@@ -18,8 +18,8 @@ from gpt.runtime import files
 
 CHUNK = 1 << 26  # bytes in a chunk of a converted array: a device that needs a part of the array reads whole chunks
 
-# By default, every replica writes a slice of each array, and JAX compiles a program for each slice: hundreds for a small
-# model. If the slices have fewer bytes than this, one replica writes the whole array.
+# By default, every replica writes a slice of each array, and JAX compiles a program for each slice: hundreds for a
+# small model. If the slices have fewer bytes than this, one replica writes the whole array.
 MIN_SLICE = 1 << 20
 type_handlers.register_type_handler(
     jax.Array, type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICE), override=True
