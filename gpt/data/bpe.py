@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gpt.data import paths
+from gpt.data.base import Say
 from gpt.data.tokenizers import SEPARATOR, Tokenizer
 from gpt.runtime.errors import UserError
 from gpt.runtime.files import LARGEST_JSON, read_json
@@ -50,9 +51,7 @@ class AddedToken:
     def read(cls, saved: str | dict[str, Any], number: int, special: bool = False) -> "AddedToken":
         """Returns the token with id `number` from its JSON form or its text. Raises ValueError if it is damaged."""
         given = {"content": saved} if isinstance(saved, str) else {k: v for k, v in saved.items() if k != "__type"}
-        values: dict[str, Any] = (
-            dict.fromkeys(("single_word", "lstrip", "rstrip"), False) | {"special": special} | given
-        )
+        values: dict[str, Any] = {"single_word": False, "lstrip": False, "rstrip": False, "special": special} | given
         values = {"normalized": not values["special"]} | values | {"id": number}
         names = {field.name for field in dataclasses.fields(cls)}
         if values.keys() != names:
@@ -85,9 +84,7 @@ class BPETokenizer(Tokenizer):
     settings: dict[str, Any]
 
     @classmethod
-    def train(
-        cls, texts: Iterable[str], vocab_size: int, status: Callable[[str], object] = lambda line: None
-    ) -> "BPETokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int, status: Say = lambda line: None) -> "BPETokenizer":
         """Trains BPE on the most frequent pairs of a corpus.
 
         Args:
@@ -99,10 +96,7 @@ class BPETokenizer(Tokenizer):
         words = library.pre_tokenizers.FixedLength(LONGEST_WORD)
         model.pre_tokenizer = library.pre_tokenizers.Sequence([_words(), words])
         trainer = library.trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[SEPARATOR],
-            initial_alphabet=sorted(_LETTERS),
-            show_progress=False,
+            vocab_size=vocab_size, special_tokens=[SEPARATOR], initial_alphabet=sorted(_LETTERS), show_progress=False
         )
         size, failures, is_cancelled, start = 0, [], False, time.monotonic()
 
@@ -149,22 +143,20 @@ class BPETokenizer(Tokenizer):
         """
         try:
             names = (TOKENIZER_FILE, SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json")
-            tree, settings, roles, added = (
-                read_json(folder / name) if (folder / name).is_file() else {} for name in names
-            )
+            files = [folder / name for name in names]
+            tree, settings, roles, added = (read_json(file) if file.is_file() else {} for file in files)
             _check(SETTINGS_FILE, settings, _SETTINGS)
+            tokenizer_class = settings.get("tokenizer_class")
             if (folder / "chat_template.jinja").is_file():
                 settings["chat_template"] = _read_text(folder / "chat_template.jinja")
             if tree:
                 _check_tree(tree)
-                if tree.get("padding") and settings.get("tokenizer_class") in _BARE_CLASSES:
+                if tree.get("padding") and tokenizer_class in _BARE_CLASSES:
                     settings.setdefault("pad_token", tree["padding"]["pad_token"])
                 listed = [AddedToken.read(token, token["id"]) for token in tree.get("added_tokens") or ()]
                 return cls._assembled(tree["model"]["vocab"], tree["model"]["merges"], settings, roles, added, listed)
-            if settings.get("tokenizer_class") in _BARE_CLASSES:
-                raise ValueError(
-                    f"{SETTINGS_FILE}: tokenizer_class {settings['tokenizer_class']} needs {TOKENIZER_FILE}"
-                )
+            if tokenizer_class in _BARE_CLASSES:
+                raise ValueError(f"{SETTINGS_FILE}: tokenizer_class {tokenizer_class} needs {TOKENIZER_FILE}")
             for vocabulary, pairs in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
                 if (folder / vocabulary).is_file() and (folder / pairs).is_file():
                     lines = _read_text(folder / pairs).split("\n")
@@ -215,9 +207,8 @@ class BPETokenizer(Tokenizer):
             settings |= roles
         extra = settings.pop("extra_special_tokens", None) or settings.get("additional_special_tokens") or []
         settings = {"tokenizer_class": "GPT2Tokenizer"} | settings
-        named = {
-            key: settings[key] for key in settings if key.endswith("_token") and not isinstance(settings[key], bool)
-        }
+        texts = {key: value for key, value in settings.items() if not isinstance(value, bool)}
+        named = {key: value for key, value in texts.items() if key.endswith("_token")}
         if isinstance(extra, dict):
             named, extra = named | extra, []
         is_bare = settings.get("tokenizer_class") in _BARE_CLASSES
@@ -289,16 +280,14 @@ class BPETokenizer(Tokenizer):
     @functools.cached_property
     def _bytes(self) -> list[bytes]:
         """The bytes of each token."""
-        names = {token.id: token.content.encode() for token in self.added}
         # A token with letters other than the 256 stands for its own name.
-        return [
-            names[i]
-            if i in names
-            else bytes(map(_LETTERS.__getitem__, token))
-            if _LETTERS.keys() >= set(token)
-            else token.encode()
-            for i, token in enumerate(self.tokens)
+        values = [
+            bytes(map(_LETTERS.__getitem__, token)) if _LETTERS.keys() >= set(token) else token.encode()
+            for token in self.tokens
         ]
+        for token in self.added:
+            values[token.id] = token.content.encode()
+        return values
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:

@@ -296,6 +296,8 @@ def check_installed(package: str, reason: str) -> None:
 
 def _load_folder(config: ImagesConfig, labels: Labels | None, say: Say) -> Folders:
     root = paths.located(config.path, "data.path", "folder")
+    if not root.is_dir():
+        raise UserError(f"data.path: {root} is a file; images are read from a folder with a subfolder for each class.")
     listing = paths.Listing(root, "data.path")
     folders = _subfolders(listing, root)
     sides = [folders]
@@ -321,10 +323,6 @@ def _load_folder(config: ImagesConfig, labels: Labels | None, say: Say) -> Folde
 
 def _subfolders(listing: paths.Listing, folder: Path) -> dict[str, Path]:
     """Returns {name: folder} of the folders in a folder, in the order of their names."""
-    if not folder.is_dir():
-        raise UserError(
-            f"data.path: {folder} is a file; images are read from a folder with a subfolder for each class."
-        )
     folders = {}
     for path in listing.children(folder):
         if path.is_dir():

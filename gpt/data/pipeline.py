@@ -46,7 +46,7 @@ def training_batches(
         first = batch_number(step, skipped) * batch_size
         return _stack([examples[first + position] for position in positions])
 
-    options = grain.ReadOptions(num_threads=min(prefetch, _threads(source)), prefetch_buffer_size=prefetch)
+    options = grain.ReadOptions(num_threads=min(prefetch, getattr(source, "threads", 1)), prefetch_buffer_size=prefetch)
     batches = iter(grain.MapDataset.range(1).repeat(None).map_with_index(batch).to_iter_dataset(options))
     batches.set_state({"next_index": start})
     return batches
@@ -76,15 +76,14 @@ def evaluation_batches(source: Source, batch_size: int, positions: Sequence[int]
 
     Examples whose targets are all `IGNORED` fill the last batch up to `batch_size`.
     """
-    blank = {
-        name: np.full_like(array, IGNORED if name == "targets" else 0) for name, array in source.example(0, 0).items()
-    }
+    first = source.example(0, 0)
+    blank = {name: np.full_like(array, IGNORED if name == "targets" else 0) for name, array in first.items()}
 
     def batch(number: int) -> Batch:
         indices = [number * batch_size + int(position) for position in positions]
         return _stack([source.example(0, index) if index < len(source) else blank for index in indices])
 
-    threads = _threads(source)
+    threads = getattr(source, "threads", 1)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     return iter(grain.MapDataset.range(-(-len(source) // batch_size)).map(batch).to_iter_dataset(options))
 
@@ -99,10 +98,6 @@ def to_devices(batches: Iterator[Batch], layout: Layout, batch_size: int) -> Ite
     for batch in batches:
         shapes = {name: (batch_size, *array.shape[1:]) for name, array in batch.items()}
         yield jax.make_array_from_process_local_data(layout.batch, batch, shapes)
-
-
-def _threads(source: Source) -> int:
-    return getattr(source, "threads", 1)
 
 
 def _stack(examples: list[Batch]) -> Batch:

@@ -71,7 +71,8 @@ class PixelsConfig(images.ImagesConfig):
             pixels = np.concatenate([source.example(0, int(i))["inputs"].reshape(-1, self.channels) for i in chosen])
             colors = fit_palette(pixels, self.palette_size)
             palette = Palette(tuple(map(tuple, colors.tolist())), self.image_size, folders.tokenizer.names)
-        return Pixels(self, folders, palette)
+        digest = hashlib.sha256((folders.fingerprint + palette.to_json()).encode())
+        return Pixels(self, folders, palette, digest.hexdigest()[:32])
 
     def tokenizer(self, saved: dict) -> "Palette":
         return Palette.from_dict(saved)
@@ -235,10 +236,7 @@ class Pixels(Dataset):
     config: PixelsConfig
     folders: images.Folders
     tokenizer: Palette
-
-    @functools.cached_property
-    def fingerprint(self) -> str:  # type: ignore[override]  # computed from the parts instead of stored
-        return hashlib.sha256((self.folders.fingerprint + self.tokenizer.to_json()).encode()).hexdigest()[:32]
+    fingerprint: str
 
     def training(self, model: ModelShape, seed: int) -> PixelExamples:
         source = self.folders.source("train", self.config.image_size, self.config.channels, seed)

@@ -144,11 +144,9 @@ def load(
     """
     store = Cache(config.cache_dir, say)
     train_paths = paths.named(config.path, "data.path", say) if config.path else [shakespeare(store)]
-    validation_paths = (
-        paths.named(config.validation_path, "data.validation_path", say) if config.validation_path else []
-    )
+    val_paths = paths.named(config.validation_path, "data.validation_path", say) if config.validation_path else []
     train_files = [scan(path, store, say) for path in train_paths]
-    validation_files = [scan(path, store, say) for path in validation_paths]
+    validation_files = [scan(path, store, say) for path in val_paths]
 
     is_new = isinstance(tokenizer, TokenizerConfig)
     if isinstance(tokenizer, TokenizerConfig):

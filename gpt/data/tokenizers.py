@@ -106,7 +106,7 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """Returns the JSON text from which `from_tree` restores an equal tokenizer."""
-        raise NotImplementedError
+        return self._to_json()
 
     def _to_json(self, **content: Any) -> str:
         stops = {} if self.stops is None else {"stops": self.stops}
@@ -171,15 +171,11 @@ class ByteTokenizer(Tokenizer):
         try:
             return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8)
         except UnicodeEncodeError as error:
-            raise UserError(
-                f"{error.object[error.start]!r} is half of a surrogate pair, which has no UTF-8 bytes."
-            ) from None
+            half = error.object[error.start]
+            raise UserError(f"{half!r} is half of a surrogate pair, which has no UTF-8 bytes.") from None
 
     def decode(self, ids: np.ndarray) -> str:
         return np.asarray(ids).astype(np.uint8).tobytes().decode(errors="replace")
-
-    def to_json(self) -> str:
-        return self._to_json()
 
     @classmethod
     def from_dict(cls, saved: dict) -> "ByteTokenizer":

@@ -54,10 +54,28 @@ FORMATS = {  # {first bytes: format} of files that users take for text
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class _File:
+    """The result of the first pass over a text file."""
+
+    path: Path
+    stat: os.stat_result
+    sha256: str
+    alphabet: frozenset[str]
+    has_prompts: bool
+
+    def read(self, end: str) -> Iterator[tuple[str, bool]]:
+        """Yields the same as `_read_file`. Raises UserError at the end if the text is not that of the first pass."""
+        sha256 = hashlib.sha256()
+        yield from _read_file(self.path, end, sha256)
+        if sha256.hexdigest() != self.sha256:
+            raise UserError(f"{self.path} changed while it was read; start again when no program writes to it.")
+
+
 def make_tokenizer(
     config: TokenizerConfig,
-    train_files: list["_File"],
-    validation_files: list["_File"],
+    train_files: list[_File],
+    validation_files: list[_File],
     store: Cache,
     say: Say,
     status: Say,
@@ -81,7 +99,7 @@ def make_tokenizer(
     return CharTokenizer.from_text("".join(alphabet | unseen))
 
 
-def _train_bpe(files: list["_File"], vocab_size: int, store: Cache, say: Say, status: Say) -> Tokenizer:
+def _train_bpe(files: list[_File], vocab_size: int, store: Cache, say: Say, status: Say) -> Tokenizer:
     """Trains BPE on the files, or reads the result of an earlier training on the same text from the cache."""
 
     def train(create: Any) -> dict[str, Any]:
@@ -92,24 +110,6 @@ def _train_bpe(files: list["_File"], vocab_size: int, store: Cache, say: Say, st
 
     name = f"bpe-{cache.digest(_code(), vocab_size, [file.sha256 for file in files])}"
     return BPETokenizer.from_dict(store.entry(name, train, _mode(files)).value)
-
-
-@dataclasses.dataclass(frozen=True)
-class _File:
-    """The result of the first pass over a text file."""
-
-    path: Path
-    stat: os.stat_result
-    sha256: str
-    alphabet: frozenset[str]
-    has_prompts: bool
-
-    def read(self, end: str) -> Iterator[tuple[str, bool]]:
-        """Yields the same as `_read_file`. Raises UserError at the end if the text is not that of the first pass."""
-        sha256 = hashlib.sha256()
-        yield from _read_file(self.path, end, sha256)
-        if sha256.hexdigest() != self.sha256:
-            raise UserError(f"{self.path} changed while it was read; start again when no program writes to it.")
 
 
 def _mode(files: Iterable[_File]) -> int:
@@ -148,9 +148,8 @@ def _read_chunks(path: Path) -> Iterator[str]:
         with io.TextIOWrapper(paths.open_regular(path), encoding="utf-8-sig", newline="") as file:
             while chunk := file.read(CHUNK):
                 if "\0" in chunk:
-                    raise UserError(
-                        f"{path} is not a text file: it has NUL bytes{_format(path) or '; name another file'}."
-                    )
+                    advice = _format(path) or "; name another file"
+                    raise UserError(f"{path} is not a text file: it has NUL bytes{advice}.")
                 yield chunk
     except UnicodeDecodeError as error:
         byte = f"byte 0x{error.object[error.start]:02x}"
@@ -230,14 +229,16 @@ def tokenise(
     """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     separator = None if tokenizer.separator is None else tokenizers.SEPARATOR
-    reading = files[0]
+    reading, done, total, started = files[0], 0, sum(file.stat.st_size for file in files), time.perf_counter()
 
-    def text_of(pieces: Iterable[tuple[_File, str, bool]], progress: _Bar) -> Iterator[str]:
-        nonlocal reading
+    def text_of(pieces: Iterable[tuple[_File, str, bool]]) -> Iterator[str]:
+        nonlocal reading, done
         for file, text, _ in pieces:
             reading = file
             yield text
-            progress.advance(len(text.encode()))
+            done += len(text.encode())
+            if (seconds := time.perf_counter() - started) > 1:
+                status(_bar(done, total, seconds))
 
     def write(create: Callable[[str], IO[bytes]]) -> None:
         header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
@@ -245,13 +246,12 @@ def tokenise(
         # NumPy leaves room in the header for the length, which is known only at the end.
         np.lib.format.write_array_header_1_0(out, header | {"shape": (0,)})
         start, counts, lengths = out.tell(), [], []  # the last two are for runs of tokens that do or do not count
-        progress = _Bar(sum(file.stat.st_size for file in files), status)
         try:
             # A prompt is encoded apart from its completion, as `gpt.sample` encodes it.
             for is_counted, pieces in itertools.groupby(_pieces(files, separator), lambda piece: piece[2]):
                 counts.append(is_counted)
                 lengths.append(0)
-                for tokens in tokenizer.encode_stream(text_of(pieces, progress)):
+                for tokens in tokenizer.encode_stream(text_of(pieces)):
                     out.write(tokens.astype(dtype).tobytes())
                     lengths[-1] += len(tokens)
         except UnknownCharacters as error:
@@ -268,18 +268,8 @@ def tokenise(
     return maps["npy"], maps.get("counts.npy")
 
 
-class _Bar:
-    """A progress bar for the tokenisation of `total` bytes."""
-
-    def __init__(self, total: int, status: Say):
-        self._total, self._status, self._done, self._start = total, status, 0, time.perf_counter()
-
-    def advance(self, size: int) -> None:
-        """Adds `size` bytes, and shows the bar from the second second on."""
-        self._done += size
-        seconds = time.perf_counter() - self._start
-        if seconds > 1:
-            part, speed = min(1, self._done / self._total), self._done / seconds
-            left = max(0, self._total - self._done) / speed
-            bar = "#" * round(20 * part)
-            self._status(f"tokenising [{bar:.<20}] {part:.0%}  {speed / 1e6:.1f} MB/s  {left:.0f} s left")
+def _bar(done: int, total: int, seconds: float) -> str:
+    """Returns a progress bar for the tokenisation of `total` bytes, of which `done` are finished after `seconds`."""
+    part, speed = min(1, done / total), done / seconds
+    left = max(0, total - done) / speed
+    return f"tokenising [{'#' * round(20 * part):.<20}] {part:.0%}  {speed / 1e6:.1f} MB/s  {left:.0f} s left"

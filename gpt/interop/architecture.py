@@ -255,11 +255,9 @@ class Decoder(Architecture[GPTConfig]):
         return keys | {"tie_word_embeddings": config.tie_embeddings}, files
 
     def duplicates(self, config: GPTConfig, folder: SafetensorsFolder) -> set[str]:
-        head = f"{self.head}weight"
-        if not config.tie_embeddings or not {head, self.embedding} <= folder.shapes.keys():
+        head, embedding = f"{self.head}weight", self.embedding
+        if not config.tie_embeddings or not {head, embedding} <= folder.shapes.keys():
             return set()
-        if not np.array_equal(folder.read(head), folder.read(self.embedding)):
-            raise UserError(
-                f"{folder.path}: {head} differs from {self.embedding}, but config.json has tie_word_embeddings."
-            )
+        if not np.array_equal(folder.read(head), folder.read(embedding)):
+            raise UserError(f"{folder.path}: {head} differs from {embedding}, but config.json has tie_word_embeddings.")
         return {head}

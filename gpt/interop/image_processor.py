@@ -25,10 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "image_mean": 0.5,
     "image_std": 0.5,
 }
-CLIP_PIXELS = {
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-}
+CLIP_PIXELS = {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]}
 PROCESSORS: dict[str, dict[str, Any]] = {
     "ViT": {"resample": 2},
     "DeiT": {"size": 256, "crop_size": 224, "do_center_crop": True},
@@ -67,12 +64,10 @@ def read(config: ConfigFile) -> tuple[dict[str, str], ImagesConfig]:
     def side_of(key: str, is_square: bool) -> tuple[int, bool]:
         """Returns the length of a side and whether both sides have it; (0, False) for sizes of another form."""
         value = values[key]
-        if isinstance(value, int):
-            value = [value, value] if is_square else {"shortest_edge": value}
-        if isinstance(value, list) and len(value) == 2:
-            value = {"height": value[0], "width": value[1]}
         match value:
-            case {"height": int(side), "width": width} if side == width and len(value) == 2:
+            case int(side):
+                return side, bool(is_square)
+            case [int(side), width] | {"height": int(side), "width": width} if side == width and len(value) == 2:
                 return side, True
             case {"shortest_edge": int(side)} if len(value) == 1:
                 return side, False
@@ -82,9 +77,8 @@ def read(config: ConfigFile) -> tuple[dict[str, str], ImagesConfig]:
         """Returns a number greater than `least` for each channel."""
         numbers = values[key] if isinstance(values[key], list) else [values[key]] * channels
         are_valid = all(type(x) in (int, float) and least < x < 1e6 for x in numbers) and len(numbers) == channels
-        file.check(
-            key, are_valid, f"a number for each of {channels} channels{', greater than 0,' if least == 0 else ''}"
-        )
+        bound = ", greater than 0," if least == 0 else ""
+        file.check(key, are_valid, f"a number for each of {channels} channels{bound}")
         return numbers
 
     for key, default in DEFAULTS.items():

@@ -46,9 +46,8 @@ class SafetensorsFolder:
                         raise UserError(f"{path / file}: {name} is also in {self._places[short][0]}.")
                     tensor = tensors.get_slice(name)
                     if (dtype := tensor.get_dtype()) not in ("F32", "F16", "BF16"):
-                        raise UserError(
-                            f"{path / file}: {name} is of type {dtype}; only F32, F16 and BF16 can be read."
-                        )
+                        problem = f"{name} is of type {dtype}; only F32, F16 and BF16 can be read"
+                        raise UserError(f"{path / file}: {problem}.")
                     self.shapes[short] = tuple(tensor.get_shape())
                     self._places[short] = file, name
 
