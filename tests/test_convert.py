@@ -262,7 +262,7 @@ def _outside(folder):
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read as JSON"),
         (
             lambda folder: (folder / "gpt_tokenizer.json").unlink(),
-            r"no tokenizer: .*hf has to be a folder with vocab\.json",
+            r"no tokenizer: .*hf has neither tokenizer\.json nor vocab\.json and merges\.txt",
         ),
         (
             lambda folder: (folder / "gpt_tokenizer.json").write_text('{"name": "labels", "names": ["a"]}'),
@@ -475,8 +475,12 @@ def test_a_run_starts_from_weights_on_any_mesh_and_goes_on_without_them(base, pl
 @pytest.mark.parametrize(
     ("section", "change", "message"),
     [
-        ("model", {"num_layers": 3}, r"blocks/attention/out/bias is 2 × 48 there, and 3 × 48 by the config"),
-        ("model", {"block_size": 16}, r"position_embedding/embedding is 32 × 48 there, and 16 × 48 by"),
+        (
+            "model",
+            {"num_layers": 3},
+            r"blocks/attention/out/bias is 2 × 48 in the checkpoint, and 3 × 48 by the config",
+        ),
+        ("model", {"block_size": 16}, r"position_embedding/embedding is 32 × 48 in the checkpoint, and 16 × 48 by"),
         ("model", {"tie_embeddings": False}, r"head/kernel is missing in the checkpoint, and 48 × 256 by the config"),
         ("tokenizer", {"name": "char"}, r"a tokenizer of the kind byte; set tokenizer\.name=byte"),
     ],

@@ -737,7 +737,8 @@ def test_only_regular_files_are_opened(load, tmp_path, suffix, kind):
     elif kind == "a device":
         path.symlink_to("/dev/zero")
     else:
-        socket.socket(socket.AF_UNIX).bind(str(path))
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
     with pytest.raises(UserError, match=rf"a\{suffix} is {kind} and not a regular file; copy its contents"):
         load(path)
     with pytest.raises(UserError, match=r"is .* and not a regular file"):
