@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gpt.planning import page
+from gpt.planning import page, report
 from gpt.planning.report import ASSUMPTIONS, BOTTLENECKS, MEMORY_PARTS
 
 NODE = shutil.which("node")
@@ -196,6 +196,13 @@ def test_the_assets_of_the_package_are_installed(request):
         assert any(fnmatch.fnmatch(asset.name, pattern) for pattern in patterns)
 
 
+def test_lines_of_the_text_report_fit_a_terminal():
+    large = {"num_parameters": 174.6e9, "steps": 143_052, "batch_size": 1024, "block_size": 2048, "devices": 1024}
+    large |= {"attention": "splash", "model_flops": 2204e12, "seconds": plan()["seconds"] | {"step": 15.0}}
+    for each in (plan(**large), plan(), does_not_compile(nearest=None)):
+        assert all(len(line) <= 118 for text in report.text(each, 4.2) for line in text.splitlines())
+
+
 @needs_node
 def test_one_plan():
     text = shown([plan()], price=2.5).text
@@ -216,7 +223,7 @@ def test_one_plan():
         "768 embed / 4 fsdp",
         "2 smaller ones",
         "12 in groups of 4: 4.0000 GB, 3.0000 GB sent at 100 GB/s",
-        "Published runs of such programs",
+        "1.2 to 1.8 times as long as the roofline",
     ):
         assert expected in text
     assert "All plans" not in text

@@ -209,7 +209,7 @@ class Module:
         Of an array that is sliced or updated in place, only the slice counts.
         """
         shapes = self.shapes(computation, instruction)
-        if instruction.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):  # (destination, source, …)
+        if instruction.opcode in ("copy-start", "slice-start", "dynamic-slice-start"):  # (to, from, …) in some order
             ends = _arrays(instruction.shape)[:2]
             return min(map(_bytes, ends)) * sum(_main_bytes(end) > 0 for end in ends)
         reads, writes = self._partial_accesses(computation, instruction)

@@ -24,11 +24,11 @@ MEMORY_PARTS = {
     "output": "outputs",
 }
 ASSUMPTIONS = """\
-Assumptions: Kernels run one after another. A kernel takes as long as its matrix products at the chip's peak, or as its
-bytes at the peak bandwidth of the main memory, whichever is longer. Collectives use a ring over every link that their
-group spans, at public bandwidth; those marked * overlap with kernels. Both branches of a conditional run. The input
-arrives in time. If the compiler's estimate of its kernels is longer, it counts instead. Published runs of such programs
-took 1.2 to 1.8 times as long as the roofline (launch/PLANNING.md)."""
+Assumptions: Kernels run one after another. A kernel takes as long as its matrix products at the chip's peak, or as
+its bytes at the peak bandwidth of the main memory, whichever is longer. Collectives use a ring over every link that
+their group spans, at public bandwidth; those marked * overlap with kernels. Both branches of a conditional run. The
+input arrives in time. If the compiler's estimate of its kernels is longer, it counts instead. Published runs of such
+programs took 1.2 to 1.8 times as long as the roofline (launch/PLANNING.md)."""
 
 
 def text(report: Report, price: float | None = None) -> Iterator[str]:
@@ -49,12 +49,12 @@ def text(report: Report, price: float | None = None) -> Iterator[str]:
     yield from _memory(report)
     if "seconds" not in report:
         return
-    model_flops, compiled = report["model_flops"], report["hardware_flops"]
+    flops, compiled = report["model_flops"], report["hardware_flops"]
     yield ""
     yield "WORK per device and step"
-    yield f"  model           {model_flops / 1e12:10.3f} TFLOP   6 per parameter and token, and attention"
+    yield f"  model           {flops / 1e12:10.3f} TFLOP   6 per parameter and token; attention 12·layers·width·length"
     yield (
-        f"  compiled        {compiled / 1e12:10.3f} TFLOP   {compiled / model_flops:.2f} × the model's, "
+        f"  compiled        {compiled / 1e12:10.3f} TFLOP   {compiled / flops:.2f} × the model's, "
         f"with recomputation in the backward pass (remat={report['remat']})"
     )
     if report["attention"] in KERNELS:
@@ -121,7 +121,7 @@ def _estimate(report: Report, price: float | None) -> Iterator[str]:
         hours = run * report["devices"] / 3600
         cost = f", {hours * price:,.0f} at {price:g} each" if price is not None else ""
         yield (
-            f"  whole run       {duration(run):>14} for {report['steps']:,} steps, {billions:,.1f} billion tokens: "
+            f"  whole run       {duration(run):>14}: {report['steps']:,} steps, {billions:,.1f} billion tokens, "
             f"{hours:,.1f} device-hours{cost}"
         )
     else:

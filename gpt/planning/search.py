@@ -35,8 +35,8 @@ LARGEST_UNROLLED = 16
 HEADROOM = 0.9
 # Memory that one compilation may need, in bytes.
 COMPILER_BYTES = 4e9
-# If a device holds fewer columns of a parameter than this, and nothing is sharded over `model`, the TPU compiler uses
-# all-reduces to gather and scatter the parameter, which send twice the bytes (observed for 12 to 64 columns).
+# The TPU compiler uses all-reduces to gather and scatter a parameter, which send twice the bytes, if a device holds
+# fewer columns of it than this and nothing is sharded over `model` (observed for 12 to 64 columns, not for 96).
 NARROWEST_SHARD = 96
 
 
@@ -209,7 +209,7 @@ def search(
     Returns:
       (config, plan) for each compiled config, the best first: those that fit by the time of a step, then the others.
     """
-    queue = _Queue(candidates(config, devices, chip), chip)
+    queue = _Queue([each for each in candidates(config, devices, chip) if each.config != config], chip)
     progress.say(
         f"{len(queue.candidates):,} candidates by arithmetic; compiling {compilations} and the unchanged config"
     )
