@@ -133,7 +133,7 @@ class Training:
         step, state, obstacle = self.checkpoints.last(), self.program.abstract_state, ""
         if not allow and step is not None:
             try:
-                self.checkpoints.check_fits(step, params=state.params, optimizer=state.opt_state)
+                self.checkpoints[step].check_fits(params=state.params, optimizer=state.opt_state)
             except UserError as error:
                 obstacle = str(error)
         return refuse_changes(recorded, self.run, self.workdir.path, allow, obstacle)
@@ -155,7 +155,7 @@ class Training:
             self.examples, batch_size, config.seed, rows, step, config.data.prefetch, self.run.skipped
         )
         batches = pipeline.to_devices(batches, self.layout, batch_size)
-        return step, state, batches, checkpoints.mean_loss(step) if step else None
+        return step, state, batches, checkpoints[step].record.mean_loss if step else None
 
     def finish(self, profile: bool) -> int:
         """Takes the remaining steps; argument and result as of `train`."""
@@ -257,7 +257,7 @@ class Training:
     def _lacks_evaluation(self) -> bool:
         """Returns whether the run ended between the save of its last step and the evaluation that belongs to it."""
         is_saved = self.checkpoints.last() == self.step
-        return is_saved and self._is_evaluated() and self.checkpoints.validation_loss(self.step) is None
+        return is_saved and self._is_evaluated() and self.checkpoints[self.step].record.validation_loss is None
 
     def _save(self, loss: float | None = None) -> None:
         self.report.tensorboard.flush()  # a run killed after the save resumes with the events of all its steps

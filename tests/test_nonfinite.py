@@ -323,7 +323,7 @@ def test_a_spike_of_the_loss_is_rolled_back_or_stops(small, tmp_path, monkeypatc
         assert train.train(config, by_hand) == 0
     same_arrays(by_hand, run, 14)
     assert scalars(run, "train/loss") == scalars(by_hand, "train/loss")
-    ends = [workdir.checkpoints().mean_loss(14) for workdir in (run, by_hand)]
+    ends = [workdir.checkpoints()[14].record.mean_loss for workdir in (run, by_hand)]
     assert ends[0] == ends[1]
 
 

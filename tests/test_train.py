@@ -160,13 +160,13 @@ def test_a_step_is_saved_before_its_evaluation_which_a_resume_makes_up_for(tiny,
         patch.setattr(train, "evaluate", evaluating)
         train.train(tiny, workdir)
     assert events == [("save", 5), ("save", 10), ("evaluate", 10), ("save", 15), ("save", 20), ("evaluate", 20)]
-    assert workdir.checkpoints().validation_loss(20) is None
+    assert workdir.checkpoints()[20].record.validation_loss is None
     capsys.readouterr()
     assert train.train(tiny, workdir) == 0
     assert "step 20/20  validation loss" in capsys.readouterr().out
     for number in (10, 20):
-        loss = whole(tiny).checkpoints().validation_loss(number)
-        assert workdir.checkpoints().validation_loss(number) == loss is not None
+        loss = whole(tiny).checkpoints()[number].record.validation_loss
+        assert workdir.checkpoints()[number].record.validation_loss == loss is not None
     assert train.train(tiny, workdir) == 0
     assert "Nothing to do" in capsys.readouterr().out
 

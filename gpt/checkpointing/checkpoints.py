@@ -99,18 +99,6 @@ class Checkpoints:
             raise self._damaged[max(damaged)]
         return step
 
-    def validation_loss(self, step: int) -> float | None:
-        """Returns the validation loss of a step, on whatever data; None if the step was not evaluated."""
-        return self._saved[step].record.validation_loss
-
-    def mean_loss(self, step: int) -> float | None:
-        """Returns the running mean of the training loss after a step."""
-        return self._saved[step].record.mean_loss
-
-    def check_fits(self, step: int, **abstract: Any) -> None:
-        """Raises UserError unless `restore` with the same arguments would find arrays of these names and shapes."""
-        self[step].check_fits(**abstract)
-
     def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
         """Returns the named items of a step; see `Checkpoint.restore`."""
         return self[step].restore(**abstract)
