@@ -116,7 +116,6 @@ class Config:
 
 # The parts of a config that are one of several classes: the field that names the class, and the places of the classes.
 CHOICES = {ModelConfig: ("family", FAMILIES), DataConfig: ("kind", KINDS)}
-PLACES = {"model": FAMILIES, "data": KINDS}
 
 
 def default_config(model: ModelConfig | None = None, data: DataConfig | None = None) -> ml_collections.ConfigDict:
@@ -184,14 +183,14 @@ def is_harmless(key: str) -> bool:
     """Returns whether a resumed run may change the value of a config key: see `gpt.runtime.fields.harmless`."""
     section, _, name = key.partition(".")
     part = typing.get_type_hints(Config)[section]
-    classes = [named(place) for place in PLACES[section].values()] if section in PLACES else [part]
+    classes = [named(place) for place in CHOICES[part][1].values()] if part in CHOICES else [part]
     return any(name in harmless_names(cls) for cls in classes if dataclasses.is_dataclass(cls))
 
 
 def known_keys() -> list[str]:
     """Returns all config keys, those of every family and kind included."""
     keys = list(flatten(dataclasses.asdict(Config())))
-    for section, places in PLACES.items():
+    for section, places in (("model", FAMILIES), ("data", KINDS)):
         keys += [f"{section}.{field.name}" for place in places.values() for field in dataclasses.fields(named(place))]
     return list(dict.fromkeys(keys))
 

@@ -278,7 +278,10 @@ def test_a_killed_process_ends_the_others_with_a_word(play, tmp_path, killed):
     ("own_flags", "message"),
     [
         (("--config.data.path={tmp}/missing.txt",), "data.path: there is no file or folder .*missing.txt"),
-        (("--config.optimizer.learning_rate=0.5",), "to train different runs: optimizer.learning_rate 0.004 ≠ 0.5"),
+        (
+            ("--config.optimizer.learning_rate=0.5",),
+            "Process 0 has a different run: optimizer.learning_rate 0.004 ≠",
+        ),
         (("--config.model.num_layers=0",), "model.num_layers=0 has to be greater than 0"),
     ],
     ids=["missing file", "another config", "mistake"],

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import tensorstore
 from conftest import CACHE, ROOT
-from test_hostile import Payload, _one_device, config, edit_json, made  # noqa: F401  fixtures
+from test_hostile import Payload, _one_device, config, edit_json, trained  # noqa: F401  fixtures
 
 from gpt.config import flatten
 
@@ -254,7 +254,7 @@ class Watched:
 
 
 @pytest.fixture(scope="module")
-def watched(made, config, tmp_path_factory) -> dict[str, Watched]:  # noqa: F811
+def watched(trained, config, tmp_path_factory) -> dict[str, Watched]:  # noqa: F811
     tmp = tmp_path_factory.mktemp("watched").resolve()
     for name in ("outside", "runs", "out", "marks", "cache", "tmp"):
         (tmp / name).mkdir()
@@ -266,7 +266,7 @@ def watched(made, config, tmp_path_factory) -> dict[str, Watched]:  # noqa: F811
         settings = [f"--config.{key}={value}" for key, value in flatten(dataclasses.asdict(config)).items()]
         for number, (change, command, flags, *_) in enumerate(CASES.values()):
             run, out = tmp / f"runs/{number}", tmp / f"out/{number}"
-            shutil.copytree(made, run)
+            shutil.copytree(trained, run)
             change(run)
             if (run / "run.json").is_file():
                 text = (run / "run.json").read_text()

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from orbax.checkpoint import type_handlers
 from orbax.checkpoint.path import atomicity
@@ -21,9 +22,12 @@ CHUNK = 1 << 26  # bytes in a chunk of a converted array: a device that needs a 
 # By default, every replica writes a slice of each array, and JAX compiles a program for each slice: hundreds for a
 # small model. If the slices have fewer bytes than this, one replica writes the whole array.
 MIN_SLICE = 1 << 20
+_verbosity = logging.get_verbosity()
+logging.set_verbosity(logging.ERROR)  # orbax warns of the replacement
 type_handlers.register_type_handler(
     jax.Array, type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICE), override=True
 )
+logging.set_verbosity(_verbosity)
 
 
 @dataclasses.dataclass(frozen=True)
