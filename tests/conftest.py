@@ -22,18 +22,15 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"  # hundreds of ti
 os.environ["XDG_CACHE_HOME"] = str(CACHE)
 os.environ.pop("GPT_CACHE_DIR", None)
 
-import atexit  # noqa: E402
 import dataclasses  # noqa: E402
-import functools  # noqa: E402
 import gc  # noqa: E402
-import shutil  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
-import time  # noqa: E402
 from collections.abc import Sequence  # noqa: E402
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from forked import warm  # noqa: E402
 
 from gpt.config import Config, TrainConfig  # noqa: E402
 from gpt.data import tokens  # noqa: E402
@@ -69,19 +66,6 @@ def tiny(play) -> Config:
             batch_size=16, steps=20, log_every=1, eval_every=10, checkpoint_every=5, sample_tokens=8, keep_checkpoints=9
         ),
     )
-
-
-@functools.cache
-def warm() -> list[str]:
-    """The first words of a command line that starts a module in a fork of a process that has imported all of `gpt`."""
-    script, path = str(ROOT / "tests" / "forked.py"), Path(tempfile.mkdtemp(prefix="gpt-test-server-")) / "socket"
-    server = subprocess.Popen([sys.executable, script, str(path)], stdin=subprocess.PIPE, cwd=ROOT)
-    atexit.register(lambda: (server.communicate(), shutil.rmtree(path.parent)))
-    while not path.exists():
-        assert server.poll() is None, "the process that imports everything has ended"
-        time.sleep(0.02)
-    os.environ["GPT_TEST_SERVER"] = str(path)
-    return [sys.executable, "-IS", script]
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ a new `python -m` where the environment differs in a variable that Python or a l
 """
 
 import array
+import functools
 import gc
 import json
 import os
@@ -144,6 +145,28 @@ def ask(module: str, flags: list[str]) -> None:
         signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+@functools.cache
+def warm() -> list[str]:
+    """The first words of a command line that starts a module in a fork of a process that has imported all of `gpt`."""
+    import atexit
+    import shutil
+    import subprocess
+    import tempfile
+    import time
+    from pathlib import Path
+
+    script, path = __file__, Path(tempfile.mkdtemp(prefix="gpt-test-server-")) / "socket"
+    server = subprocess.Popen(
+        [sys.executable, script, str(path)], stdin=subprocess.PIPE, cwd=Path(script).parent.parent
+    )
+    atexit.register(lambda: (server.communicate(), shutil.rmtree(path.parent)))
+    while not path.exists():
+        assert server.poll() is None, "the process that imports everything has ended"
+        time.sleep(0.02)
+    os.environ["GPT_TEST_SERVER"] = str(path)
+    return [sys.executable, "-IS", script]
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import warm
+from forked import warm
 
 from gpt import train
 from gpt.checkpointing.workdir import Workdir
