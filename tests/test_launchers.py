@@ -14,19 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+from test_launch import SMALL
 
 ROOT = Path(__file__).parent.parent
-TRAIN = (
-    "-m",
-    "gpt.main",
-    "--config=configs/char_tiny.py",
-    "--config.model.num_layers=1",
-    "--config.model.embed_dim=32",
-    "--config.model.block_size=16",
-    "--config.train.sample_tokens=0",
-    "--config.train.eval_every=0",
-    "--config.train.log_every=1",
-)
+TRAIN = (*SMALL, "--config.train.eval_every=0")
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
