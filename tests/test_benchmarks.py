@@ -7,10 +7,13 @@ skipped without.
 import dataclasses
 import json
 import os
+import sys
 
 import jax
 import numpy as np
 import pytest
+from test_cluster import Processes
+from test_convert import SMALL, converted, write_folder
 
 from gpt import step
 from gpt.checkpointing import loading
@@ -21,6 +24,7 @@ from gpt.inference import scoring
 from gpt.inference.model import TrainedModel
 from gpt.interop import huggingface
 from gpt.models.gpt import GPTConfig
+from gpt.models.perceiver import PerceiverARConfig
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig, make_layout
 
@@ -52,25 +56,28 @@ def test_loglikelihoods_are_those_of_the_model(mesh):
     pairs += [(pairs[6][0], [token]) for token in range(5)]  # five answers to one question, in one row
     pairs += [(pairs[2][0], pairs[2][1][:2]), ([*pairs[2][0], pairs[2][1][0]], pairs[2][1][1:])]  # one input, two cuts
 
-    def naive(context, continuation):
-        inputs = np.array([*context, *continuation][-25:-1])
-        with run.program.layout.for_decoding(1).use():
-            logits = jax.jit(run.program.model.apply)({"params": run.params}, inputs[None])
-        log_p = np.asarray(jax.nn.log_softmax(logits[0]))[-len(continuation) :]
-        return log_p[np.arange(len(continuation)), continuation].sum(), (log_p.argmax(-1) == continuation).all()
+    apply = jax.jit(run.program.model.apply)
 
-    for _ in range(2):  # then with a greedy continuation for each pair
+    def naive(context, continuation):
+        inputs = [*context, *continuation][-25:-1]
+        with run.program.layout.for_decoding(1).use():
+            logits = apply({"params": run.params}, np.array([inputs + [0] * (24 - len(inputs))]))
+        log_p = np.asarray(jax.nn.log_softmax(logits[0]))[len(inputs) - len(continuation) : len(inputs)]
+        likeliest = log_p.argmax(-1)
+        return log_p[np.arange(len(continuation)), continuation].sum(), likeliest.tolist()
+
+    for _ in range(2):
         expected = [naive(*pair) for pair in pairs]
         found = scoring.loglikelihoods(run, pairs)
         np.testing.assert_allclose([log_p for log_p, _ in found], [log_p for log_p, _ in expected], rtol=1e-4)
-        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-        turned = scoring.loglikelihoods(run, pairs[::-1])[::-1]
-        assert turned == found
-        with run.program.layout.for_decoding(1).use():
-            inputs = np.array([np.pad(context[-24:], (0, 24 - len(context[-24:]))) for context, _ in pairs])
-            likeliest = np.asarray(jax.jit(run.program.model.apply)({"params": run.params}, inputs)).argmax(-1)
-        pairs = [(context, [likeliest[i, min(len(context), 24) - 1]]) for i, (context, _) in enumerate(pairs)]
-    assert all(greedy for _, greedy in found)
+        likeliest = [tokens for _, tokens in expected]
+        assert [greedy for _, greedy in found] == [
+            tokens == continuation for tokens, (_, continuation) in zip(likeliest, pairs, strict=True)
+        ]
+        assert scoring.loglikelihoods(run, pairs[::-1])[::-1] == found  # the order does not matter
+        # The second time with continuations whose first token, or only token, is the likeliest.
+        pairs = [(context, tokens[:1] + pair[1:]) for (context, pair), tokens in zip(pairs, likeliest, strict=True)]
+    assert sum(greedy for _, greedy in found) >= 7
 
 
 @pytest.mark.parametrize(("context", "continuation"), [(0, 2), (3, 0), (3, 25)])
@@ -85,11 +92,11 @@ def test_no_continuations():
 
 # The harness.
 
-WORDS = "the king of France is not at home and Romeo sees the light of a window in the east tonight my lord".split()
+WORDS = "the king of France is not at home and Romeo sees the light of a window in the east tonight my lord"
 
 
 def sentence(rng, count: int) -> str:
-    return " ".join(rng.choice(WORDS, count))
+    return " ".join(rng.choice(WORDS.split(), count))
 
 
 def write_tasks(folder, answers: list[str]) -> None:
@@ -189,3 +196,68 @@ def test_tasks_have_the_numbers_of_the_harness_backend(both, tmp_path):
         values = {key: value for key, value in expected[name].items() if isinstance(value, float)}
         assert {key: found["results"][name][key] for key in values} == pytest.approx(values, rel=1e-4)
     assert "local_choose" in benchmarks.table(found)
+
+
+@pytest.fixture(scope="module")
+def bytes_run(tmp_path_factory):
+    """The flags of a workdir with a random GPT-2 of bytes, and of the folder of tasks."""
+    pytest.importorskip("lm_eval")
+    folder = tmp_path_factory.mktemp("bytes")
+    converted(write_folder(folder / "hf", SMALL | {"n_positions": 512}), folder / "run")
+    write_tasks(folder / "tasks", ["no"] * 6)
+    return f"--workdir={folder / 'run'}", f"--tasks_path={folder / 'tasks'}"
+
+
+def test_command_prints_the_table(bytes_run, command):
+    shown = command("evaluate", *bytes_run, "--tasks=local_*", "--limit=2")
+    assert shown.returncode == 0, shown.stderr
+    for name in ("local_choose", "acc_norm", "local_read", "word_perplexity", "local_write", "exact_match"):
+        assert name in shown.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.process
+def test_two_processes_say_what_one_says(bytes_run, command):
+    flags = (*bytes_run, "--tasks=local_choose,local_read,local_write", "--json")
+    alone, several = command("evaluate", *flags), Processes(2, "gpt.evaluate", *flags).succeeded()
+    assert "{" not in several.out[1]
+    for name, values in json.loads(alone.stdout)["results"].items():
+        assert json.loads(several.out[0][several.out[0].index("{") :])["results"][name] == pytest.approx(
+            values, rel=1e-4
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "--tasks=local_unknown: neither the harness nor --tasks_path has such a task"),
+        ({"until": [], "num_beams": 2}, "A task has num_beams in generation_kwargs"),
+        ({"until": [], "max_gen_toks": 512}, "A task generates 512 tokens .* fewer than model.block_size=512"),
+        ({"dataset_path": "nobody/nothing"}, "--tasks=local_write cannot be loaded: .*nobody/nothing"),
+    ],
+)
+def test_tasks_that_cannot_be_run_are_refused(change, message, bytes_run, tmp_path):
+    write_tasks(tmp_path / "tasks", ["no"] * 6)
+    path = tmp_path / "tasks" / "write.yaml"
+    task = json.loads(path.read_text())
+    task |= change if "dataset_path" in change else {"generation_kwargs": change or GENERATION}
+    path.write_text(json.dumps(task))
+    model = TrainedModel(**vars(loading.load(Workdir(bytes_run[0].partition("=")[2]), "best")))
+    with pytest.raises(UserError, match=message):
+        model.benchmark(["local_write" if change else "local_unknown"], str(tmp_path / "tasks"), 1)
+
+
+def test_other_families_and_a_missing_package_are_refused(monkeypatch):
+    model = TrainedModel(**vars(random_model(MeshConfig())))
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "gpt.inference.benchmarks", None)
+        with pytest.raises(UserError, match=r"need the package lm-eval: pip install"):
+            model.benchmark(["any"])
+    benchmarks = pytest.importorskip("gpt.inference.benchmarks")
+    other = dataclasses.replace(
+        model,
+        workdir=Workdir("w"),
+        program=dataclasses.replace(model.program, model=PerceiverARConfig(num_latents=8).module()),
+    )
+    with pytest.raises(UserError, match=r"--workdir=.*w has a model.family=perceiver_ar; only gpt can do --tasks"):
+        benchmarks.run(other, ["any"])

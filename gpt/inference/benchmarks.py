@@ -128,9 +128,7 @@ def run(model: Loaded, names: Sequence[str], folder: str | None = None, limit: i
             f"--tasks={','.join(names)} cannot be loaded: {type(error).__name__}: {one_line(error)}"
         ) from None
     if unknown:
-        raise UserError(
-            f"--tasks={','.join(unknown)} is neither a task of the harness nor one in --tasks_path={folder}."
-        )
+        raise UserError(f"--tasks={','.join(unknown)}: neither the harness nor --tasks_path has such a task.")
     inner = set().union(*loaded["group_map"].values())
     tasks = [task for name, task in (loaded["groups"] | loaded["tasks"]).items() if name not in inner]
     found = simple_evaluate(Adapter(model), tasks=tasks, task_manager=manager, limit=limit, log_samples=False)
