@@ -40,19 +40,17 @@ _JOB = cli.define_cluster_flags()
 
 def main() -> int:
     model = gpt.load_model(_WORKDIR.value, _CHECKPOINT.value, batch_size=_BATCH_SIZE.value, job=_JOB())
+    place = {"workdir": str(model.workdir.path), "step": model.step}
     if _TASKS.value:
-        results = model.benchmark(_TASKS.value, _TASKS_PATH.value, _LIMIT.value)
+        results, tables = model.benchmark(_TASKS.value, _TASKS_PATH.value, _LIMIT.value)
         if cluster.is_first():
-            from gpt.inference import benchmarks
-
-            place = {"workdir": str(model.workdir.path), "step": model.step}
-            print(json.dumps(place | results) if _JSON.value else benchmarks.table(results))
+            print(json.dumps(place | results) if _JSON.value else tables)
         return 0
     report, mistakes = model.evaluate_with_mistakes(_SPLIT.value, _DATA.value, _STRIDE.value)
     if not cluster.is_first():
         return 0
     if _JSON.value:
-        print(json.dumps({"workdir": str(model.workdir.path), "split": _SPLIT.value, "step": model.step} | report))
+        print(json.dumps(place | {"split": _SPLIT.value} | report))
         return 0
     (unit, count), *measures = report.items()
     data = f" of {_DATA.value}" if _DATA.value else ""

@@ -7,12 +7,13 @@ skipped without.
 import dataclasses
 import json
 import os
+import re
 import sys
 
 import jax
 import numpy as np
 import pytest
-from test_cluster import Processes
+from test_cluster import GLOO, Processes
 from test_convert import SMALL, converted, write_folder
 
 from gpt import step
@@ -169,10 +170,10 @@ def both(tmp_path_factory):
     return theirs, ours
 
 
-def generated(adapter, options: dict) -> list[str]:
+def generated(adapter, options: dict, texts: list[str]) -> list[str]:
     from lm_eval.api.instance import Instance
 
-    rows = [Instance("generate_until", {}, (prompt, options), i) for i, prompt in enumerate(prompts())]
+    rows = [Instance("generate_until", {}, (prompt, options), i) for i, prompt in enumerate(texts)]
     return adapter.generate_until(rows, disable_tqdm=True)
 
 
@@ -184,18 +185,18 @@ def test_tasks_have_the_numbers_of_the_harness_backend(both, tmp_path):
 
     theirs, ours = both
     for options in ({"max_gen_toks": 12, "until": []}, GENERATION):
-        texts = generated(theirs, options)
-        assert generated(benchmarks.Adapter(ours), options) == texts
+        texts = generated(theirs, options, prompts())
+        assert generated(benchmarks.Adapter(ours), options, prompts()) == texts
     write_tasks(tmp_path / "tasks", [text if i % 2 else "no" for i, text in enumerate(texts)])
     names = ["local_choose", "local_read", "local_write"]
     manager = TaskManager(include_path=str(tmp_path / "tasks"))
     expected = simple_evaluate(theirs, tasks=names, task_manager=manager, log_samples=False)["results"]
-    found = ours.benchmark(names, str(tmp_path / "tasks"))
+    found, tables = ours.benchmark(names, str(tmp_path / "tasks"))
     assert expected["local_write"]["exact_match,none"] == 0.5
     for name in names:
         values = {key: value for key, value in expected[name].items() if isinstance(value, float)}
         assert {key: found["results"][name][key] for key in values} == pytest.approx(values, rel=1e-4)
-    assert "local_choose" in benchmarks.table(found)
+    assert "local_choose" in tables
 
 
 @pytest.fixture(scope="module")
@@ -220,19 +221,20 @@ def test_command_prints_the_table(bytes_run, command):
 def test_two_processes_say_what_one_says(bytes_run, command):
     flags = (*bytes_run, "--tasks=local_choose,local_read,local_write", "--json")
     alone, several = command("evaluate", *flags), Processes(2, "gpt.evaluate", *flags).succeeded()
-    assert "{" not in several.out[1]
+    assert re.sub(GLOO, "", several.out[1]).strip() == ""
+    found = json.loads(re.sub(GLOO, "", several.out[0]))["results"]
     for name, values in json.loads(alone.stdout)["results"].items():
-        assert json.loads(several.out[0][several.out[0].index("{") :])["results"][name] == pytest.approx(
-            values, rel=1e-4
-        )
+        numbers = {key: value for key, value in values.items() if isinstance(value, float)}
+        assert numbers
+        assert {key: found[name][key] for key in numbers} == pytest.approx(numbers, rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({}, "--tasks=local_unknown: neither the harness nor --tasks_path has such a task"),
-        ({"until": [], "num_beams": 2}, "A task has num_beams in generation_kwargs"),
-        ({"until": [], "max_gen_toks": 512}, "A task generates 512 tokens .* fewer than model.block_size=512"),
+        ({"until": [], "num_beams": 2}, "A task has num_beams in its generation_kwargs"),
+        ({"until": [], "max_gen_toks": 512}, "A task generates 512 tokens .* between 1 and 511: model.block_size=512"),
         ({"dataset_path": "nobody/nothing"}, "--tasks=local_write cannot be loaded: .*nobody/nothing"),
     ],
 )
@@ -247,9 +249,24 @@ def test_tasks_that_cannot_be_run_are_refused(change, message, bytes_run, tmp_pa
         model.benchmark(["local_write" if change else "local_unknown"], str(tmp_path / "tasks"), 1)
 
 
+def test_sampled_texts_are_drawn_for_each_request(bytes_run):
+    benchmarks = pytest.importorskip("gpt.inference.benchmarks")
+    model = loading.load(Workdir(bytes_run[0].partition("=")[2]), "best")
+    adapter, options = (
+        benchmarks.Adapter(model),
+        {"max_gen_toks": 12, "do_sample": True, "temperature": 1.5, "until": []},
+    )
+    texts = generated(adapter, options, ["one"] * 3)
+    assert len(set(texts)) == 3
+    assert sorted(generated(adapter, options, ["one"] * 3)) == sorted(texts)
+    nearly_greedy, greedy = options | {"temperature": 1e-4}, options | {"do_sample": False}
+    assert generated(adapter, nearly_greedy, prompts()) == generated(adapter, greedy, prompts())
+
+
 def test_other_families_and_a_missing_package_are_refused(monkeypatch):
     model = TrainedModel(**vars(random_model(MeshConfig())))
     with monkeypatch.context() as patch:
+        patch.delattr("gpt.inference.benchmarks", raising=False)
         patch.setitem(sys.modules, "gpt.inference.benchmarks", None)
         with pytest.raises(UserError, match=r"need the package lm-eval: pip install"):
             model.benchmark(["any"])

@@ -73,39 +73,32 @@ class Adapter(TemplateLM):
 
     def _generate(self, options: dict[str, Any], rows: list[tuple[int, list[int], int]], texts: list[str]) -> None:
         """Generates after the tokens of each row, and stores the text in `texts` at the row's index."""
-        model, tokenizer, count = self._model, self._model.tokenizer, options.pop("max_gen_toks")
-        room = model.model_config.length - count
-        if room < 1:
+        model, tokenizer, length = self._model, self._model.tokenizer, self._model.model_config.length
+        count, stop_texts, is_random = (options.pop(name) for name in ("max_gen_toks", "until", "do_sample"))
+        if not 0 < count < length:
             raise UserError(
-                f"A task generates {count} tokens (max_gen_toks), which have to be fewer than "
-                f"model.block_size={model.model_config.length}."
+                f"A task generates {count} tokens (max_gen_toks in its generation_kwargs), which has to be a number "
+                f"between 1 and {length - 1}: model.block_size={length}, and the model needs a token to continue."
             )
-        stop_texts, is_random = options.pop("until"), options.pop("do_sample")
-        # transformers' generate() has a default of 50 for top_k; its greedy decoding ignores these options.
-        drawn = {"temperature": options.pop("temperature", 0.0), "top_k": options.pop("top_k", 50) or None}
-        drawn["top_p"] = options.pop("top_p", None)
-        penalty = options.pop("repetition_penalty", 1.0)
-        if options:
-            raise UserError(f"A task has {', '.join(options)} in generation_kwargs, which we do not have; remove it.")
-        sampling = generation.Sampling(**(drawn if is_random else {"temperature": 0}), repetition_penalty=penalty)
+        unknown = options.keys() - vars(generation.Sampling()).keys()
+        if unknown:
+            raise UserError(f"A task has {', '.join(unknown)} in its generation_kwargs, which gpt does not have.")
+        # The default of 50 for top_k is that of transformers' generate().
+        options = {"temperature": 0.0, "top_k": min(50, tokenizer.vocab_size)} | options
+        sampling = generation.Sampling(**options if is_random else options | {"temperature": 0.0})
         sampling.check(tokenizer.vocab_size)
-        stops = tokenizer.stop_tokens
-        generator = generation.Generator(model.program.model, model.program.layout, sampling, stop_tokens=stops)
+        stops = {"stop_tokens": tokenizer.stop_tokens}
+        generator = generation.Generator(model.program.model, model.program.layout, sampling, **stops)
         for first, part in scoring.parts(model, rows):
-            prompts = [np.array(tokens[-room:]) for _, tokens, _ in part]
-            *_, samples = generation.continuations(
-                generator.start(model.params, prompts, first_prompt=first),
-                tokenizer.decode,
-                count,
-                stop_tokens=stops,
-                stop_texts=stop_texts,
-            )
+            prompts = [np.array(tokens[count - length :]) for _, tokens, _ in part]
+            decoding = generator.start(model.params, prompts, first_prompt=first)
+            *_, samples = generation.continuations(decoding, tokenizer.decode, count, stop_texts=stop_texts, **stops)
             for (*_, i), sample in zip(part, samples, strict=True):
                 texts[i] = sample.text
 
 
-def run(model: Loaded, names: Sequence[str], folder: str | None = None, limit: int | None = None) -> dict[str, Any]:
-    """Returns the harness's results of tasks, which `table` prints.
+def run(model: Loaded, names: Sequence[str], folder: str | None = None, limit: int | None = None) -> tuple[dict, str]:
+    """Returns the harness's results of tasks, and its tables of the same.
 
     Args:
       names: names of tasks, groups or tags; "*" stands for any characters.
@@ -132,9 +125,5 @@ def run(model: Loaded, names: Sequence[str], folder: str | None = None, limit: i
     inner = set().union(*loaded["group_map"].values())
     tasks = [task for name, task in (loaded["groups"] | loaded["tasks"]).items() if name not in inner]
     found = simple_evaluate(Adapter(model), tasks=tasks, task_manager=manager, limit=limit, log_samples=False)
-    return {key: found[key] for key in REPORTED if key in found}
-
-
-def table(results: dict[str, Any]) -> str:
-    """Returns the harness's table of results, followed by that of groups if there are any."""
-    return "\n".join(make_table(results, column) for column in ("results", "groups") if results.get(column))
+    results = {key: found[key] for key in REPORTED if key in found}
+    return results, "\n".join(make_table(results, column) for column in ("results", "groups") if results.get(column))

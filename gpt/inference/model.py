@@ -106,22 +106,20 @@ class TrainedModel(Loaded):
         result: dict[str, Any] = step.evaluate(self.program, self.params, source, self.batch_size)
         return dataset.report(source, result), dataset.mistakes(source, result)
 
-    def benchmark(
-        self, tasks: Sequence[str], tasks_path: str | None = None, limit: int | None = None
-    ) -> dict[str, Any]:
-        """Returns the results of tasks of the lm-evaluation-harness.
+    def benchmark(self, tasks: Sequence[str], folder: str | None = None, limit: int | None = None) -> tuple[dict, str]:
+        """Returns the results of tasks of the lm-evaluation-harness, and its tables of the same.
 
         Args:
-          tasks, tasks_path, limit: see `gpt.inference.benchmarks.run`.
+          tasks, folder, limit: see `gpt.inference.benchmarks.run`.
 
         Raises:
-          UserError: the package lm-eval is not installed, or see `gpt.inference.benchmarks.run`.
+          UserError: the package lm-eval is not installed, or as `gpt.inference.benchmarks.run` raises it.
         """
         try:
             from gpt.inference import benchmarks
         except ImportError:
             raise UserError('Tasks need the package lm-eval: pip install "gpt-spmd[eval]".') from None
-        return benchmarks.run(self, tasks, tasks_path, limit)
+        return benchmarks.run(self, tasks, folder, limit)
 
     def explain(self, text: str) -> explanation.Explanation:
         """Returns how the model reads a text: loss, predictions and attention weights of each token.
