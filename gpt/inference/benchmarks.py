@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-os.environ["TQDM_DISABLE"] = "1"  # a progress bar is made of control characters, which `gpt.runtime.output` escapes
+os.environ["TQDM_DISABLE"] = "1"  # a progress bar consists of control characters, which `gpt.runtime.output` escapes
 os.environ["DISABLE_MULTIPROC"] = "1"  # forked processes, which the harness would start, can hang beside JAX's threads
 
 from lm_eval import simple_evaluate
@@ -98,7 +98,7 @@ class Adapter(TemplateLM):
 
 
 def run(model: Loaded, names: Sequence[str], folder: str | None = None, limit: int | None = None) -> tuple[dict, str]:
-    """Returns the harness's results of tasks, and its tables of the same.
+    """Returns the harness's results of tasks, and its tables of these results.
 
     Args:
       names: names of tasks, groups or tags; "*" stands for any characters.

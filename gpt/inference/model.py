@@ -107,7 +107,7 @@ class TrainedModel(Loaded):
         return dataset.report(source, result), dataset.mistakes(source, result)
 
     def benchmark(self, tasks: Sequence[str], folder: str | None = None, limit: int | None = None) -> tuple[dict, str]:
-        """Returns the results of tasks of the lm-evaluation-harness, and its tables of the same.
+        """Returns the results of tasks of the lm-evaluation-harness, and its tables of these results.
 
         Args:
           tasks, folder, limit: see `gpt.inference.benchmarks.run`.
