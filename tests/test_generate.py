@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES
+from model_options import FAMILIES
 
 from gpt import sharding
 from gpt.data.tokenizers import ByteTokenizer, CharTokenizer
