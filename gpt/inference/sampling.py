@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from gpt.data import chat
 from gpt.data.pixels import Palette
 from gpt.data.tokenizers import Labels, Tokenizer
 from gpt.inference import generation, pictures
@@ -29,6 +30,8 @@ class Options:
       stop: the `stop_text` of `generation.continuations`.
       stop_newlines: see `generation.continuations`.
       out: file for the picture of generated images.
+      chat: the prompts are the messages of a user in one conversation, by the tokenizer's chat template.
+      system: the first message of the conversation, with the role "system"; "": none.
     """
 
     sampling: generation.Sampling
@@ -39,6 +42,8 @@ class Options:
     stop: str = ""
     stop_newlines: int = 0
     out: str = "samples.png"
+    chat: bool = False
+    system: str = ""
 
 
 def run(model: TrainedModel, prompts: list[str] | None, options: Options) -> None:
@@ -49,7 +54,9 @@ def run(model: TrainedModel, prompts: list[str] | None, options: Options) -> Non
     """
     if isinstance(model.tokenizer, Labels):
         return _classify(model, model.tokenizer, prompts or [])
-    write = _writer(model, options)
+    if options.system and not options.chat:
+        raise UsageError(f"--system={options.system} is for --chat.")
+    write = _chat_writer(model, options) if options.chat else _writer(model, options)
     if prompts is not None:
         return write(prompts, 0)
     _show(f"{model.workdir.path}, step {model.step:,}. An empty line or Ctrl-D exits.")
@@ -75,19 +82,10 @@ def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int],
 
     def write(prompts: list[str], first: int) -> None:
         tokens = [generation.encode_prompt(tokenizer, prompt, "--prompt") for prompt in prompts]
-        longest, context = max(map(len, tokens)), model.model_config.length
-        if longest > context and cluster.is_first():
-            print(f"note: the prompt has {longest} tokens; the model sees the last {context}.", file=sys.stderr)
-        segments = generation.continuations(
-            generator.start(model.params, tokens, options.num_samples, options.seed, first),
-            tokenizer.decode,
-            options.num_tokens or tokenizer.sample_length(tokens),
-            stop_tokens=tokenizer.stop_tokens,
-            stop_text=options.stop,
-            stop_newlines=options.stop_newlines,
-        )
+        segments = _segments(model, generator, tokens, tokenizer.decode, options, first)
         if len(prompts) * options.num_samples == 1 and not options.logprobs and not isinstance(tokenizer, Palette):
-            return _stream(prompts[0], segments, options.stop)
+            _stream(prompts[0], segments, options.stop)
+            return None
         *_, samples = segments
         if isinstance(tokenizer, Palette):
             return _draw(tokenizer, pictures.join(tokens, samples), options.out)
@@ -96,8 +94,60 @@ def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int],
     return write
 
 
-def _stream(prompt: str, segments: Iterator[list[Continuation]], stop_text: str) -> None:
-    """Prints one sample while it is generated."""
+def _segments(
+    model: TrainedModel,
+    generator: generation.Generator,
+    prompts: list[np.ndarray],
+    decode: Callable[[np.ndarray], str],
+    options: Options,
+    first: int,
+) -> Iterator[list[Continuation]]:
+    """Returns what `generation.continuations` yields for prompts; `first` is the number of the first of them."""
+    longest, context = max(map(len, prompts)), model.model_config.length
+    if longest > context:
+        _note(f"the prompt has {longest} tokens; the model sees the last {context}.")
+    return generation.continuations(
+        generator.start(model.params, prompts, options.num_samples, options.seed, first),
+        decode,
+        options.num_tokens or model.text_tokenizer.sample_length(prompts),
+        stop_tokens=model.text_tokenizer.stop_tokens,
+        stop_text=options.stop,
+        stop_newlines=options.stop_newlines,
+    )
+
+
+def _note(text: str) -> None:
+    if cluster.is_first():
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _chat_writer(model: TrainedModel, options: Options) -> Callable[[list[str], int], None]:
+    """Returns a function that adds messages of the user to a conversation, one by one, and prints the answers."""
+    if options.num_samples > 1 or options.logprobs:
+        raise UsageError("--chat prints one answer to each message; leave out --num_samples and --logprobs.")
+    generator, tokenizer = model.generator(options.sampling), model.text_tokenizer
+    conversation = [{"role": "system", "content": options.system}] if options.system else []
+    chat.render(tokenizer, [{"role": "user", "content": ""}])  # refuses a tokenizer without a template at once
+
+    def write(prompts: list[str], first: int) -> None:
+        for number, prompt in enumerate(prompts, first):
+            messages, start = [*conversation, {"role": "user", "content": prompt}], int(bool(options.system))
+            while True:
+                tokens = tokenizer.encode(chat.render(tokenizer, messages, add_generation_prompt=True))
+                if len(tokens) <= model.model_config.length or len(messages) <= start + 2:
+                    break
+                del messages[start : start + 2]
+            if len(messages) <= len(conversation):
+                _note("the conversation exceeds the context length; the model does not see its oldest messages.")
+            segments = _segments(model, generator, [tokens], tokenizer.decode_answer, options, number)
+            answer = {"role": "assistant", "content": _stream("", segments, options.stop)}
+            conversation[start:] = [*messages[start:], answer]
+
+    return write
+
+
+def _stream(prompt: str, segments: Iterator[list[Continuation]], stop_text: str) -> str:
+    """Prints one sample while it is generated, and returns its text."""
     shown = 0
     _show(prompt, end="")
     for (sample,) in segments:
@@ -105,6 +155,7 @@ def _stream(prompt: str, segments: Iterator[list[Continuation]], stop_text: str)
         _show(text[shown:], end="")
         shown = max(shown, len(text))
     _show(sample.text[shown:])
+    return sample.text
 
 
 def _draw(palette: Palette, samples: list[np.ndarray], out: str) -> None:
