@@ -217,15 +217,15 @@ class BPETokenizer(Tokenizer):
         """The bytes of each token."""
         definition, values = self.files[TOKENIZER_FILE], [b""] * self.vocab_size
         is_byte_level = "ByteLevel" in str(definition.get("decoder") or definition.get("pre_tokenizer"))
-        for token, i in definition["model"]["vocab"].items():
+        added = {token["content"] for token in self.added}
+        for token, i in self._ids.items():
+            values[i] = (token if is_byte_level else token.replace("▁", " ")).encode()
+            if token in added:
+                continue
             if is_byte_level and _LETTERS.keys() >= set(token):
                 values[i] = bytes(map(_LETTERS.__getitem__, token))
             elif definition["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
                 values[i] = bytes([int(token[3:5], 16)])
-            else:
-                values[i] = (token if is_byte_level else token.replace("▁", " ")).encode()
-        for added in self.added:
-            values[added["id"]] = added["content"].encode()
         return values
 
     @functools.cached_property

@@ -47,21 +47,18 @@ def _checked(record: Any, where: str) -> dict[str, Any]:
     if values.pop("tools", None):
         raise UserError(f'{where} has "tools", which are not supported; leave out this record.')
     texts = list(values.values())
-    if isinstance(messages := values.get("messages"), list):
-        texts = [message.get(key) if isinstance(message, dict) else None for message in messages for key in ROLE]
-        values = {"messages": [_without_none(message) for message in messages if isinstance(message, dict)]}
-    if values.keys() not in FORMS or not texts or not all(isinstance(text, str) for text in texts):
+    if isinstance(messages := values.get("messages"), list) and all(isinstance(message, dict) for message in messages):
+        # transformers leaves out keys without a value too.
+        messages = [{key: item for key, item in message.items() if item is not None} for message in messages]
+        texts, values = [message.get(key) for message in messages for key in ROLE], values | {"messages": messages}
+    is_known = values.keys() in FORMS and isinstance(messages, list) == ("messages" in values)
+    if not is_known or not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where} {FORM}.")
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{where} has {error.object[error.start]!r}, half of a surrogate pair.") from None
     return values
-
-
-def _without_none(message: dict[str, Any]) -> dict[str, Any]:
-    """Returns a message without keys that have no value, as transformers passes it to a chat template."""
-    return {key: value for key, value in message.items() if value is not None}
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:

@@ -56,7 +56,7 @@ FORMATS = {  # {first bytes: format} of files that users take for text
 
 
 Spans = tuple[tuple[int, int], ...]  # parts of a text, as pairs of first character and end
-Piece = tuple[str, bool | Spans]  # a text, and whether it counts in the loss, or which parts of it do
+Counts = bool | Spans | None  # whether a text counts in the loss, or which parts of it; None: a mark that does not
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class _File:
     alphabet: frozenset[str]
     has_prompts: bool
 
-    def read(self, marks: "Marks") -> Iterator[Piece]:
+    def read(self, marks: "Marks") -> Iterator[tuple[str, Counts]]:
         """Yields the same as `_read_file`. Raises UserError at the end if the text is not that of the first pass."""
         sha256 = hashlib.sha256()
         yield from _read_file(self.path, marks, sha256)
@@ -195,7 +195,7 @@ def _format(path: Path) -> str:
     return f" ({what}); leave it out, or {advice}" if what else ""
 
 
-def _read_file(path: Path, marks: Marks, sha256: Any) -> Iterator[Piece]:
+def _read_file(path: Path, marks: Marks, sha256: Any) -> Iterator[tuple[str, Counts]]:
     """Yields the text of a file in pieces, with the marks around documents.
 
     Args:
@@ -203,14 +203,14 @@ def _read_file(path: Path, marks: Marks, sha256: Any) -> Iterator[Piece]:
     """
     if not records.is_for(path):
         if marks.begin:
-            yield marks.begin, False
+            yield marks.begin, None
         for chunk in _read_chunks(path):
             sha256.update(chunk.encode())
             first, *others = chunk.split(tokenizers.SEPARATOR) if marks.begin else [chunk]
             yield first, True
             for document in others:
                 yield marks.end, True
-                yield marks.begin, False
+                yield marks.begin, None
                 yield document, True
         if marks.end:
             yield marks.end, True
@@ -219,7 +219,7 @@ def _read_file(path: Path, marks: Marks, sha256: Any) -> Iterator[Piece]:
         sha256.update(json.dumps(record, sort_keys=True).encode() + b"\n")
         if "messages" not in record:
             if marks.begin:
-                yield marks.begin, False
+                yield marks.begin, None
             if record.get("prompt"):
                 yield record["prompt"], False
             yield record["text" if "text" in record else "completion"] + (marks.end or RECORD_END), True
@@ -229,13 +229,13 @@ def _read_file(path: Path, marks: Marks, sha256: Any) -> Iterator[Piece]:
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
         if marks.begin and not text.startswith(marks.begin):
-            yield marks.begin, False
+            yield marks.begin, None
         yield text, spans
         if marks.end and not text.endswith(marks.end):
             yield marks.end, bool(spans) and spans[-1][1] == len(text)
 
 
-def _pieces(files: list[_File], marks: Marks) -> Iterator[tuple[_File, str, bool | Spans]]:
+def _pieces(files: list[_File], marks: Marks) -> Iterator[tuple[_File, str, Counts]]:
     """Yields the text of the files in pieces, each with its file and whether it counts, and marks of documents."""
     if marks.end and not marks.begin:
         yield files[0], marks.end, True
@@ -276,7 +276,7 @@ def tokenise(
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     reading, done, total, started = files[0], 0, sum(file.stat.st_size for file in files), time.perf_counter()
 
-    def text_of(pieces: Iterable[tuple[_File, str, bool | Spans]]) -> Iterator[str]:
+    def text_of(pieces: Iterable[tuple[_File, str, Counts]]) -> Iterator[str]:
         nonlocal reading, done
         for file, text, _ in pieces:
             reading = file
@@ -312,15 +312,13 @@ def tokenise(
     return maps["npy"], maps.get("counts.npy")
 
 
-def _encoded(
-    tokenizer: Tokenizer, texts: Iterator[str], counted: bool | Spans
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _encoded(tokenizer: Tokenizer, texts: Iterator[str], counted: Counts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields tokens of texts, and for each token whether it counts: in all texts alike, or in spans of each text."""
-    if isinstance(counted, bool):
-        for tokens in tokenizer.encode_stream(texts):
-            yield tokens, np.broadcast_to(counted, len(tokens))
-    elif isinstance(tokenizer, BPETokenizer):
+    if isinstance(counted, tuple) and isinstance(tokenizer, BPETokenizer):
         yield from (tokenizer.encode_spans(text, counted) for text in texts)
+    else:
+        for tokens in tokenizer.encode_stream(texts):
+            yield tokens, np.broadcast_to(bool(counted), len(tokens))
 
 
 def _bar(done: int, total: int, seconds: float) -> str:
