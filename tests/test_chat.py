@@ -116,7 +116,8 @@ def test_padding_and_truncation_in_the_file_change_nothing(family, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda saved: saved["model"].update(type="WordPiece"), "a model of type WordPiece"),
+        (lambda saved: saved["model"].update(type="WordPiece"), "describes WordPiece"),
+        (lambda saved: saved["model"].update(dropout=0.1), "BPE with dropout=0.1, and not BPE without"),
         (lambda saved: saved.update(decoder={"type": "CTC"}), "a decoder that is not known"),
         (lambda saved: saved["model"]["vocab"].update(far=2**31), "ids that are not numbers below"),
         (lambda saved: saved["model"]["vocab"].update(a="b"), "ids that are not numbers below"),

@@ -58,9 +58,9 @@ class BPETokenizer(Tokenizer):
         """
         definition = json.loads(definition) if isinstance(definition, str) else definition
         tokenizer = cls({TOKENIZER_FILE: definition, SETTINGS_FILE: settings} | others)
-        kind = definition["model"].get("type", "BPE")
-        if kind != "BPE":
-            raise ValueError(f"{TOKENIZER_FILE} describes a model of type {str(kind)[:80]}, and not BPE")
+        kind, dropout = definition["model"].get("type", "BPE"), definition["model"].get("dropout")
+        if kind != "BPE" or dropout:
+            raise ValueError(f"{TOKENIZER_FILE} describes {str(kind)[:80]} with dropout={dropout}, and not BPE without")
         decoder = str(definition.get("decoder") or definition.get("pre_tokenizer"))
         if not any(name in decoder for name in ("ByteLevel", "Metaspace", "ByteFallback")):
             raise ValueError(f"{TOKENIZER_FILE} has a decoder that is not known: {decoder[:80]}")
@@ -141,7 +141,8 @@ class BPETokenizer(Tokenizer):
                     vocab = read_json(folder / vocabulary)
                     ids |= {SEPARATOR: vocab[SEPARATOR]} if SEPARATOR in vocab else {}
                     definition = _byte_level(_library().Tokenizer(_library().models.BPE(vocab, pairs)))
-                    settings = {"eos_token": SEPARATOR} | settings if SEPARATOR in vocab else settings
+                    # transformers gives GPT-2's separator these roles by default.
+                    settings = (dict.fromkeys(ROLES[:3], SEPARATOR) if SEPARATOR in vocab else {}) | settings
             if definition is not None:
                 missing = _missing(definition, files.get(ROLES_FILE, {}) | settings, ids)
                 tokenizer = cls.from_parts(definition, settings, **files)
@@ -279,7 +280,7 @@ class BPETokenizer(Tokenizer):
         tokens of the first one end and those of the second one go on. BPE allows this: two adjacent tokens that are not
         merged in one text are not merged in any, as long as each merge comes after the merges that form its parts,
         which is the order of training. If the windows differ, the second one is encoded again from a border between
-        two tokens of the first.
+        two tokens of the first or, if none is between two characters, together with the first.
         """
         before, last, ids, first = "", None, np.zeros(0, self._dtype), 0
         for texts in _windows(pieces):
@@ -289,11 +290,12 @@ class BPETokenizer(Tokenizer):
                     shift = len(before) - OVERLAP
                     places = _meeting(last, found, ids, new, shift)
                     if places is None:
-                        border, shift = _border(last, shift + OVERLAP // 2, len(before))
+                        borders = ((_token_at(last, i) or 0, i) for i in range(shift + OVERLAP // 2, 0, -1))
+                        border, shift = next((at for at in borders if at[0] > first), (first, 0))
                         text = before[shift:] + text[OVERLAP:]
                         (found,) = self._encodings([text])
                         new = self._array(found.ids)
-                        places = _meeting(last, found, ids, new, shift) or (border, 0)
+                        places = _meeting(last, found, ids, new, shift) or (border, 0 if shift else first)
                     yield ids[first : places[0]]
                     first = places[1]
                 before, last, ids = text, found, new
@@ -417,20 +419,21 @@ def _meeting(first: Any, second: Any, a: np.ndarray, b: np.ndarray, shift: int) 
       a, b: the tokens of the encodings.
       shift: place in the text of the first encoding at which that of the second one begins.
     """
-    for place in range(shift + OVERLAP // 4, shift + OVERLAP // 2, 4):
-        old, new = first.char_to_token(place), second.char_to_token(place - shift)
-        if old is None or new is None or first.token_to_chars(old)[0] != second.token_to_chars(new)[0] + shift:
+    for place in range(shift + OVERLAP // 4, shift + OVERLAP // 2):
+        old, new = _token_at(first, place), _token_at(second, place - shift)
+        if old is None or new is None or len(b) - new < RUN:
             continue
-        if len(b) - new >= RUN and np.array_equal(a[old : old + RUN], b[new : new + RUN]):
+        if np.array_equal(a[old : old + RUN], b[new : new + RUN]):
             return old, new
     return None
 
 
-def _border(encoding: Any, place: int, end: int) -> tuple[int, int]:
-    """Returns the number of the first token at or after a place of an encoded text, and the place of this token."""
-    tokens = (encoding.char_to_token(i) for i in range(place, end))
-    token = next((token for token in tokens if token is not None), None)
-    return (len(encoding), end) if token is None else (token, encoding.token_to_chars(token)[0])
+def _token_at(encoding: Any, place: int) -> int | None:
+    """Returns the number of the token that begins with the character at a place, or None."""
+    token = encoding.char_to_token(place)
+    if token is None or encoding.token_to_chars(token)[0] != place:
+        return None
+    return token if token == 0 or encoding.token_to_chars(token - 1)[1] <= place else None
 
 
 def _words() -> Any:
