@@ -13,14 +13,21 @@ import numpy as np
 import pytest
 from test_tokenizers import HARD, TEXTS, random_text, white_space_and_words, without_blanks
 
+from gpt import train
+from gpt.checkpointing import loading
+from gpt.checkpointing.workdir import Workdir
+from gpt.config import Config, OptimizerConfig, TrainConfig
 from gpt.data import bpe, chat, tokenizers
 from gpt.data.base import IGNORED
 from gpt.data.bpe import BPETokenizer
 from gpt.data.text import TextConfig
 from gpt.data.tokenizers import ByteTokenizer, TokenizerConfig
+from gpt.inference import sampling
+from gpt.inference.generation import Sampling
+from gpt.inference.model import TrainedModel
 from gpt.interop import tokenizer_files
 from gpt.models.gpt import GPTConfig
-from gpt.runtime.errors import UserError
+from gpt.runtime.errors import UsageError, UserError
 
 pytest.importorskip("tokenizers", reason='needs pip install -e ".[bpe]"')
 pytest.importorskip("jinja2", reason='needs pip install -e ".[chat]"')
@@ -341,3 +348,66 @@ def test_conversations_need_a_template(load):
 def test_the_date_of_training_data_is_fixed(family):
     tokenizer = family("smollm", chat_template="{{ strftime_now('%d %b %Y') }}" + families.TURN_MARKS)
     assert chat.turns(tokenizer, CONVERSATION)[0].startswith("26 Jul 2024<|im_start|>")
+
+
+# Chats.
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A small model that was trained on a conversation, until it answers its question with its answer."""
+    folder = tmp_path_factory.mktemp("chat")
+    data = folder / "chats.jsonl"
+    data.write_text((json.dumps({"messages": CONVERSATION[:2]}) + "\n") * 20)
+    config = Config(
+        model=GPTConfig(num_layers=1, num_heads=2, embed_dim=32, block_size=64, dtype="float32"),
+        tokenizer=TokenizerConfig("gpt2", path=str(families.write("smollm", folder / "hf"))),
+        data=TextConfig(
+            path=str(data), validation_path=str(data), document_borders=True, cache_dir=str(folder / "cache")
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-2),
+        train=TrainConfig(batch_size=8, steps=150, log_every=100, sample_tokens=0, eval_every=0),
+    )
+    assert train.train(config, Workdir(folder / "run")) == 0
+    return TrainedModel(**vars(loading.load(Workdir(folder / "run"), "last")))
+
+
+def said(model, capsys, prompts, **options) -> tuple[str, str]:
+    sampling.run(model, prompts, sampling.Options(Sampling(0.0), chat=True, **options))
+    return capsys.readouterr()
+
+
+def test_a_chat_prints_the_answer_alone(model, capsys):
+    question, answer = (message["content"] for message in CONVERSATION[:2])
+    assert said(model, capsys, [question], num_tokens=50) == (f"{answer}\n", "")
+    assert model.chat(CONVERSATION[:1], temperature=0.0) == answer
+
+
+def test_a_long_conversation_loses_its_oldest_turns(model, capsys, monkeypatch):
+    seen = []
+    render = chat.render
+    monkeypatch.setattr(
+        chat, "render", lambda *arguments, **how: seen.append([*arguments[1]]) or render(*arguments, **how)
+    )
+    out, err = said(model, capsys, ["The cat?", "The rat?", "The mat?", "Why?"], num_tokens=6, system="Be")
+    assert out.count("\n") >= 4
+    assert err.count("note: the conversation exceeds the context length") == err.count("\n") > 0
+    assert all([message["role"] for message in messages][:2] == ["system", "user"] for messages in seen[1:])
+    assert seen[-1][-1] == {"role": "user", "content": "Why?"}
+    assert len(render(model.tokenizer, seen[-1])) < len(render(model.tokenizer, seen[-2]))
+
+
+def test_a_chat_on_a_terminal_goes_on_after_an_error(model, capsys, monkeypatch):
+    typed = iter(["The cat or the rat?", "caf\udce9", "Why?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    out, _ = said(model, capsys, None, num_tokens=30)
+    assert f"{CONVERSATION[1]['content']}\n" in out
+    assert "error: the text has bytes that are not UTF-8." in out
+
+
+def test_flags_that_do_not_fit_a_chat_are_refused(model, capsys):
+    for options in ({"num_samples": 2}, {"logprobs": True}):
+        with pytest.raises(UsageError, match="--chat prints one answer to each message"):
+            said(model, capsys, ["a"], **options)
+    with pytest.raises(UsageError, match="--system=a is for --chat"):
+        sampling.run(model, ["a"], sampling.Options(Sampling(), system="a"))
