@@ -264,11 +264,12 @@ class BPETokenizer(Tokenizer):
         return np.concatenate([np.zeros(0, self._dtype), *self.encode_stream([_checked(text)])])
 
     def encode_prompt(self, text: str) -> np.ndarray:
-        return self._array(self._model.encode(_checked(text), add_special_tokens=True).ids) if text else self.opening()
+        (found,) = self._encodings([_checked(text)], is_prompt=True)
+        return self._array(found.ids) if text else self.opening()
 
     def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the tokens of a text, and for each token whether it is in one of the spans of characters."""
-        found = self._model.encode(text, add_special_tokens=False)
+        (found,) = self._encodings([text])
         starts, ends = np.array(found.offsets, int).reshape(-1, 2).T
         inside = [(ends > start) & (starts < end) for start, end in spans]
         return self._array(found.ids), np.any([np.zeros(len(starts), bool), *inside], axis=0)
@@ -301,8 +302,11 @@ class BPETokenizer(Tokenizer):
                 before, last, ids = text, found, new
         yield ids[first:]
 
-    def _encodings(self, texts: list[str]) -> list[Any]:
-        return self._model.encode_batch(texts, add_special_tokens=False)
+    def _encodings(self, texts: list[str], is_prompt: bool = False) -> list[Any]:
+        try:
+            return self._model.encode_batch(texts, add_special_tokens=is_prompt)
+        except Exception as error:  # the library raises no narrower type, for example if a token has no id
+            raise UserError(f"the tokenizer cannot encode the text: {one_line(error)[:200]}.") from None
 
     def _array(self, ids: list[int]) -> np.ndarray:
         return np.array(ids, self._dtype)

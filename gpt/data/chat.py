@@ -12,6 +12,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from gpt.data.bpe import ROLES, BPETokenizer
 from gpt.data.tokenizers import Tokenizer
 from gpt.runtime.errors import UserError, one_line
@@ -23,6 +25,18 @@ LONGEST_TEXT = 1 << 26  # characters that a template may write, or compute by an
 DATE = datetime.datetime(2024, 7, 26)
 
 Messages = Sequence[dict[str, Any]]
+
+
+def check(tokenizer: Tokenizer) -> BPETokenizer:
+    """Returns the tokenizer. Raises UserError if it has no chat template."""
+    if isinstance(tokenizer, BPETokenizer) and tokenizer.settings.get("chat_template"):
+        return tokenizer
+    raise UserError("the tokenizer has no chat template; use a model that was trained on conversations.")
+
+
+def encode(tokenizer: Tokenizer, messages: Messages) -> np.ndarray:
+    """Returns the tokens of a conversation that the model answers. Raises UserError as `render` does."""
+    return tokenizer.encode(render(tokenizer, messages, add_generation_prompt=True))
 
 
 def render(
@@ -38,8 +52,7 @@ def render(
     Raises:
       UserError: the tokenizer has no chat template, or the template refuses the conversation, fails or does not end.
     """
-    if not isinstance(tokenizer, BPETokenizer) or not tokenizer.settings.get("chat_template"):
-        raise UserError("the tokenizer has no chat template; use a model that was trained on conversations.")
+    tokenizer = check(tokenizer)
     context: dict[str, Any] = {role: text for role in ROLES if (text := tokenizer.role_text(role))}
     context |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
     context |= {"tools": None, "documents": None, "strftime_now": (now or datetime.datetime.now()).strftime}
@@ -69,8 +82,7 @@ def turns(tokenizer: Tokenizer, messages: Messages) -> tuple[str, tuple[tuple[in
       UserError: the conversation cannot be rendered, or its text does not begin with the prompt of each answer.
     """
     text, spans = render(tokenizer, messages, now=DATE), []
-    special = tokenizer.special.values() if isinstance(tokenizer, BPETokenizer) else ()
-    end_of_turn = re.compile(rf"\s*(?:{'|'.join(map(re.escape, special))})")
+    end_of_turn = re.compile(rf"\s*(?:{'|'.join(map(re.escape, check(tokenizer).special.values()))})")
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             prompt = render(tokenizer, messages[:i], add_generation_prompt=True, now=DATE)

@@ -49,8 +49,7 @@ class TrainedModel(Loaded):
           UserError: the tokenizer has no chat template, or the template refuses the conversation.
         """
         tokenizer = self.text_tokenizer
-        prompt = tokenizer.encode(chat.render(tokenizer, messages, add_generation_prompt=True))
-        return self.complete(prompt, tokenizer.decode_answer, **options)
+        return self.complete(chat.encode(tokenizer, messages), tokenizer.decode_answer, **options)
 
     def complete(
         self,

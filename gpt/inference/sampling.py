@@ -56,7 +56,7 @@ def run(model: TrainedModel, prompts: list[str] | None, options: Options) -> Non
         return _classify(model, model.tokenizer, prompts or [])
     if options.system and not options.chat:
         raise UsageError(f"--system={options.system} is for --chat.")
-    write = _chat_writer(model, options) if options.chat else _writer(model, options)
+    write = _writer(model, options)
     if prompts is not None:
         return write(prompts, 0)
     _show(f"{model.workdir.path}, step {model.step:,}. An empty line or Ctrl-D exits.")
@@ -77,12 +77,30 @@ def _classify(model: TrainedModel, labels: Labels, prompts: list[str]) -> None:
 
 
 def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int], None]:
-    """Returns a function that prints samples of prompts; its second argument is the number of the first prompt."""
+    """Returns a function that prints samples of prompts, or answers to them if `options.chat`.
+
+    The second argument of the function is the number of the first prompt.
+    """
     generator, tokenizer = model.generator(options.sampling, options.logprobs), model.text_tokenizer
+
+    def generate(
+        tokens: list[np.ndarray], decode: Callable[[np.ndarray], str], first: int
+    ) -> Iterator[list[Continuation]]:
+        longest, context = max(map(len, tokens)), model.model_config.length
+        if longest > context:
+            _note(f"the prompt has {longest} tokens; the model sees the last {context}.")
+        return generation.continuations(
+            generator.start(model.params, tokens, options.num_samples, options.seed, first),
+            decode,
+            options.num_tokens or tokenizer.sample_length(tokens),
+            stop_tokens=tokenizer.stop_tokens,
+            stop_text=options.stop,
+            stop_newlines=options.stop_newlines,
+        )
 
     def write(prompts: list[str], first: int) -> None:
         tokens = [generation.encode_prompt(tokenizer, prompt, "--prompt") for prompt in prompts]
-        segments = _segments(model, generator, tokens, tokenizer.decode, options, first)
+        segments = generate(tokens, tokenizer.decode, first)
         if len(prompts) * options.num_samples == 1 and not options.logprobs and not isinstance(tokenizer, Palette):
             _stream(prompts[0], segments, options.stop)
             return None
@@ -91,59 +109,32 @@ def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int],
             return _draw(tokenizer, pictures.join(tokens, samples), options.out)
         return _print_all(tokenizer, prompts, samples, options)
 
-    return write
+    conversation = [{"role": "system", "content": options.system}] if options.system else []
+    start = len(conversation)
 
+    def answer(prompts: list[str], first: int) -> None:
+        for number, prompt in enumerate(prompts, first):
+            messages = [*conversation, {"role": "user", "content": prompt}]
+            tokens = chat.encode(tokenizer, messages)
+            while len(tokens) > model.model_config.length and len(messages) > start + 2:
+                del messages[start : start + 2]
+                tokens = chat.encode(tokenizer, messages)
+            if len(messages) <= len(conversation):
+                _note("the conversation exceeds the context length; the model does not see its oldest messages.")
+            text = _stream("", generate([tokens], tokenizer.decode_answer, number), options.stop)
+            conversation[:] = [*messages, {"role": "assistant", "content": text}]
 
-def _segments(
-    model: TrainedModel,
-    generator: generation.Generator,
-    prompts: list[np.ndarray],
-    decode: Callable[[np.ndarray], str],
-    options: Options,
-    first: int,
-) -> Iterator[list[Continuation]]:
-    """Returns what `generation.continuations` yields for prompts; `first` is the number of the first of them."""
-    longest, context = max(map(len, prompts)), model.model_config.length
-    if longest > context:
-        _note(f"the prompt has {longest} tokens; the model sees the last {context}.")
-    return generation.continuations(
-        generator.start(model.params, prompts, options.num_samples, options.seed, first),
-        decode,
-        options.num_tokens or model.text_tokenizer.sample_length(prompts),
-        stop_tokens=model.text_tokenizer.stop_tokens,
-        stop_text=options.stop,
-        stop_newlines=options.stop_newlines,
-    )
+    if not options.chat:
+        return write
+    if options.num_samples > 1 or options.logprobs:
+        raise UsageError("--chat prints one answer to each message; leave out --num_samples and --logprobs.")
+    chat.check(tokenizer)
+    return answer
 
 
 def _note(text: str) -> None:
     if cluster.is_first():
         print(f"note: {text}", file=sys.stderr)
-
-
-def _chat_writer(model: TrainedModel, options: Options) -> Callable[[list[str], int], None]:
-    """Returns a function that adds messages of the user to a conversation, one by one, and prints the answers."""
-    if options.num_samples > 1 or options.logprobs:
-        raise UsageError("--chat prints one answer to each message; leave out --num_samples and --logprobs.")
-    generator, tokenizer = model.generator(options.sampling), model.text_tokenizer
-    conversation = [{"role": "system", "content": options.system}] if options.system else []
-    chat.render(tokenizer, [{"role": "user", "content": ""}])  # refuses a tokenizer without a template at once
-
-    def write(prompts: list[str], first: int) -> None:
-        for number, prompt in enumerate(prompts, first):
-            messages, start = [*conversation, {"role": "user", "content": prompt}], int(bool(options.system))
-            while True:
-                tokens = tokenizer.encode(chat.render(tokenizer, messages, add_generation_prompt=True))
-                if len(tokens) <= model.model_config.length or len(messages) <= start + 2:
-                    break
-                del messages[start : start + 2]
-            if len(messages) <= len(conversation):
-                _note("the conversation exceeds the context length; the model does not see its oldest messages.")
-            segments = _segments(model, generator, [tokens], tokenizer.decode_answer, options, number)
-            answer = {"role": "assistant", "content": _stream("", segments, options.stop)}
-            conversation[start:] = [*messages[start:], answer]
-
-    return write
 
 
 def _stream(prompt: str, segments: Iterator[list[Continuation]], stop_text: str) -> str:
