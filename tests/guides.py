@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import families
+import released
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -200,7 +200,7 @@ class Sandbox:
             self.run(f"python -m gpt.convert --from_hf=GPT2 --workdir={workdir}")
             return
         if "smollm2" in workdir:  # a model whose tokenizer has a chat template
-            tokenizer = families.write("smollm", self.folder / "SMOLLM2")
+            tokenizer = released.write("smollm", self.folder / "SMOLLM2")
             options = f"--config.tokenizer.name=gpt2 --config.tokenizer.path={tokenizer}"
             self.run(f"python -m gpt.main --config=configs/char_tiny.py {options} --workdir={workdir}")
             return

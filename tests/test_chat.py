@@ -8,9 +8,9 @@ import json
 import random
 import time
 
-import families
 import numpy as np
 import pytest
+import released
 from test_tokenizers import HARD, TEXTS, random_text, white_space_and_words, without_blanks
 
 from gpt import train
@@ -32,8 +32,8 @@ from gpt.runtime.errors import UsageError, UserError
 pytest.importorskip("tokenizers", reason='needs pip install -e ".[bpe]"')
 pytest.importorskip("jinja2", reason='needs pip install -e ".[chat]"')
 
-every_family = pytest.mark.parametrize("name", families.FAMILIES)
-every_chat = pytest.mark.parametrize("name", families.CHATS)
+every_family = pytest.mark.parametrize("name", released.FAMILIES)
+every_chat = pytest.mark.parametrize("name", released.CHATS)
 CONVERSATION = [
     {"role": "user", "content": "The cat or the rat?"},
     {"role": "assistant", "content": "The cat,  of course.\nIt sat on the mat."},
@@ -50,7 +50,7 @@ def transformers():
 
 @pytest.fixture
 def family(tmp_path):
-    return lambda name, **changes: BPETokenizer.from_folder(families.write(name, tmp_path / name, **changes))
+    return lambda name, **changes: BPETokenizer.from_folder(released.write(name, tmp_path / name, **changes))
 
 
 # Tokens.
@@ -58,7 +58,7 @@ def family(tmp_path):
 
 @every_family
 def test_tokens_are_those_of_transformers(name, transformers, tmp_path):
-    tokenizer = BPETokenizer.from_folder(families.write(name, tmp_path))
+    tokenizer = BPETokenizer.from_folder(released.write(name, tmp_path))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     texts = [*HARD, *TEXTS, *(random_text(seed) for seed in range(5)), "a</s>b <s>c", "<|im_start|> x<|eot_id|>  y"]
     for text in texts:
@@ -91,7 +91,7 @@ def test_a_text_may_be_cut_anywhere(name, family, monkeypatch):
     for constant, value in {"BATCH": 1024, "WINDOW": 256, "OVERLAP": 256, "RUN": 8}.items():
         monkeypatch.setattr(bpe, constant, value)
     tokenizer = family(name)
-    texts = [white_space_and_words(0) * 5, families.TEXT * 20, "".join(random.Random(0).choices(HARD, k=60))]
+    texts = [white_space_and_words(0) * 5, released.TEXT * 20, "".join(random.Random(0).choices(HARD, k=60))]
     for text in [*texts, *without_blanks(3000).values()]:
         whole = tokenizer._model.encode(text, add_special_tokens=False).ids
         for size in (50, 10_000):
@@ -112,7 +112,7 @@ def test_special_tokens_begin_and_separate_documents(family):
 
 
 def test_padding_and_truncation_in_the_file_change_nothing(family, tmp_path):
-    definition = json.loads(families.write("smollm", tmp_path / "x").joinpath("tokenizer.json").read_text())
+    definition = json.loads(released.write("smollm", tmp_path / "x").joinpath("tokenizer.json").read_text())
     definition["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
     changed = BPETokenizer.from_parts(definition, {})
     assert (
@@ -137,7 +137,7 @@ def test_padding_and_truncation_in_the_file_change_nothing(family, tmp_path):
     ],
 )
 def test_damaged_tokenizers_are_refused_with_a_sentence(change, message, tmp_path):
-    path = families.write("smollm", tmp_path) / "tokenizer.json"
+    path = released.write("smollm", tmp_path) / "tokenizer.json"
     saved = json.loads(path.read_text())
     change(saved)
     path.write_text(json.dumps(saved))
@@ -346,7 +346,7 @@ def test_conversations_need_a_template(load):
 
 
 def test_the_date_of_training_data_is_fixed(family):
-    tokenizer = family("smollm", chat_template="{{ strftime_now('%d %b %Y') }}" + families.TURN_MARKS)
+    tokenizer = family("smollm", chat_template="{{ strftime_now('%d %b %Y') }}" + released.TURN_MARKS)
     assert chat.turns(tokenizer, CONVERSATION)[0].startswith("26 Jul 2024<|im_start|>")
 
 
@@ -361,7 +361,7 @@ def model(tmp_path_factory):
     data.write_text((json.dumps({"messages": CONVERSATION[:2]}) + "\n") * 20)
     config = Config(
         model=GPTConfig(num_layers=1, num_heads=2, embed_dim=32, block_size=64, dtype="float32"),
-        tokenizer=TokenizerConfig("gpt2", path=str(families.write("smollm", folder / "hf"))),
+        tokenizer=TokenizerConfig("gpt2", path=str(released.write("smollm", folder / "hf"))),
         data=TextConfig(
             path=str(data), validation_path=str(data), document_borders=True, cache_dir=str(folder / "cache")
         ),
