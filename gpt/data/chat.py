@@ -1,7 +1,7 @@
 """Chat templates: Jinja templates of released models that turn a conversation into text, as in transformers.
 
 A template may come from an untrusted source. It runs in Jinja's sandbox with plain data, and a count of its steps ends
-a template that would run for ever.
+a template that would run without end.
 """
 
 import datetime
