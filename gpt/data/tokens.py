@@ -294,7 +294,13 @@ def tokenise(
         try:
             # A prompt is encoded apart from its completion, as `gpt.sample` encodes it.
             for counted, pieces in itertools.groupby(_pieces(files, Marks.of(tokenizer)), lambda piece: piece[2]):
-                for tokens, is_counted in _encoded(tokenizer, text_of(pieces), counted):
+                texts = text_of(pieces)
+                if isinstance(counted, tuple):
+                    encoded = (chat.check(tokenizer).encode_spans(text, counted) for text in texts)
+                else:
+                    parts = tokenizer.encode_stream(texts)
+                    encoded = ((tokens, np.broadcast_to(counted is True, len(tokens))) for tokens in parts)
+                for tokens, is_counted in encoded:
                     out.write(tokens.astype(dtype).tobytes())
                     size += len(tokens)
                     counts.append(is_counted)
@@ -310,15 +316,6 @@ def tokenise(
     entry = store.entry(name, write, _mode(files))
     maps = {suffix: np.load(path, mmap_mode="r") for suffix, path in entry.files.items()}
     return maps["npy"], maps.get("counts.npy")
-
-
-def _encoded(tokenizer: Tokenizer, texts: Iterator[str], counted: Counts) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields tokens of texts, and for each token whether it counts: in all texts alike, or in spans of each text."""
-    if isinstance(counted, tuple) and isinstance(tokenizer, BPETokenizer):
-        yield from (tokenizer.encode_spans(text, counted) for text in texts)
-    else:
-        for tokens in tokenizer.encode_stream(texts):
-            yield tokens, np.broadcast_to(bool(counted), len(tokens))
 
 
 def _bar(done: int, total: int, seconds: float) -> str:
