@@ -271,7 +271,11 @@ class Architecture(Generic[C]):
         return {
             "architectures": [self.model_class],
             "model_type": self.model_type,
-            **{key: getattr(config, SIZES.get(name, name)) for name, (key, _) in self.numbers.items()},
+            **{
+                key: getattr(config, SIZES.get(name, name))
+                for name, (key, default) in self.numbers.items()
+                if getattr(config, name) or default is not None  # else transformers computes it too
+            },
             key: names.get(config.activation, default),
             "initializer_range": 0.02,
             "torch_dtype": "float32",
@@ -284,8 +288,8 @@ class Architecture(Generic[C]):
         ours, wanted = comparable(config), comparable(theirs)
         return [
             f"model.{name}={getattr(config, name)}, only {getattr(theirs, name)}"
-            for name, value in wanted.items()
-            if not (math.isclose(value, ours[name]) if isinstance(value, float) else value == ours[name])
+            for name, value in ours.items()
+            if name in wanted and not _equal(value, wanted[name])
         ]
 
     def write(self, config: C, run: Run) -> dict[str, str]:
@@ -307,14 +311,19 @@ def comparable(config: BlockConfig) -> dict[str, Any]:
     values |= {name: getattr(config, resolved) for name, resolved in SIZES.items()}
     values["attention_scale"] = config.attention_scale or config.head_dim**-0.5
     places = ["qkv", "out", "up", "down", *["gate"] * config.gated_mlp, *["norm"] * (config.norm == "layernorm")]
-    values["bias"] = {place for place in places if config.has_bias(place)}
     values["rotary_base_local"] = config.rotary_base_local or config.rotary_base
     values["rotary_scaling"] = config.rotary_scaling and rotary.format(*rotary.parse(config.rotary_scaling))
     if config.positions != "rotary":
         unrelated |= {name for name in values if name.startswith("rotary_")}
     if not config.window:
         unrelated |= {"window_pattern", "rotary_base_local"}
-    return {name: value for name, value in values.items() if name not in unrelated}
+    # The biases come last: which there are depends on the kind of the norm and the MLP.
+    bias = {place for place in places if config.has_bias(place)}
+    return {name: value for name, value in values.items() if name not in unrelated | {"bias"}} | {"bias": bias}
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    return math.isclose(ours, theirs) if isinstance(ours, float) else ours == theirs
 
 
 class Decoder(Architecture[GPTConfig]):

@@ -80,7 +80,7 @@ class Gemma3(Gemma2):
     }
 
     def default_pattern(self, file: ConfigFile, layers: int) -> str:
-        key = "sliding_window_pattern" if "sliding_window_pattern" in file.values else "_sliding_window_pattern"
-        size = int(file.number(key, int, 6))
-        file.check(key, 0 < size <= MAX_LAYERS, f"1 to {MAX_LAYERS}")
+        file.get("_sliding_window_pattern")  # written beside layer_types, and not read by transformers
+        size = int(file.number("sliding_window_pattern", int, 6))
+        file.check("sliding_window_pattern", 0 < size <= MAX_LAYERS, f"1 to {MAX_LAYERS}")
         return "L" * (size - 1) + "G"

@@ -27,7 +27,7 @@ class GPT2(Decoder):
     is_transposed = False
     ties = True
     constants: ClassVar = {"norm": "layernorm", "positions": "learned"}
-    biases: ClassVar = {"qkv,out,up,down,norm": ("", True)}
+    biases: ClassVar = {"all": ("", True)}
     fixed: ClassVar = {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False}
     activation = ("activation_function", "gelu_new")
     numbers: ClassVar = {

@@ -76,6 +76,8 @@ def convert(source: Source, workdir: Workdir, vocab_multiple: int) -> BlockConfi
         )
     tensors = architecture.tensors(config)
     names = {name.removeprefix(architecture.prefix): name for name in source.shapes}
+    if len(names) < len(source.shapes):
+        raise UserError(f"{source.path}: some tensors are there with and without the prefix {architecture.prefix}.")
     _check_shapes(source, architecture, tensors, names, architecture.duplicates(config, source, names))
     own_size = 0 if vocabulary.vocab_size == config.vocab_size else config.vocab_size
     run = Run(Config(model=dataclasses.replace(config, vocab_size=own_size), **parts), vocabulary, fingerprint=None)

@@ -59,13 +59,12 @@ class RotaryDecoder(Decoder):
         if "truncate" in values:
             values["truncate"] = int(bool(values["truncate"]))
         ours = {"rope_theta": "rotary_base"} | ({"partial_rotary_factor": "rotary_fraction"} if self.fraction[0] else {})
-        inner = ConfigFile(file.path, values)
-        found = {name: inner.number(key, float) for key, name in ours.items() if values.pop(key, None) is not None}
-        required, optional = SCALINGS.get(str(kind), ([], []))
-        if kind not in [*SCALINGS] or not set(required) <= values.keys() <= {*required, *optional}:
+        inner, (required, optional) = ConfigFile(file.path, values), SCALINGS.get(str(kind), ([], []))
+        if kind not in [*SCALINGS] or not set(required) <= values.keys() - ours.keys() <= {*required, *optional}:
             known = "; ".join(f"{name} {', '.join([*keys, *more])}" for name, (keys, more) in SCALINGS.items())
             raise UserError(f"{file.path}: rotary positions of {given} cannot be converted, only these: {known}.")
         numbers = {key: float(inner.number(key, float)) for key in values}
+        found: dict[str, Any] = {name: numbers.pop(key) for key, name in ours.items() if key in numbers}
         return found | {"rotary_scaling": "" if kind == "default" else rotary.format(kind, numbers)}
 
     def read_window(self, file: ConfigFile, layers: int) -> dict[str, Any]:
