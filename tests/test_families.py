@@ -94,7 +94,9 @@ def random_model(transformers, folder, model_type, keys):
     tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     folder.mkdir()
     # The keys are read from a file, as those of a released model are.
-    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "initializer_range": 0.2, **keys, **tokens}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": model_type, "initializer_range": 0.2, **keys, **tokens})
+    )
     config = transformers.AutoConfig.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():

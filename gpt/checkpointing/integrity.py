@@ -70,7 +70,7 @@ def on_host(array: np.ndarray, origin: Sequence[int] = (), shape: Sequence[int] 
     return sum(int(_digest(bits, (origin[0] + start, *origin[1:]), shape, np)) for start, bits in blocks) % 2**32
 
 
-def chunks(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+def chunks(shape: Sequence[int], chunk: Any) -> Iterator[tuple[slice, ...]]:
     """Yields the indices of each chunk of an array, row by row, from the shapes of the array and of a chunk."""
     grid = (range(0, size, step) for size, step in zip(shape, chunk, strict=True))
     for origin in itertools.product(*grid):

@@ -92,7 +92,7 @@ class Weights:
         return own.merge(self._base.restore(program), adapters)
 
     def restore_each(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, int, np.ndarray]]:
-        """Yields all parameters on the host, in parts as `Checkpoint.restore_each` does: a model need not fit in memory.
+        """Yields all parameters on the host in parts, so that they need not fit in memory; see `Checkpoint`.
 
         Args:
           shapes: shapes by names such as "blocks/mlp/up/kernel", with stacked layers.

@@ -117,7 +117,9 @@ class Tensor:
         return math.prod(self.our_shape) != sum(map(math.prod, self.shapes))
 
 
-def norm_tensors(name: str, their_name: str, shape: tuple[int, ...], use_bias: bool, layers: int = 0) -> dict:
+def norm_tensors(
+    name: str, their_name: str, shape: tuple[int, ...], use_bias: bool, layers: int = 0
+) -> dict[str, Tensor]:
     """Returns the parameters of a norm, whose scale has this shape, by name."""
     parts = {"scale": "weight"} | ({"bias": "bias"} if use_bias else {})
     return {
@@ -126,7 +128,9 @@ def norm_tensors(name: str, their_name: str, shape: tuple[int, ...], use_bias: b
     }
 
 
-def block_tensors(c: BlockConfig, names: dict[str, list[str]], is_transposed: bool, is_packed: bool) -> dict:
+def block_tensors(
+    c: BlockConfig, names: dict[str, list[str]], is_transposed=True, is_packed=False
+) -> dict[str, Tensor]:
     """Returns the parameters of the blocks, by name.
 
     Args:
@@ -180,36 +184,34 @@ class Architecture(Generic[C]):
     """An architecture of transformers, as tables, and hooks for what tables cannot express.
 
     Attributes:
-      model_type: the architecture's name in config.json.
-      title, model_class: its names in messages, and in Python.
+      model_type, model_class: the architecture's name in config.json, and in Python.
       config_class: our config of the same model.
       prefix: what the names of tensors begin with, except those that begin with `head`.
       constants: fields of our config with the value that they have in each model of this architecture.
-      fixed: keys of config.json with the only value, True or False, that can be converted; it is also their default.
-      activation: the key of the activation, and its default.
-      numbers: our config's fields, each with its key in config.json and the default there (None: there is none).
+      fixed: keys of config.json with the only value, True or False, that can be converted, and the default.
+      activation: the key of the activation.
+      numbers: our config's fields, each with its key in config.json. Where 0 is our default, it is null or missing there.
+      defaults: transformers' defaults of the keys.
     """
 
     model_type: ClassVar[str]
-    title: ClassVar[str]
     model_class: ClassVar[str]
     config_class: type[C]
     prefix: ClassVar[str]
     head: ClassVar[str] = "lm_head."
     constants: ClassVar[dict[str, Any]]
     fixed: ClassVar[dict[str, bool]] = {}
-    activation: ClassVar[tuple[str, str]]
-    numbers: ClassVar[dict[str, tuple[str, float | None]]]
+    activation: ClassVar[str] = "hidden_act"
+    numbers: ClassVar[dict[str, str]] = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+    numbers |= {"embed_dim": "hidden_size", "mlp_size": "intermediate_size"}
+    defaults: ClassVar[dict[str, Any]]
 
     def tensors(self, config: C) -> dict[str, Tensor]:
         """Returns all parameters, by their names in a checkpoint."""
         raise NotImplementedError
 
     def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
-        """Returns the fields of our config that the tables do not have.
-
-        Args:
-          fields: the fields that the tables have.
+        """Returns all fields of our config that config.json describes, from those that the tables have.
 
         Raises:
           UserError: a key is missing, damaged or not supported.
@@ -221,7 +223,7 @@ class Architecture(Generic[C]):
         return {}
 
     def read(self, source: Source, vocab_multiple: int) -> tuple[C, Vocabulary, dict[str, Any]]:
-        """Returns our config of a model, its tokenizer or names of classes, and other parts of the run's config by name.
+        """Returns our config of a model, its tokenizer or classes, and other parts of the run's config by name.
 
         Raises:
           UserError: something is missing, damaged or not supported.
@@ -249,38 +251,33 @@ class Architecture(Generic[C]):
         Raises:
           UserError: a key is not known, or a value is missing, has the wrong type, or describes another function.
         """
+        file = file.with_defaults(self.defaults)
         kinds, fields = typing.get_type_hints(self.config_class), dict(self.constants)
-        for name, (key, default) in self.numbers.items():
-            is_computed = name in SIZES and file.get(key, default) is None
-            fields[name] = 0 if is_computed else file.number(key, kinds[name], default)
-        key, name = self.activation
-        name = file.get(key, name)
-        file.check(key, name in [*ACTIVATIONS], ", ".join(ACTIVATIONS))
+        for name, key in self.numbers.items():
+            is_zero = file.get(key) is None and getattr(self.config_class, name) == 0
+            fields[name] = 0 if is_zero else file.number(key, kinds[name])
+        name = file.get(self.activation)
+        file.check(self.activation, name in [*ACTIVATIONS], ", ".join(ACTIVATIONS))
         fields["activation"] = ACTIVATIONS[name]
         fixed = {"add_cross_attention": False, "is_encoder_decoder": False, "pruned_heads": False} | self.fixed
         for key, value in fixed.items():
             file.check(key, bool(file.get(key, value)) == value, repr(value))
-        fields |= self.read_rest(file, fields)
+        config = self.config_class(**self.read_rest(file, fields))
         file.check_all_read()
-        return self.config_class(**fields)
+        return config
 
     def write_config(self, config: C) -> dict[str, Any]:
         """Returns the content of config.json for a model that transformers has, see `differences`."""
-        key, default = self.activation
+        default = self.defaults[self.activation]
         names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} | {ACTIVATIONS[default]: default}
-        return {
-            "architectures": [self.model_class],
-            "model_type": self.model_type,
-            **{
-                key: getattr(config, SIZES.get(name, name))
-                for name, (key, default) in self.numbers.items()
-                if getattr(config, name) or default is not None  # else transformers computes it too
-            },
-            key: names.get(config.activation, default),
-            "initializer_range": 0.02,
-            "torch_dtype": "float32",
-            **self.write_rest(config),
-        }
+        content: dict[str, Any] = {"architectures": [self.model_class], "model_type": self.model_type}
+        for name, key in self.numbers.items():
+            if (value := getattr(config, name)) or getattr(self.config_class, name) != 0:
+                content[key] = value
+            elif self.defaults.get(key) is not None:
+                content[key] = getattr(config, SIZES[name]) if name in SIZES else None
+        content |= {self.activation: names.get(config.activation, default)}
+        return content | {"initializer_range": 0.02, "torch_dtype": "float32"} | self.write_rest(config)
 
     def differences(self, config: C) -> list[str]:
         """Returns what a model has that transformers' does not, each like "model.norm=rmsnorm, only layernorm"."""
@@ -299,7 +296,7 @@ class Architecture(Generic[C]):
           UserError: transformers has no such model.
         """
         for difference in self.differences(config):
-            raise UserError(f"transformers' {self.title} has no {difference}.")
+            raise UserError(f"transformers' {self.model_class} has no {difference}.")
         keys, files = self.write_files(config, run)
         return {"config.json": json.dumps(self.write_config(config) | keys, indent=2) + "\n", **files}
 
@@ -335,9 +332,8 @@ class Decoder(Architecture[GPTConfig]):
       layer: what the names of a layer's tensors begin with, "{}" for its number.
       blocks: transformers' names, separated by spaces, of each layer of ours in a block.
       is_transposed, is_packed: see `block_tensors`.
-      ties: whether the head is the token embedding if config.json does not say it.
-      biases: the places of biases in our config, each with its key in config.json and the default there; without a key
-        (""), the default is the only value.
+      biases: the places of biases in our config that a key of config.json switches on, by key. The other biases are
+        those of `constants`.
     """
 
     config_class = GPTConfig
@@ -348,14 +344,15 @@ class Decoder(Architecture[GPTConfig]):
     blocks: ClassVar[dict[str, str]]
     is_transposed: ClassVar[bool] = True
     is_packed: ClassVar[bool] = False
-    ties: ClassVar[bool] = False
-    biases: ClassVar[dict[str, tuple[str, bool]]] = {}
+    biases: ClassVar[dict[str, str]] = {}
 
     def tensors(self, config: GPTConfig) -> dict[str, Tensor]:
         width, table = (config.embed_dim,), (config.vocab_size, config.embed_dim)
         tensors = {
             "token_embedding/embedding": Tensor((self.embedding,), (table,), (config.padded_vocab_size, *width)),
-            **norm_tensors("final_norm", self.final_norm, width, config.norm == "layernorm" and config.has_bias("norm")),
+            **norm_tensors(
+                "final_norm", self.final_norm, width, config.norm == "layernorm" and config.has_bias("norm")
+            ),
         }
         if self.position_embedding:
             shape = config.block_size, config.embed_dim
@@ -367,14 +364,12 @@ class Decoder(Architecture[GPTConfig]):
         return tensors | block_tensors(config, names, self.is_transposed, self.is_packed)
 
     def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
-        places = [place for place, (key, default) in self.biases.items() if file.get(key, default)]
-        return {
-            "tie_embeddings": bool(file.get("tie_word_embeddings", self.ties)),
-            "bias": ",".join(places) or "none",
-        }
+        places = [place for key, place in self.biases.items() if file.get(key)]
+        bias = ",".join([*places, *[fields["bias"]] * ("bias" in fields)]) or "none"
+        return fields | {"tie_embeddings": bool(file.get("tie_word_embeddings", False)), "bias": bias}
 
     def write_rest(self, config: GPTConfig) -> dict[str, Any]:
-        keys = {key: config.has_bias(place.split(",")[0]) for place, (key, _) in self.biases.items() if key}
+        keys = {key: config.has_bias(place.split(",")[0]) for key, place in self.biases.items()}
         return keys | {"tie_word_embeddings": config.tie_embeddings}
 
     def read(self, source: Source, vocab_multiple: int) -> tuple[GPTConfig, Vocabulary, dict[str, Any]]:

@@ -1,26 +1,26 @@
 """JSON files in a folder of transformers: reading them, and checking the values of their keys."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Self
 
 from gpt.runtime.errors import UserError
 from gpt.runtime.files import read_json
 
-# Keys of config.json that do not change what a model computes: its origin, tokens, generation, training and losses.
-HARMLESS = frozenset(
-    "_attn_implementation _attn_implementation_autoset _name_or_path _num_labels architectures attn_implementation "
-    "bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout "
-    "cls_token_id decoder_start_token_id diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size "
-    "encoder_stride eos_token_id exponential_decay_length_penalty finetuning_task forced_bos_token_id "
-    "forced_eos_token_id gradient_checkpointing id2label initializer_range is_decoder is_llama_config label2id "
-    "length_penalty mask_token_id max_length min_length model_type n_ctx name_or_path "
-    "no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions "
-    "output_hidden_states output_past output_scores pad_token_id pooler_act pooler_output_size prefix pretraining_tp "
-    "problem_type reorder_and_upcast_attn remove_invalid_values repetition_penalty return_dict "
-    "return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p "
-    "torch_dtype torchscript transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache "
-    "summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj".split()
+# Keys of config.json that do not change what a model computes: they tell its origin, name tokens and classes, or are
+# for generation, training, other tasks and the memory that is needed.
+HARMLESS = re.compile(
+    r"""_attn_implementation(_autoset)?|attn_implementation|_?name_or_path|architectures|model_type|tokenizer_class|dtype
+    |torch_dtype|transformers_version|torchscript|use_bfloat16|use_cache|cache_implementation|unsloth_(fixed|version)
+    |.*_token_id|_?num_labels|id2label|label2id|prefix|n_ctx|is_decoder|is_llama_config
+    |bad_words_ids|(begin_)?suppress_tokens|do_sample|early_stopping|exponential_decay_length_penalty|num_beam(_group)?s
+    |(diversity|length|repetition)_penalty|(max|min)_length|(encoder_)?no_repeat_ngram_size|num_return_sequences
+    |remove_invalid_values|return_dict(_in_generate)?|temperature|top_[kp]|typical_p
+    |initializer_range|gradient_checkpointing|classifier_dropout|chunk_size_feed_forward|pretraining_tp
+    |reorder_and_upcast_attn|output_.*|summary_.*|pooler_.*|encoder_stride|finetuning_task|problem_type
+    |task_specific_params|tie_encoder_decoder|tf_legacy_loss""",
+    re.VERBOSE,
 )
 
 
@@ -62,9 +62,9 @@ class ConfigFile:
         if not is_supported:
             raise UserError(f"{self.path}: {key} is {self.values.get(key)!r}, but only {supported} can be converted.")
 
-    def number(self, key: str, kind: type[int] | type[float], default: float | None = None) -> int | float:
+    def number(self, key: str, kind: type[int] | type[float]) -> int | float:
         """Returns the value of a key as a number. Raises UserError if the value is not a number or is too large."""
-        value = self.get(key, default)
+        value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, kind)):
             raise UserError(f"{self.path}: {key} is {value!r}, which is not {KINDS[kind]}.")
         if not abs(value) < 2**31:
@@ -73,8 +73,8 @@ class ConfigFile:
 
     def check_all_read(self) -> None:
         """Raises UserError if a key has a value, was not read, and may change what the model computes."""
-        for key in sorted(self.values.keys() - self.read_keys - HARMLESS):
-            if self.values[key] is not None:
+        for key in sorted(self.values.keys() - self.read_keys):
+            if self.values[key] is not None and not HARMLESS.fullmatch(key):
                 raise UserError(
                     f"{self.path}: {key} is {self.values[key]!r}, which is not known; remove the key if you are sure "
                     "that the model computes the same without."

@@ -11,7 +11,6 @@ class GPTNeoX(RotaryDecoder):
     """GPT-NeoX: LayerNorm, attention beside the MLP, and rotary positions in a part of each head."""
 
     model_type = "gpt_neox"
-    title = "GPT-NeoX"
     model_class = "GPTNeoXForCausalLM"
     prefix = "gpt_neox."
     head = "embed_out."
@@ -26,30 +25,21 @@ class GPTNeoX(RotaryDecoder):
         "mlp/down": "mlp.dense_4h_to_h",
     }
     is_packed = True
-    constants: ClassVar = {"norm": "layernorm", "positions": "rotary"}
-    biases: ClassVar = {"qkv,out": ("attention_bias", True), "up,down,norm": ("", True)}
-    theta = ("rotary_emb_base", 10_000.0)
-    fraction = ("rotary_pct", 0.25)
-    activation = ("hidden_act", "gelu")
-    numbers: ClassVar = {
-        "vocab_size": ("vocab_size", 50432),
-        "block_size": ("max_position_embeddings", 2048),
-        "num_layers": ("num_hidden_layers", 44),
-        "num_heads": ("num_attention_heads", 64),
-        "embed_dim": ("hidden_size", 6144),
-        "mlp_size": ("intermediate_size", 24576),
-        "norm_epsilon": ("layer_norm_eps", 1e-5),
-        "embed_dropout": ("hidden_dropout", 0.0),
-        "residual_dropout": ("hidden_dropout", 0.0),
-        "attention_dropout": ("attention_dropout", 0.0),
-    }
+    constants: ClassVar = {"norm": "layernorm", "positions": "rotary", "bias": "up,down,norm"}
+    biases: ClassVar = {"attention_bias": "qkv,out"}
+    numbers: ClassVar = RotaryDecoder.numbers | {"norm_epsilon": "layer_norm_eps", "embed_dropout": "hidden_dropout"}
+    numbers |= {"residual_dropout": "hidden_dropout", "rotary_base": "rotary_emb_base", "rotary_fraction": "rotary_pct"}
+    defaults: ClassVar = {"vocab_size": 50432, "max_position_embeddings": 2048, "hidden_size": 6144}
+    defaults |= {"num_hidden_layers": 44, "num_attention_heads": 64, "intermediate_size": 24576}
+    defaults |= {"layer_norm_eps": 1e-5, "hidden_dropout": 0.0, "attention_dropout": 0.0, "hidden_act": "gelu"}
+    defaults |= {"rotary_emb_base": 10_000.0, "rotary_pct": 0.25, "attention_bias": True, "use_parallel_residual": True}
 
     def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
-        result = super().read_rest(file, fields)
+        fields = super().read_rest(file, fields)
         # Some releases of transformers 4 also write the names that other architectures have.
         for key, name in {"rope_theta": "rotary_base", "partial_rotary_factor": "rotary_fraction"}.items():
-            file.check(key, file.get(key) in (None, result[name]), str(result[name]))
-        return result | {"parallel_block": bool(file.get("use_parallel_residual", True))}
+            file.check(key, file.get(key) in (None, fields[name]), str(fields[name]))
+        return fields | {"parallel_block": bool(file.get("use_parallel_residual"))}
 
     def write_rest(self, config: GPTConfig) -> dict[str, Any]:
         return super().write_rest(config) | {"use_parallel_residual": config.parallel_block}

@@ -33,18 +33,8 @@ from gpt.runtime import files
 from gpt.runtime.errors import UserError
 
 # A model is written as the first of these that computes the same. Any: each architecture has its own config class.
-ARCHITECTURES: tuple[Architecture[Any], ...] = (
-    GPT2(),
-    Llama(),
-    Mistral(),
-    Qwen2(),
-    Qwen3(),
-    OLMo2(),
-    Gemma2(),
-    Gemma3(),
-    GPTNeoX(),
-    ViT(),
-)
+KINDS = GPT2, Llama, Mistral, Qwen2, Qwen3, OLMo2, Gemma2, Gemma3, GPTNeoX, ViT
+ARCHITECTURES: tuple[Architecture[Any], ...] = tuple(kind() for kind in KINDS)
 
 
 def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> BlockConfig:
@@ -104,7 +94,7 @@ def _check_shapes(
     }
     for problem, wrong in (
         ("missing", expected.keys() - names.keys()),
-        (f"not part of a {architecture.title} of this shape", names.keys() - ignored - expected.keys()),
+        (f"not part of a {architecture.model_class} of this shape", names.keys() - ignored - expected.keys()),
     ):
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""

@@ -9,7 +9,6 @@ class Llama(RotaryDecoder):
     """Llama: RMSNorm, rotary positions, grouped queries and a gated MLP."""
 
     model_type = "llama"
-    title = "Llama"
     model_class = "LlamaForCausalLM"
     prefix = "model."
     blocks: ClassVar = {
@@ -21,25 +20,12 @@ class Llama(RotaryDecoder):
         "mlp/up": "mlp.up_proj",
         "mlp/down": "mlp.down_proj",
     }
-    constants: ClassVar = {
-        "norm": "rmsnorm",
-        "positions": "rotary",
-        "gated_mlp": True,
-        "embed_dropout": 0.0,
-        "residual_dropout": 0.0,
-    }
-    biases: ClassVar = {"qkv,out": ("attention_bias", False), "gate,up,down": ("mlp_bias", False)}
+    constants: ClassVar = {"norm": "rmsnorm", "positions": "rotary", "gated_mlp": True}
+    constants |= {"embed_dropout": 0.0, "residual_dropout": 0.0}
+    biases: ClassVar = {"attention_bias": "qkv,out", "mlp_bias": "gate,up,down"}
     fixed: ClassVar = {"rope_interleaved": False}
-    activation = ("hidden_act", "silu")
-    numbers: ClassVar = {
-        "vocab_size": ("vocab_size", 32000),
-        "block_size": ("max_position_embeddings", 2048),
-        "num_layers": ("num_hidden_layers", 32),
-        "num_heads": ("num_attention_heads", 32),
-        "num_kv_heads": ("num_key_value_heads", None),
-        "head_size": ("head_dim", None),
-        "embed_dim": ("hidden_size", 4096),
-        "mlp_size": ("intermediate_size", 11008),
-        "norm_epsilon": ("rms_norm_eps", 1e-6),
-        "attention_dropout": ("attention_dropout", 0.0),
-    }
+    numbers: ClassVar = RotaryDecoder.numbers | {"num_kv_heads": "num_key_value_heads", "head_size": "head_dim"}
+    numbers |= {"norm_epsilon": "rms_norm_eps"}
+    defaults: ClassVar = {"vocab_size": 32000, "max_position_embeddings": 2048, "hidden_size": 4096}
+    defaults |= {"num_hidden_layers": 32, "num_attention_heads": 32, "intermediate_size": 11008}
+    defaults |= {"hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "attention_dropout": 0.0}

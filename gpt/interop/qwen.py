@@ -11,40 +11,33 @@ class Qwen2(Llama):
     """Llama with biases of queries, keys and values, and, if it is switched on, local attention in the last layers."""
 
     model_type = "qwen2"
-    title = "Qwen2"
     model_class = "Qwen2ForCausalLM"
-    biases: ClassVar = {"qkv": ("", True)}
+    constants: ClassVar = Llama.constants | {"bias": "qkv"}
+    biases: ClassVar = {}
     fixed: ClassVar = {"use_mrope": False}
-    window = 4096
-    numbers: ClassVar = Llama.numbers | {
-        "vocab_size": ("vocab_size", 151936),
-        "block_size": ("max_position_embeddings", 32768),
-        "num_kv_heads": ("num_key_value_heads", 32),
-        "mlp_size": ("intermediate_size", 22016),
-    }
+    numbers: ClassVar = Llama.numbers | {"window": "sliding_window"}
+    defaults: ClassVar = Llama.defaults | {"vocab_size": 151936, "max_position_embeddings": 32768}
+    defaults |= {"intermediate_size": 22016, "num_key_value_heads": 32}
+    defaults |= {"sliding_window": 4096, "max_window_layers": 28}
 
-    def read_window(self, file: ConfigFile, layers: int) -> dict[str, Any]:
-        fields = super().read_window(file, layers)
-        return fields if file.get("use_sliding_window", False) else {"window": 0}
+    def read_window(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
+        found = super().read_window(file, fields)
+        return found if file.get("use_sliding_window") else {"window": 0}
 
     def default_pattern(self, file: ConfigFile, layers: int) -> str:
-        first_local = max(0, int(file.number("max_window_layers", int, 28)))
-        return ("G" * min(first_local, layers)).ljust(layers, "L")
+        return ("G" * min(int(file.number("max_window_layers", int)), layers)).ljust(layers, "L")
 
     def write_rest(self, config: GPTConfig) -> dict[str, Any]:
         return super().write_rest(config) | {"use_sliding_window": config.window > 0}
 
 
 class Qwen3(Qwen2):
-    """Qwen2 with a norm of each query and key, and biases as in Llama."""
+    """Qwen2 with norms of queries and keys, and biases as in Llama."""
 
     model_type = "qwen3"
-    title = "Qwen3"
     model_class = "Qwen3ForCausalLM"
     constants: ClassVar = Llama.constants | {"qk_norm": "head"}
-    biases: ClassVar = {"qkv,out": ("attention_bias", False)}
-    blocks: ClassVar = Llama.blocks | {
-        "attention/query_norm": "self_attn.q_norm",
-        "attention/key_norm": "self_attn.k_norm",
-    }
-    numbers: ClassVar = Qwen2.numbers | {"head_size": ("head_dim", 128)}
+    biases: ClassVar = {"attention_bias": "qkv,out"}
+    blocks: ClassVar = Llama.blocks | {"attention/query_norm": "self_attn.q_norm"}
+    blocks |= {"attention/key_norm": "self_attn.k_norm"}
+    defaults: ClassVar = Qwen2.defaults | {"head_dim": 128}

@@ -125,4 +125,4 @@ def write(path: Path, shapes: dict[str, tuple[int, ...]], arrays: Iterable[np.nd
         for array in arrays:
             rows = max(1, BLOCK * len(array) // array.size)
             for start in range(0, len(array), rows):
-                file.write(np.ascontiguousarray(array[start : start + rows], "<f4"))
+                file.write(np.ascontiguousarray(array[start : start + rows], "<f4").data)

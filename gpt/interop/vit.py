@@ -18,27 +18,25 @@ class ViT(Architecture[ViTConfig]):
     """A classifier of images, whose class names are in config.json and whose pixels an image processor scales."""
 
     model_type = "vit"
-    title = "ViT"
     model_class = "ViTForImageClassification"
     config_class = ViTConfig
     prefix = "vit."
     head = "classifier."
     constants: ClassVar = {"norm": "layernorm", "positions": "learned", "bias": "all", "pooling": "class_token"}
     fixed: ClassVar = {"qkv_bias": True}
-    activation = ("hidden_act", "gelu")
-    numbers: ClassVar = {
-        "image_size": ("image_size", 224),
-        "channels": ("num_channels", 3),
-        "patch_size": ("patch_size", 16),
-        "num_layers": ("num_hidden_layers", 12),
-        "num_heads": ("num_attention_heads", 12),
-        "embed_dim": ("hidden_size", 768),
-        "mlp_size": ("intermediate_size", 3072),
-        "norm_epsilon": ("layer_norm_eps", 1e-12),
-        "embed_dropout": ("hidden_dropout_prob", 0.0),
-        "residual_dropout": ("hidden_dropout_prob", 0.0),
-        "attention_dropout": ("attention_probs_dropout_prob", 0.0),
+    numbers: ClassVar = Architecture.numbers | {
+        "image_size": "image_size",
+        "channels": "num_channels",
+        "patch_size": "patch_size",
+        "norm_epsilon": "layer_norm_eps",
+        "embed_dropout": "hidden_dropout_prob",
+        "residual_dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
     }
+    defaults: ClassVar = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    defaults |= {"intermediate_size": 3072, "image_size": 224, "patch_size": 16, "num_channels": 3}
+    defaults |= {"layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    defaults |= {"hidden_act": "gelu"}
 
     def tensors(self, config: ViTConfig) -> dict[str, Tensor]:
         width, length, classes = config.embed_dim, config.length, config.vocab_size
@@ -67,17 +65,15 @@ class ViT(Architecture[ViTConfig]):
                 "mlp/up": [f"{layer}.intermediate.dense"],
                 "mlp/down": [f"{layer}.output.dense"],
             },
-            is_transposed=True,
-            is_packed=False,
         )
 
     def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
-        return {"vocab_size": _labels(file).vocab_size}
+        return fields | {"vocab_size": _labels(file).vocab_size}
 
     def read(self, source: Source, vocab_multiple: int) -> tuple[ViTConfig, Vocabulary, dict[str, Any]]:
-        config = self.read_config(source.config)
         pixels, images = image_processor.read(source.config)
-        return dataclasses.replace(config, **pixels), _labels(source.config), {"data": images}
+        config = dataclasses.replace(self.read_config(source.config), **pixels)
+        return config, _labels(source.config), {"data": images}
 
     def write_rest(self, config: ViTConfig) -> dict[str, Any]:
         return {"id2label": {str(i): str(i) for i in range(config.vocab_size)}}  # `write_files` knows the names
