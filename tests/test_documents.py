@@ -11,6 +11,7 @@ import pytest
 
 from gpt import sharding, step, train
 from gpt.checkpointing import loading
+from gpt.checkpointing.stacking import stack_layers
 from gpt.checkpointing.workdir import Workdir
 from gpt.data import text, tokens
 from gpt.data.base import IGNORED
@@ -20,7 +21,6 @@ from gpt.data.tokenizers import TokenizerConfig
 from gpt.inference import generation
 from gpt.models import attention, kernels
 from gpt.models.gpt import GPT, GPTConfig
-from gpt.models.layers import stack_layers
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
@@ -33,7 +33,6 @@ BORDERS = [(0, 1, 7, 13), (0, 10)]
 STARTS = np.array([np.repeat(row, np.diff([*row, LENGTH])) for row in BORDERS], np.int32)
 ATTENTION = {
     "dense": attention.dense,
-    "flax": kernels.flax,
     "chunked": functools.partial(kernels.chunked, query_chunk=5, key_chunk=3),
 }
 CONFIG = GPTConfig(
@@ -91,7 +90,7 @@ def logits_of_each_alone(positions="learned"):
     "options",
     [
         {"attention": "dense", "remat": "dots", "scan_layers": True},
-        {"attention": "flax", "positions": "rotary"},
+        {"attention": "dense", "positions": "rotary", "window": 3, "num_kv_heads": 1},
         {"attention": "chunked", "scan_layers": True},
         {"attention": "chunked", "positions": "rotary", "remat": "full"},
     ],

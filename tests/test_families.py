@@ -23,7 +23,7 @@ from gpt.data.tokenizers import ByteTokenizer
 from gpt.inference import generation
 from gpt.interop import huggingface, safetensors_folder
 from gpt.interop.config_file import ConfigFile
-from gpt.models.layers import stack_layers
+from gpt.checkpointing.stacking import stack_layers
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import FAMILIES
 
 from gpt import sharding
+from gpt.checkpointing.stacking import stack_layers
 from gpt.data.tokenizers import ByteTokenizer, CharTokenizer
 from gpt.inference import generation
 from gpt.inference.generation import (
@@ -26,7 +28,6 @@ from gpt.inference.generation import (
 )
 from gpt.models.attention import MASKED
 from gpt.models.gpt import GPT, GPTConfig
-from gpt.models.layers import stack_layers
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
@@ -128,9 +129,12 @@ def test_greedy_text_and_logprobs_are_those_of_the_naive_loop(length):
 @pytest.mark.parametrize(
     ("options", "rows"),
     [
-        ({"positions": "rotary", "qk_norm": True}, 3),
+        ({"positions": "rotary", "qk_norm": "unit"}, 3),
         ({"attention": "chunked", "query_chunk": 3, "key_chunk": 2}, 3),
-        ({"attention": "flax"}, 1),
+        (FAMILIES["gemma3"], 3),
+        (FAMILIES["gemma3"] | {"scan_layers": True}, 1),
+        (FAMILIES["gemma2"], 1),
+        (FAMILIES["neox"], 3),
         ({"scan_layers": True, "remat": "full"}, 1),
         ({"scan_layers": True}, 3),
     ],

@@ -309,7 +309,7 @@ def comparable(config: BlockConfig) -> dict[str, Any]:
     values["attention_scale"] = config.attention_scale or config.head_dim**-0.5
     places = ["qkv", "out", "up", "down", *["gate"] * config.gated_mlp, *["norm"] * (config.norm == "layernorm")]
     values["rotary_base_local"] = config.rotary_base_local or config.rotary_base
-    values["rotary_scaling"] = config.rotary_scaling and rotary.format(*rotary.parse(config.rotary_scaling))
+    values["rotary_scaling"] = config.rotary_scaling and rotary.parse(config.rotary_scaling)
     if config.positions != "rotary":
         unrelated |= {name for name in values if name.startswith("rotary_")}
     if not config.window:

@@ -9,17 +9,6 @@ from gpt.models.gpt import GPTConfig
 from gpt.models.transformer import MAX_LAYERS
 from gpt.runtime.errors import UserError
 
-CONTEXT = "original_max_position_embeddings"
-# The kinds of scaling that can be converted, each with the keys that it needs and those that it may have.
-SCALINGS: dict[str, tuple[list[str], list[str]]] = {
-    "default": ([], []),
-    "linear": (["factor"], []),
-    "llama3": (["factor", "low_freq_factor", "high_freq_factor", CONTEXT], []),
-    "yarn": (
-        ["factor", CONTEXT],
-        ["attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"],
-    ),
-}
 LAYER_TYPES = {"L": "sliding_attention", "G": "full_attention"}
 
 
@@ -53,19 +42,22 @@ class RotaryDecoder(Decoder):
         values = {key: value for key, value in given.items() if value is not None}
         kind = values.pop("rope_type", values.pop("type", "default"))
         if kind in ("llama3", "yarn"):
-            values.setdefault(CONTEXT, fields["block_size"])
+            values.setdefault(rotary.LENGTH, fields["block_size"])
         if "truncate" in values:
             values["truncate"] = int(bool(values["truncate"]))
-        ours = {"rope_theta": "rotary_base"} | (
-            {"partial_rotary_factor": "rotary_fraction"} if self.fraction[0] else {}
-        )
-        inner, (required, optional) = ConfigFile(file.path, values), SCALINGS.get(str(kind), ([], []))
-        if kind not in [*SCALINGS] or not set(required) <= values.keys() - ours.keys() <= {*required, *optional}:
-            known = "; ".join(f"{name} {', '.join([*keys, *more])}" for name, (keys, more) in SCALINGS.items())
-            raise UserError(f"{file.path}: rotary positions of {given} cannot be converted, only these: {known}.")
+        inner = ConfigFile(file.path, values)
         numbers = {key: float(inner.number(key, float)) for key in values}
-        found: dict[str, Any] = {name: numbers.pop(key) for key, name in ours.items() if key in numbers}
-        return found | {"rotary_scaling": "" if kind == "default" else rotary.format(kind, numbers)}
+        ours = {"rope_theta": "rotary_base", "partial_rotary_factor": "rotary_fraction"}
+        found: dict[str, Any] = {
+            name: numbers.pop(key) for key, name in ours.items() if key in numbers and name in self.numbers
+        }
+        if kind == "default" and not numbers:
+            return found | {"rotary_scaling": ""}
+        required, optional = rotary.KINDS.get(str(kind), (set(), {}))
+        if not required or not required <= numbers.keys() <= required | optional.keys():
+            known = "; ".join(", ".join([name, *sorted(keys)]) for name, (keys, _) in rotary.KINDS.items())
+            raise UserError(f"{file.path}: rotary positions of {given} cannot be converted, but only default; {known}.")
+        return found | {"rotary_scaling": rotary.format(kind, numbers)}
 
     def read_window(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
         """Returns the fields of the local layers."""
@@ -89,8 +81,9 @@ class RotaryDecoder(Decoder):
         scaling: dict[str, Any] | None = None
         if config.rotary_scaling:
             kind, numbers = rotary.parse(config.rotary_scaling)
-            exact = {CONTEXT: int, "truncate": bool}
-            scaling = {"rope_type": kind} | {key: exact.get(key, float)(value) for key, value in numbers.items()}
+            exact = {rotary.LENGTH: int, "truncate": bool}
+            scaling = {key: exact.get(key, float)(value) for key, value in numbers.items() if value is not None}
+            scaling["rope_type"] = kind
         keys: dict[str, Any] = {"rope_scaling": scaling}
         if "window" in self.numbers and self.has_layer_types:
             pattern = config.window_pattern if config.window else "G"
