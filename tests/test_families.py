@@ -16,7 +16,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from gpt import step
+from gpt import sharding, step
 from gpt.checkpointing import loading
 from gpt.checkpointing.workdir import Workdir
 from gpt.data.tokenizers import ByteTokenizer
@@ -26,6 +26,7 @@ from gpt.interop.config_file import ConfigFile
 from gpt.checkpointing.stacking import stack_layers
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
+from gpt.step import build
 
 ARCHITECTURES = {architecture.model_type: architecture for architecture in huggingface.ARCHITECTURES}
 TINY = {
@@ -95,7 +96,7 @@ def random_model(transformers, folder, model_type, keys):
     folder.mkdir()
     # The keys are read from a file, as those of a released model are.
     (folder / "config.json").write_text(
-        json.dumps({"model_type": model_type, "initializer_range": 0.2, **keys, **tokens})
+        json.dumps({"model_type": model_type, "initializer_range": 0.4, **keys, **tokens})
     )
     config = transformers.AutoConfig.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
@@ -146,3 +147,68 @@ def test_there_and_back_to_the_bit(pair, transformers, tmp_path):
         assert torch.equal(pair.model(tokens).logits, again(tokens).logits)
     again_ours = converted(tmp_path / "back", tmp_path / "again", 100).read()
     assert again_ours.config == pair.workdir.read().config
+
+
+def test_logits_loss_and_gradients_equal_those_of_transformers(pair):
+    import torch
+
+    run = loading.load(pair.workdir, "best")
+    tokens = np.random.default_rng(0).integers(0, 256, (3, 64))
+    outputs = pair.model(torch.tensor(tokens), labels=torch.tensor(tokens))
+    outputs.loss.backward()
+
+    def ours(params):
+        logits = run.program.model.apply({"params": params}, jnp.asarray(tokens))[..., :256]
+        return step.token_losses(logits[:, :-1], jnp.asarray(tokens[:, 1:])).mean(), logits
+
+    with run.program.layout.for_decoding(len(tokens)).use():
+        (loss, logits), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(run.params)
+    expected = outputs.logits.detach().numpy()
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * max(1, np.abs(expected).max()))
+    assert float(loss) == pytest.approx(outputs.loss.item(), abs=1e-4)
+    architecture = ARCHITECTURES[pair.model.config.model_type]
+    found = flatten_dict(jax.tree.map(np.asarray, stack_layers(gradients)), sep="/")
+    theirs = {name: parameter.grad.numpy() for name, parameter in pair.model.named_parameters()}
+    pair.model.zero_grad()
+    tensors = architecture.tensors(run.model_config)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        for names, layer in zip(
+            tensor.names_by_layer, found[name].reshape(-1, *tensor.our_shape), strict=True
+        ):
+            for their_name, array in zip(names, tensor.to_theirs(layer), strict=True):
+                full = {"embed_out.weight": "lm_head.weight"}.get(their_name, their_name)
+                wanted = theirs[full if full in theirs else architecture.prefix + full]
+                np.testing.assert_allclose(array, wanted, atol=1e-4 * max(1, np.abs(wanted).max()), err_msg=name)
+
+
+def test_100_tokens_equal_those_of_transformers(pair):
+    import torch
+
+    prompt = np.array([72, 101, 108, 108, 111])
+    expected = pair.model.generate(torch.tensor(prompt[None]), max_new_tokens=100, do_sample=False, pad_token_id=0)
+    run = loading.load(pair.workdir, "best")
+    generator = generation.Generator(run.program.model, run.program.layout, generation.Sampling(temperature=0))
+    *_, (sample,) = generation.continuations(generator.start(run.params, [prompt]), run.tokenizer.decode, 100)
+    assert len(set(sample.tokens)) > 10
+    np.testing.assert_array_equal(sample.tokens[:100], expected[0, 5:].numpy())
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_sharded_logits_are_equal(pair, scan, tmp_path):
+    """On a mesh of 2 × 2 × 2 devices. Two heads of keys and values can be sharded; a single one cannot."""
+    import torch
+
+    run = pair.workdir.read()
+    tokens = np.random.default_rng(0).integers(0, 256, (4, 64))
+    mesh = MeshConfig(rules="fsdp_tp", data=2, fsdp=2, model=2)
+    model = dataclasses.replace(run.config.model, scan_layers=scan)
+    layout = sharding.make_layout(mesh)
+    program = build(dataclasses.replace(run.config, mesh=mesh, model=model), 256, layout, total_steps=1)
+    params = loading.Weights(pair.workdir, "best").restore(program)
+    with layout.use():
+        logits = jax.jit(program.model.apply)({"params": params}, jnp.asarray(tokens))[..., :256]
+    with torch.no_grad():
+        expected = pair.model(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * max(1, np.abs(expected).max()))

@@ -188,7 +188,7 @@ class Architecture(Generic[C]):
       config_class: our config of the same model.
       prefix: what the names of tensors begin with, except those that begin with `head`.
       constants: fields of our config with the value that they have in each model of this architecture.
-      fixed: keys of config.json with the only value, True or False, that can be converted, and the default.
+      fixed: keys of config.json with the only value, True or False, that can be converted; the default too.
       activation: the key of the activation.
       numbers: our config's fields, each with its key in config.json. Where 0 is our default, it is null or missing there.
       defaults: transformers' defaults of the keys.
@@ -365,7 +365,7 @@ class Decoder(Architecture[GPTConfig]):
 
     def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
         places = [place for key, place in self.biases.items() if file.get(key)]
-        bias = ",".join([*places, *[fields["bias"]] * ("bias" in fields)]) or "none"
+        bias = ",".join(filter(None, [*places, fields.get("bias")])) or "none"
         return fields | {"tie_embeddings": bool(file.get("tie_word_embeddings", False)), "bias": bias}
 
     def write_rest(self, config: GPTConfig) -> dict[str, Any]:
