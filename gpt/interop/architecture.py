@@ -86,6 +86,11 @@ class Tensor:
         """Names of transformers' tensors in each layer; one list for a parameter outside the layers."""
         return [[name.format(layer) for name in self.names] for layer in range(self.num_layers or 1)]
 
+    @property
+    def their_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of transformers' tensors in all layers, by name."""
+        return {name: shape for names in self.names_by_layer for name, shape in zip(names, self.shapes, strict=True)}
+
     def to_ours(self, arrays: list[np.ndarray]) -> np.ndarray:
         """Returns our array of one layer without its padding, from transformers' arrays; a view if that is possible."""
         arrays = [array.transpose(self.axes or range(array.ndim)) for array in arrays]
@@ -117,11 +122,9 @@ class Tensor:
         return math.prod(self.our_shape) != sum(map(math.prod, self.shapes))
 
 
-def norm_tensors(
-    name: str, their_name: str, shape: tuple[int, ...], use_bias: bool, layers: int = 0
-) -> dict[str, Tensor]:
+def norm_tensors(c: BlockConfig, name: str, their_name: str, *shape: int, layers: int = 0) -> dict[str, Tensor]:
     """Returns the parameters of a norm, whose scale has this shape, by name."""
-    parts = {"scale": "weight"} | ({"bias": "bias"} if use_bias else {})
+    parts = {"scale": "weight"} | ({"bias": "bias"} if c.norm == "layernorm" and c.has_bias("norm") else {})
     return {
         f"{name}/{ours}": Tensor((f"{their_name}.{theirs}",), ((math.prod(shape),),), shape, num_layers=layers)
         for ours, theirs in parts.items()
@@ -139,40 +142,27 @@ def block_tensors(
       is_transposed: whether transformers' kernels are [outputs, inputs]; ours are [inputs, outputs].
       is_packed: whether a single tensor with queries, keys and values has those of one head after the other, like ours.
     """
-    width, mlp, heads, groups, size = (c.embed_dim,), (c.mlp_dim,), c.num_heads, c.kv_heads, c.head_dim
-    packed = heads * size, groups * size, groups * size
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-        "attention/qkv": (width, (groups, sum(packed) // groups)),
-        "attention/out": ((heads, size), width),
-        "mlp/gate": (width, mlp),
-        "mlp/up": (width, mlp),
-        "mlp/down": (mlp, width),
-    }
-    by_head = c.qk_norm == "head"
-    scales = {
-        "attention/query_norm": (size,) if by_head else (heads, size),
-        "attention/key_norm": (size,) if by_head else (groups, size),
-    }
+    heads, groups, size, layers = c.num_heads, c.kv_heads, c.head_dim, c.num_layers
+    each = c.qk_norm == "all"  # whether each head has its own scales
+    scales = {"query_norm": (heads, size)[not each :], "key_norm": (groups, size)[not each :]}
     tensors: dict[str, Tensor] = {}
     for name, theirs in names.items():
-        if name not in shapes:
-            use_bias = c.norm == "layernorm" and c.has_bias("norm")
-            tensors |= norm_tensors(f"blocks/{name}", theirs[0], scales.get(name, width), use_bias, c.num_layers)
+        place = name.rpartition("/")[2]
+        if place not in c.layer_weights:
+            shape = scales.get(place, (c.embed_dim,))
+            tensors |= norm_tensors(c, f"blocks/{name}", theirs[0], *shape, layers=layers)
             continue
-        inputs, outputs = shapes[name]
-        columns = packed if len(theirs) > 1 else (math.prod(outputs),)
-        parts = packed if name == "attention/qkv" and not is_packed else ()
-        kernels = [(math.prod(inputs), size) for size in columns]
-        if is_transposed:
-            kernels = [shape[::-1] for shape in kernels]
-        for part, their_shapes, ours, axes in (
-            ("kernel", kernels, (*inputs, *outputs), (1, 0) if is_transposed else ()),
-            ("bias", [(size,) for size in columns], outputs, ()),
-        ):
-            if part == "kernel" or c.has_bias(name.rpartition("/")[2]):
-                their_names = tuple(f"{each}.{'weight' if part == 'kernel' else 'bias'}" for each in theirs)
-                shape = tuple(their_shapes)
-                tensors[f"blocks/{name}/{part}"] = Tensor(their_names, shape, ours, axes, parts, c.num_layers)
+        rows, columns = c.layer_weights[place]
+        inputs = (heads, size) if place == "out" else (rows,)
+        outputs = (groups, columns // groups) if place == "qkv" else (columns,)
+        packed = (heads * size, groups * size, groups * size) if place == "qkv" and not is_packed else ()
+        widths = packed if len(theirs) > 1 else (columns,)
+        kernels = tuple((width, rows) if is_transposed else (rows, width) for width in widths)
+        axes, weights = (1, 0) if is_transposed else (), tuple(f"{each}.weight" for each in theirs)
+        tensors[f"blocks/{name}/kernel"] = Tensor(weights, kernels, (*inputs, *outputs), axes, packed, layers)
+        if c.has_bias(place):
+            biases, shapes = tuple(f"{each}.bias" for each in theirs), tuple((width,) for width in widths)
+            tensors[f"blocks/{name}/bias"] = Tensor(biases, shapes, outputs, (), packed, layers)
     return tensors
 
 
@@ -188,9 +178,9 @@ class Architecture(Generic[C]):
       config_class: our config of the same model.
       prefix: what the names of tensors begin with, except those that begin with `head`.
       constants: fields of our config with the value that they have in each model of this architecture.
-      fixed: keys of config.json with the only value, True or False, that can be converted; the default too.
+      fixed: keys of config.json with the only value, True or False, that can be converted; it is also their default.
       activation: the key of the activation.
-      numbers: our config's fields, each with its key in config.json. Where 0 is our default, it is null or missing there.
+      numbers: our config's fields, each with its key in config.json. Where 0 is our default, it is null there.
       defaults: transformers' defaults of the keys.
     """
 
@@ -350,9 +340,7 @@ class Decoder(Architecture[GPTConfig]):
         width, table = (config.embed_dim,), (config.vocab_size, config.embed_dim)
         tensors = {
             "token_embedding/embedding": Tensor((self.embedding,), (table,), (config.padded_vocab_size, *width)),
-            **norm_tensors(
-                "final_norm", self.final_norm, width, config.norm == "layernorm" and config.has_bias("norm")
-            ),
+            **norm_tensors(config, "final_norm", self.final_norm, *width),
         }
         if self.position_embedding:
             shape = config.block_size, config.embed_dim

@@ -29,7 +29,7 @@ class Gemma2(Llama):
     defaults |= {"query_pre_attn_scalar": 256}
 
     def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
-        file.get("hidden_act")  # in released files, but not used
+        file.get("hidden_act")  # in released files, but transformers does not use it
         scalar = file.number("query_pre_attn_scalar", float)
         file.check("query_pre_attn_scalar", scalar > 0, "a number greater than 0")
         multiplier = math.sqrt(max(fields["embed_dim"], 0))

@@ -68,33 +68,11 @@ def convert(source: Source, workdir: Workdir, vocab_multiple: int) -> BlockConfi
     names = {name.removeprefix(architecture.prefix): name for name in source.shapes}
     if len(names) < len(source.shapes):
         raise UserError(f"{source.path}: some tensors are there with and without the prefix {architecture.prefix}.")
-    _check_shapes(source, architecture, tensors, names, architecture.duplicates(config, source, names))
-    own_size = 0 if vocabulary.vocab_size == config.vocab_size else config.vocab_size
-    run = Run(Config(model=dataclasses.replace(config, vocab_size=own_size), **parts), vocabulary, fingerprint=None)
-    params = [_deferred(source, names, name, tensor) for name, tensor in tensors.items()]
-    workdir.create()
-    write_params(workdir.path / "checkpoints" / "0", run, params)
-    workdir.record(run)
-    return config
-
-
-def _check_shapes(
-    source: Source,
-    architecture: Architecture,
-    tensors: dict[str, Tensor],
-    names: dict[str, str],
-    ignored: set[str],
-) -> None:
-    """Raises UserError unless the source has the tensors of a model and, beside ignored ones, no others."""
-    expected = {
-        name: shape
-        for tensor in tensors.values()
-        for layer in tensor.names_by_layer
-        for name, shape in zip(layer, tensor.shapes, strict=True)
-    }
+    expected = {name: shape for tensor in tensors.values() for name, shape in tensor.their_shapes.items()}
+    unknown = names.keys() - architecture.duplicates(config, source, names) - expected.keys()
     for problem, wrong in (
         ("missing", expected.keys() - names.keys()),
-        (f"not part of a {architecture.model_class} of this shape", names.keys() - ignored - expected.keys()),
+        (f"not part of a {architecture.model_class} of this shape", unknown),
     ):
         if wrong:
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -103,6 +81,13 @@ def _check_shapes(
         if (found := source.shapes[names[name]]) != shape:
             sizes, wanted = (" × ".join(map(str, each)) for each in (found, shape))
             raise UserError(f"{source.path}: {name} is {sizes}, but has to be {wanted} by config.json.")
+    own_size = 0 if vocabulary.vocab_size == config.vocab_size else config.vocab_size
+    run = Run(Config(model=dataclasses.replace(config, vocab_size=own_size), **parts), vocabulary, fingerprint=None)
+    params = [_deferred(source, names, name, tensor) for name, tensor in tensors.items()]
+    workdir.create()
+    write_params(workdir.path / "checkpoints" / "0", run, params)
+    workdir.record(run)
+    return config
 
 
 def _deferred(source: Source, names: dict[str, str], our_name: str, tensor: Tensor) -> Deferred:
@@ -163,8 +148,7 @@ def _write_weights(path: Path, architecture: Architecture, tensors: dict[str, Te
     shapes = {
         ("" if name.startswith(architecture.head) else architecture.prefix) + name: shape
         for tensor in tensors.values()
-        for names in tensor.names_by_layer
-        for name, shape in zip(names, tensor.shapes, strict=True)
+        for name, shape in tensor.their_shapes.items()
     }
     restored = weights.restore_each({name: tensor.stacked_shape for name, tensor in tensors.items()})
     arrays = (

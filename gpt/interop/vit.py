@@ -52,7 +52,7 @@ class ViT(Architecture[ViTConfig]):
             "patch_embedding/bias": Tensor((f"{patches}.bias",), ((width,),), (width,)),
             "head/kernel": Tensor(("classifier.weight",), ((classes, width),), (width, classes), axes=(1, 0)),
             "head/bias": Tensor(("classifier.bias",), ((classes,),), (classes,)),
-            **norm_tensors("final_norm", "layernorm", (width,), use_bias=True),
+            **norm_tensors(config, "final_norm", "layernorm", width),
         }
         layer = "encoder.layer.{}"
         return tensors | block_tensors(
@@ -71,9 +71,9 @@ class ViT(Architecture[ViTConfig]):
         return fields | {"vocab_size": _labels(file).vocab_size}
 
     def read(self, source: Source, vocab_multiple: int) -> tuple[ViTConfig, Vocabulary, dict[str, Any]]:
+        config = self.read_config(source.config)
         pixels, images = image_processor.read(source.config)
-        config = dataclasses.replace(self.read_config(source.config), **pixels)
-        return config, _labels(source.config), {"data": images}
+        return dataclasses.replace(config, **pixels), _labels(source.config), {"data": images}
 
     def write_rest(self, config: ViTConfig) -> dict[str, Any]:
         return {"id2label": {str(i): str(i) for i in range(config.vocab_size)}}  # `write_files` knows the names
