@@ -153,7 +153,7 @@ def test_forms_of_overrides_on_a_command_line(monkeypatch):
         "a.py",
         "-config.seed",
         "-2",
-        "--config.model.zero_init",
+        "--config.mesh.zero1",
         "--other=3",
     ]
     arguments += ["--noconfig.mesh.zero1", "--config.data.path=a=b", "--config.train.steps"]
@@ -161,8 +161,8 @@ def test_forms_of_overrides_on_a_command_line(monkeypatch):
     expected = [
         ("seed", "1"),
         ("seed", "-2"),
-        ("model.zero_init", None),
-        ("model.zero_init", "false"),
+        ("mesh.zero1", None),
+        ("mesh.zero1", "false"),
         ("data.path", "a=b"),
     ]
     assert cli._overrides == [*expected, ("train.steps", None)]

@@ -74,10 +74,10 @@ def test_attention_and_its_gradients_stay_within_a_document(attend):
 
 
 @functools.cache
-def logits_of_each_alone(positions="learned"):
+def logits_of_each_alone(**options):
     """Returns the logits [2, LENGTH, VOCAB] of each document alone, and the parameters."""
     rng = np.random.default_rng(2)
-    model = GPT(dataclasses.replace(CONFIG, positions=positions))
+    model = GPT(dataclasses.replace(CONFIG, **options))
     abstract = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     variables = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), abstract)
     logits = np.zeros((2, LENGTH, VOCAB), np.float32)
@@ -90,7 +90,7 @@ def logits_of_each_alone(positions="learned"):
     "options",
     [
         {"attention": "dense", "remat": "dots", "scan_layers": True},
-        {"attention": "dense", "positions": "rotary", "window": 3, "num_kv_heads": 1},
+        {"attention": "dense", "positions": "rotary", "window": 3},
         {"attention": "chunked", "scan_layers": True},
         {"attention": "chunked", "positions": "rotary", "remat": "full"},
     ],
@@ -98,7 +98,7 @@ def logits_of_each_alone(positions="learned"):
 )
 def test_a_document_has_the_logits_that_it_has_alone(options):
     config = dataclasses.replace(CONFIG, **options)
-    expected, variables = logits_of_each_alone(config.positions)
+    expected, variables = logits_of_each_alone(positions=config.positions, window=config.window)
     apply = quick_jit(GPT(config).apply)
     variables = stack_layers(variables) if config.scan_layers else variables
     found = apply(variables, TOKENS, STARTS)

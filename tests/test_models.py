@@ -675,7 +675,7 @@ def test_gradients_of_bfloat16_are_float32():
         ({"attention_dropout": -0.1}, ["model.attention_dropout=-0.1"]),
         ({"residual_dropout": math.nan}, ["model.residual_dropout=nan"]),
         ({"positions": "rotary", "embed_dim": 12, "num_heads": 4}, ["model.rotary_fraction=1.0", "head size of 3"]),
-        ({"num_kv_heads": 3}, ["model.num_kv_heads=3", "model.num_heads=2"]),
+        ({"num_kv_heads": 3}, ["model.num_kv_heads=3", "model.num_heads=8"]),
         ({"window_pattern": "LX"}, ["model.window_pattern='LX'"]),
         ({"bias": "qkv,mlp"}, ["model.bias='qkv,mlp'", "all, none, or some of qkv,"]),
         ({"lora_targets": "gate"}, ["model.lora_targets='gate'"]),
