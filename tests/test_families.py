@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from gpt import sharding, step
 from gpt.checkpointing import loading, writing
 from gpt.checkpointing.run import Run
+from gpt.checkpointing.stacking import stack_layers
 from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config
 from gpt.data.tokenizers import ByteTokenizer
@@ -25,7 +26,6 @@ from gpt.inference import generation
 from gpt.interop import huggingface, safetensors_folder
 from gpt.interop.architecture import comparable
 from gpt.interop.config_file import ConfigFile
-from gpt.checkpointing.stacking import stack_layers
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 from gpt.step import build
@@ -106,6 +106,8 @@ def random_model(transformers, folder, model_type, keys):
         for parameter in model.parameters():
             if parameter.ndim == 1:  # norms and biases begin as 0 or 1
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+        if "gemma" in model_type:  # else its factor of the embeddings outweighs the layers
+            model.get_input_embeddings().weight.mul_(0.1)
     model.save_pretrained(folder)
     (folder / "gpt_tokenizer.json").write_text(ByteTokenizer().to_json())
     return model
@@ -147,10 +149,8 @@ def test_there_and_back_to_the_bit(pair, transformers, tmp_path):
     tokens = torch.arange(40)[None] * 5
     with torch.no_grad():
         assert torch.equal(pair.model(tokens).logits, again(tokens).logits)
-    configs = (
-        workdir.read().config.model for workdir in (pair.workdir, converted(tmp_path / "back", tmp_path / "run"))
-    )
-    assert len({str(comparable(config)) for config in configs}) == 1
+    again = converted(tmp_path / "back", tmp_path / "run").read().config.model
+    assert comparable(again) == comparable(pair.workdir.read().config.model)
 
 
 def test_logits_loss_and_gradients_equal_those_of_transformers(pair):
@@ -190,23 +190,27 @@ def test_100_tokens_equal_those_of_transformers(pair):
     import torch
 
     prompt = np.array([72, 101, 108, 108, 111])
-    expected = pair.model.generate(torch.tensor(prompt[None]), max_new_tokens=100, do_sample=False, pad_token_id=0)
+    # Without the penalty, many random models repeat one token.
+    options = {"max_new_tokens": 100, "do_sample": False, "pad_token_id": 0, "repetition_penalty": 1.5}
+    expected = pair.model.generate(torch.tensor(prompt[None]), **options)
     run = loading.load(pair.workdir, "best")
-    generator = generation.Generator(run.program.model, run.program.layout, generation.Sampling(temperature=0))
+    greedy = generation.Sampling(temperature=0, repetition_penalty=1.5)
+    generator = generation.Generator(run.program.model, run.program.layout, greedy)
     *_, (sample,) = generation.continuations(generator.start(run.params, [prompt]), run.tokenizer.decode, 100)
-    assert len(set(sample.tokens)) > 10
+    assert len(set(sample.tokens)) > 5
     np.testing.assert_array_equal(sample.tokens[:100], expected[0, 5:].numpy())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_sharded_logits_are_equal(pair, scan):
-    """On a mesh of 2 × 2 × 2 devices. Two heads of keys and values can be sharded; a single one cannot."""
+    """On a mesh of 2 × 2 × 2 devices. A single head of keys and values cannot be sharded, so the length is."""
     import torch
 
     run = pair.workdir.read()
     tokens = np.random.default_rng(0).integers(0, 256, (4, 64))
-    mesh = MeshConfig(rules="fsdp_tp", data=2, fsdp=2, model=2)
+    third = {"rules": "fsdp_tp", "model": 2} if run.config.model.kv_heads > 1 else {"rules": "sp", "sequence": 2}
+    mesh = MeshConfig(data=2, fsdp=2, **third)
     model = dataclasses.replace(run.config.model, scan_layers=scan)
     layout = sharding.make_layout(mesh)
     program = build(dataclasses.replace(run.config, mesh=mesh, model=model), 256, layout, total_steps=1)
