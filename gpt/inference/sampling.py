@@ -26,7 +26,7 @@ class Options:
       num_tokens: greatest number of tokens in a sample; None: 500 for a text, all of an answer or an image.
       num_samples: number of samples for each prompt.
       logprobs: print a line of JSON for each sample.
-      stop: the `stop_text` of `generation.continuations`.
+      stop: one of the `stop_texts` of `generation.continuations`.
       stop_newlines: see `generation.continuations`.
       out: file for the picture of generated images.
     """
@@ -83,7 +83,7 @@ def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int],
             tokenizer.decode,
             options.num_tokens or tokenizer.sample_length(tokens),
             stop_tokens=tokenizer.stop_tokens,
-            stop_text=options.stop,
+            stop_texts=[options.stop],
             stop_newlines=options.stop_newlines,
         )
         if len(prompts) * options.num_samples == 1 and not options.logprobs and not isinstance(tokenizer, Palette):
