@@ -35,7 +35,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 RESAMPLING = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers; its backends differ in other filters
 
 
-def read(config: ConfigFile) -> tuple[dict[str, str], ImagesConfig]:
+def read(config: ConfigFile) -> tuple[dict[str, Any], ImagesConfig]:
     """Reads how a folder's image processor computes pixels.
 
     A folder without a file for it has transformers' ViTImageProcessor with its defaults and the model's image size.
