@@ -20,6 +20,7 @@ from gpt.config import Config
 from gpt.interop import safetensors_folder
 from gpt.interop.architecture import Architecture, Source, Tensor
 from gpt.interop.gemma import Gemma2, Gemma3
+from gpt.interop.gguf_file import GGUFFile
 from gpt.interop.gpt2 import GPT2
 from gpt.interop.gpt_neox import GPTNeoX
 from gpt.interop.llama import Llama
@@ -38,9 +39,15 @@ ARCHITECTURES: tuple[Architecture[Any], ...] = tuple(kind() for kind in KINDS)
 
 
 def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> BlockConfig:
-    """Converts a folder of transformers to a workdir, see `convert`. Raises UserError if there is no such folder."""
+    """Converts a folder of transformers or a GGUF file to a workdir, see `convert`.
+
+    Raises:
+      UserError: there is no such folder or file, or see `convert`.
+    """
+    if folder.suffix == ".gguf" and folder.is_file():
+        return convert(GGUFFile(folder), workdir, vocab_multiple)
     if not folder.is_dir():
-        raise UserError(f"--from_hf={folder}: there is no such folder.")
+        raise UserError(f"--from_hf={folder}: there is no such folder or GGUF file.")
     return convert(SafetensorsFolder(folder), workdir, vocab_multiple)
 
 

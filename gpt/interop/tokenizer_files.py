@@ -37,6 +37,11 @@ def read(folder: Path) -> tokenizers.Tokenizer:
         stops = tokenizers.token_ids(config.values.get("eos_token_id", None if has_generation else DEFAULT_STOP))
     except ValueError as error:
         raise UserError(f"{config.path}: eos_token_id {error}.") from None
+    return with_stops(tokenizer, stops)
+
+
+def with_stops(tokenizer: tokenizers.Tokenizer, stops: tuple[int, ...]) -> tokenizers.Tokenizer:
+    """Returns the tokenizer with the tokens that end a sample."""
     stops = tuple(token for token in stops if token < tokenizer.vocab_size)  # the model cannot generate others
     tokenizer = dataclasses.replace(tokenizer, stops=None)
     return tokenizer if stops == tokenizer.stop_tokens else dataclasses.replace(tokenizer, stops=stops)

@@ -1,0 +1,237 @@
+"""GGUF files, the format of llama.cpp: weights, often quantized, with the shape of the model and its tokenizer.
+
+The package `gguf` parses and dequantizes them. The format of the metadata is described in
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
+"""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpt.data.bpe import BPETokenizer
+from gpt.data.tokenizers import Tokenizer
+from gpt.interop import tokenizer_files
+from gpt.interop.config_file import ConfigFile
+from gpt.runtime.errors import UserError, one_line
+
+# The names of tensors in GGUF files, and those in transformers ("{}" for the number of a layer).
+TENSORS = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "model.layers.{}.input_layernorm",
+    "attn_q": "model.layers.{}.self_attn.q_proj",
+    "attn_k": "model.layers.{}.self_attn.k_proj",
+    "attn_v": "model.layers.{}.self_attn.v_proj",
+    "attn_q_norm": "model.layers.{}.self_attn.q_norm",
+    "attn_k_norm": "model.layers.{}.self_attn.k_norm",
+    "attn_output": "model.layers.{}.self_attn.o_proj",
+    "post_attention_norm": "model.layers.{}.post_attention_layernorm",
+    "ffn_norm": "model.layers.{}.post_attention_layernorm",
+    "ffn_gate": "model.layers.{}.mlp.gate_proj",
+    "ffn_up": "model.layers.{}.mlp.up_proj",
+    "ffn_down": "model.layers.{}.mlp.down_proj",
+    "post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
+}
+# The keys of metadata, without the architecture's name in front, and those of config.json.
+KEYS = {
+    "block_count": "num_hidden_layers",
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "rope.freq_base": "rope_theta",
+}
+# Keys that repeat others, or that `_scaling` reads.
+OTHERS = {"vocab_size", "attention.value_length", "rope.dimension_count"}
+SCALING = {
+    "rope.scaling.type": "rope_type",
+    "rope.scaling.factor": "factor",
+    "rope.scaling.original_context_length": "original_max_position_embeddings",
+}
+GEMMA = {"gemma2", "gemma3"}
+MODEL_TYPES = {name: name for name in ("llama", "qwen2", "qwen3", "olmo2", "gemma2")} | {"gemma3": "gemma3_text"}
+# How tokenizers of released models split a text into words, by the name in the metadata.
+_LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {
+    "gpt-2": "",
+    "default": "",
+    "smollm": r"\p{N}",
+    "llama-bpe": _LLAMA_3,
+    "dbrx": _LLAMA_3,
+    "qwen2": _LLAMA_3.replace("{1,3}", ""),
+}
+CONTROL, USER_DEFINED = 3, 4  # types of tokens
+
+
+class GGUFFile:
+    """A model in a GGUF file, see `architecture.Source`.
+
+    Raises:
+      UserError: the file is damaged, or its architecture is not known.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            import gguf
+        except ImportError:
+            raise UserError(f'{path} needs the package gguf: pip install -e ".[gguf]".') from None
+        self._dequantize = gguf.quants.dequantize
+        try:
+            reader = gguf.GGUFReader(path)
+            self._values = {name: field.contents() for name, field in reader.fields.items()}
+        except Exception as error:  # the package raises exceptions of many types
+            raise UserError(f"{path} is damaged or no GGUF file ({one_line(error)[:200]}).") from None
+        self._kind = self._values.get("general.architecture")
+        if self._kind not in MODEL_TYPES:
+            raise UserError(f"{path} holds a {self._kind}; only {', '.join(MODEL_TYPES)} can be converted.")
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self._frequencies = tensors.pop("rope_freqs.weight", None)
+        self._tensors = {self._name(name): tensor for name, tensor in tensors.items()}
+        self.shapes = {name: tuple(map(int, reversed(tensor.shape))) for name, tensor in self._tensors.items()}
+
+    def _name(self, name: str) -> str:
+        """Returns transformers' name of a tensor."""
+        *block, place, part = name.rsplit(".", 2) if name.startswith("blk.") else ["", *name.rsplit(".", 1)]
+        layer = block[0].removeprefix("blk.")
+        if place == "ffn_norm" and self._kind in GEMMA:
+            return f"model.layers.{layer}.pre_feedforward_layernorm.{part}"
+        return f"{TENSORS[place].format(layer) if place in TENSORS else place}.{part}"
+
+    @functools.cached_property
+    def config(self) -> ConfigFile:
+        """The keys of config.json that the metadata gives."""
+        start = f"{self._kind}."
+        values = {name.removeprefix(start): value for name, value in self._values.items() if name.startswith(start)}
+        unknown = values.keys() - KEYS.keys() - SCALING.keys() - OTHERS
+        if unknown := sorted(name for name in unknown if values[name]):
+            raise UserError(f"{self.path}: {start}{unknown[0]} is {values[unknown[0]]!r}, which is not known.")
+        config = {key: values[name] for name, key in KEYS.items() if name in values}
+        sizes = {name: config.get(key) for name, key in (("heads", "num_attention_heads"), ("width", "hidden_size"))}
+        if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
+            raise UserError(f"{self.path}: {start}embedding_length or {start}attention.head_count is missing.")
+        head_dim = config.setdefault("head_dim", sizes["width"] // sizes["heads"])
+        if values.get("rope.dimension_count", head_dim) != head_dim:
+            raise UserError(f"{self.path}: {start}rope.dimension_count differs from the head size, {head_dim}.")
+        config |= {"model_type": MODEL_TYPES[self._kind], "tie_word_embeddings": "lm_head.weight" not in self.shapes}
+        config["vocab_size"] = self.shapes.get("model.embed_tokens.weight", (0,))[0]
+        config["rope_scaling"] = self._scaling(values, config)
+        if self._kind == "llama":
+            biases = {name.rsplit(".", 2)[-2] for name in self.shapes if name.endswith("_proj.bias")}
+            config |= {"attention_bias": "q_proj" in biases, "mlp_bias": "up_proj" in biases}
+        if self._kind in GEMMA:
+            # llama.cpp's rule: the file does not say it. Only the models of 27B scale by the width of a head's share.
+            is_27b = (self._kind, config.get("num_hidden_layers")) in (("gemma2", 46), ("gemma3", 62))
+            config["query_pre_attn_scalar"] = sizes["width"] // sizes["heads"] if is_27b else head_dim
+        return ConfigFile(self.path, config)
+
+    def _scaling(self, values: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:
+        """Returns the scaling of rotary positions. Llama 3.1's is in the file as the factor of each frequency."""
+        scaling = {key: values[name] for name, key in SCALING.items() if name in values}
+        if self._frequencies is None:
+            return scaling if scaling.get("rope_type", "none") != "none" else None
+        found = np.asarray(self._frequencies.data, np.float64)
+        turns = 8192 / (2 * math.pi) * config.get("rope_theta", 1e4) ** (-np.arange(len(found)) / len(found))
+        kept = np.clip((turns - 1) / 3, 0, 1)
+        for factor in (8.0, 32.0):
+            if np.allclose(found, 1 / (kept + (1 - kept) / factor), rtol=1e-4):
+                numbers = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+                return {"rope_type": "llama3", "factor": factor} | numbers
+        raise UserError(f"{self.path}: rope_freqs.weight is not that of Llama 3.1 or 3.2.")
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor as float32, in the form that it has in transformers."""
+        tensor = self._tensors[name]
+        try:
+            array = self._dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(f"{self.path}: {tensor.name} cannot be dequantized ({one_line(error)}).") from None
+        if self._kind == "llama" and name.endswith(("q_proj.weight", "k_proj.weight", "q_proj.bias", "k_proj.bias")):
+            # llama.cpp rotates pairs of neighbours: the numbers of each head are in another order.
+            heads = array.shape[0] // self.config.values["head_dim"]
+            array = array.reshape(heads, -1, 2, *array.shape[1:]).swapaxes(1, 2).reshape(array.shape)
+        return array - 1 if self._kind in GEMMA and name.endswith("norm.weight") else array
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer, with the chat template."""
+        start = "tokenizer."
+        values = {name.removeprefix(start): value for name, value in self._values.items() if name.startswith(start)}
+        try:
+            tokens, types = values["ggml.tokens"], values["ggml.token_type"]
+            build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(values["ggml.model"])
+            if build is None:
+                raise ValueError(f"tokenizer.ggml.model is {values['ggml.model']!r}, but only gpt2 and llama are known")
+            definition = build(values, {token: i for i, token in enumerate(tokens)})
+            definition["added_tokens"] = [
+                {"id": i, "content": token, "special": kind == CONTROL, "normalized": False}
+                | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+                for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
+                if kind in (CONTROL, USER_DEFINED)
+            ]
+            roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+            ids = {role: values.get(f"ggml.{name}_token_id") for role, name in roles.items()}
+            settings = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None}
+            is_spm = values["ggml.model"] == "llama"
+            settings |= {"add_bos_token": bool(values.get("ggml.add_bos_token", is_spm)), "add_eos_token": False}
+            settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            settings |= {"chat_template": values["chat_template"]} if "chat_template" in values else {}
+            tokenizer = BPETokenizer.from_parts(json.dumps(definition), settings)
+            ends = (values.get(f"ggml.{name}_token_id") for name in ("eos", "eot"))
+            return tokenizer_files.with_stops(tokenizer, tuple({i: i for i in ends if i is not None}))
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(f"{self.path} has no tokenizer that can be used: {one_line(error)[:200]}.") from None
+
+
+def _byte_level(values: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
+    """Returns the content of tokenizer.json for a byte-level BPE."""
+    if (pattern := PATTERNS.get(kind := values.get("ggml.pre", "default"))) is None:
+        raise ValueError(f"tokenizer.ggml.pre is {kind!r}, but only {', '.join(PATTERNS)} are known")
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    steps = [split] * bool(pattern) + [letters | {"use_regex": pattern in ("", r"\p{N}")}]
+    return {
+        "normalizer": {"type": "NFC"} if kind == "qwen2" else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+        "decoder": letters | {"use_regex": True},
+        "model": {"type": "BPE", "vocab": ids, "merges": values["ggml.merges"], "ignore_merges": kind == "llama-bpe"},
+    }
+
+
+def _sentencepiece(values: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
+    """Returns the content of tokenizer.json for a BPE of SentencePiece, whose merges follow from the scores."""
+    scores = values["ggml.scores"]
+    merges = [
+        (-scores[i], i, cut, f"{token[:cut]} {token[cut:]}")
+        for token, i in ids.items()
+        if values["ggml.token_type"][i] == 1
+        for cut in range(1, len(token))
+        if token[:cut] in ids and token[cut:] in ids
+    ]
+    space, unknown = "▁", values.get("ggml.unknown_token_id")
+    prepend = [{"type": "Prepend", "prepend": space}] * bool(values.get("ggml.add_space_prefix", True))
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] * len(prepend)
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": space}
+    back = {"type": "Replace", "pattern": {"String": space}, "content": " "}
+    return {
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, replace]},
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
+        "model": {
+            "type": "BPE",
+            "vocab": ids,
+            "merges": [merge for *_, merge in sorted(merges)],
+            "byte_fallback": True,
+            "fuse_unk": True,
+            "unk_token": None if unknown is None else values["ggml.tokens"][unknown],
+        },
+    }
