@@ -4,6 +4,7 @@ python -m gpt.sample --workdir=runs/char --prompt="O Romeo"
 python -m gpt.sample --workdir=runs/char
 echo "O Romeo" | python -m gpt.sample --workdir=runs/char
 python -m gpt.sample --workdir=runs/char --prompt="O Romeo" --prompt="O Juliet" --num_samples=2 --logprobs
+python -m gpt.sample --workdir=runs/smollm2 --chat --system="Answer briefly."
 python -m gpt.sample --workdir=runs/image_gpt --prompt=class:3 --num_samples=16 --out=threes.png
 python -m gpt.sample --workdir=runs/vit --prompt=cat.jpg
 
@@ -48,6 +49,8 @@ flags.DEFINE_bool(
 flags.DEFINE_integer("seed", 0, "Equal seeds give equal samples.", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_string("stop", "", "End a sample before this text.")
 flags.DEFINE_integer("stop_newlines", 0, "End a sample with its n-th line feed; 0: do not.", lower_bound=0)
+flags.DEFINE_bool("chat", False, "Answer --prompt, or what is typed, as the messages of a user in a conversation.")
+flags.DEFINE_string("system", "", "With --chat: the system message of the conversation.")
 flags.DEFINE_string("out", "samples.png", "New file for the images of a model of pixels.")
 
 

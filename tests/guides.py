@@ -1,6 +1,7 @@
 """Reads the commands, links and names of README.md and the guides, and runs the commands; see tests/README.md."""
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import released
 from PIL import Image
 
 ROOT = Path(__file__).parent.parent
@@ -137,6 +139,8 @@ class Sandbox:
         for name in (TEXT, "a.txt", "b.txt", "folder/c.txt"):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(text)
+        messages = [{"role": "user", "content": "Who sat?"}, {"role": "assistant", "content": "The cat sat."}]
+        (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': messages})}\n" * 50)
         Image.new("L", (8, 8)).save(folder / "digit.png")
         for candidate in tinyshakespeare():
             (folder / "tinyshakespeare.txt").symlink_to(candidate)
@@ -194,6 +198,11 @@ class Sandbox:
             return
         if "gpt2" in workdir and "finetune" not in workdir:
             self.run(f"python -m gpt.convert --from_hf=GPT2 --workdir={workdir}")
+            return
+        if "smollm2" in workdir:  # a model whose tokenizer has a chat template
+            tokenizer = released.write("smollm", self.folder / "SMOLLM2")
+            options = f"--config.tokenizer.name=gpt2 --config.tokenizer.path={tokenizer}"
+            self.run(f"python -m gpt.main --config=configs/char_tiny.py {options} --workdir={workdir}")
             return
         configs = (f"configs/{path.name}" for path in sorted((self.folder / "configs").glob("*.py")))
         name = next((name for name in configs if default_workdir(name) == workdir), "configs/char_tiny.py")

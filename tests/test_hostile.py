@@ -216,7 +216,7 @@ def _sparse(path):
     os.truncate(path, 1 << 40)
 
 
-BPE = '{"name": "bpe", "tokens": TOKENS, "merges": [], "added": [], "settings": {}}'
+BPE = '{"name": "bpe", "files": {"tokenizer.json": {"model": {"vocab": IDS}}, "tokenizer_config.json": {}}}'
 TOO_LARGE = "Parameters and optimizer state need .* GB on each device, which has"
 ABSURD = {
     "an array": (
@@ -261,8 +261,11 @@ ABSURD = {
     "tokenizer of halves": (lambda path: _tokenizer(path, r'{"name": "char", "alphabet": "a\ud800"}'), "damaged"),
     "tokenizer elsewhere": (lambda path: _tokenizer(path, '{"name": "../../x"}'), "damaged"),
     "tokenizer of a list": (lambda path: _tokenizer(path, '{"name": ["char"]}'), "damaged"),
-    "bpe without bytes": (lambda path: _tokenizer(path, BPE.replace("TOKENS", '["a"]')), "256 bytes"),
-    "bpe of numbers": (lambda path: _tokenizer(path, BPE.replace("TOKENS", "[1, 2]")), "damaged"),
+    "bpe without a decoder": (
+        lambda path: _tokenizer(path, BPE.replace("IDS", '{"a": 0}')),
+        "a decoder that is not known",
+    ),
+    "bpe of numbers": (lambda path: _tokenizer(path, BPE.replace("IDS", "[1, 2]")), "damaged"),
     "skipped batches": (
         lambda path: edit_json(path / "run.json", lambda record: record.update(skipped_batches="x")),
         "damaged",

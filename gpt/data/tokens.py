@@ -2,9 +2,10 @@
 
 A first pass over a file computes its hash and its alphabet, and a second pass tokenises it. Training BPE takes a third
 pass. All passes stream the text. Documents are the files and, within a file, the parts between `<|endoftext|>`. A
-tokenizer with a separator puts it before, between and after documents. In JSONL and Parquet files (`gpt.data.records`)
-each record is a document, which ends with a line feed if there is no separator. Of a prompt and its completion, only
-the completion counts in the loss.
+document ends with the separator of the tokenizer, and begins with the tokenizer's first token of a text or, if it has
+none, with the separator of the document before. In JSONL and Parquet files (`gpt.data.records`) each record is a
+document, which ends with a line feed if there is no separator. Of a prompt and its completion, only the completion
+counts in the loss, and of a conversation (`gpt.data.chat`) only the turns of the assistant.
 The cache (`gpt.runtime.cache`) keeps the results, so that the next start does not read the text again. Hash and
 alphabet are stored under the identity of the file, and tokens under the hash of the text. Each pass hashes what it
 reads, so that no tokens are stored under the hash of another text.
@@ -28,7 +29,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from gpt.data import bpe, paths, records, tokenizers
+from gpt.data import bpe, chat, paths, records, tokenizers
 from gpt.data.base import Say
 from gpt.data.bpe import BPETokenizer
 from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, TokenizerConfig, UnknownCharacters
@@ -54,6 +55,33 @@ FORMATS = {  # {first bytes: format} of files that users take for text
 }
 
 
+Spans = tuple[tuple[int, int], ...]  # parts of a text, as pairs of first character and end
+Counts = bool | Spans | None  # whether a text counts in the loss, or which parts of it; None: a mark that does not
+
+
+@dataclasses.dataclass(frozen=True)
+class Marks:
+    """The texts that a tokenizer puts around documents.
+
+    Attributes:
+      begin: begins a document; "": documents have no such token.
+      end: ends a document; "": files end without a mark, and records with a line feed.
+      render: returns the text of a conversation, and the parts that count; None: the messages as JSON.
+    """
+
+    begin: str = ""
+    end: str = ""
+    render: Callable[[chat.Messages], tuple[str, Spans]] | None = None
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Marks":
+        """Returns the marks of a tokenizer."""
+        begin, end = (
+            "" if token is None else tokenizer.piece(token) for token in (tokenizer.begin, tokenizer.separator)
+        )
+        return cls(begin if begin != end else "", end, functools.partial(chat.turns, tokenizer))
+
+
 @dataclasses.dataclass(frozen=True)
 class _File:
     """The result of the first pass over a text file."""
@@ -64,10 +92,10 @@ class _File:
     alphabet: frozenset[str]
     has_prompts: bool
 
-    def read(self, end: str) -> Iterator[tuple[str, bool]]:
+    def read(self, marks: "Marks") -> Iterator[tuple[str, Counts]]:
         """Yields the same as `_read_file`. Raises UserError at the end if the text is not that of the first pass."""
         sha256 = hashlib.sha256()
-        yield from _read_file(self.path, end, sha256)
+        yield from _read_file(self.path, marks, sha256)
         if sha256.hexdigest() != self.sha256:
             raise UserError(f"{self.path} changed while it was read; start again when no program writes to it.")
 
@@ -105,7 +133,7 @@ def _train_bpe(files: list[_File], vocab_size: int, store: Cache, say: Say, stat
     def train(create: Any) -> dict[str, Any]:
         size = sum(file.stat.st_size for file in files)
         say(f"training BPE of {vocab_size:,} tokens on {size / 1e6:,.1f} MB, once …")
-        texts = (text for _, text, _ in _pieces(files, tokenizers.SEPARATOR))
+        texts = (text for _, text, _ in _pieces(files, Marks(end=tokenizers.SEPARATOR)))
         return json.loads(BPETokenizer.train(texts, vocab_size, status).to_json())
 
     name = f"bpe-{cache.digest(_code(), vocab_size, [file.sha256 for file in files])}"
@@ -120,7 +148,7 @@ def _mode(files: Iterable[_File]) -> int:
 @functools.cache
 def _code() -> str:
     """Returns a digest of the code that converts text to tokens."""
-    own = cache.code((__file__, bpe.__file__, records.__file__))
+    own = cache.code((__file__, bpe.__file__, chat.__file__, records.__file__))
     return own + (importlib.metadata.version("tokenizers") if importlib.util.find_spec("tokenizers") else "")
 
 
@@ -146,7 +174,7 @@ def _read_chunks(path: Path) -> Iterator[str]:
     """Yields the text of a file in pieces, without a byte-order mark. Raises UserError if it is not text."""
     try:
         with io.TextIOWrapper(paths.open_regular(path), encoding="utf-8-sig", newline="") as file:
-            while chunk := file.read(CHUNK):
+            while chunk := file.read(CHUNK) + file.readline(CHUNK):  # a line end is in no separator
                 if "\0" in chunk:
                     advice = _format(path) or "; name another file"
                     raise UserError(f"{path} is not a text file: it has NUL bytes{advice}.")
@@ -167,35 +195,53 @@ def _format(path: Path) -> str:
     return f" ({what}); leave it out, or {advice}" if what else ""
 
 
-def _read_file(path: Path, end: str, sha256: Any) -> Iterator[tuple[str, bool]]:
-    """Yields the text of a file in pieces, each with whether it counts in the loss.
+def _read_file(path: Path, marks: Marks, sha256: Any) -> Iterator[tuple[str, Counts]]:
+    """Yields the text of a file in pieces, with the marks around documents.
 
     Args:
-      end: text that ends a record.
       sha256: a hash, which is updated with the text.
     """
     if not records.is_for(path):
+        if marks.begin:
+            yield marks.begin, None
         for chunk in _read_chunks(path):
             sha256.update(chunk.encode())
-            yield chunk, True
+            first, *others = chunk.split(tokenizers.SEPARATOR) if marks.begin else [chunk]
+            yield first, True
+            for document in others:
+                yield marks.end, True
+                yield marks.begin, None
+                yield document, True
+        if marks.end:
+            yield marks.end, True
         return
-    for prompt, text in records.read(path):
-        if prompt:
-            sha256.update(b"\0" + prompt.encode() + b"\0")
-            yield prompt, False
-        sha256.update((text + RECORD_END).encode())
-        yield text + end, True
+    for where, record in records.read(path):
+        sha256.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+        if "messages" not in record:
+            if marks.begin:
+                yield marks.begin, None
+            if record.get("prompt"):
+                yield record["prompt"], False
+            yield record["text" if "text" in record else "completion"] + (marks.end or RECORD_END), True
+            continue
+        try:
+            text, spans = marks.render(record["messages"]) if marks.render else (json.dumps(record), ())
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+        if marks.begin and not text.startswith(marks.begin):
+            yield marks.begin, None
+        yield text, spans
+        if marks.end and not text.endswith(marks.end):
+            yield marks.end, bool(spans) and spans[-1][1] == len(text)
 
 
-def _pieces(files: list[_File], separator: str | None) -> Iterator[tuple[_File, str, bool]]:
-    """Yields the text of the files in pieces, each with its file and whether it counts, and separators of documents."""
-    if separator:
-        yield files[0], separator, True
+def _pieces(files: list[_File], marks: Marks) -> Iterator[tuple[_File, str, Counts]]:
+    """Yields the text of the files in pieces, each with its file and whether it counts, and marks of documents."""
+    if marks.end and not marks.begin:
+        yield files[0], marks.end, True
     for file in files:
-        for text, counts in file.read(separator or RECORD_END):
+        for text, counts in file.read(marks):
             yield file, text, counts
-        if separator and not records.is_for(file.path):
-            yield file, separator, True
 
 
 def scan(path: Path, store: Cache, say: Say) -> _File:
@@ -210,9 +256,9 @@ def scan(path: Path, store: Cache, say: Say) -> _File:
         if time.time() - stat.st_ctime < TICK:
             time.sleep(TICK)  # so that a change after this pass gives the file another time
         sha256, alphabet, has_prompts = hashlib.sha256(), set(), False
-        for text, counts in _read_file(path, RECORD_END, sha256):
+        for text, counts in _read_file(path, Marks(), sha256):
             alphabet |= set(text)
-            has_prompts |= not counts
+            has_prompts |= counts is not True
         return {"sha256": sha256.hexdigest(), "alphabet": "".join(sorted(alphabet)), "has_prompts": has_prompts}
 
     name = f"scan-{cache.digest(_code(), str(path.resolve()), cache.identity(stat))}"
@@ -228,10 +274,9 @@ def tokenise(
     The second array is None if the files have no prompts, so that all tokens count.
     """
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    separator = None if tokenizer.separator is None else tokenizers.SEPARATOR
     reading, done, total, started = files[0], 0, sum(file.stat.st_size for file in files), time.perf_counter()
 
-    def text_of(pieces: Iterable[tuple[_File, str, bool]]) -> Iterator[str]:
+    def text_of(pieces: Iterable[tuple[_File, str, Counts]]) -> Iterator[str]:
         nonlocal reading, done
         for file, text, _ in pieces:
             reading = file
@@ -245,21 +290,26 @@ def tokenise(
         out = create("npy")
         # NumPy leaves room in the header for the length, which is known only at the end.
         np.lib.format.write_array_header_1_0(out, header | {"shape": (0,)})
-        start, counts, lengths = out.tell(), [], []  # the last two are for runs of tokens that do or do not count
+        start, size, counts = out.tell(), 0, []
         try:
             # A prompt is encoded apart from its completion, as `gpt.sample` encodes it.
-            for is_counted, pieces in itertools.groupby(_pieces(files, separator), lambda piece: piece[2]):
-                counts.append(is_counted)
-                lengths.append(0)
-                for tokens in tokenizer.encode_stream(text_of(pieces)):
+            for counted, pieces in itertools.groupby(_pieces(files, Marks.of(tokenizer)), lambda piece: piece[2]):
+                texts = text_of(pieces)
+                if isinstance(counted, tuple):
+                    encoded = (chat.check(tokenizer).encode_spans(text, counted) for text in texts)
+                else:
+                    parts = tokenizer.encode_stream(texts)
+                    encoded = ((tokens, np.broadcast_to(counted is True, len(tokens))) for tokens in parts)
+                for tokens, is_counted in encoded:
                     out.write(tokens.astype(dtype).tobytes())
-                    lengths[-1] += len(tokens)
+                    size += len(tokens)
+                    counts.append(is_counted)
         except UnknownCharacters as error:
             raise UserError(f"{reading.path}: {error}") from None
         if any(file.has_prompts for file in files):
-            np.save(create("counts.npy"), np.repeat(counts, lengths))
+            np.save(create("counts.npy"), np.concatenate(counts))
         out.seek(0)
-        np.lib.format.write_array_header_1_0(out, header | {"shape": (sum(lengths),)})
+        np.lib.format.write_array_header_1_0(out, header | {"shape": (size,)})
         assert out.tell() == start, "the header has to keep its length"
 
     name = f"tokens-{cache.digest(_code(), tokenizer.to_json(), [file.sha256 for file in files])}"

@@ -427,6 +427,6 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str, name: str) -> np.ndarray:
       UserError: the tokenizer does not know a character.
     """
     try:
-        return tokenizer.encode(prompt) if prompt else tokenizer.opening()
+        return tokenizer.encode_prompt(prompt)
     except UserError as error:
         raise UserError(f"{name}: {error}") from None

@@ -1,6 +1,6 @@
 """A trained model, as notebooks and commands use it; `gpt.load_model` returns one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -8,6 +8,7 @@ import numpy as np
 
 from gpt import step
 from gpt.checkpointing.loading import Loaded
+from gpt.data import chat
 from gpt.data.base import Shown
 from gpt.data.tokenizers import Labels, Tokenizer
 from gpt.inference import explanation, generation
@@ -24,9 +25,36 @@ class TrainedModel(Loaded):
             raise UserError(f"{self.workdir.path} holds a classifier, which generates no text; use classify().")
         return self.tokenizer
 
-    def generate(
+    def generate(self, prompt: str = "", **options: Any) -> str:
+        """Returns the text that the model generates after a prompt, without the prompt.
+
+        Args:
+          options: those of `complete`.
+
+        Raises:
+          UserError: the tokenizer does not know a character of the prompt, a value is out of range, or the model is a
+            classifier.
+        """
+        tokenizer = self.text_tokenizer
+        return self.complete(generation.encode_prompt(tokenizer, prompt, "prompt"), tokenizer.decode, **options)
+
+    def chat(self, messages: chat.Messages, **options: Any) -> str:
+        """Returns the model's answer to a conversation, without special tokens.
+
+        Args:
+          messages: {"role": "system", "user" or "assistant", "content": …} of each message.
+          options: those of `complete`.
+
+        Raises:
+          UserError: the tokenizer has no chat template, or the template refuses the conversation.
+        """
+        tokenizer = self.text_tokenizer
+        return self.complete(chat.encode(tokenizer, messages), tokenizer.decode_answer, **options)
+
+    def complete(
         self,
-        prompt: str = "",
+        prompt: np.ndarray,
+        decode: Callable[[np.ndarray], str],
         *,
         num_tokens: int | None = None,
         temperature: float = 0.8,
@@ -36,25 +64,21 @@ class TrainedModel(Loaded):
         seed: int = 0,
         stop_text: str = "",
     ) -> str:
-        """Returns the text that the model generates after a prompt, without the prompt.
+        """Returns the text that the model generates after the tokens of a prompt.
 
         Args:
+          decode: converts tokens to text.
           num_tokens: greatest number of tokens; None: 500 for a text, or as many as an answer can have.
           temperature, top_k, top_p, repetition_penalty: see `generation.Sampling`.
           seed: equal seeds give equal texts.
           stop_text: the text ends before the first occurrence of this text; "": never.
-
-        Raises:
-          UserError: the tokenizer does not know a character of the prompt, a value is out of range, or the model is a
-            classifier.
         """
         tokenizer = self.text_tokenizer
-        tokens = generation.encode_prompt(tokenizer, prompt, "prompt")
         generator = self.generator(generation.Sampling(temperature, top_k, top_p, repetition_penalty))
         *_, (sample,) = generation.continuations(
-            generator.start(self.params, [tokens], seed=seed),
-            tokenizer.decode,
-            num_tokens or tokenizer.sample_length([tokens]),
+            generator.start(self.params, [prompt], seed=seed),
+            decode,
+            num_tokens or tokenizer.sample_length([prompt]),
             stop_tokens=tokenizer.stop_tokens,
             stop_texts=[stop_text],
         )

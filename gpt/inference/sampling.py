@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from gpt.data import chat
 from gpt.data.pixels import Palette
 from gpt.data.tokenizers import Labels, Tokenizer
 from gpt.inference import generation, pictures
@@ -29,6 +30,8 @@ class Options:
       stop: one of the `stop_texts` of `generation.continuations`.
       stop_newlines: see `generation.continuations`.
       out: file for the picture of generated images.
+      chat: the prompts are the messages of a user in one conversation, by the tokenizer's chat template.
+      system: the first message of the conversation, with the role "system"; "": none.
     """
 
     sampling: generation.Sampling
@@ -39,6 +42,8 @@ class Options:
     stop: str = ""
     stop_newlines: int = 0
     out: str = "samples.png"
+    chat: bool = False
+    system: str = ""
 
 
 def run(model: TrainedModel, prompts: list[str] | None, options: Options) -> None:
@@ -49,6 +54,8 @@ def run(model: TrainedModel, prompts: list[str] | None, options: Options) -> Non
     """
     if isinstance(model.tokenizer, Labels):
         return _classify(model, model.tokenizer, prompts or [])
+    if options.system and not options.chat:
+        raise UsageError(f"--system={options.system} is for --chat.")
     write = _writer(model, options)
     if prompts is not None:
         return write(prompts, 0)
@@ -70,34 +77,68 @@ def _classify(model: TrainedModel, labels: Labels, prompts: list[str]) -> None:
 
 
 def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int], None]:
-    """Returns a function that prints samples of prompts; its second argument is the number of the first prompt."""
+    """Returns a function that prints samples of prompts, or answers to them if `options.chat`.
+
+    The second argument of the function is the number of the first prompt.
+    """
     generator, tokenizer = model.generator(options.sampling, options.logprobs), model.text_tokenizer
 
-    def write(prompts: list[str], first: int) -> None:
-        tokens = [generation.encode_prompt(tokenizer, prompt, "--prompt") for prompt in prompts]
+    def generate(
+        tokens: list[np.ndarray], decode: Callable[[np.ndarray], str], first: int
+    ) -> Iterator[list[Continuation]]:
         longest, context = max(map(len, tokens)), model.model_config.length
-        if longest > context and cluster.is_first():
-            print(f"note: the prompt has {longest} tokens; the model sees the last {context}.", file=sys.stderr)
-        segments = generation.continuations(
+        if longest > context:
+            _note(f"the prompt has {longest} tokens; the model sees the last {context}.")
+        return generation.continuations(
             generator.start(model.params, tokens, options.num_samples, options.seed, first),
-            tokenizer.decode,
+            decode,
             options.num_tokens or tokenizer.sample_length(tokens),
             stop_tokens=tokenizer.stop_tokens,
             stop_texts=[options.stop],
             stop_newlines=options.stop_newlines,
         )
+
+    def write(prompts: list[str], first: int) -> None:
+        tokens = [generation.encode_prompt(tokenizer, prompt, "--prompt") for prompt in prompts]
+        segments = generate(tokens, tokenizer.decode, first)
         if len(prompts) * options.num_samples == 1 and not options.logprobs and not isinstance(tokenizer, Palette):
-            return _stream(prompts[0], segments, options.stop)
+            _stream(prompts[0], segments, options.stop)
+            return None
         *_, samples = segments
         if isinstance(tokenizer, Palette):
             return _draw(tokenizer, pictures.join(tokens, samples), options.out)
         return _print_all(tokenizer, prompts, samples, options)
 
-    return write
+    conversation = [{"role": "system", "content": options.system}] if options.system else []
+    start = len(conversation)
+
+    def answer(prompts: list[str], first: int) -> None:
+        for number, prompt in enumerate(prompts, first):
+            messages = [*conversation, {"role": "user", "content": prompt}]
+            tokens = chat.encode(tokenizer, messages)
+            while len(tokens) > model.model_config.length and len(messages) > start + 2:
+                del messages[start : start + 2]
+                tokens = chat.encode(tokenizer, messages)
+            if len(messages) <= len(conversation):
+                _note("the conversation exceeds the context length; the model does not see its oldest messages.")
+            text = _stream("", generate([tokens], tokenizer.decode_answer, number), options.stop)
+            conversation[:] = [*messages, {"role": "assistant", "content": text}]
+
+    if not options.chat:
+        return write
+    if options.num_samples > 1 or options.logprobs:
+        raise UsageError("--chat prints one answer to each message; leave out --num_samples and --logprobs.")
+    chat.check(tokenizer)
+    return answer
 
 
-def _stream(prompt: str, segments: Iterator[list[Continuation]], stop_text: str) -> None:
-    """Prints one sample while it is generated."""
+def _note(text: str) -> None:
+    if cluster.is_first():
+        print(f"note: {text}", file=sys.stderr)
+
+
+def _stream(prompt: str, segments: Iterator[list[Continuation]], stop_text: str) -> str:
+    """Prints one sample while it is generated, and returns its text."""
     shown = 0
     _show(prompt, end="")
     for (sample,) in segments:
@@ -105,6 +146,7 @@ def _stream(prompt: str, segments: Iterator[list[Continuation]], stop_text: str)
         _show(text[shown:], end="")
         shown = max(shown, len(text))
     _show(sample.text[shown:])
+    return sample.text
 
 
 def _draw(palette: Palette, samples: list[np.ndarray], out: str) -> None:

@@ -46,9 +46,9 @@ def write(tokenizer: tokenizers.Tokenizer) -> tuple[dict[str, Any], dict[str, st
     """Returns the keys of config.json that name the tokenizer's special tokens, and the text of each file by name."""
     stops = list(tokenizer.stop_tokens)
     keys: dict[str, Any] = {
-        "bos_token_id": tokenizer.separator,
+        "bos_token_id": tokenizer.begin,
         "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None),
     }
     if not isinstance(tokenizer, bpe.BPETokenizer):
         return keys, {OUR_TOKENIZER: tokenizer.to_json()}
-    return keys | {f"{role}_id": tokenizer.role(role) for role in ("bos_token", "pad_token")}, tokenizer.files()
+    return keys | {"pad_token_id": tokenizer.role("pad_token")}, tokenizer.texts()

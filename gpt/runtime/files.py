@@ -123,6 +123,15 @@ def _refuse(folder: epath.Path, status: Callable[[str], os.stat_result], rule: s
 LARGEST_JSON = 1 << 26  # bytes: a hundred times a real vocabulary; parsing takes about 1 GB of memory
 
 
+def read_bounded(path: Any) -> bytes:
+    """Returns the content of a file. Raises OSError if it cannot be read, ValueError if it exceeds LARGEST_JSON."""
+    with path.open("rb") as file:
+        data = file.read(LARGEST_JSON + 1)
+    if len(data) > LARGEST_JSON:
+        raise ValueError(f"{path.name} has more than {LARGEST_JSON >> 20} MiB")
+    return data
+
+
 def read_json(path: Any) -> Any:
     """Returns the value in a JSON file that may come from an untrusted source.
 
@@ -130,12 +139,8 @@ def read_json(path: Any) -> Any:
       OSError: the file cannot be read.
       ValueError: the file is not JSON, is larger than LARGEST_JSON, or is nested too deeply.
     """
-    with path.open("rb") as file:
-        data = file.read(LARGEST_JSON + 1)
-    if len(data) > LARGEST_JSON:
-        raise ValueError(f"{path.name} has more than {LARGEST_JSON >> 20} MiB")
     try:
-        return json.loads(data)
+        return json.loads(read_bounded(path))
     except RecursionError:
         raise ValueError(f"{path.name} is nested too deeply") from None
 

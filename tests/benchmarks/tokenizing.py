@@ -38,10 +38,10 @@ def main(megabytes: float) -> None:
     ways = {
         "gpt.tokenizers": lambda part: sum(map(len, tokenizer.encode_stream([part]))),
         "encode_batch": lambda part: sum(
-            map(len, tokenizer._model.encode_batch(bpe._pieces(part), add_special_tokens=False))
+            map(len, tokenizer._model.encode_batch(bpe._PARTS.findall(part), add_special_tokens=False))
         ),
         "encode_batch_fast": lambda part: sum(
-            map(len, tokenizer._model.encode_batch_fast(bpe._pieces(part), add_special_tokens=False))
+            map(len, tokenizer._model.encode_batch_fast(bpe._PARTS.findall(part), add_special_tokens=False))
         ),
     }
     seconds, counts = dict.fromkeys(ways, 0.0), dict.fromkeys(ways, 0)
