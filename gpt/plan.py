@@ -24,7 +24,6 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_bool("search", False, "Search for the mesh, remat policy and micro-batches of the fastest step.")
 flags.DEFINE_integer("compilations", 8, "Number of candidates that --search compiles.", lower_bound=1)
-flags.DEFINE_bool("advise", True, "If the config does not fit, search for the nearest change that fits.")
 flags.DEFINE_float("price", None, "Price of one device for an hour, in any currency.", lower_bound=0)
 flags.DEFINE_string("html", None, "File to write an HTML page of the report to. The file must not exist.")
 _JSON = flags.DEFINE_bool("json", False, "Print a line of JSON for each plan instead of text.")

@@ -26,7 +26,6 @@ class Options:
       batch_per_device: examples per device and step; None: `train.batch_size` over all devices.
       search: search for the mesh, remat policy and micro-batches of the shortest step.
       compilations: number of candidates that a search compiles.
-      advise: if a config does not fit, search for the nearest change that fits.
       price: price of one device for an hour.
       html: file to write a page of the same report to.
       as_json: print a line of JSON for each plan instead of text.
@@ -36,7 +35,6 @@ class Options:
     batch_per_device: int | None = None
     search: bool = False
     compilations: int = 8
-    advise: bool = True
     price: float | None = None
     html: str | None = None
     as_json: bool = False
@@ -91,24 +89,17 @@ def _plan(config: Config, topology: str, options: Options) -> list[tuple[Config,
         train = dataclasses.replace(config.train, batch_size=options.batch_per_device * len(devices))
         config = dataclasses.replace(config, train=train)
 
+    if not options.search:
+        return [(config, plan(config, topology, options.use_cache))]
+
     def plan_or_refuse(changed: Config) -> report.Report:
         try:
             return plan_elsewhere(changed, topology, options.use_cache)
         except UserError as error:
             return compiling.refused(changed, topology, str(error))
 
-    shown = progress.Progress(enabled=options.search or not options.as_json, out=sys.stderr)
-    if options.search:
-        compiling.build(config, devices)  # raises UserError if the config itself cannot be built
-        return search.search(config, devices, chip, options.compilations, plan_or_refuse, shown)
-    planned = plan(config, topology, options.use_cache)
-    if not planned["fits"] and options.advise:
-        nearest = search.nearest(config, devices, chip, planned, plan_or_refuse, shown)
-        planned["nearest"] = nearest and {
-            "flags": search.flags(config, nearest[0]),
-            "total": nearest[1]["memory"]["total"],
-        }
-    return [(config, planned)]
+    compiling.build(config, devices)  # raises UserError if the config itself cannot be built
+    return search.search(config, devices, chip, options.compilations, plan_or_refuse, progress.Progress(out=sys.stderr))
 
 
 def plan(config: Config, topology: str, use_cache: bool = True) -> report.Report:

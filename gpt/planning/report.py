@@ -82,10 +82,8 @@ def _memory(report: Report) -> Iterator[str]:
             yield f"  {name:24}{memory[part] / 1e9:9.3f} GB  {bar}".rstrip()
     for buffer in memory.get("largest", ()):
         yield f"    {buffer}"[:118]
-    if nearest := report.get("nearest"):
-        yield f"  nearest change that fits, {nearest['total'] / 1e9:.2f} GB: {' '.join(nearest['flags'])}"
-    elif "nearest" in report:
-        yield "  none of the changes that were tried fits; use more devices, or run with --search"
+    if not report["fits"]:
+        yield "  --search looks for a mesh, remat policy and micro-batches that fit"
 
 
 def _collectives(report: Report) -> Iterator[str]:

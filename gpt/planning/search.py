@@ -27,17 +27,12 @@ from gpt.runtime.hardware import Chip
 from gpt.runtime.progress import Progress, duration
 from gpt.sharding import AXES, MeshConfig
 
-# Number of changes that `nearest` compiles at most.
-TRIES = 5
 # A search compiles its best config with unrolled layers too if it has at most this many blocks.
 LARGEST_UNROLLED = 16
 # A candidate should use at most this fraction of the memory: close to the limit, compilation takes much longer.
 HEADROOM = 0.9
 # Memory that one compilation may need, in bytes.
 COMPILER_BYTES = 4e9
-# The TPU compiler uses all-reduces to gather and scatter a parameter, which send twice the bytes, if a device holds
-# fewer columns of it than this and nothing is sharded over `model` (observed for 12 to 64 columns, not for 96).
-NARROWEST_SHARD = 96
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,40 +151,13 @@ def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
 
     network = collective(("data",), 2 * shard, 2)
     if config.mesh.rules != "dp":
-        narrow = chip.ring and tensor == 1 and width / (fsdp * sequence) < NARROWEST_SHARD
-        network += micro_batches * collective(("fsdp", "sequence"), 2 * weights / tensor, 6 if narrow else 3)
+        # The compiler of v5p gathers by all-reduces, which send twice the bytes, among all of 64 devices or more.
+        is_doubled = chip.name == "v5p" and fsdp * sequence == layout.mesh.size >= 64
+        network += micro_batches * collective(("fsdp", "sequence"), 2 * weights / tensor, 6 if is_doubled else 3)
     activations = micro_batches * layers * tokens * width
     network += collective(("model",), 2 * activations, 2 * (4 + 2 * (model.remat == "full")))
     network += collective(("sequence",), 4 * activations * sequence / tensor, 3)
     return Candidate(config, memory, max(compute, traffic / chip.bandwidth) + 0.5 * network)
-
-
-def nearest(
-    config: Config,
-    devices: list[jax.Device],
-    chip: Chip,
-    report: Report,
-    plan: Callable[[Config], Report],
-    progress: Progress,
-) -> tuple[Config, Report] | None:
-    """Returns the change of the fewest keys with which a config fits, and its plan; None if no tried change fits.
-
-    Args:
-      report: plan of the config, which does not fit.
-      plan: function from a config to its plan.
-    """
-    queue = _Queue(candidates(config, devices, chip), chip)
-    queue.learn(expect(config, sharding.make_layout(config.mesh, devices), chip), report)
-    queue.candidates.sort(key=lambda candidate: len(differences(config, candidate.config)))
-    for _ in range(TRIES):
-        if not (candidate := queue.next()):
-            return None
-        progress.status(f"does not fit; trying {' '.join(flags(config, candidate.config))}")
-        report = plan(candidate.config)
-        if report["fits"]:
-            return candidate.config, report
-        queue.learn(candidate, report)
-    return None
 
 
 def search(
