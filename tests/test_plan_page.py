@@ -191,8 +191,12 @@ def test_the_asset_names_what_it_draws():
 def test_the_assets_of_the_package_are_installed(request):
     setup = configparser.ConfigParser()
     setup.read(request.config.rootpath / "setup.cfg")
-    patterns = setup["options.package_data"]["*"].split()
-    for asset in (request.config.rootpath / "gpt").rglob("*.html"):
+    patterns = setup["options.package_data"]["*"].split(", ")
+    assets = [
+        path for path in (request.config.rootpath / "gpt").rglob("*.*") if path.suffix not in (".py", ".pyc", ".md")
+    ]
+    assert assets
+    for asset in assets:
         assert any(fnmatch.fnmatch(asset.name, pattern) for pattern in patterns)
 
 

@@ -159,7 +159,7 @@ def chips(known: Iterable[Chip] = hardware.CHIPS) -> Iterator[str]:
     yield "TFLOP/s: peak of dense bfloat16 matrix products."
     yield "link: in one direction, to one neighbour in the torus (TPU) or to the NVLink switch (GPU)."
     yield "network: in one direction, per device, between slices (4xv5e:16x16) or hosts (4xh100:8) of any number."
-    yield hardware.SOURCES
+    yield "gpt/runtime/chips.toml names the sources."
 
 
 def model_name(report: Report) -> str:
