@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import re
+import resource
 import string
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -91,18 +92,13 @@ def memory(device: jax.Device) -> float:
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit", math.inf)
     total = host_memory()
-    with contextlib.suppress(ImportError):  # Windows has no limit for a process
-        import resource
-
-        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-            total = min(total, limit)
+    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        total = min(total, limit)
     return total / jax.local_device_count()
 
 
 def host_memory() -> float:
-    """Returns the bytes of this host's memory; infinity on Windows, where Python does not tell."""
-    if not hasattr(os, "sysconf"):
-        return math.inf
+    """Returns the bytes of this host's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
