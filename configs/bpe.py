@@ -6,7 +6,7 @@ GPT-2's vocabulary instead of training one. Takes a model size as an argument: -
 """
 
 from gpt.config import default_config
-from gpt.models.gpt import named_size
+from gpt.models.sizes import named_size
 
 
 def get_config(size: str = ""):

@@ -1,10 +1,10 @@
 """A character model of any text, for an accelerator: 8 layers, 8 heads, 512 wide, context length 128.
 
-Takes a model size as an argument: --config=configs/char.py:gpt-mini (the sizes are in gpt/models/gpt.py, SIZES).
+Takes a model size as an argument: --config=configs/char.py:gpt-mini (the sizes are in gpt/models/sizes.py).
 """
 
 from gpt.config import default_config
-from gpt.models.gpt import named_size
+from gpt.models.sizes import named_size
 
 
 def get_config(size: str = ""):

@@ -33,6 +33,7 @@ class TrainConfig:
     batch_size: int = 128  # examples of a step, over all devices
     init_from: str = ""  # workdir whose best parameters the run starts from; "": random parameters
     micro_batches: int = 1  # parts of the batch over which the gradient is accumulated
+    z_loss: float = 0.0  # weight of the squared log of the softmax's denominator in the gradient (arXiv 2204.02311)
     steps: int = harmless(5000)
     epochs: float = harmless(0.0)
     tokens: float = harmless(0.0)
@@ -56,7 +57,7 @@ class TrainConfig:
             raise UserError(
                 "train.spike_factor needs train.on_nonfinite=stop or rollback: a spike is known after its update only."
             )
-        check_not_negative("train", self, "steps", "epochs", "tokens", "eval_every", "sample_tokens")
+        check_not_negative("train", self, "steps", "epochs", "tokens", "eval_every", "sample_tokens", "z_loss")
         lengths = [
             f"train.{name}={getattr(self, name):g}" for name in ("steps", "epochs", "tokens") if getattr(self, name)
         ]

@@ -152,7 +152,12 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         def loss_of(params, batch, key):
             rngs = {"dropout": key}
             logits = logits_of(variables(params, state.frozen), batch, deterministic=False, rngs=rngs)
-            return token_losses(logits, batch["targets"]).sum()
+            loss = token_losses(logits, batch["targets"]).sum()
+            if config.train.z_loss:  # only its gradient counts, so that the reported loss remains the cross-entropy
+                squares = jnp.square(jax.nn.logsumexp(logits, axis=-1)) * (batch["targets"] != IGNORED)
+                penalty = config.train.z_loss * squares.sum()
+                loss = loss + penalty - jax.lax.stop_gradient(penalty)
+            return loss
 
         loss, grads = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches)(
             state.params, batch, dropout_key

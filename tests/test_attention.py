@@ -1,4 +1,4 @@
-"""Tests that three implementations of attention agree, and that the memory of `chunked` is linear in the length."""
+"""Tests that two implementations of attention agree, and that the memory of `chunked` is linear in the length."""
 
 import functools
 import math
@@ -21,7 +21,6 @@ RATE = 0.3
 CHUNKS = [(1, 8, 16), (7, 2, 16), (32, 16, 8), (50, 64, 7), (50, 7, 20)]
 ALL = {
     "dense": attention.dense,
-    "flax": kernels.flax,
     "chunked": functools.partial(kernels.chunked, query_chunk=4, key_chunk=6),
 }
 every_attention = pytest.mark.parametrize("attend", ALL.values(), ids=ALL)
@@ -93,9 +92,8 @@ def test_all_three_agree_in_output_and_gradients(length, query_chunk, key_chunk,
     chunked = functools.partial(kernels.chunked, query_chunk=query_chunk, key_chunk=key_chunk)
     # The only weight of a single token is always 1, so that the gradients of q and k are zero.
     scale = max(np.abs(x).max() for x in expected.values())
-    for attend in (kernels.flax, chunked):
-        for name, value in out_and_gradients(attend, q, k, v, cotangent, **options).items():
-            np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-6 * scale, err_msg=name)
+    for name, value in out_and_gradients(chunked, q, k, v, cotangent, **options).items():
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=1e-6 * scale, err_msg=name)
 
 
 @pytest.mark.parametrize("order", ["rising", "falling", "random"])

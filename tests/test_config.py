@@ -112,7 +112,7 @@ OVERRIDES = {
     ("train.steps", None): r"--config\.train\.steps needs a value: --config\.train\.steps=VALUE\.",
     ("optimizer.learning_rate", "fast"): r"--config\.optimizer\.learning_rate=fast has to be a number",
     ("optimizer.learning_rate", "0,001"): "has to be a number, like 0.1",
-    ("model.bias", "maybe"): r"--config\.model\.bias=maybe has to be true or false",
+    ("model.gated_mlp", "maybe"): r"--config\.model\.gated_mlp=maybe has to be true or false",
     ("train", "3"): r"--config\.train=3: train is a group of keys; set one of them, like --config\.train\.\w+=VALUE",
     ("train", None): r"--config\.train: train is a group of keys",
     ("train", "{}"): "train is a group of keys",
@@ -135,7 +135,7 @@ def test_a_mistake_in_an_override_is_a_sentence(key, text):
 def test_overrides_of_every_type():
     tree = config.default_config()
     changes = {"train.steps": "1_000", "optimizer.learning_rate": "1e-3", "model.norm": "rmsnorm", "data.path": ""}
-    changes |= {"model.bias": "False", "model.tie_embeddings": "0", "model.scan_layers": None, "seed": "7"}
+    changes |= {"model.zero_init": "False", "model.tie_embeddings": "0", "model.scan_layers": None, "seed": "7"}
     for key, text in changes.items():
         config_files.override(tree, key, text)
     found = config.flatten(tree.to_dict())
@@ -146,10 +146,25 @@ def test_overrides_of_every_type():
 def test_forms_of_overrides_on_a_command_line(monkeypatch):
     """In any order with --config, by =, by a blank, as --no, and as nothing for true."""
     monkeypatch.setattr(cli, "_overrides", [])
-    arguments = ["x", "--config.seed=1", "--config", "a.py", "-config.seed", "-2", "--config.model.bias", "--other=3"]
-    arguments += ["--noconfig.model.bias", "--config.data.path=a=b", "--config.train.steps"]
+    arguments = [
+        "x",
+        "--config.seed=1",
+        "--config",
+        "a.py",
+        "-config.seed",
+        "-2",
+        "--config.mesh.zero1",
+        "--other=3",
+    ]
+    arguments += ["--noconfig.mesh.zero1", "--config.data.path=a=b", "--config.train.steps"]
     assert cli._take_overrides(arguments) == ["x", "--config", "a.py", "--other=3"]
-    expected = [("seed", "1"), ("seed", "-2"), ("model.bias", None), ("model.bias", "false"), ("data.path", "a=b")]
+    expected = [
+        ("seed", "1"),
+        ("seed", "-2"),
+        ("mesh.zero1", None),
+        ("mesh.zero1", "false"),
+        ("data.path", "a=b"),
+    ]
     assert cli._overrides == [*expected, ("train.steps", None)]
 
 

@@ -22,6 +22,7 @@ from safetensors.numpy import load_file, save_file
 from gpt import step, train
 from gpt.checkpointing import loading
 from gpt.checkpointing.run import Run
+from gpt.checkpointing.stacking import stack_layers
 from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config, OptimizerConfig, TrainConfig
 from gpt.data import bpe, pipeline, text, tokenizers
@@ -30,7 +31,6 @@ from gpt.inference import generation
 from gpt.interop import huggingface, safetensors_folder, tokenizer_files
 from gpt.interop.gpt2 import GPT2
 from gpt.models.gpt import GPTConfig
-from gpt.models.layers import stack_layers
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig, path_name
 

@@ -11,6 +11,7 @@ import pytest
 
 from gpt import sharding, step, train
 from gpt.checkpointing import loading
+from gpt.checkpointing.stacking import stack_layers
 from gpt.checkpointing.workdir import Workdir
 from gpt.data import text, tokens
 from gpt.data.base import IGNORED
@@ -20,7 +21,6 @@ from gpt.data.tokenizers import TokenizerConfig
 from gpt.inference import generation
 from gpt.models import attention, kernels
 from gpt.models.gpt import GPT, GPTConfig
-from gpt.models.layers import stack_layers
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
@@ -33,7 +33,6 @@ BORDERS = [(0, 1, 7, 13), (0, 10)]
 STARTS = np.array([np.repeat(row, np.diff([*row, LENGTH])) for row in BORDERS], np.int32)
 ATTENTION = {
     "dense": attention.dense,
-    "flax": kernels.flax,
     "chunked": functools.partial(kernels.chunked, query_chunk=5, key_chunk=3),
 }
 CONFIG = GPTConfig(
@@ -75,10 +74,10 @@ def test_attention_and_its_gradients_stay_within_a_document(attend):
 
 
 @functools.cache
-def logits_of_each_alone(positions="learned"):
+def logits_of_each_alone(**options):
     """Returns the logits [2, LENGTH, VOCAB] of each document alone, and the parameters."""
     rng = np.random.default_rng(2)
-    model = GPT(dataclasses.replace(CONFIG, positions=positions))
+    model = GPT(dataclasses.replace(CONFIG, **options))
     abstract = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     variables = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), abstract)
     logits = np.zeros((2, LENGTH, VOCAB), np.float32)
@@ -91,7 +90,7 @@ def logits_of_each_alone(positions="learned"):
     "options",
     [
         {"attention": "dense", "remat": "dots", "scan_layers": True},
-        {"attention": "flax", "positions": "rotary"},
+        {"attention": "dense", "positions": "rotary", "window": 3},
         {"attention": "chunked", "scan_layers": True},
         {"attention": "chunked", "positions": "rotary", "remat": "full"},
     ],
@@ -99,7 +98,7 @@ def logits_of_each_alone(positions="learned"):
 )
 def test_a_document_has_the_logits_that_it_has_alone(options):
     config = dataclasses.replace(CONFIG, **options)
-    expected, variables = logits_of_each_alone(config.positions)
+    expected, variables = logits_of_each_alone(positions=config.positions, window=config.window)
     apply = quick_jit(GPT(config).apply)
     variables = stack_layers(variables) if config.scan_layers else variables
     found = apply(variables, TOKENS, STARTS)

@@ -39,7 +39,7 @@ CHOICES = {
     "model.norm": ["layernorm", "rmsnorm"],
     "model.activation": ["gelu", "gelu_tanh", "relu", "relu_squared", "silu"],
     "model.positions": ["learned", "rotary"],
-    "model.attention": ["dense", "flax", "chunked"],
+    "model.attention": ["dense", "chunked"],
     "model.dtype": ["auto", "float32", "bfloat16"],
     "model.remat": ["none", "dots", "full"],
     "tokenizer.name": ["char", "byte", "bpe", "gpt2"],
@@ -73,7 +73,7 @@ BASE = flatten(
 )
 
 
-FLOATS = {"model.mlp_factor": [0.5, 2.0], "optimizer.clip_norm": [0.0, 10.0], "train.spike_factor": [0.0, 1.5, 3.0]}
+FLOATS = {"optimizer.clip_norm": [0.0, 10.0], "train.spike_factor": [0.0, 1.5, 3.0]}
 
 
 def value_of(key: str) -> st.SearchStrategy:
@@ -191,7 +191,7 @@ def test_any_config_is_refused_or_trained_at_length(changes, play, tmp_path_fact
 TRAINED = (
     {"model.scan_layers": True, "model.attention": "chunked", "model.dtype": "bfloat16", "model.positions": "rotary"},
     {
-        "model.bias": False,
+        "model.bias": "qkv,norm",
         "model.tie_embeddings": False,
         "model.remat": "full",
         "tokenizer.name": "byte",

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import FAMILIES
 
 from gpt import sharding
 from gpt.data.tokenizers import ByteTokenizer, CharTokenizer
@@ -26,7 +27,6 @@ from gpt.inference.generation import (
 )
 from gpt.models.attention import MASKED
 from gpt.models.gpt import GPT, GPTConfig
-from gpt.models.layers import stack_layers
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
@@ -50,9 +50,9 @@ def layout_of(name):
 
 
 @functools.cache
-def params_of(name):
+def params_of(name, model=MODEL):
     """Parameters so large that the next token depends on all that went before, sharded over the mesh."""
-    boxed = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, BLOCK), jnp.int32))["params"]
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, BLOCK), jnp.int32))["params"]
     rng = np.random.default_rng(2)
 
     def draw(path, leaf):
@@ -86,7 +86,7 @@ def tokens_of(generator, num_tokens, *, name="1", prompt=PROMPT, num_samples=1, 
 @functools.cache
 def uncached(model=MODEL):
     """Logits [T, V] of a text, with no cache."""
-    params = params_of("1") if not model.config.scan_layers else stack_layers(params_of("1"))
+    params = params_of("1", model)
     return jax.jit(lambda tokens: model.apply({"params": params}, tokens[None])[0])
 
 
@@ -128,9 +128,12 @@ def test_greedy_text_and_logprobs_are_those_of_the_naive_loop(length):
 @pytest.mark.parametrize(
     ("options", "rows"),
     [
-        ({"positions": "rotary", "qk_norm": True}, 3),
+        ({"positions": "rotary", "qk_norm": "unit"}, 3),
         ({"attention": "chunked", "query_chunk": 3, "key_chunk": 2}, 3),
-        ({"attention": "flax"}, 1),
+        (FAMILIES["gemma3"], 3),
+        (FAMILIES["gemma3"] | {"scan_layers": True}, 1),
+        (FAMILIES["gemma2"] | {"logit_softcap": 50.0}, 1),
+        (FAMILIES["neox"], 3),
         ({"scan_layers": True, "remat": "full"}, 1),
         ({"scan_layers": True}, 3),
     ],
@@ -138,9 +141,7 @@ def test_greedy_text_and_logprobs_are_those_of_the_naive_loop(length):
 )
 def test_every_model_decodes_as_it_runs_uncached(options, rows):
     model = GPT(dataclasses.replace(MODEL.config, **options))
-    params = stack_layers(params_of("1")) if model.config.scan_layers else params_of("1")
-    if model.config.positions == "rotary":
-        params = {name: value for name, value in params.items() if name != "position_embedding"}
+    params = params_of("1", model)
     prompts = [random_prompt(length) for length in (2, 7, 5)[:rows]]
     found = rows_of(Generator(model, layout_of("1"), Sampling(0.0)).start(params, prompts), 20)
     for prompt, row in zip(prompts, found, strict=True):

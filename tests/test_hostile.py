@@ -234,7 +234,7 @@ ABSURD = {
     ),
     "vocabulary beyond": (lambda path: _model(path, vocab_multiple=10**12), r"vocab_multiple has to be less than 2³¹"),
     "layers": (lambda path: _model(path, num_layers=10**9), "run.json: model.num_layers=1000000000 .* beyond 10,000"),
-    "width": (lambda path: _model(path, embed_dim=2 * 10**9), r"model\.embed_dim=2000000000.* beyond|mlp_factor"),
+    "width": (lambda path: _model(path, embed_dim=2 * 10**9), r"model\.embed_dim=2000000000.* beyond|mlp_size"),
     "block": (
         lambda path: _model(path, block_size=2 * 10**9),
         TOO_LARGE,
@@ -248,8 +248,8 @@ ABSURD = {
         r"run\.json or tokenizer\.json is damaged",
     ),
     "infinity": (
-        lambda path: _model(path, mlp_factor=float("inf")),
-        r"model\.mlp_factor=inf has to be a finite number",
+        lambda path: _model(path, rotary_base=float("inf")),
+        r"model\.rotary_base=inf has to be a finite number",
     ),
     "deep": (lambda path: (path / "run.json").write_text("[" * 10**6), "run.json is nested too deeply"),
     "deep tokenizer": (lambda path: _tokenizer(path, '{"a":' * 10**6), "tokenizer.json is nested too deeply"),

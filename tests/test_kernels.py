@@ -21,15 +21,18 @@ from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-BATCH, HEADS, KV = 4, 2, 8
+BATCH, HEADS, KV = 4, 4, 8
+# Groups of heads that share keys and values, windows that end within a block and beyond it, and limits of the scores.
+OPTIONS = [(2, {}), (4, {"window": 50}), (4, {"softcap": 2.0}), (2, {"window": 130, "softcap": 3.0})]
 TENSOR, SEQUENCE = MeshConfig("fsdp_tp", data=2, fsdp=2, model=2), MeshConfig("sp", fsdp=2, sequence=2, model=2)
 interpreted = functools.partial(kernels.splash, interpret=True)
 
 
-def random_arrays(length, dtype=np.float32):
-    """Returns q, k, v, the cotangent of the output, and document starts: several in some rows, one in the last row."""
+def random_arrays(length, dtype=np.float32, groups=HEADS):
+    """Returns q, k and v (of `groups` heads), the cotangent, and document starts: several in rows but the last."""
     rng = np.random.default_rng(0)
-    arrays = [jnp.asarray(rng.normal(size=(BATCH, length, HEADS, KV)), dtype) for _ in range(4)]
+    sizes = HEADS, groups, groups, HEADS
+    arrays = [jnp.asarray(rng.normal(size=(BATCH, length, heads, KV)), dtype) for heads in sizes]
     begins = (rng.random((BATCH, length)) < 0.03) & (np.arange(BATCH) < BATCH - 1)[:, None]
     return *arrays, np.maximum.accumulate(np.where(begins, np.arange(length), 0), axis=1).astype(np.int32)
 
@@ -67,6 +70,17 @@ def test_splash_equals_dense(mesh, length, borders):
     assert_close(out_and_gradients(interpreted, arrays, starts, mesh), expected)
 
 
+@pytest.mark.parametrize(("groups", "options"), OPTIONS, ids=str)
+@pytest.mark.parametrize("mesh", [None, TENSOR, SEQUENCE], ids=["one device", "tensor", "sequence"])
+def test_splash_and_chunked_with_groups_windows_and_softcap(mesh, groups, options):
+    *arrays, starts = random_arrays(256, groups=groups)
+    expected = out_and_gradients(functools.partial(attention.dense, **options), arrays, starts)
+    chunked = functools.partial(kernels.chunked, query_chunk=48, key_chunk=32)
+    for attend in (interpreted, chunked):
+        actual = out_and_gradients(functools.partial(attend, **options), arrays, starts, mesh)
+        assert_close(actual, expected, 4e-6)
+
+
 def test_splash_in_bfloat16():
     *arrays, starts = random_arrays(128, jnp.bfloat16)
     exact = out_and_gradients(attention.dense, [x.astype(jnp.float32) for x in arrays], starts)
@@ -82,7 +96,8 @@ def test_splash_of_a_prompt_of_any_length():
 
 @pytest.mark.parametrize("mesh", [None, TENSOR], ids=["one device", "tensor"])
 @pytest.mark.parametrize("borders", [False, True], ids=["", "borders"])
-def test_what_cudnn_is_asked_for_equals_dense(monkeypatch, mesh, borders):
+@pytest.mark.parametrize(("groups", "window"), [(HEADS, 0), (2, 0), (2, 5)])
+def test_what_cudnn_is_asked_for_equals_dense(monkeypatch, mesh, borders, groups, window):
     ours, asked = jax.nn.dot_product_attention, []
 
     def by_xla(*arrays, **options):
@@ -90,10 +105,10 @@ def test_what_cudnn_is_asked_for_equals_dense(monkeypatch, mesh, borders):
         return ours(*arrays, **options | {"implementation": "xla"})
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    *arrays, starts = random_arrays(24)
+    *arrays, starts = random_arrays(24, groups=groups)
     starts = starts if borders else None
-    actual = out_and_gradients(kernels.cudnn, arrays, starts, mesh)
-    assert_close(actual, out_and_gradients(attention.dense, arrays, starts))
+    actual = out_and_gradients(functools.partial(kernels.cudnn, window=window), arrays, starts, mesh)
+    assert_close(actual, out_and_gradients(functools.partial(attention.dense, window=window), arrays, starts))
     assert set(asked) == {("cudnn", True)}
 
 
@@ -127,8 +142,9 @@ KERNEL = GPTConfig(
         ("splash", "tpu", {}, 2, "not model.block_size=128 in 2 parts"),
         ("cudnn", "gpu", {}, 2, "mesh.sequence"),
         ("cudnn", "gpu", {"dtype": "float32"}, 1, "model.dtype=float32"),
-        ("cudnn", "gpu", {"num_heads": 4}, 1, "model.embed_dim/model.num_heads=4"),
-        ("cudnn", "gpu", {"embed_dim": 272}, 1, "model.embed_dim/model.num_heads=136"),
+        ("cudnn", "gpu", {"attention_softcap": 30.0, "dtype": "bfloat16"}, 1, "has no model.attention_softcap"),
+        ("cudnn", "gpu", {"num_heads": 4}, 1, "up to 128, not 4"),
+        ("cudnn", "gpu", {"embed_dim": 272}, 1, "up to 128, not 136"),
     ],
 )
 def test_what_a_kernel_cannot_compute_is_refused_by_name_and_auto_is_dense(name, platform, changes, parts, says):
@@ -148,7 +164,7 @@ def test_auto_is_the_kernel_of_the_platform_and_the_model_runs_it(monkeypatch, p
     called = []
     monkeypatch.setitem(kernels.ATTENTION, name, lambda q, k, v, starts, **options: called.append(options) or v)
     jax.eval_shape(GPT(config).init, jax.random.key(0), jnp.zeros((1, 128), jnp.int32))
-    assert called == [{"dropout_rate": 0.0, "dropout_key": None}]
+    assert called == [{"window": 0, "softcap": 0.0, "dropout_rate": 0.0, "dropout_key": None}]
 
 
 def test_a_mesh_with_parts_of_the_length_is_refused_or_dense(tiny):

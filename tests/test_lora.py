@@ -14,12 +14,12 @@ from safetensors.numpy import load_file
 
 from gpt import sharding, step, train
 from gpt.checkpointing import loading
+from gpt.checkpointing.stacking import stack_layers, unstack_layers
 from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config
 from gpt.interop import huggingface
 from gpt.models import lora
 from gpt.models.gpt import GPT, GPTConfig
-from gpt.models.layers import stack_layers, unstack_layers
 from gpt.optimizer import OptimizerConfig
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig

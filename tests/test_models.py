@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from families import FAMILIES
 from jax.sharding import PartitionSpec as P
 
-from gpt.models import kernels, layers
-from gpt.models.gpt import GPT, SIZES, GPTConfig, named_size
+from gpt.models import kernels, layers, rotary
+from gpt.models.gpt import GPT, GPTConfig
+from gpt.models.sizes import GPT as SIZES
+from gpt.models.sizes import named_size
 from gpt.runtime.errors import UserError
 
 # Skipping LLVM's optimizations takes a third of the compilation time and changes results by rounding only.
@@ -126,18 +129,19 @@ def test_unknown_size_is_refused_with_the_known_ones():
     "options",
     [
         {"tie_embeddings": False},
-        {"bias": False},
+        {"bias": "none"},
         {"norm": "rmsnorm"},
-        {"norm": "rmsnorm", "bias": False, "positions": "rotary", "tie_embeddings": False},
+        {"norm": "rmsnorm", "bias": "none", "positions": "rotary", "tie_embeddings": False},
         {"positions": "rotary"},
         {"vocab_multiple": 128},
         {"vocab_multiple": 128, "tie_embeddings": False},
-        {"mlp_factor": 2.7},
+        {"mlp_size": 43},
+        *FAMILIES.values(),
     ],
     ids=str,
 )
 def test_counted_parameters_are_those_made(options, scan_layers):
-    config = GPTConfig(block_size=1024, scan_layers=scan_layers, **named_size("gpt2"), **options)
+    config = GPTConfig(block_size=1024, scan_layers=scan_layers, **named_size("gpt2") | options)
     config = config.resolve(50257, "cpu")
     assert config.num_parameters() == count(config)
     assert config.num_parameters() != PARAMETERS["gpt2"]
@@ -171,44 +175,70 @@ def numpy_logits(config, variables, tokens):
     def linear(p, x, axes):
         return np.tensordot(x, p["kernel"], axes) + p.get("bias", 0)
 
+    def rms(x, axes=-1):
+        return x / np.sqrt((x**2).mean(axes, keepdims=True) + config.norm_epsilon)
+
     def norm(p, x):
         if config.norm == "layernorm":
-            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+            x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + config.norm_epsilon)
         else:
-            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
-        return x * p["scale"] + p.get("bias", 0)
+            x = rms(x)
+        return x * (p["scale"] + (config.norm == "rmsnorm_plus1")) + p.get("bias", 0)
 
-    def rotated(x):
-        """Rotates the pairs (i, i + K/2), as complex numbers, by position·10000^(-2i/K)."""
-        half = x.shape[-1] // 2
-        angles = np.arange(x.shape[1])[:, None] * 10000.0 ** (-2 * np.arange(half) / x.shape[-1])
-        z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)[:, None, :]
-        return np.concatenate([z.real, z.imag], axis=-1)
+    def rotated(x, is_local):
+        """Rotates the pairs (i, i + size/2), as complex numbers, by position·base^(-2i/size)."""
+        size = int(x.shape[-1] * config.rotary_fraction)
+        half = size // 2
+        base = config.rotary_base_local if is_local and config.rotary_base_local else config.rotary_base
+        angles = np.arange(x.shape[1])[:, None] * base ** (-2 * np.arange(half) / size)
+        if config.rotary_scaling and not (is_local and config.rotary_base_local):
+            angles = angles / float(config.rotary_scaling.removeprefix("linear:factor="))
+        z = (x[..., :half] + 1j * x[..., half:size]) * np.exp(1j * angles)[:, None, :]
+        return np.concatenate([z.real, z.imag, x[..., size:]], axis=-1)
 
-    def attend(p, x):
-        q, k, v = np.split(linear(p["qkv"], x, 1), 3, axis=-1)  # [B, T, H, K] each
-        if config.qk_norm:
-            q, k = (x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) for x in (q, k))
+    def attend(p, is_local, x):
+        heads, groups, kv = config.num_heads, config.num_kv_heads or config.num_heads, p["out"]["kernel"].shape[1]
+        packed = linear(p["qkv"], x, 1)  # [B, T, G, R·K + 2·K]
+        q = packed[..., : heads // groups * kv].reshape(*x.shape[:2], heads, kv)
+        k, v = np.split(packed[..., heads // groups * kv :], 2, axis=-1)
+        if config.qk_norm != "none":
+            axes = (2, 3) if config.qk_norm == "all" else 3
+            offset = float(config.norm == "rmsnorm_plus1")
+            scales = [p[f"{name}_norm"]["scale"] + offset if f"{name}_norm" in p else 1 for name in ("query", "key")]
+            q, k = (rms(x, axes) * scale for x, scale in zip((q, k), scales, strict=True))
         if config.positions == "rotary":
-            q, k = rotated(q), rotated(k)
-        scores = np.einsum("bthk,bshk->bhts", q, k) / math.sqrt(q.shape[-1])
-        scores = np.where(np.tri(x.shape[1], dtype=bool), scores, -np.inf)
+            q, k = rotated(q, is_local), rotated(k, is_local)
+        k, v = (np.repeat(x, heads // groups, axis=2) for x in (k, v))
+        scores = np.einsum("bthk,bshk->bhts", q, k) * (config.attention_scale or kv**-0.5)
+        if cap := config.attention_softcap:
+            scores = cap * np.tanh(scores / cap)
+        distance = np.subtract.outer(np.arange(x.shape[1]), np.arange(x.shape[1]))
+        visible = (distance >= 0) & (distance < (config.window if is_local else np.inf))
+        scores = np.where(visible, scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         weights /= weights.sum(-1, keepdims=True)
         return linear(p["out"], np.einsum("bhts,bshk->bthk", weights, v), 2)
 
-    x = params["token_embedding"]["embedding"][tokens]
+    def mlp(p, x):
+        up = linear(p["up"], x, 1)
+        h = numpy_activation(config.activation, linear(p["gate"], x, 1)) * up if config.gated_mlp else None
+        return linear(p["down"], numpy_activation(config.activation, up) if h is None else h, 1)
+
+    def branch(p, number, x, layer):
+        y = layer(x if config.norm_places == "post" else norm(p[f"norm_{number}"], x))
+        return y if config.norm_places == "pre" else norm(p[f"post_norm_{number}"], y)
+
+    x = params["token_embedding"]["embedding"][tokens] * config.embed_multiplier
     if config.positions == "learned":
         x = x + params["position_embedding"]["embedding"][: tokens.shape[1]]
     for i in range(config.num_layers):
         p = params[f"block_{i}"]
-        x = x + attend(p["attention"], norm(p["norm_1"], x))
-        hidden = numpy_activation(config.activation, linear(p["mlp"]["up"], norm(p["norm_2"], x), 1))
-        x = x + linear(p["mlp"]["down"], hidden, 1)
+        is_local = bool(config.window) and config.window_pattern[i % len(config.window_pattern)] == "L"
+        y = x + branch(p, 1, x, functools.partial(attend, p["attention"], is_local))
+        x = y + branch(p, 2, x if config.parallel_block else y, functools.partial(mlp, p["mlp"]))
     x = norm(params["final_norm"], x)
-    if config.tie_embeddings:
-        return x @ params["token_embedding"]["embedding"].T
-    return x @ params["head"]["kernel"]
+    logits = x @ (params["token_embedding"]["embedding"].T if config.tie_embeddings else params["head"]["kernel"])
+    return config.logit_softcap * np.tanh(logits / config.logit_softcap) if config.logit_softcap else logits
 
 
 @pytest.mark.parametrize(
@@ -216,17 +246,19 @@ def numpy_logits(config, variables, tokens):
     [
         {},
         {"norm": "rmsnorm"},
-        {"bias": False},
+        {"bias": "none"},
         {"tie_embeddings": False},
         {"activation": "gelu"},
         {"activation": "relu"},
         {"activation": "relu_squared"},
         {"activation": "silu"},
         {"positions": "rotary"},
-        {"qk_norm": True},
-        {"mlp_factor": 1.5, "num_heads": 4, "num_layers": 3},
-        {"norm": "rmsnorm", "bias": False, "tie_embeddings": False, "activation": "silu", "positions": "rotary"},
-        {"qk_norm": True, "norm": "rmsnorm", "bias": False, "activation": "relu_squared", "positions": "rotary"},
+        {"qk_norm": "unit"},
+        {"mlp_size": 24, "num_heads": 4, "num_layers": 3},
+        {"norm": "rmsnorm", "bias": "none", "tie_embeddings": False, "activation": "silu", "positions": "rotary"},
+        {"qk_norm": "unit", "norm": "rmsnorm", "bias": "none", "activation": "relu_squared", "positions": "rotary"},
+        *FAMILIES.values(),
+        FAMILIES["gemma2"] | {"attention": "chunked", "query_chunk": 2, "key_chunk": 3},
     ],
     ids=str,
 )
@@ -235,7 +267,7 @@ def test_logits_equal_an_independent_forward_pass(options):
     variables = random_variables(config)
     logits = logits_of(config, variables)
     assert logits.shape == (*TOKENS.shape, VOCAB)
-    assert_close(logits, numpy_logits(config, variables, TOKENS))
+    assert_close(logits, numpy_logits(config, variables, TOKENS), 5e-6)
 
 
 @pytest.mark.parametrize("name", layers.ACTIVATIONS)
@@ -254,7 +286,9 @@ def test_activations_and_their_gradients_far_from_zero(name):
 
 def test_rotary_scores_depend_on_the_distance_alone():
     q, k = np.random.default_rng(0).normal(size=(2, 1, 1, 1, 8)).astype(np.float32)
-    q, k = (np.asarray(layers.rotary(np.broadcast_to(x, (1, 64, 1, 8)), np.arange(64)))[0, :, 0] for x in (q, k))
+    angles = rotary.frequencies(8, 1e4, "")
+    q, k = (np.broadcast_to(x, (1, 64, 1, 8)) for x in (q, k))
+    q, k = (np.asarray(rotary.rotary(x, np.arange(64), *angles))[0, :, 0] for x in (q, k))
     scores = q @ k.T
     for distance in (-40, -3, 0, 1, 17):
         diagonal = np.diagonal(scores, distance)
@@ -267,7 +301,7 @@ def test_rotary_scores_depend_on_the_distance_alone():
 
 @pytest.mark.parametrize(
     ("attention", "positions", "scan_layers"),
-    [*itertools.product(["dense", "flax", "chunked"], ["learned", "rotary"], [False]), ("chunked", "rotary", True)],
+    [*itertools.product(["dense", "chunked"], ["learned", "rotary"], [False]), ("chunked", "rotary", True)],
 )
 def test_future_tokens_change_no_logits(attention, positions, scan_layers):
     """Earlier logits are equal to the bit; the changed token changes the logits from its own position on."""
@@ -296,9 +330,10 @@ def test_a_prefix_has_the_logits_it_has_within_the_whole(positions):
 # Scan and rematerialisation.
 
 
+@pytest.mark.parametrize("family", [{}, FAMILIES["gemma3"]], ids=["", "alternating windows"])
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
-def test_scanned_layers_give_the_logits_of_unrolled_ones(remat):
-    config = make(num_layers=3)
+def test_scanned_layers_give_the_logits_of_unrolled_ones(remat, family):
+    config = make(**family | {"num_layers": 3})
     variables = random_variables(config)
     scanned = dataclasses.replace(config, scan_layers=True, remat=remat)
     parameters = stacked(variables, 3)
@@ -327,8 +362,9 @@ def test_remat_gives_the_same_gradients(scan_layers):
         np.testing.assert_allclose(gradients[remat][name], expected, rtol=1e-5, atol=1e-6, err_msg=f"{remat} {name}")
 
 
-def test_scanned_layers_give_the_gradients_of_unrolled_ones():
-    config = make(**NO_DROPOUT)
+@pytest.mark.parametrize("family", [{}, FAMILIES["gemma2"]], ids=["", "alternating windows"])
+def test_scanned_layers_give_the_gradients_of_unrolled_ones(family):
+    config = make(**NO_DROPOUT, **family)
     scanned = dataclasses.replace(config, scan_layers=True)
     variables = random_variables(config)
     expected = stacked(quick_jit(jax.grad(functools.partial(loss, config)))(variables), 2)
@@ -411,7 +447,7 @@ def test_no_dropout_needs_no_key():
     )
 
 
-@pytest.mark.parametrize("attention", ["flax", "chunked"])
+@pytest.mark.parametrize("attention", ["chunked"])
 def test_attention_may_be_exchanged_in_the_middle_of_a_run(attention):
     """With all three dropouts on, every implementation gives the same logits for the same parameters and key."""
     config = make()
@@ -421,7 +457,7 @@ def test_attention_may_be_exchanged_in_the_middle_of_a_run(attention):
     assert_close(logits_of(other, variables, **options), logits_of(config, variables, **options))
 
 
-@pytest.mark.parametrize("name", ["dense", "flax", "chunked"])
+@pytest.mark.parametrize("name", ["dense", "chunked"])
 def test_the_chosen_attention_is_the_one_that_runs(name, monkeypatch):
     """The test watches the calls, because all implementations give the same result."""
     config = make(attention=name, query_chunk=5, key_chunk=7)
@@ -572,7 +608,7 @@ def test_a_fresh_model_with_a_tied_head_knows_nothing():
 # Precision.
 
 
-@pytest.mark.parametrize("attention", ["dense", "flax", "chunked"])
+@pytest.mark.parametrize("attention", ["dense", "chunked"])
 def test_bfloat16_computes_in_bfloat16_between_float32_ends(attention):
     config = make(attention=attention, dtype="bfloat16", vocab_multiple=8)
     assert {x.dtype for x in jax.tree.leaves(abstract_variables(config))} == {jnp.dtype("float32")}
@@ -618,7 +654,7 @@ def test_gradients_of_bfloat16_are_float32():
     ("options", "keys"),
     [
         ({"num_heads": 3, "embed_dim": 16}, ["model.num_heads=3", "model.embed_dim=16"]),
-        ({"attention": "sparse"}, ["model.attention='sparse'", "dense, flax, chunked"]),
+        ({"attention": "sparse"}, ["model.attention='sparse'", "dense, chunked"]),
         ({"activation": "swish"}, ["model.activation='swish'", "gelu_tanh"]),
         ({"norm": "batchnorm"}, ["model.norm='batchnorm'", "layernorm, rmsnorm"]),
         ({"positions": "alibi"}, ["model.positions='alibi'", "learned, rotary"]),
@@ -628,7 +664,7 @@ def test_gradients_of_bfloat16_are_float32():
         ({"num_heads": 0}, ["model.num_heads=0"]),
         ({"embed_dim": -8}, ["model.embed_dim=-8"]),
         ({"block_size": 0}, ["model.block_size=0"]),
-        ({"mlp_factor": 0.0}, ["model.mlp_factor=0.0"]),
+        ({"mlp_size": -1}, ["model.mlp_size=-1"]),
         ({"vocab_multiple": 0}, ["model.vocab_multiple=0"]),
         ({"query_chunk": 0}, ["model.query_chunk=0"]),
         ({"key_chunk": -1}, ["model.key_chunk=-1"]),
@@ -638,7 +674,12 @@ def test_gradients_of_bfloat16_are_float32():
         ({"attention_dropout": 1.0}, ["model.attention_dropout=1.0"]),
         ({"attention_dropout": -0.1}, ["model.attention_dropout=-0.1"]),
         ({"residual_dropout": math.nan}, ["model.residual_dropout=nan"]),
-        ({"positions": "rotary", "embed_dim": 12, "num_heads": 4}, ["model.positions=rotary", "=3"]),
+        ({"positions": "rotary", "embed_dim": 12, "num_heads": 4}, ["model.rotary_fraction=1.0", "head size of 3"]),
+        ({"num_kv_heads": 3}, ["model.num_kv_heads=3", "model.num_heads=8"]),
+        ({"window_pattern": "LX"}, ["model.window_pattern='LX'"]),
+        ({"bias": "qkv,mlp"}, ["model.bias='qkv,mlp'", "all, none, or some of qkv,"]),
+        ({"lora_targets": "gate"}, ["model.lora_targets='gate'"]),
+        ({"positions": "rotary", "rotary_scaling": "ntk:factor=2"}, ["model.rotary_scaling='ntk:factor=2'", "llama3:"]),
     ],
     ids=str,
 )

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from gpt import sharding
+from gpt.checkpointing.stacking import stack_layers
 from gpt.models import vit
-from gpt.models.gpt import named_size
-from gpt.models.layers import stack_layers
+from gpt.models.sizes import VIT, named_size
 from gpt.models.vit import ViT, ViTConfig
 from gpt.runtime.errors import UserError
 
@@ -53,7 +53,7 @@ def logits(config, params, images=IMAGES, **options):
     ],
 )
 def test_published_sizes(size, patch_size, expected):
-    config = ViTConfig(patch_size=patch_size, **named_size(size, vit.SIZES)).resolve(1000, "cpu")
+    config = ViTConfig(patch_size=patch_size, **named_size(size, VIT)).resolve(1000, "cpu")
     abstract = jax.eval_shape(lambda: ViT(config).init(jax.random.key(0), config.blank(1)))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == config.num_parameters() == expected
 
@@ -61,13 +61,13 @@ def test_published_sizes(size, patch_size, expected):
 @pytest.mark.parametrize("pooling", ["class_token", "mean"])
 @pytest.mark.parametrize("positions", ["learned", "sincos"])
 def test_number_of_parameters_from_the_config(pooling, positions):
-    for bias in (True, False):
+    for bias in ("all", "none", "qkv,norm"):
         config = make(pooling=pooling, positions=positions, bias=bias)
         assert sum(x.size for x in jax.tree.leaves(random_params(config))) == config.num_parameters()
 
 
 def test_flops_of_the_base_model():
-    config = ViTConfig(**named_size("B", vit.SIZES)).resolve(1000, "cpu")
+    config = ViTConfig(**named_size("B", VIT)).resolve(1000, "cpu")
     # A forward pass has 17.6 billion multiply-adds per image (arXiv 2012.12877, table 5); training has 3 × that.
     assert config.length * config.flops_per_token() / 6 == pytest.approx(17.6e9, rel=0.02)
 
@@ -91,7 +91,7 @@ def test_positions_of_sines_tell_every_place_apart():
     assert (apart[~np.eye(9, dtype=bool)] > 0.1).all()
 
 
-@pytest.mark.parametrize("options", [{}, {"pooling": "mean", "positions": "sincos"}, {"attention": "flax"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"pooling": "mean", "positions": "sincos"}], ids=str)
 def test_every_patch_counts_and_its_place_too(options):
     config = make(**options)
     params = random_params(config)
@@ -113,7 +113,7 @@ def test_tokens_see_those_after_them():
     assert np.abs(first - second).max() > 1e-3
 
 
-@pytest.mark.parametrize("options", [{"attention": "flax"}, {"scan_layers": True}, {"remat": "full"}], ids=str)
+@pytest.mark.parametrize("options", [{"scan_layers": True}, {"remat": "full"}], ids=str)
 def test_the_same_function(options):
     config, other = make(**NO_DROPOUT), make(**NO_DROPOUT, **options)
     params = random_params(config)
@@ -190,7 +190,7 @@ def _at(tree, path):
         ({"pooling": "max"}, r"model\.pooling='max' is not known; choose one of class_token, mean\."),
         ({"positions": "rotary"}, r"model\.positions='rotary' is not known; choose one of learned, sincos\."),
         ({"positions": "sincos", "embed_dim": 18}, r"model\.positions=sincos needs a multiple of 4"),
-        ({"attention": "splash"}, r"model\.attention='splash' is not known; choose one of auto, dense, flax\."),
+        ({"attention": "splash"}, r"model\.attention='splash' is not known; choose one of auto, dense\."),
         ({"channels": 0}, r"model\.channels=0 has to be greater than 0\."),
         ({"pixel_mean": "0.5,0.5"}, r"model\.pixel_mean='0\.5,0\.5' has to be a number, or one for each of .*=3"),
         ({"pixel_std": "wide"}, r"model\.pixel_std='wide' has to be a number"),

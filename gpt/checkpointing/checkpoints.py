@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from gpt.checkpointing import integrity, writing
 from gpt.checkpointing.reading import Checkpoint, Damaged, reason, shardings, stacked_shapes
 from gpt.checkpointing.run import RECORD, Record, Run, validation_data
-from gpt.models.layers import stack_layers
+from gpt.checkpointing.stacking import stack_layers
 from gpt.runtime import cluster, files
 from gpt.runtime.errors import UserError
 

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from gpt.checkpointing import integrity
 from gpt.checkpointing.run import RECORD, Record
-from gpt.models.layers import stack_layers, unstack_layers
+from gpt.checkpointing.stacking import stack_layers, unstack_layers
 from gpt.runtime import cluster, files
 from gpt.runtime.errors import UserError
 from gpt.sharding import path_name

@@ -7,13 +7,14 @@ import math
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gpt.checkpointing.loading import Loaded
 from gpt.data.tokenizers import Labels
 from gpt.inference import generation
+from gpt.models import attention
 from gpt.runtime.errors import UserError
 
 EXPECTED = 5  # number of predictions shown for each token
@@ -85,17 +86,18 @@ def explain(run: Loaded, text: str) -> Explanation:
         for tokens, log_p in zip(most_probable, predicted_TxV, strict=True)
     ]
     pieces = [run.tokenizer.piece(int(token)) for token in tokens_T]
-    attention = _attention(intermediates, config.num_layers, config.scan_layers)
-    return Explanation(pieces, np.concatenate([[np.nan], losses_T]), expected, attention)
+    weights = _attention(intermediates, config)
+    return Explanation(pieces, np.concatenate([[np.nan], losses_T]), expected, weights)
 
 
-def _attention(intermediates: dict[str, Any], layers: int, is_stacked: bool) -> np.ndarray:
+def _attention(intermediates: dict[str, Any], config: Any) -> np.ndarray:
     """Returns the attention weights [L, H, T, T] of the first row, from the queries and keys that the model sows."""
     weights = []
-    for i in range(layers):
-        block = intermediates["blocks" if is_stacked else f"block_{i}"]["attention"]
-        (q,), (k,) = block["queries"], block["keys"]
-        q_TxHxK, k_TxHxK = (np.asarray(x[i][0] if is_stacked else x[0], np.float32) for x in (q, k))
-        mask_TxT = np.tri(len(q_TxHxK), dtype=bool)
-        weights.append(nn.dot_product_attention_weights(q_TxHxK, k_TxHxK, mask=mask_TxT, precision="highest"))
+    with jax.default_matmul_precision("highest"):
+        for i, window in enumerate(config.windows):
+            block = intermediates["blocks" if config.scan_layers else f"block_{i}"]["attention"]
+            (q,), (k,) = block["queries"], block["keys"]
+            q_1xTxHxK, k_1xTxGxK = (jnp.asarray((x[i] if config.scan_layers else x)[:1], jnp.float32) for x in (q, k))
+            options = True, window, config.attention_softcap
+            weights.append(attention.attention_weights(q_1xTxHxK, k_1xTxGxK, None, *options)[0])
     return np.stack(weights)

@@ -25,7 +25,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from gpt.data.tokenizers import Tokenizer
-from gpt.models import attention
+from gpt.models import attention, decoding
 from gpt.models.gpt import GPTConfig
 from gpt.runtime.errors import UserError
 from gpt.sharding import Layout
@@ -211,7 +211,7 @@ class Generator:
         layout = self.layout.for_decoding(rows)
 
         def constrain(path, x):
-            axes = ("layers",) * is_stacked(path) + (attention.cache_axes(rows) if x.ndim > 1 else ("batch",))
+            axes = ("layers",) * is_stacked(path) + (decoding.cache_axes(rows) if x.ndim > 1 else ("batch",))
             return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, layout.spec(*axes)))
 
         return jax.tree_util.tree_map_with_path(constrain, cache)

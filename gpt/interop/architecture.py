@@ -153,7 +153,7 @@ class Architecture(Generic[C]):
     activation: ClassVar[tuple[str, str]]
     hidden_size: ClassVar[str]
     numbers: ClassVar[dict[str, tuple[str, float | None]]]
-    required: ClassVar[dict[str, Any]] = {"norm": "layernorm", "positions": "learned", "bias": True, "qk_norm": False}
+    required: ClassVar[dict[str, Any]] = {"norm": "layernorm", "positions": "learned", "bias": "all", "qk_norm": "none"}
 
     def tensors(self, config: C) -> dict[str, Tensor]:
         """Returns all parameters, by their names in a checkpoint."""
@@ -195,7 +195,7 @@ class Architecture(Generic[C]):
         fields: dict[str, Any] = {name: file.number(key, kinds[name]) for name, (key, _) in self.numbers.items()}
         is_given = file.values.get(self.hidden_size) is not None
         hidden = file.number(self.hidden_size, int) if is_given else 4 * fields["embed_dim"]
-        fields |= {"activation": ACTIVATIONS[activation], "mlp_factor": hidden / max(fields["embed_dim"], 1)}
+        fields |= {"activation": ACTIVATIONS[activation], "mlp_size": hidden}
         rest = self.read_rest(file, vocab_multiple)
         config = self.config_class(**fields, **rest[0])
         if config.mlp_dim != hidden:

@@ -31,6 +31,7 @@ class ModelConfig:
       embed_dim: the width of the residual stream.
       attention: the name of the attention implementation.
       attention_dropout: the probability of dropping an attention weight.
+      attention_softcap: limit of the attention scores. 0 means no limit.
       dtype: the dtype of the computation. Parameters are float32.
       scan_layers: whether one compiled block runs in a loop over the layers.
       remat: what the backward pass recomputes.
@@ -46,6 +47,7 @@ class ModelConfig:
     embed_dim: int
     attention: str
     attention_dropout: float
+    attention_softcap: float
     dtype: str
     scan_layers: bool
     remat: str
@@ -70,8 +72,18 @@ class ModelConfig:
         return self.embed_dim // self.num_heads
 
     @property
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_heads
+
+    @property
     def mlp_dim(self) -> int:
         """Hidden width of the MLP in a block."""
+        raise NotImplementedError
+
+    @property
+    def layer_weights(self) -> dict[str, tuple[int, int]]:
+        """The sizes (inputs, outputs) of the linear layers of a block, by name."""
         raise NotImplementedError
 
     @property

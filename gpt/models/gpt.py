@@ -4,6 +4,7 @@ Shape suffixes: B batch, T sequence length, D width, V padded vocabulary.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,25 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt.models import attention, kernels, lora
+from gpt.models import attention, decoding, kernels, lora
 from gpt.models.layers import Embedding, Linear
-from gpt.models.transformer import BlockConfig, apply_blocks, block_cache
-from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_choice, check_positive, harmless
-
-# Name: (layers, heads, width). The GPT-2 family is from Radford et al. 2019, gopher-44m from arXiv 2112.11446, and the
-# three smallest are from minGPT.
-SIZES: dict[str, tuple[int, int, int]] = {
-    "openai-gpt": (12, 12, 768),
-    "gpt2": (12, 12, 768),
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-    "gopher-44m": (8, 16, 512),
-    "gpt-mini": (6, 6, 192),
-    "gpt-micro": (4, 4, 128),
-    "gpt-nano": (3, 3, 48),
-}
+from gpt.models.transformer import BlockConfig, apply_blocks
+from gpt.runtime.fields import check_not_negative, check_positive, harmless
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +27,15 @@ class GPTConfig(BlockConfig):
     vocab_multiple: int = 1  # pad the vocabulary to a multiple of this, so that a mesh axis divides it
     block_size: int = 128  # context length, in tokens
     tie_embeddings: bool = True  # use the token embedding as the output head, as in GPT-2
+    embed_multiplier: float = 1.0  # factor of the token embeddings, as in Gemma
+    logit_softcap: float = 0.0  # limit logits by c·tanh(x/c), as in Gemma 2; 0: no limit
     query_chunk: int = harmless(128)  # block of queries in chunked attention, in tokens
     key_chunk: int = harmless(128)  # block of keys in chunked attention, in tokens
 
     def __post_init__(self):
-        check_positive("model", self, "vocab_multiple", "block_size", "query_chunk", "key_chunk")
+        check_positive("model", self, "vocab_multiple", "block_size", "query_chunk", "key_chunk", "embed_multiplier")
+        check_not_negative("model", self, "logit_softcap")
         super().__post_init__()
-        if self.positions == "rotary" and self.head_dim % 2:
-            raise UserError(
-                f"model.positions=rotary needs an even head size, but model.embed_dim/model.num_heads={self.head_dim}."
-            )
 
     @property
     def length(self) -> int:
@@ -60,8 +45,9 @@ class GPTConfig(BlockConfig):
     def padded_vocab_size(self) -> int:
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
-    def attention_function(self) -> Callable[..., jax.Array]:
-        return kernels.by_name(self.attention, query_chunk=self.query_chunk, key_chunk=self.key_chunk)
+    def attention_function(self, window: int) -> Callable[..., jax.Array]:
+        function = kernels.by_name(self.attention, query_chunk=self.query_chunk, key_chunk=self.key_chunk)
+        return functools.partial(function, window=window, softcap=self.attention_softcap)
 
     def module(self) -> nn.Module:
         return GPT(self)
@@ -76,8 +62,8 @@ class GPTConfig(BlockConfig):
         """
         rows = len(first_latent_B)
         if self.scan_layers:
-            return {"blocks": block_cache(self, rows, capacity, self.num_layers)}
-        return {f"block_{i}": block_cache(self, rows, capacity) for i in range(self.num_layers)}
+            return {"blocks": decoding.block_cache(self, rows, capacity, self.num_layers)}
+        return {f"block_{i}": decoding.block_cache(self, rows, capacity) for i in range(self.num_layers)}
 
     def num_parameters(self) -> int:
         tables = self.padded_vocab_size * (1 if self.tie_embeddings else 2)
@@ -89,20 +75,6 @@ class GPTConfig(BlockConfig):
 
     def summary(self) -> str:
         return f"{super().summary()}, block {self.block_size}"
-
-
-def named_size(name: str, sizes: dict[str, tuple[int, int, int]] = SIZES) -> dict[str, int]:
-    """Returns `num_layers`, `num_heads` and `embed_dim` of a published model.
-
-    Args:
-      name: a key of `sizes`.
-      sizes: the table of the model family.
-
-    Raises:
-      UserError: the table has no such name.
-    """
-    check_choice("size", name, sizes)
-    return dict(zip(("num_layers", "num_heads", "embed_dim"), sizes[name], strict=True))
 
 
 class GPT(nn.Module):
@@ -170,6 +142,8 @@ def embed(
     c, init, dtype = config, nn.initializers.normal(0.02), jnp.dtype(config.dtype)
     token_embedding = Embedding(c.padded_vocab_size, c.embed_dim, "vocab", init, dtype, name="token_embedding")
     x_BxTxD = token_embedding(tokens_BxT)
+    if c.embed_multiplier != 1:
+        x_BxTxD = x_BxTxD * jnp.asarray(c.embed_multiplier, dtype)
     if c.positions == "learned":
         position_embedding = Embedding(c.block_size, c.embed_dim, "length", init, dtype, name="position_embedding")
         x_BxTxD = x_BxTxD + position_embedding(positions)
@@ -189,6 +163,7 @@ def token_logits(config: GPTConfig, x_BxTxD: jax.Array, token_embedding: Embeddi
         head = (c.embed_dim,), (c.padded_vocab_size,), ("embed", "vocab"), nn.initializers.normal(0.02)
         logits_BxTxV = Linear(*head, False, jnp.dtype(c.dtype), name="head")(x_BxTxD)
     logits_BxTxV = nn.with_logical_constraint(logits_BxTxV, ("batch", "length", "vocab")).astype(jnp.float32)
+    logits_BxTxV = attention.soft_cap(logits_BxTxV, c.logit_softcap)
     if c.padded_vocab_size > c.vocab_size:
         is_padding = jnp.arange(c.padded_vocab_size) >= c.vocab_size
         logits_BxTxV = jnp.where(is_padding, attention.MASKED, logits_BxTxV)

@@ -1,85 +1,66 @@
 """Implementations of causal self-attention, chosen by `model.attention`. All compute the function of `attention.dense`.
 
-A run may change from one to another. `dense`, `flax` and `chunked` also draw the same dropout masks; `cudnn` and
-`splash` have no dropout.
+A run may change from one to another. `dense` and `chunked` also draw the same dropout masks; `cudnn` and `splash` have
+no dropout.
 
 - `dense`: in `gpt/models/attention.py`; stores the whole [length, length] matrix of scores.
-- `flax`: Flax's `nn.dot_product_attention`, an independent reference.
 - `chunked`: loops over blocks of queries and keys with a running softmax; its memory is linear in the length.
 - `cudnn`: cuDNN's flash attention on NVIDIA GPUs; its memory is linear in the length.
 - `splash`: JAX's flash attention for TPUs, in Pallas; its memory is linear in the length.
 
-Shape suffixes: B batch, T query length, S key length, H heads, K head size.
+Shape suffixes: B batch, T query length, S key length, H heads of queries, G heads of keys and values, K head size.
 """
 
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.extend.random
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
-from gpt.models.attention import MASKED, causal_mask, dense, document_mask
+from gpt.models.attention import MASKED, causal_mask, dense, document_mask, soft_cap
 from gpt.models.base import ModelConfig
 from gpt.models.layers import mesh_axes
 
 LANES = 128  # of a TPU's vector unit: `splash` needs a sequence length that is a multiple of them
 
 
-def flax(
-    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, causal: bool = True, dropout_rate=0.0, dropout_key=None
-) -> jax.Array:
-    """Computes `attention.dense` with `flax.linen.dot_product_attention`, for the same arguments."""
-    length = q_BxTxHxK.shape[1]
-    mask = jnp.tril(jnp.ones((1, 1, length, length), bool)) if causal else None
-    if starts_BxT is not None:
-        mask = nn.combine_masks(mask, nn.make_attention_mask(starts_BxT, starts_BxT, jnp.equal), dtype=bool)
-    out_BxTxHxK = nn.dot_product_attention(
-        q_BxTxHxK,
-        k_BxTxHxK,
-        v_BxTxHxK,
-        mask=mask,
-        broadcast_dropout=False,
-        dropout_rng=dropout_key,
-        dropout_rate=dropout_rate,
-        deterministic=dropout_key is None,
-        force_fp32_for_softmax=True,
-    )
-    return out_BxTxHxK.astype(v_BxTxHxK.dtype)
-
-
 def chunked(
     q_BxTxHxK: jax.Array,
-    k_BxTxHxK: jax.Array,
-    v_BxTxHxK: jax.Array,
+    k_BxTxGxK: jax.Array,
+    v_BxTxGxK: jax.Array,
     starts_BxT: jax.Array | None = None,
     *,
     query_chunk: int,
     key_chunk: int,
+    window: int = 0,
+    softcap: float = 0.0,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Computes `attention.dense` with memory linear in the length (Rabe and Staats, arXiv 2112.05682).
 
     An outer loop goes over blocks of queries. An inner loop goes over blocks of keys, with the running maximum,
-    denominator and numerator of the softmax, and skips the blocks that are entirely in the future. The backward pass
+    denominator and numerator of the softmax, and skips the blocks of which no query sees a key. The backward pass
     recomputes both loop bodies, so its memory is linear too.
 
     Args:
       q_BxTxHxK: queries.
-      k_BxTxHxK: keys.
-      v_BxTxHxK: values.
+      k_BxTxGxK: keys.
+      v_BxTxGxK: values.
       starts_BxT: see `attention.dense`.
       query_chunk: number of queries in a block. It does not have to divide the length.
       key_chunk: number of keys in a block, likewise.
+      window: see `attention.dense`.
+      softcap: see `attention.dense`.
       dropout_rate: see `attention.dense`. The same weights are dropped as there.
       dropout_key: see `attention.dense`.
 
     Returns:
-      [B, T, H, K] in the dtype of `v_BxTxHxK`.
+      [B, T, H, K] in the dtype of `v_BxTxGxK`.
 
     Raises:
       ValueError: there is dropout, and the random key is not JAX's default, partitionable threefry.
@@ -89,12 +70,14 @@ def chunked(
         _chunked_shard,
         query_chunk=query_chunk,
         key_chunk=key_chunk,
+        window=window,
+        softcap=softcap,
         dropout_rate=dropout_rate,
         full_shape=(batch, heads, length, length),
     )
     batch_axes, length_axes, heads_axes = mesh_axes("batch", "length", "heads")
     if not length_axes:
-        return attend(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT, starts_BxT, dropout_key, offsets=(0, 0, 0))
+        return attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT, starts_BxT, dropout_key, offsets=(0, 0, 0))
 
     def shard(q, k, v, q_starts, k_starts, dropout_key):
         # Every device would run a loop over blocks of a sharded axis in full, so each loops over its own shard.
@@ -108,19 +91,21 @@ def chunked(
     # The loops start from constants and then differ between devices, which the check of varying axes refuses.
     in_specs = queries, keys, keys, *starts, jax.P()
     mapped = jax.shard_map(shard, in_specs=in_specs, out_specs=queries, check_vma=False)
-    return mapped(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT, starts_BxT, dropout_key)
+    return mapped(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT, starts_BxT, dropout_key)
 
 
 def _chunked_shard(
     q_BxTxHxK: jax.Array,
-    k_BxSxHxK: jax.Array,
-    v_BxSxHxK: jax.Array,
+    k_BxSxGxK: jax.Array,
+    v_BxSxGxK: jax.Array,
     starts_BxT: jax.Array | None,
     starts_BxS: jax.Array | None,
     dropout_key: jax.Array | None,
     *,
     query_chunk: int,
     key_chunk: int,
+    window: int,
+    softcap: float,
     dropout_rate: float,
     full_shape: tuple[int, int, int, int],
     offsets: tuple[int | jax.Array, ...],
@@ -132,6 +117,7 @@ def _chunked_shard(
       offsets: the index of the shard's first element along the first three of these axes.
     """
     batch, length, heads, kv = q_BxTxHxK.shape
+    k_BxSxHxK, v_BxSxHxK = (jnp.repeat(x, heads // x.shape[2], axis=2) for x in (k_BxSxGxK, v_BxSxGxK))
     batch_start, heads_start, first_query = offsets
     query_chunk, key_chunk = min(query_chunk, length), min(key_chunk, k_BxSxHxK.shape[1])
 
@@ -143,11 +129,12 @@ def _chunked_shard(
     def add_keys(q, q_position, q_starts, carry, k, v, k_position, k_starts):
         numerator, denominator, maximum = carry
         # The causal mask also hides the padding of keys, which is in the future of every real query.
-        mask = causal_mask(q_position + jnp.arange(query_chunk), k_position + jnp.arange(key_chunk))
+        mask = causal_mask(q_position + jnp.arange(query_chunk), k_position + jnp.arange(key_chunk), window)
         if q_starts is not None:
             # Where every key so far was masked, the sums are meaningless; the first unmasked key rescales them to 0.
             mask = mask + document_mask(q_starts, k_starts)
-        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32) + mask
+        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+        scores = soft_cap(scores, softcap) + mask
         new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
         rescale = jnp.exp(maximum - new_maximum)
         weights = jnp.exp(scores - new_maximum)
@@ -168,9 +155,11 @@ def _chunked_shard(
         @jax.checkpoint
         def one_key_block(carry, block):
             k, v, k_position, k_starts = block
-            in_the_future = k_position > q_position + query_chunk - 1
+            is_skipped = k_position > q_position + query_chunk - 1
+            if window:
+                is_skipped |= k_position + key_chunk - 1 <= q_position - window
             add = functools.partial(add_keys, q, q_position, q_starts)
-            return jax.lax.cond(in_the_future, lambda c: c, lambda c: add(c, k, v, k_position, k_starts), carry), None
+            return jax.lax.cond(is_skipped, lambda c: c, lambda c: add(c, k, v, k_position, k_starts), carry), None
 
         shape = (batch, heads, query_chunk)
         zero = (jnp.zeros((*shape, kv)), jnp.zeros((*shape, 1)), jnp.full((*shape, 1), MASKED))
@@ -221,28 +210,42 @@ def _multiply_32(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     return x_hi * s_hi + (middle >> 16) + (middle_2 >> 16), x * jnp.uint32(size)
 
 
-def cudnn(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, dropout_rate: float = 0.0, dropout_key=None):
+def cudnn(
+    q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT=None, *, window=0, softcap=0.0, dropout_rate=0.0, dropout_key=None
+) -> jax.Array:
     """Computes `attention.dense` with cuDNN's flash attention (arXiv 2307.08691), in bfloat16 on NVIDIA GPUs.
 
     Memory is linear in the length, except for document borders, which need a [B, 1, T, T] mask.
 
     Raises:
-      ValueError: dropout is on.
+      ValueError: dropout or a softcap is on.
     """
     _refuse_dropout(dropout_rate, dropout_key)
+    if softcap:
+        raise ValueError("cuDNN's attention has no softcap; choose another implementation")
     batch_axes, heads_axes = mesh_axes("batch", "heads")
+    options: Any = {"implementation": "cudnn", "local_window_size": (window - 1, 0) if window else None}
 
     def attend(q, k, v, starts):
         mask = None if starts is None else starts[:, None, :, None] == starts[:, None, None, :]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, **options)
 
     rows = jax.P(batch_axes, None, heads_axes)
     mapped = _on_each_device(attend, (rows, rows, rows, jax.P(batch_axes)), rows)
-    return mapped(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT)
+    return mapped(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT)
 
 
 def splash(
-    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT=None, *, dropout_rate=0.0, dropout_key=None, interpret: bool = False
+    q_BxTxHxK,
+    k_BxTxGxK,
+    v_BxTxGxK,
+    starts_BxT=None,
+    *,
+    window: int = 0,
+    softcap: float = 0.0,
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """Computes `attention.dense` with JAX's splash attention, a flash attention (arXiv 2307.08691) for TPUs in Pallas.
 
@@ -270,12 +273,15 @@ def splash(
     block_sizes = splash_attention.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
-    causal = splash_attention.CausalMask((length, length), shard_count=length_shards)
+    causal: Any = splash_attention.CausalMask((length, length), shard_count=length_shards)
+    if window:
+        causal = splash_attention.LocalMask((length, length), (window - 1, 0), 0, shard_count=length_shards)
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([causal] * heads),
         block_sizes=block_sizes,
         head_shards=head_shards,
         q_seq_shards=length_shards,
+        attn_logits_soft_cap=softcap or None,
         interpret=interpret,
     )
 
@@ -295,7 +301,7 @@ def splash(
     def padded(x):
         return x if x is None else jnp.pad(x, ((0, 0), (0, length - real_length)) + ((0, 0),) * (x.ndim - 2))
 
-    q, k, v, starts_BxT = map(padded, (q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT))
+    q, k, v, starts_BxT = map(padded, (q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT))
     return mapped(kernel, q, k, v, starts_BxT, starts_BxT)[:, :real_length]
 
 
@@ -313,7 +319,6 @@ def _on_each_device(attend: Callable, in_specs: tuple, out_specs: jax.P) -> Call
 
 ATTENTION: dict[str, Callable[..., jax.Array]] = {
     "dense": dense,
-    "flax": flax,
     "chunked": chunked,
     "cudnn": cudnn,
     "splash": splash,
@@ -341,11 +346,12 @@ def obstacle(name: str, config: ModelConfig, platform: str, length_shards: int) 
             return None
         shards = f" in {length_shards} parts" if length_shards > 1 else ""
         return f"needs a multiple of {LANES} tokens, not {config.length_key}={config.num_targets}{shards}"
+    if config.attention_softcap:
+        return "has no model.attention_softcap"
     if config.dtype == "float32":
         return "computes in bfloat16, not in model.dtype=float32"
     if config.head_dim % 8 or config.head_dim > 128:
-        size = f"model.embed_dim/model.num_heads={config.head_dim}"
-        return f"takes head sizes that are multiples of 8 up to 128, not {size}"
+        return f"takes head sizes that are multiples of 8 up to 128, not {config.head_dim}"
     return "does not support a sequence length that mesh.sequence shards" if length_shards > 1 else None
 
 

@@ -5,7 +5,6 @@ know the mesh.
 """
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -50,31 +49,38 @@ class Linear(nn.Module):
 
 
 class Norm(nn.Module):
-    """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467) over the last axis, computed in float32.
+    """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467) over the last axes, computed in float32.
 
     Attributes:
-      kind: "layernorm" or "rmsnorm".
+      kind: "layernorm", "rmsnorm" or, with a scale of 1 + parameter as in Gemma (arXiv 2403.08295), "rmsnorm_plus1".
       use_bias: whether LayerNorm adds a bias. RMSNorm never does.
       dtype: dtype of the result.
       epsilon: number added to the variance or mean square.
+      axes: logical names of the axes that are normalized together.
     """
 
     kind: str
     use_bias: bool
     dtype: jnp.dtype
     epsilon: float = 1e-5
+    axes: tuple[str, ...] = ("embed",)
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns x of shape [..., width] normalized, in the same shape."""
-        shape, width = x.shape, x.shape[-1]
-        x = merged_rows(x.astype(jnp.float32))
+        """Returns x normalized, in the same shape."""
+        shape, rows = x.shape, x.ndim - len(self.axes)
+        sizes = shape[rows:]
+        x = x.astype(jnp.float32).reshape(*shape[:rows], -1)
+        if rows == 2:  # batch and length; heads may be sharded, so that they are not merged with these
+            x = merged_rows(x)
         if self.kind == "layernorm":
             x = x - x.mean(axis=-1, keepdims=True)
-        x = unit_rms(x, self.epsilon)
-        x = x * parameter(self, "scale", nn.initializers.ones, ("embed",), (width,))
+        is_offset = self.kind == "rmsnorm_plus1"
+        init = nn.initializers.zeros if is_offset else nn.initializers.ones
+        scale = parameter(self, "scale", init, self.axes, sizes).reshape(-1)
+        x = unit_rms(x, self.epsilon) * (1 + scale if is_offset else scale)
         if self.use_bias and self.kind == "layernorm":
-            x = x + parameter(self, "bias", nn.initializers.zeros, ("embed",), (width,))
+            x = x + parameter(self, "bias", nn.initializers.zeros, self.axes, sizes).reshape(-1)
         return x.astype(self.dtype).reshape(shape)
 
 
@@ -118,23 +124,6 @@ def unit_rms(x: jax.Array, epsilon: float = 1e-5) -> jax.Array:
     """Divides x by its root mean square along the last axis, computed in float32."""
     x_32 = x.astype(jnp.float32)
     return (x_32 * jax.lax.rsqrt(jnp.square(x_32).mean(axis=-1, keepdims=True) + epsilon)).astype(x.dtype)
-
-
-def rotary(x_BxTxHxK: jax.Array, positions: jax.Array, base: float = 10_000.0) -> jax.Array:
-    """Rotates the pair (i, i + K/2) of each head by an angle proportional to the position (RoPE, arXiv 2104.09864).
-
-    Args:
-      x_BxTxHxK: queries or keys.
-      positions: positions of the tokens, [T], or [B, T] if they differ between examples.
-      base: the angle per position of pair i is base^(-2i/K).
-    """
-    half = x_BxTxHxK.shape[-1] // 2
-    frequencies = base ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies  # [(B,) T, 1, K/2]
-    sin, cos = jnp.sin(angles), jnp.cos(angles)
-    first, second = jnp.split(x_BxTxHxK.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BxTxHxK.dtype)
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:
@@ -187,37 +176,3 @@ def mesh_axes(*names: str | None) -> tuple[tuple[str, ...], ...]:
     spec = (nn.logical_to_mesh_axes(names) if sizes else None) or (None,) * len(names)
     every = [(axes,) if isinstance(axes, str) else axes if isinstance(axes, tuple) else () for axes in spec]
     return tuple(tuple(axis for axis in axes if sizes[axis] > 1) for axes in every)
-
-
-def stack_layers(tree: Any, stack: Callable[[list], Any] = jnp.stack) -> Any:
-    """Converts parameters from the unrolled layout to the scanned one.
-
-    The unrolled layout has the dictionaries `block_0`, `block_1`, …; the scanned one has one dictionary `blocks`, whose
-    arrays have the layers as their first axis.
-
-    Args:
-      tree: a tree of arrays, for example parameters or the state of an optimizer.
-      stack: makes one array from a list with the arrays of all layers.
-    """
-
-    def stacked(x: Any) -> Any:
-        if not isinstance(x, dict):
-            return x  # an array that is not in a layer
-        names = sorted((name for name in x if re.fullmatch(r"block_\d+", name)), key=lambda name: int(name[6:]))
-        blocks = jax.tree.map(lambda *layers: stack(list(layers)), *(x[name] for name in names))
-        return {name: value for name, value in x.items() if name not in names} | {"blocks": blocks}
-
-    return jax.tree.map(stacked, tree, is_leaf=lambda x: isinstance(x, dict) and "block_0" in x)
-
-
-def unstack_layers(tree: Any) -> Any:
-    """Converts parameters from the scanned layout to the unrolled one, see `stack_layers`."""
-
-    def unstacked(x: Any) -> Any:
-        if not isinstance(x, dict):
-            return x  # an array that is not in a layer
-        count = len(jax.tree.leaves(x["blocks"])[0])
-        blocks = {f"block_{i}": jax.tree.map(lambda layers, i=i: layers[i], x["blocks"]) for i in range(count)}
-        return {name: value for name, value in x.items() if name != "blocks"} | blocks
-
-    return jax.tree.map(unstacked, tree, is_leaf=lambda x: isinstance(x, dict) and "blocks" in x)

@@ -16,13 +16,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt.models import attention, gpt, lora, transformer
+from gpt.models import attention, decoding, gpt, lora, rotary
 from gpt.models.gpt import GPTConfig
-from gpt.models.layers import parameter, rotary, unit_rms
-from gpt.models.transformer import MLP, REMAT_POLICIES, BlockConfig, add_residual, apply_blocks, linear, norm
+from gpt.models.layers import parameter, unit_rms
+from gpt.models.transformer import REMAT_POLICIES, BlockConfig, add_mlp, apply_blocks, branch, linear, norm
 from gpt.models.vit import ViT, ViTConfig
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_fraction, check_positive
+
+# What the cross-attention does not have.
+UNAVAILABLE = ("num_kv_heads", "parallel_block", "rotary_base_local", "attention_scale", "attention_softcap", "window")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,9 @@ class PerceiverARConfig(GPTConfig):
     # also learns short contexts. (The paper drops single tokens instead.)
     prefix_dropout: float = 0.25
     positions: str = "rotary"  # position encoding: learned or rotary
+
+    qk_norm_kinds: ClassVar[tuple[str, ...]] = ("none", "unit")
+    unavailable: ClassVar[tuple[str, ...]] = UNAVAILABLE
 
     def __post_init__(self):
         check_positive("model", self, "num_latents")
@@ -62,7 +68,7 @@ class PerceiverARConfig(GPTConfig):
 
     def init_cache(self, first_latent_B: jax.Array, capacity: int) -> dict[str, Any]:
         blocks = super().init_cache(first_latent_B, min(capacity, self.num_latents))
-        read = transformer.block_cache(self, len(first_latent_B), capacity)
+        read = decoding.block_cache(self, len(first_latent_B), capacity)
         return blocks | {"read": read, "first_latent": first_latent_B}
 
     def num_parameters(self) -> int:
@@ -88,6 +94,8 @@ class PerceiverIOConfig(ViTConfig):
     pooling: str = "query"  # what the head reads: a learned query's attention to the latents
 
     pooling_kinds: ClassVar[tuple[str, ...]] = ("query",)
+    qk_norm_kinds: ClassVar[tuple[str, ...]] = ("none", "unit")
+    unavailable: ClassVar[tuple[str, ...]] = UNAVAILABLE
 
     def __post_init__(self):
         check_positive("model", self, "num_latents")
@@ -123,8 +131,10 @@ def check_latents(latents: int, length_shards: int) -> None:
 
 def cross_flops(config: BlockConfig, queries: int, keys: int) -> float:
     """Returns the model FLOPs of the forward and backward pass of a `CrossBlock`, counted as in `BlockConfig.flops`."""
-    d, f = config.embed_dim, config.mlp_dim
-    return 6 * (queries * (2 * d * d + 2 * d * f) + keys * 2 * d * d) + 12 * d * queries * keys
+    sizes = config.layer_weights
+    weights = sum(inputs * outputs for inputs, outputs in sizes.values())
+    context, heads = config.embed_dim * 2 * sizes["out"][0], sizes["out"][0]
+    return 6 * (queries * (weights - context) + keys * context) + 12 * heads * queries * keys
 
 
 class PerceiverAR(nn.Module):
@@ -237,10 +247,9 @@ class CrossBlock(nn.Module):
         """Returns [B, L, D]. `places` are the positions and the mask that `CrossAttention` takes."""
         c = self.config
         attend = CrossAttention(c, self.deterministic, name="attention")
-        y_BxLxD = attend(norm(c, "norm_1")(x_BxLxD), norm(c, "norm_context")(context_BxSxD), *places)
-        x_BxLxD = add_residual(c, x_BxLxD, y_BxLxD, self.deterministic)
-        y_BxLxD = MLP(c, name="mlp")(norm(c, "norm_2")(x_BxLxD))
-        return add_residual(c, x_BxLxD, y_BxLxD, self.deterministic)
+        context_BxSxD = norm(c, "norm_context")(context_BxSxD)
+        y_BxLxD = branch(c, 1, x_BxLxD, self.deterministic, lambda x_BxLxD: attend(x_BxLxD, context_BxSxD, *places))
+        return add_mlp(c, x_BxLxD, y_BxLxD, self.deterministic)
 
 
 class CrossAttention(nn.Module):
@@ -278,14 +287,16 @@ class CrossAttention(nn.Module):
         q_BxLxHxK = nn.with_logical_constraint(q_BxLxHxK, ("batch", "length", "heads", "kv"))
         kv_BxSxHx2K = nn.with_logical_constraint(kv_BxSxHx2K, ("batch", "keys", "heads", "kv"))
         k_BxSxHxK, v_BxSxHxK = jnp.split(kv_BxSxHx2K, 2, axis=-1)
-        if c.qk_norm:
+        if c.qk_norm == "unit":
             q_BxLxHxK, k_BxSxHxK = unit_rms(q_BxLxHxK), unit_rms(k_BxSxHxK)
         if c.positions == "rotary":
-            q_BxLxHxK, k_BxSxHxK = rotary(q_BxLxHxK, positions), rotary(k_BxSxHxK, context_positions)
+            angles = rotary.frequencies(c.rotary_size, c.rotary_base, c.rotary_scaling)
+            q_BxLxHxK = rotary.rotary(q_BxLxHxK, positions, *angles)
+            k_BxSxHxK = rotary.rotary(k_BxSxHxK, context_positions, *angles)
         if self.has_variable("cache", "keys") and context_positions.ndim == 2:
-            out_BxLxHxK = transformer.decode_with_cache(self, q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, positions)
+            out_BxLxHxK = decoding.decode_with_cache(self, q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, positions)
         else:
-            transformer.fill_cache(self, k_BxSxHxK, v_BxSxHxK)
+            decoding.fill_cache(self, k_BxSxHxK, v_BxSxHxK)
             q_BxLxHxK = q_BxLxHxK / math.sqrt(c.head_dim)
             scores_BxHxLxS = jnp.einsum("blhk,bshk->bhls", q_BxLxHxK, k_BxSxHxK, preferred_element_type=jnp.float32)
             weights_BxHxLxS = jax.nn.softmax(scores_BxHxLxS if mask is None else scores_BxHxLxS + mask, axis=-1)

@@ -1,9 +1,11 @@
 """The transformer block and its options, which all model families share.
 
-Shape suffixes: B batch, T sequence length, D width, F width of the MLP, H heads, K head size.
+Shape suffixes: B batch, T sequence length, D width, F width of the MLP, H heads of queries, G heads of keys and
+values, K head size, J numbers of a head of keys and values with the queries that it serves.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
@@ -11,11 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt.models import attention, kernels
+from gpt.models import decoding, kernels, rotary
 from gpt.models.base import ModelConfig
-from gpt.models.layers import ACTIVATIONS, Linear, Norm, merged_rows, rotary, unit_rms
+from gpt.models.layers import ACTIVATIONS, Linear, Norm, merged_rows, unit_rms
 from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_choice, check_fraction, check_positive, harmless
+from gpt.runtime.fields import check_choice, check_fraction, check_names, check_not_negative, check_positive, harmless
 
 # A larger model is a typing error, or a config that was made to keep the tracer busy indefinitely.
 MAX_LAYERS, MAX_PARAMETERS = 10_000, 1e14
@@ -26,7 +28,7 @@ REMAT_POLICIES: dict[str, Any] = {
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
-LORA_TARGETS = ("qkv", "out", "up", "down")
+LAYERS = ("qkv", "out", "gate", "up", "down")  # the linear layers of a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,64 +36,108 @@ class BlockConfig(ModelConfig):
     """Shape and options of the blocks. Each model family subclasses it."""
 
     # What a family offers: these are not fields of the config.
-    position_kinds: ClassVar[tuple[str, ...]] = ("learned", "rotary")
+    position_kinds: ClassVar[tuple[str, ...]] = ("learned", "rotary", "none")
     attention_kinds: ClassVar[tuple[str, ...]] = ("auto", *kernels.ATTENTION)
+    qk_norm_kinds: ClassVar[tuple[str, ...]] = ("none", "unit", "head", "all")
     vocab_source: ClassVar[str] = "tokenizer"  # where a `vocab_size` of 0 takes its value from
+    unavailable: ClassVar[tuple[str, ...]] = ()  # fields below that have to keep their defaults
 
     num_layers: int = 8  # number of blocks
-    num_heads: int = 8  # number of attention heads in a block; has to divide embed_dim
+    num_heads: int = 8  # number of attention heads in a block; divides embed_dim unless head_size is given
+    num_kv_heads: int = (
+        0  # number of heads of keys and values, which divides num_heads (arXiv 2305.13245); 0: num_heads
+    )
     embed_dim: int = 512  # width of the residual stream
-    mlp_factor: float = 4.0  # hidden width of the MLP as a multiple of embed_dim
-    bias: bool = True  # biases in linear layers and LayerNorm
-    norm: str = "layernorm"  # normalization: layernorm or rmsnorm
+    head_size: int = 0  # size of an attention head; 0: embed_dim/num_heads
+    mlp_size: int = 0  # hidden width of the MLP; 0: 4·embed_dim
+    gated_mlp: bool = False  # multiply the activation of one projection by another: SwiGLU, GeGLU (arXiv 2002.05202)
+    parallel_block: bool = False  # add attention and MLP of the same input, as in GPT-NeoX (arXiv 2204.06745)
+    bias: str = "all"  # places that have a bias: all, none, or some of qkv, out, gate, up, down, norm, with commas
+    norm: str = "layernorm"  # normalization: layernorm, rmsnorm, or rmsnorm_plus1 (scale 1 + parameter, as in Gemma)
+    norm_places: str = "pre"  # norms of attention and MLP: pre (on inputs), post (on outputs, as in OLMo 2) or both
     norm_epsilon: float = 1e-5  # number that a norm adds to the variance
     activation: str = "gelu_tanh"  # activation of the MLP: gelu_tanh, gelu (exact), relu, relu_squared or silu
-    positions: str = "learned"  # position encoding: learned, rotary (not for images) or sincos (images only)
-    qk_norm: bool = False  # normalize queries and keys to a root mean square of 1 (arXiv 2302.05442, 2010.04245)
+    positions: str = "learned"  # position encoding: learned, rotary or none (not for images), sincos (images only)
+    rotary_base: float = 10_000.0  # rotary: the greatest wavelength in tokens is about 2π times this
+    rotary_base_local: float = 0.0  # rotary: base in local layers, which then have no rotary_scaling; 0: rotary_base
+    rotary_fraction: float = 1.0  # rotary: fraction of each head that is rotated
+    rotary_scaling: str = ""  # rotary: for longer contexts, linear, llama3 or yarn with numbers; see models/rotary.py
+    qk_norm: str = "none"  # normalize queries and keys: none, unit (root mean square 1), head or all (learned scales)
+    attention_scale: float = 0.0  # factor of the attention scores; 0: 1/√(head size)
+    attention_softcap: float = 0.0  # limit attention scores by c·tanh(x/c), as in Gemma 2 (arXiv 2408.00118); 0: no
+    window: int = 0  # number of tokens that a token of a local layer attends to, itself included; 0: no local layers
+    window_pattern: str = "L"  # which layers are local (L) or global (G), repeated over all layers
     zero_init: bool = False  # initialize the projections onto the residual stream with zeros
     embed_dropout: float = 0.1  # dropout probability of the embeddings
     residual_dropout: float = 0.1  # dropout probability of the output of attention and MLP
     attention_dropout: float = 0.1  # dropout probability of the attention weights
-    # Implementation of attention: dense, flax, chunked, cudnn (NVIDIA GPUs, no dropout), splash (TPUs, no dropout), or
-    # auto: the kernel of the platform if it supports the model, else dense.
+    # Implementation of attention: dense, chunked, cudnn (NVIDIA GPUs, no dropout), splash (TPUs, no dropout), or auto:
+    # the kernel of the platform if it supports the model, else dense.
     attention: str = harmless("dense")
     dtype: str = "auto"  # dtype of the computation: float32, bfloat16, or auto: float32 on a CPU, bfloat16 elsewhere
     scan_layers: bool = harmless(False)  # compile one block and loop over the layers: faster to compile if deep
     remat: str = harmless("none")  # what the backward pass recomputes: none, dots (all but matrix products) or full
     lora_rank: int = 0  # rank of the adapters to train on top of train.init_from's frozen weights; 0: no adapters
     lora_alpha: float = 16.0  # the output of an adapter is multiplied by lora_alpha/lora_rank
-    lora_targets: str = "qkv"  # linear layers with an adapter, of qkv, out, up and down, separated by commas
+    lora_targets: str = "qkv"  # linear layers with an adapter, of qkv, out, gate, up and down, separated by commas
 
     def __post_init__(self):
-        check_positive(
-            "model", self, "num_layers", "num_heads", "embed_dim", "mlp_factor", "norm_epsilon", "lora_alpha"
-        )
+        check_positive("model", self, "num_layers", "num_heads", "embed_dim", "norm_epsilon", "lora_alpha")
+        check_not_negative("model", self, "num_kv_heads", "head_size", "mlp_size", "window", "lora_rank")
+        check_not_negative("model", self, "attention_scale", "attention_softcap", "rotary_base_local")
         check_fraction("model", self, "embed_dropout", "residual_dropout", "attention_dropout")
-        check_choice("model.norm", self.norm, ("layernorm", "rmsnorm"))
+        check_choice("model.norm", self.norm, ("layernorm", "rmsnorm", "rmsnorm_plus1"))
+        check_choice("model.norm_places", self.norm_places, ("pre", "post", "both"))
+        check_choice("model.qk_norm", self.qk_norm, self.qk_norm_kinds)
         check_choice("model.activation", self.activation, ACTIVATIONS)
         check_choice("model.positions", self.positions, self.position_kinds)
         check_choice("model.attention", self.attention, self.attention_kinds)
         check_choice("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         check_choice("model.remat", self.remat, REMAT_POLICIES)
+        check_names("model.lora_targets", self.lora_targets, [*self.layer_weights])
+        if self.bias not in ("all", "none"):
+            check_names("model.bias", self.bias, [*LAYERS, "norm"], "all, none, or ")
+        for field in dataclasses.fields(self):
+            if field.name in self.unavailable and getattr(self, field.name) != field.default:
+                raise UserError(f"model.{field.name} is not available for model.family={self.family}; leave it out.")
         if self.vocab_size < 0:
             raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the {self.vocab_source}'s) or more.")
-        if self.lora_rank < 0:
-            raise UserError(f"model.lora_rank={self.lora_rank} has to be 0 (no LoRA) or more.")
-        if not set(self.lora_targets.split(",")) <= set(LORA_TARGETS):
-            raise UserError(f"model.lora_targets={self.lora_targets!r} has to name some of {','.join(LORA_TARGETS)}.")
-        if not 1 <= self.mlp_factor * self.embed_dim < 2**31:
-            raise UserError(f"model.mlp_factor={self.mlp_factor} makes the MLP narrower than 1 or wider than 2³¹.")
+        if not self.window_pattern or set(self.window_pattern) - {"L", "G"}:
+            raise UserError(f"model.window_pattern={self.window_pattern!r} has to consist of the letters L and G.")
         if self.num_layers > MAX_LAYERS or self.num_parameters() > MAX_PARAMETERS:
             raise UserError(
                 f"model.num_layers={self.num_layers} and model.embed_dim={self.embed_dim}, with the other sizes under "
                 f"model, are beyond {MAX_LAYERS:,} layers or {MAX_PARAMETERS:.0e} parameters."
             )
-        if self.embed_dim % self.num_heads:
+        if not self.head_size and self.embed_dim % self.num_heads:
             raise UserError(f"model.num_heads={self.num_heads} does not divide model.embed_dim={self.embed_dim}.")
+        if self.num_heads % self.kv_heads:
+            raise UserError(f"model.num_kv_heads={self.kv_heads} does not divide model.num_heads={self.num_heads}.")
+        if self.positions == "rotary":
+            check_positive("model", self, "rotary_base")
+            if not 0 < self.rotary_fraction <= 1 or self.rotary_size % 2:
+                raise UserError(
+                    f"model.rotary_fraction={self.rotary_fraction} of a head size of {self.head_dim} gives "
+                    f"{self.rotary_size} numbers to rotate; this has to be an even number, and the fraction at most 1."
+                )
+            rotary.frequencies(2, self.rotary_base, self.rotary_scaling)
+
+    @property
+    def head_dim(self) -> int:
+        return self.head_size or self.embed_dim // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
 
     @property
     def mlp_dim(self) -> int:
-        return int(self.mlp_factor * self.embed_dim)
+        return self.mlp_size or 4 * self.embed_dim
+
+    @property
+    def rotary_size(self) -> int:
+        """Number of rotated numbers of a head."""
+        return int(self.rotary_fraction * self.head_dim)
 
     @property
     def kernel_scale(self) -> float:
@@ -102,12 +148,24 @@ class BlockConfig(ModelConfig):
     def lora_scale(self) -> float:
         return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """For each layer, the number of tokens that a token attends to, or 0: all."""
+        pattern = self.window_pattern
+        return tuple(self.window * (pattern[i % len(pattern)] == "L") for i in range(self.num_layers))
+
+    def has_bias(self, place: str) -> bool:
+        """Returns whether a linear layer, by its name, or the norms ("norm") have a bias."""
+        return self.bias == "all" or place in self.bias.split(",")
+
     def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> Self:
         """Returns this config with concrete values, see `ModelConfig.resolve`."""
-        if self.vocab_size not in (0, vocab_size):
+        # The vocabulary of released models often has unused tokens after those of the tokenizer.
+        is_text = self.reads == "tokens"
+        if self.vocab_size not in (0, vocab_size) and not (is_text and self.vocab_size > vocab_size):
             raise UserError(
                 f"model.vocab_size={self.vocab_size}, but the {self.vocab_source} has {vocab_size} "
-                f"{'tokens' if self.reads == 'tokens' else 'classes'}; set 0."
+                f"{'tokens' if is_text else 'classes'}; set 0."
             )
         dtype = self.dtype
         if dtype == "auto":
@@ -116,7 +174,7 @@ class BlockConfig(ModelConfig):
         if kernel == "auto":
             kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "dense")
             kernel = kernel if kernel in self.attention_kinds else "dense"
-        resolved = dataclasses.replace(self, vocab_size=vocab_size, dtype=dtype, attention=kernel)
+        resolved = dataclasses.replace(self, vocab_size=self.vocab_size or vocab_size, dtype=dtype, attention=kernel)
         if obstacle := kernels.obstacle(kernel, resolved, platform, length_shards):
             if self.attention != "auto":
                 raise UserError(f"model.attention={kernel} {obstacle}; choose dense or chunked, or auto.")
@@ -126,39 +184,48 @@ class BlockConfig(ModelConfig):
     def without_kernel(self) -> Self:
         return dataclasses.replace(self, attention="auto") if self.attention in kernels.KERNELS else self
 
-    def attention_function(self) -> Callable[..., jax.Array]:
-        """Returns the attention of a resolved config, with the signature of `attention.dense` without `causal`."""
+    def attention_function(self, window: int) -> Callable[..., jax.Array]:
+        """Returns the attention of a resolved config, with the signature of `attention.dense` up to the softcap."""
         raise NotImplementedError
+
+    @property
+    def layer_weights(self) -> dict[str, tuple[int, int]]:
+        d, f, heads = self.embed_dim, self.mlp_dim, self.num_heads * self.head_dim
+        sizes = {"qkv": (d, heads + 2 * self.kv_heads * self.head_dim), "out": (heads, d)}
+        gate = {"gate": (d, f)} if self.gated_mlp else {}
+        return sizes | gate | {"up": (d, f), "down": (f, d)}
 
     def block_parameters(self, blocks: int) -> int:
         """Returns the number of parameters of `blocks` blocks and one norm."""
-        d, bias = self.embed_dim, int(self.bias)
-        attention_ = 4 * d * d + bias * 4 * d
-        mlp = 2 * d * self.mlp_dim + bias * (self.mlp_dim + d)
-        norm_ = d * (2 if self.bias and self.norm == "layernorm" else 1)
-        return blocks * (attention_ + mlp + 2 * norm_) + norm_
+        linear_ = sum(
+            inputs * outputs + self.has_bias(name) * outputs for name, (inputs, outputs) in self.layer_weights.items()
+        )
+        norm_ = self.embed_dim * (2 if self.has_bias("norm") and self.norm == "layernorm" else 1)
+        scales = {"head": 2, "all": self.num_heads + self.kv_heads}.get(self.qk_norm, 0) * self.head_dim
+        return blocks * (linear_ + scales + (4 if self.norm_places == "both" else 2) * norm_) + norm_
 
     def flops(self, length: int, other_weights: int) -> float:
         """Returns the model FLOPs of the forward and backward pass for one token of a sequence of `length` tokens.
 
-        The number is 6 for each weight (4 if it is frozen), plus 12·layers·width·length for the products of attention,
-        as in PaLM (arXiv 2204.02311, appendix B).
+        The number is 6 for each weight (4 if it is frozen), plus 12·heads·head size·length in each layer for the
+        products of attention, as in PaLM (arXiv 2204.02311, appendix B), with the window as the length in local layers.
 
         Args:
           length: sequence length, in tokens.
           other_weights: number of weights outside of the blocks that multiply an activation.
         """
-        d, f = self.embed_dim, self.mlp_dim
-        weights = self.num_layers * (4 * d**2 + 2 * d * f) + other_weights
-        scores = 12 * self.num_layers * d * length
+        sizes = self.layer_weights
+        weights = self.num_layers * sum(inputs * outputs for inputs, outputs in sizes.values()) + other_weights
+        lengths = sum(min(window or length, length) for window in self.windows)
+        scores = 12 * self.num_heads * self.head_dim * lengths
         if not self.lora_rank:
             return 6 * weights + scores
-        widths = {"qkv": d + 3 * d, "out": d + d, "up": d + f, "down": f + d}
-        adapters = self.num_layers * self.lora_rank * sum(widths[name] for name in self.lora_targets.split(","))
+        adapters = self.num_layers * self.lora_rank * sum(sum(sizes[name]) for name in self.lora_targets.split(","))
         return 4 * weights + 6 * adapters + scores
 
     def summary(self) -> str:
-        return f"{self.num_layers} layers, {self.num_heads} heads, {self.embed_dim} wide"
+        shared = f" ({self.kv_heads} of keys and values)" if self.kv_heads != self.num_heads else ""
+        return f"{self.num_layers} layers, {self.num_heads} heads{shared}, {self.embed_dim} wide"
 
 
 def apply_blocks(
@@ -184,46 +251,92 @@ def apply_blocks(
     if c.remat != "none":
         # XLA cannot merge the recomputation with the forward pass across a scan, so nothing has to prevent it there.
         block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
+    windows = c.windows
     if c.scan_layers:
+        # If the windows differ between layers, each pass of the loop is told its own; else the block knows it.
+        window, each = (None, jnp.array(windows)) if len(set(windows)) > 1 else (windows[0], None)
         scan = nn.scan(
-            lambda module, x, _: (module(x, positions, starts_BxT), None),
+            lambda module, x, window: (module(x, positions, starts_BxT, window), None),
             variable_axes={"params": 0, "lora": 0, "cache": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        x_BxTxD, _ = scan(block(c, deterministic, name="blocks"), x_BxTxD, None)
+        x_BxTxD, _ = scan(block(c, deterministic, window, name="blocks"), x_BxTxD, each)
     else:
-        for i in range(c.num_layers):
-            x_BxTxD = block(c, deterministic, name=f"block_{i}")(x_BxTxD, positions, starts_BxT)
+        for i, window in enumerate(windows):
+            x_BxTxD = block(c, deterministic, window, name=f"block_{i}")(x_BxTxD, positions, starts_BxT)
     return norm(c, "final_norm")(x_BxTxD)
 
 
 class Block(nn.Module):
-    """The pre-norm block of GPT-2: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A transformer block: x + attention(norm(x)), then x + mlp(norm(x)), as in GPT-2.
+
+    `norm_places` moves the norms, and `parallel_block` lets both branches read the same x.
+    """
 
     config: BlockConfig
     deterministic: bool
+    window: int | None  # see `SelfAttention`
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, positions: jax.Array, starts_BxT: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        positions: jax.Array,
+        starts_BxT: jax.Array | None,
+        window: jax.Array | None = None,
+    ) -> jax.Array:
         """Returns [B, T, D]. The arguments are those of `SelfAttention`."""
         c = self.config
-        attend = SelfAttention(c, self.deterministic, name="attention")
-        y_BxTxD = attend(norm(c, "norm_1")(x_BxTxD), positions, starts_BxT)
-        x_BxTxD = add_residual(c, x_BxTxD, y_BxTxD, self.deterministic)
-        y_BxTxD = MLP(c, name="mlp")(norm(c, "norm_2")(x_BxTxD))
-        return add_residual(c, x_BxTxD, y_BxTxD, self.deterministic)
+        attend = SelfAttention(c, self.deterministic, self.window, name="attention")
+        y_BxTxD = branch(
+            c, 1, x_BxTxD, self.deterministic, lambda x_BxTxD: attend(x_BxTxD, positions, starts_BxT, window)
+        )
+        return add_mlp(c, x_BxTxD, y_BxTxD, self.deterministic)
+
+
+def branch(
+    config: BlockConfig, number: int, x_BxTxD: jax.Array, deterministic: bool, layer: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """Returns dropout(norm(layer(norm(x)))), [B, T, D], with the norms that the config has.
+
+    Args:
+      number: 1 for attention, 2 for the MLP, for the names of the norms.
+    """
+    y_BxTxD = layer(x_BxTxD if config.norm_places == "post" else norm(config, f"norm_{number}")(x_BxTxD))
+    if config.norm_places != "pre":
+        y_BxTxD = norm(config, f"post_norm_{number}")(y_BxTxD)
+    return nn.Dropout(config.residual_dropout, deterministic=deterministic)(y_BxTxD)
+
+
+def add_mlp(config: BlockConfig, x_BxTxD: jax.Array, y_BxTxD: jax.Array, deterministic: bool) -> jax.Array:
+    """Returns the output of a block, [B, T, D], from its input x and the branch y of its attention."""
+    axes = "batch", "length", "embed"
+    mlp, sum_BxTxD = MLP(config, name="mlp"), nn.with_logical_constraint(x_BxTxD + y_BxTxD, axes)
+    z_BxTxD = branch(config, 2, x_BxTxD if config.parallel_block else sum_BxTxD, deterministic, mlp)
+    return nn.with_logical_constraint(sum_BxTxD + z_BxTxD, axes)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention, with one packed projection for queries, keys and values."""
+    """Multi-head self-attention, with one packed projection for queries, keys and values.
+
+    Attributes:
+      window: number of tokens that a token attends to, itself included; 0: all; None: the call tells it.
+    """
 
     config: BlockConfig
     deterministic: bool
+    window: int | None
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, positions: jax.Array, starts_BxT: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        positions: jax.Array,
+        starts_BxT: jax.Array | None,
+        window: jax.Array | None = None,
+    ) -> jax.Array:
         """Computes the attention of each token to the tokens that it may see.
 
         Args:
@@ -231,39 +344,71 @@ class SelfAttention(nn.Module):
           positions: positions of the tokens for rotary encoding, [T], or [B, T] if they differ between rows. With a
             "cache" collection, a [B, 1] array selects decoding: the positions of one new token in each row.
           starts_BxT: see `attention.dense`.
+          window: the window if the attribute is None.
 
         Returns:
           [B, T, D].
         """
         c = self.config
-        packed = c.num_heads, 3 * c.head_dim
-        qkv_BxTxHx3K = linear(c, "qkv", (c.embed_dim,), packed, ("embed", "heads", "kv"))(x_BxTxD)
-        qkv_BxTxHx3K = nn.with_logical_constraint(qkv_BxTxHx3K, ("batch", "length", "heads", "kv"))
-        q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = jnp.split(qkv_BxTxHx3K, 3, axis=-1)
-        if c.qk_norm:
-            q_BxTxHxK, k_BxTxHxK = unit_rms(q_BxTxHxK), unit_rms(k_BxTxHxK)
-        if c.positions == "rotary":
-            q_BxTxHxK, k_BxTxHxK = rotary(q_BxTxHxK, positions), rotary(k_BxTxHxK, positions)
+        is_local = bool(self.window) if window is None else window > 0
+        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = self._project(x_BxTxD, positions, is_local)
         if not self.is_initializing():  # `gpt.explain` asks for these; otherwise `sow` does nothing
             self.sow("intermediates", "queries", q_BxTxHxK)
-            self.sow("intermediates", "keys", k_BxTxHxK)
+            self.sow("intermediates", "keys", k_BxTxGxK)
         if self.has_variable("cache", "keys") and positions.ndim == 2:
-            out_BxTxHxK = decode_with_cache(self, q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, positions)
+            visible = jnp.where(is_local, c.window, 2**31 - 1) if c.window else 0
+            out_BxTxHxK = decoding.decode_with_cache(self, q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, positions, visible)
         else:
-            fill_cache(self, k_BxTxHxK, v_BxTxHxK)
+            decoding.fill_cache(self, k_BxTxGxK, v_BxTxGxK)
             # If the length is sharded, every query still needs the keys and values of all tokens.
-            k_BxTxHxK = nn.with_logical_constraint(k_BxTxHxK, ("batch", "keys", "heads", "kv"))
-            v_BxTxHxK = nn.with_logical_constraint(v_BxTxHxK, ("batch", "keys", "heads", "kv"))
+            k_BxTxGxK = nn.with_logical_constraint(k_BxTxGxK, ("batch", "keys", "heads", "kv"))
+            v_BxTxGxK = nn.with_logical_constraint(v_BxTxGxK, ("batch", "keys", "heads", "kv"))
             use_dropout = c.attention_dropout > 0 and not self.deterministic
             dropout_key = self.make_rng("dropout") if use_dropout else None
             dropout = {"dropout_rate": c.attention_dropout, "dropout_key": dropout_key}
-            out_BxTxHxK = c.attention_function()(q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, starts_BxT, **dropout)
+            local, everywhere = (functools.partial(c.attention_function(size), **dropout) for size in (c.window, 0))
+            operands = q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT
+            if isinstance(is_local, bool):
+                out_BxTxHxK = (local if is_local else everywhere)(*operands)
+            else:
+                out_BxTxHxK = jax.lax.cond(is_local, local, everywhere, *operands)
         out_BxTxHxK = nn.with_logical_constraint(out_BxTxHxK, ("batch", "length", "heads", "kv"))
         return linear(c, "out", (c.num_heads, c.head_dim), (c.embed_dim,), ("heads", "kv", "embed"))(out_BxTxHxK)
 
+    def _project(self, x_BxTxD: jax.Array, positions: jax.Array, is_local: bool | jax.Array) -> tuple[jax.Array, ...]:
+        """Returns queries [B, T, H, K], keys and values [B, T, G, K], normalized and rotated as the config asks.
+
+        The projection has for each head of keys and values the queries that it serves, the key and the value.
+        """
+        c, kv = self.config, self.config.head_dim
+        queries = c.num_heads // c.kv_heads * kv
+        packed = c.kv_heads, queries + 2 * kv
+        qkv_BxTxGxJ = linear(c, "qkv", (c.embed_dim,), packed, ("embed", "heads", "kv"))(x_BxTxD)
+        qkv_BxTxGxJ = nn.with_logical_constraint(qkv_BxTxGxJ, ("batch", "length", "heads", "kv"))
+        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = jnp.split(qkv_BxTxGxJ, (queries, queries + kv), axis=-1)
+        q_BxTxHxK = q_BxTxHxK.reshape(*x_BxTxD.shape[:2], c.num_heads, kv)
+        if c.qk_norm == "unit":
+            q_BxTxHxK, k_BxTxGxK = unit_rms(q_BxTxHxK), unit_rms(k_BxTxGxK)
+        elif c.qk_norm != "none":
+            axes = ("kv",) if c.qk_norm == "head" else ("heads", "kv")
+            kind = "rmsnorm" if c.norm == "layernorm" else c.norm
+            options = kind, False, jnp.dtype(c.dtype), c.norm_epsilon, axes
+            q_BxTxHxK = Norm(*options, name="query_norm")(q_BxTxHxK)
+            k_BxTxGxK = Norm(*options, name="key_norm")(k_BxTxGxK)
+        if c.positions == "rotary":
+            angles = rotary.frequencies(c.rotary_size, c.rotary_base, c.rotary_scaling)
+            if c.rotary_base_local:
+                local = rotary.frequencies(c.rotary_size, c.rotary_base_local, "")
+                angles = jax.tree.map(functools.partial(jnp.where, is_local), local, angles)
+            q_BxTxHxK = rotary.rotary(q_BxTxHxK, positions, *angles)
+            k_BxTxGxK = rotary.rotary(k_BxTxGxK, positions, *angles)
+        if c.attention_scale:  # every implementation of attention divides by the root of the head size
+            q_BxTxHxK = q_BxTxHxK * (c.attention_scale * kv**0.5)
+        return q_BxTxHxK, k_BxTxGxK, v_BxTxGxK
+
 
 class MLP(nn.Module):
-    """Two linear layers with an activation between them."""
+    """Two linear layers with an activation between them, or with a gated activation of two projections."""
 
     config: BlockConfig
 
@@ -271,8 +416,11 @@ class MLP(nn.Module):
     def __call__(self, x_BxTxD: jax.Array) -> jax.Array:
         """Returns [B, T, D]."""
         c = self.config
-        h_BxTxF = linear(c, "up", (c.embed_dim,), (c.mlp_dim,), ("embed", "mlp"))(x_BxTxD)
+        sizes = (c.embed_dim,), (c.mlp_dim,), ("embed", "mlp")
+        up_BxTxF = linear(c, "up", *sizes)(x_BxTxD)
+        h_BxTxF = linear(c, "gate", *sizes)(x_BxTxD) if c.gated_mlp else up_BxTxF
         h_BxTxF = ACTIVATIONS[c.activation](merged_rows(h_BxTxF)).reshape(h_BxTxF.shape)
+        h_BxTxF = h_BxTxF * up_BxTxF if c.gated_mlp else h_BxTxF
         h_BxTxF = nn.with_logical_constraint(h_BxTxF, ("batch", "length", "mlp"))
         return linear(c, "down", (c.mlp_dim,), (c.embed_dim,), ("mlp", "embed"))(h_BxTxF)
 
@@ -286,56 +434,9 @@ def linear(config: BlockConfig, name: str, in_shape: tuple, out_shape: tuple, ax
     if name in ("out", "down"):
         scale = (0.0 if config.zero_init else scale) / (2 * config.num_layers) ** 0.5
     init, dtype = nn.initializers.normal(scale), jnp.dtype(config.dtype)
-    return Linear(in_shape, out_shape, axes, init, config.bias, dtype, name=name)
+    return Linear(in_shape, out_shape, axes, init, config.has_bias(name), dtype, name=name)
 
 
 def norm(config: BlockConfig, name: str) -> Norm:
     """Returns a norm with the options of the config."""
-    return Norm(config.norm, config.bias, jnp.dtype(config.dtype), config.norm_epsilon, name=name)
-
-
-def add_residual(config: BlockConfig, x_BxTxD: jax.Array, y_BxTxD: jax.Array, deterministic: bool) -> jax.Array:
-    """Returns x + dropout(y), [B, T, D]."""
-    y_BxTxD = nn.Dropout(config.residual_dropout, deterministic=deterministic)(y_BxTxD)
-    return nn.with_logical_constraint(x_BxTxD + y_BxTxD, ("batch", "length", "embed"))
-
-
-def block_cache(config: BlockConfig, rows: int, capacity: int, layers: int | None = None) -> dict[str, Any]:
-    """Returns an empty cache for the keys and values of a block.
-
-    Args:
-      config: options of the block.
-      rows: number of sequences in the batch.
-      capacity: number of tokens in each row that the cache has room for.
-      layers: the number of blocks if they are scanned: the arrays then have the layers as their first axis.
-    """
-    axes = attention.cache_axes(rows)
-    shape = attention.cache_shape(rows, capacity, config.num_heads, config.head_dim)
-    if layers:
-        axes, shape = ("layers", *axes), (layers, *shape)
-    zeros = [nn.with_logical_constraint(jnp.zeros(shape, config.dtype), axes) for _ in range(2)]
-    return {"attention": dict(zip(("keys", "values"), zeros, strict=True))}
-
-
-def fill_cache(module: nn.Module, k_BxTxHxK: jax.Array, v_BxTxHxK: jax.Array) -> None:
-    """Writes keys and values of tokens from position 0 on into the module's cache, if there is one."""
-    if module.has_variable("cache", "keys"):
-        for name, x_BxTxHxK in (("keys", k_BxTxHxK), ("values", v_BxTxHxK)):
-            _put(module, name, attention.fill(module.get_variable("cache", name), x_BxTxHxK), len(x_BxTxHxK))
-
-
-def decode_with_cache(
-    module: nn.Module, q_Bx1xHxK: jax.Array, k_Bx1xHxK: jax.Array, v_Bx1xHxK: jax.Array, positions_Bx1: jax.Array
-) -> jax.Array:
-    """Returns the attention [B, 1, H, K] of one new token in each row, and writes its key and value to the cache."""
-    q_BxHxK, k_BxHxK, v_BxHxK, position_B = (x[:, 0] for x in (q_Bx1xHxK, k_Bx1xHxK, v_Bx1xHxK, positions_Bx1))
-    keys: jax.Array = module.get_variable("cache", "keys")
-    values: jax.Array = module.get_variable("cache", "values")
-    out_BxHxK, keys, values = attention.decode(q_BxHxK, k_BxHxK, v_BxHxK, keys, values, position_B)
-    _put(module, "keys", keys, len(out_BxHxK))
-    _put(module, "values", values, len(out_BxHxK))
-    return out_BxHxK[:, None]
-
-
-def _put(module: nn.Module, name: str, cache: jax.Array, rows: int) -> None:
-    module.put_variable("cache", name, nn.with_logical_constraint(cache, attention.cache_axes(rows)))
+    return Norm(config.norm, config.has_bias("norm"), jnp.dtype(config.dtype), config.norm_epsilon, name=name)

@@ -14,20 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt.models import kernels, lora
+from gpt.models import lora
+from gpt.models.attention import dense
 from gpt.models.layers import Linear, parameter
 from gpt.models.transformer import BlockConfig, apply_blocks
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_positive
 
-# Name: (layers, heads, width). S and Ti are from arXiv 2012.12877, the others from arXiv 2010.11929.
-SIZES: dict[str, tuple[int, int, int]] = {
-    "Ti": (12, 3, 192),
-    "S": (12, 6, 384),
-    "B": (12, 12, 768),
-    "L": (24, 16, 1024),
-    "H": (32, 16, 1280),
-}
 MAX_SIZE = 1 << 14  # pixels; a larger image is a typing error
 
 
@@ -52,7 +45,8 @@ class ViTConfig(BlockConfig):
     reads: ClassVar[str] = "images"
     position_kinds: ClassVar[tuple[str, ...]] = ("learned", "sincos")
     pooling_kinds: ClassVar[tuple[str, ...]] = ("class_token", "mean")
-    attention_kinds: ClassVar[tuple[str, ...]] = ("auto", "dense", "flax")
+    attention_kinds: ClassVar[tuple[str, ...]] = ("auto", "dense")
+    unavailable: ClassVar[tuple[str, ...]] = ("window",)
     vocab_source: ClassVar[str] = "data"
 
     def __post_init__(self):
@@ -104,16 +98,16 @@ class ViTConfig(BlockConfig):
             raise UserError(f"model.pixel_std={text} has to be greater than 0.")
         return numbers
 
-    def attention_function(self) -> Callable[..., jax.Array]:
-        return functools.partial(kernels.ATTENTION[self.attention], causal=False)
+    def attention_function(self, window: int) -> Callable[..., jax.Array]:
+        return functools.partial(dense, causal=False, softcap=self.attention_softcap)
 
     def module(self) -> nn.Module:
         return ViT(self)
 
     def num_parameters(self) -> int:
         d, learned, token = self.embed_dim, self.positions == "learned", self.pooling == "class_token"
-        patches = self.channels * self.patch_size**2 * d + self.bias * d
-        head = d * self.vocab_size + self.bias * self.vocab_size
+        patches = self.channels * self.patch_size**2 * d + self.has_bias("patch") * d
+        head = d * self.vocab_size + self.has_bias("head") * self.vocab_size
         return patches + (learned * self.length + token) * d + self.block_parameters(self.num_layers) + head
 
     def flops_per_token(self) -> float:
@@ -153,7 +147,14 @@ class ViT(nn.Module):
         pixels_BxHxWxC = (images_BxHxWxC.astype(jnp.float32) / 255 - mean) / std
         patches_BxNxP = patches(pixels_BxHxWxC, c.patch_size)
         pixels = patches_BxNxP.shape[-1]
-        embed = (pixels,), (c.embed_dim,), ("patch", "embed"), nn.initializers.normal(pixels**-0.5), c.bias, dtype
+        embed = (
+            (pixels,),
+            (c.embed_dim,),
+            ("patch", "embed"),
+            nn.initializers.normal(pixels**-0.5),
+            c.has_bias("patch"),
+            dtype,
+        )
         x_BxTxD = Linear(*embed, name="patch_embedding")(patches_BxNxP)
         normal = nn.initializers.normal(0.02)
         if c.pooling == "class_token":
@@ -170,7 +171,7 @@ class ViT(nn.Module):
         x_BxTxD = nn.Dropout(c.embed_dropout, deterministic=deterministic)(x_BxTxD)
         x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed"))
         x_BxD = self.pooled(x_BxTxD, deterministic)
-        head = (c.embed_dim,), (c.vocab_size,), ("embed", "classes"), nn.initializers.zeros, c.bias, dtype
+        head = (c.embed_dim,), (c.vocab_size,), ("embed", "classes"), nn.initializers.zeros, c.has_bias("head"), dtype
         return Linear(*head, name="head")(x_BxD).astype(jnp.float32)
 
     def pooled(self, x_BxTxD: jax.Array, deterministic: bool) -> jax.Array:

@@ -67,7 +67,7 @@ def candidates(config: Config, devices: list[jax.Device], chip: Chip) -> list[Ca
             (batch_size, data * fsdp),
             (model.length, sequence),
             (model.embed_dim, fsdp * sequence),
-            *((size, tensor) for size in (model.num_heads, model.mlp_dim, vocabulary)),
+            *((size, tensor) for size in (model.kv_heads, model.mlp_dim, vocabulary)),
         ]
         if any(size % number for size, number in shards):
             continue
@@ -126,9 +126,11 @@ def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
 
     # Activations that a layer saves for the backward pass, and the temporaries of one layer.
     scores = 0 if model.attention in ("chunked", *KERNELS) else tokens * model.num_heads / tensor * model.length
-    wide = (3 * width + model.mlp_dim) / tensor + 3 * width
+    outputs = {name: size for name, (_, size) in model.layer_weights.items()}
+    mlp = outputs["up"] + outputs.get("gate", 0)
+    wide = (outputs["qkv"] + mlp) / tensor + 3 * width
     saved = {"full": 2 * tokens * width, "dots": 2 * tokens * (wide + width)}
-    saved["none"] = saved["dots"] + 6 * scores + 2 * tokens * (2 * model.mlp_dim / tensor + 6 * width)
+    saved["none"] = saved["dots"] + 6 * scores + 2 * tokens * (2 * mlp / tensor + 6 * width)
     temporaries = 10 * scores + 6 * tokens * wide + 6 * tokens * model.padded_vocab_size / tensor
     memory = 4 * shard + optimizer + gradients + gathered + layers * saved[model.remat] + temporaries
 

@@ -38,6 +38,12 @@ def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
         raise UserError(f"{key}={value!r} is not known; choose one of {', '.join(map(str, known))}.")
 
 
+def check_names(key: str, value: str, choices: Iterable[str], others: str = "") -> None:
+    """Raises UserError unless `value` consists of one or more of `choices`, separated by commas."""
+    if not set(value.split(",")) <= set(known := list(choices)):
+        raise UserError(f"{key}={value!r} has to be {others}some of {','.join(known)}.")
+
+
 def check_positive(section: str, config: object, *names: str) -> None:
     """Raises UserError unless each named attribute of `config` is a number greater than 0."""
     _check(section, config, names, lambda value: value > 0, "has to be greater than 0")
