@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from gpt.planning import page, report
+from gpt.planning import report
 from gpt.planning.report import ASSUMPTIONS, BOTTLENECKS, MEMORY_PARTS
 
 NODE = shutil.which("node")
@@ -135,7 +135,7 @@ class Page(html.parser.HTMLParser):
 def written(plans: list[dict[str, Any]], where: dict[str, Any] = PLACEMENT, price: float | None = None) -> str:
     """Returns the page as a file has it, after checks that hold for every page."""
     before = copy.deepcopy((plans, where))
-    source = page.html(plans, where, price)
+    source = report.html(plans, where, price)
     assert (plans, where) == before
     assert not re.search(r"https?:|<link|url\(|@import|\bsrc=|\bNaN\b", source)
     assert source.count("<script>") == source.count("</script") == 1
@@ -179,7 +179,7 @@ def test_no_text_of_a_plan_ends_the_script():
 
 
 def test_the_asset_names_what_it_draws():
-    asset = Path(page.__file__).with_suffix(".html").read_text(encoding="utf-8")
+    asset = Path(report.__file__).with_name("page.html").read_text(encoding="utf-8")
     assert asset.count("PLANS") == 1
     for key in plan().keys() - {"chip"} | plan()["seconds"].keys() | MEMORY_PARTS.keys() - MEMORY.keys():
         assert re.search(rf"\b{key}\b", asset), key

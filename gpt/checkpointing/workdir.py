@@ -115,7 +115,7 @@ class Workdir:
         try:
             created = files.make_folder(self.path)
             if files.is_local(self.path):
-                files.refuse_links(self.path)
+                files.refuse_special(self.path, links=False)
             probe = self.path / f".write-test-{secrets.token_hex(4)}"
             probe.write_text("")
             probe.unlink()
@@ -166,7 +166,7 @@ class Workdir:
         if not self.has_run:
             raise UserError(f"--workdir={self.path} holds no run: run.json is missing.")
         if files.is_local(self.path):
-            files.refuse_pipes(self.path)
+            files.refuse_special(self.path, links=True)
         try:
             record = files.read_json(self.path / "run.json")
             config = from_tree(record["config"])
