@@ -11,6 +11,8 @@ With ",muon" after the size, the kernels of the blocks learn by Muon with the se
 Any size learns from other tokens too: --config.tokenizer.name=bpe --config.model.vocab_size=0.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from gpt.config import default_config
@@ -27,7 +29,7 @@ class Size(NamedTuple):
     block_size: int  # context length in tokens
     batch_size: int  # in sequences
     learning_rate: float
-    others: dict[str, Any] = {}
+    others: Mapping[str, Any] = MappingProxyType({})
 
 
 def scaled(factor: int) -> dict[str, Any]:
@@ -70,7 +72,7 @@ def get_config(argument: str = "micro"):
     shape = SIZES[size]
     config = default_config()
     names = "num_layers", "num_heads", "num_kv_heads", "embed_dim", "mlp_size", "vocab_size", "block_size"
-    config.model.update({name: getattr(shape, name) for name in names} | shape.others)
+    config.model.update({name: getattr(shape, name) for name in names} | dict(shape.others))
     config.model.tie_embeddings = "tie_embeddings" in shape.others
     config.model.gated_mlp = True
     config.model.activation = "silu"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES
+from model_options import FAMILIES
 
 from gpt import sharding
 from gpt.data.tokenizers import ByteTokenizer, CharTokenizer
@@ -485,11 +485,11 @@ def test_text_grows_by_segments():
     ],
 )
 def test_stop_text_ends_a_sample_before_it(stop, expected):
-    assert samples("abcdefghijklm", stop_text=stop) == [[text] for text in expected]
+    assert samples("abcdefghijklm", stop_texts=[stop]) == [[text] for text in expected]
 
 
 def test_first_of_several_stop_texts_counts():
-    assert samples("ab--cd--", stop_text="--")[-1] == ["ab"]
+    assert samples("ab--cd--", stop_texts=["--"])[-1] == ["ab"]
 
 
 @pytest.mark.parametrize(
@@ -502,20 +502,20 @@ def test_line_feed_ends_a_sample_with_it(count, expected):
 
 def test_whichever_end_comes_first_counts():
     """Both lie in the segment that was made."""
-    assert samples("ab--\ncde", size=9, stop_text="--", stop_newlines=1) == [["ab"]]
-    assert samples("ab\ncd--e", size=9, stop_text="--", stop_newlines=1) == [["ab\n"]]
-    assert samples("ab\ncd--e\n", size=10, stop_text="--", stop_newlines=2) == [["ab\ncd"]]
+    assert samples("ab--\ncde", size=9, stop_texts=["--"], stop_newlines=1) == [["ab"]]
+    assert samples("ab\ncd--e", size=9, stop_texts=["--"], stop_newlines=1) == [["ab\n"]]
+    assert samples("ab\ncd--e\n", size=10, stop_texts=["--"], stop_newlines=2) == [["ab\ncd"]]
 
 
 def test_sample_that_ended_stays_while_others_go_on():
-    shown = samples("ab|de|ghijkl", "ABCDEFG|IJKL", stop_text="|")
+    shown = samples("ab|de|ghijkl", "ABCDEFG|IJKL", stop_texts=["|"])
     assert shown == [["ab", "ABCD"], ["ab", "ABCDEFG"]]
 
 
 def test_nothing_is_made_after_all_samples_ended():
     """On a large model, each segment costs seconds."""
     script = Scripted("ab|d" * 9, "ABCDE|" * 9)
-    shown = list(continuations(script, decode, 1000, stop_text="|"))
+    shown = list(continuations(script, decode, 1000, stop_texts=["|"]))
     assert script.made == 8
     assert script.finished_B.all()
     assert all(row.finished for row in shown[-1])
@@ -531,7 +531,7 @@ def test_stop_token_ends_a_sample_before_it():
     assert second.finished
 
 
-@pytest.mark.parametrize(("stops", "count"), [({}, 8), ({"stop_text": "ef"}, 4), ({"stop_tokens": [ord("g")]}, 6)])
+@pytest.mark.parametrize(("stops", "count"), [({}, 8), ({"stop_texts": ["ef"]}, 4), ({"stop_tokens": [ord("g")]}, 6)])
 def test_tokens_and_logprobs_are_those_of_the_text(stops, count):
     *_, (row,) = continuations(Scripted("abcdefghij", size=8), decode, 8, **stops)
     assert decode(row.tokens) == row.text == "abcdefgh"[:count]
@@ -550,7 +550,7 @@ def test_streamed_text_is_never_taken_back(stop):
     """No half character, and no beginning of the text that ends the sample, is shown."""
     text = "a€b😀bb€😀b"
     shown = ""
-    for (row,) in continuations(Bytes(text), ByteTokenizer().decode, len(text.encode()), stop_text=stop):
+    for (row,) in continuations(Bytes(text), ByteTokenizer().decode, len(text.encode()), stop_texts=[stop]):
         stable = row.stable_text(stop)
         assert stable.startswith(shown)
         shown = stable

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES
 from jax.sharding import PartitionSpec as P
+from model_options import FAMILIES
 
 from gpt.models import kernels, layers, rotary
 from gpt.models.gpt import GPT, GPTConfig

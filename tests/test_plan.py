@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from model_options import FAMILIES
 
 from gpt import config_files
 from gpt.config import Config, TrainConfig
@@ -90,6 +91,29 @@ def test_figures_of_a_plan_are_consistent(planned, mesh):
     assert plan["model_flops"] / peak <= seconds["roofline"] <= seconds["compiler"] < 100 * seconds["roofline"]
     assert seconds["mfu"] == pytest.approx(plan["model_flops"] / peak / seconds["step"])
     assert all(c["seconds"] > 0 and c["bandwidth"] < math.inf for c in plan["collectives"])
+
+
+RELEASED = {
+    "llama": FAMILIES["llama"] | {"mlp_size": 384},
+    "qwen3": FAMILIES["qwen3"] | {"head_size": 128, "bias": "qkv"},
+    "gemma": FAMILIES["gemma2"] | {"window": 0},
+    "neox": FAMILIES["neox"],
+    "adapters": FAMILIES["llama"] | {"lora_rank": 8, "lora_targets": "qkv,out,gate,up,down"},
+}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", RELEASED)
+def test_flops_and_parameters_of_released_models_are_those_of_the_compiled_step(name):
+    model = dataclasses.replace(MODEL, **RELEASED[name])
+    plan = compiling.measure(Config(model=model, train=TrainConfig(batch_size=16)), "v5e:2x2")
+    expected = 4 * model.block_size * model.flops_per_token()
+    if model.lora_rank:  # the layers before the first adapter have no gradient, which the formula does not know
+        assert expected * 0.95 < plan["hardware_flops"] <= expected * 1.01
+    else:
+        assert plan["hardware_flops"] == plan["model_flops"] == expected
+        # Parameters, the two moments of Adam (float32) and the gradients.
+        assert plan["memory"]["total"] > 12 * model.num_parameters()
 
 
 @needs_libtpu

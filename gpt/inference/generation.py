@@ -104,7 +104,7 @@ def first_latent(config: GPTConfig, tokens: int) -> int:
     return max(0, tokens - (config.num_targets - max(1, config.num_targets // 4)))
 
 
-def _round_up(size: int, smallest: int, largest: int) -> int:
+def round_up(size: int, smallest: int, largest: int) -> int:
     """Returns the least of `smallest`·2ⁿ and `smallest`·1.5·2ⁿ that is at least `size`, but at most `largest`."""
     while smallest < size:
         half = smallest // 2
@@ -280,7 +280,7 @@ class Decoding:
             for row, text in enumerate(self._text):
                 seen_BxV[row, text] = True
             self._seen_BxV = jax.device_put(seen_BxV, layout.batch)
-        self._capacity = _round_up(self._position_B.max() + 1, MIN_CAPACITY, self._block_size)
+        self._capacity = round_up(self._position_B.max() + 1, MIN_CAPACITY, self._block_size)
         with layout.use():
             self._cache = generator.empty(rows, self._capacity)
         self._fill(np.arange(rows), [window[:-1] for window in windows])
@@ -303,7 +303,7 @@ class Decoding:
         layout = generator.layout.for_decoding(len(active_B))
         with layout.use():
             if furthest + count > self._capacity:
-                self._capacity = _round_up(furthest + count, MIN_CAPACITY, self._block_size)
+                self._capacity = round_up(furthest + count, MIN_CAPACITY, self._block_size)
                 self._cache = generator.grow(self._cache, len(active_B), self._capacity)
             rows = self._token_B, self._position_B, self.finished_B, self._key_B
             arguments = jax.device_put((*rows, np.int32(self._num_generated), np.int32(count)), layout.replicated)
@@ -320,8 +320,8 @@ class Decoding:
     def _fill(self, rows: np.ndarray, windows: list[np.ndarray]) -> None:
         """Writes the windows of some rows into the cache."""
         generator, total = self._generator, len(self._text)
-        part = _round_up(len(rows), 2, total)
-        length = _round_up(max(map(len, windows)), MIN_PROMPT, self._block_size)
+        part = round_up(len(rows), 2, total)
+        length = round_up(max(map(len, windows)), MIN_PROMPT, self._block_size)
         tokens_RxT = np.zeros((part, length), np.int32)  # causal: padding after a window changes nothing
         for i, window in enumerate(windows):
             tokens_RxT[i, : len(window)] = window
@@ -370,7 +370,7 @@ def continuations(
     num_tokens: int,
     *,
     stop_tokens: Sequence[int] = (),
-    stop_text: str = "",
+    stop_texts: Sequence[str] = (),
     stop_newlines: int = 0,
     check: Callable[[], object] = lambda: None,
 ) -> Iterator[list[Continuation]]:
@@ -380,7 +380,7 @@ def continuations(
       decode: converts tokens to text.
       num_tokens: greatest number of tokens in a sample.
       stop_tokens: a sample ends before the first of these; the same as those of the generator.
-      stop_text: a sample ends before the first occurrence of this text; "": never.
+      stop_texts: a sample ends before the first occurrence of one of these texts; "" never occurs.
       stop_newlines: a sample ends with its n-th line feed; 0: never.
       check: called before each segment; an exception from it ends the generation.
     """
@@ -400,7 +400,7 @@ def continuations(
             if segment.logprobs_BxN is not None:
                 logprobs = np.append(logprobs, segment.logprobs_BxN[i, : len(new)])
             tokens = np.append(row.tokens, new)
-            text, is_cut = _cut(decode(tokens), stop_text, stop_newlines)
+            text, is_cut = _cut(decode(tokens), stop_texts, stop_newlines)
             if is_cut:
                 needed = next(n for n in range(len(tokens) + 1) if decode(tokens[:n]).startswith(text))
                 tokens, logprobs = tokens[:needed], logprobs[:needed]
@@ -409,9 +409,9 @@ def continuations(
         yield list(rows)
 
 
-def _cut(text: str, stop_text: str, stop_newlines: int) -> tuple[str, bool]:
+def _cut(text: str, stop_texts: Sequence[str], stop_newlines: int) -> tuple[str, bool]:
     """Returns the text up to where it ends, and whether it ends."""
-    ends = [text.find(stop_text)] if stop_text and stop_text in text else []
+    ends = [text.find(stop) for stop in stop_texts if stop and stop in text]
     if stop_newlines and text.count("\n") >= stop_newlines:
         ends.append(len("\n".join(text.split("\n")[:stop_newlines])) + 1)
     return (text[: min(ends)], True) if ends else (text, False)

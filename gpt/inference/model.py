@@ -56,7 +56,7 @@ class TrainedModel(Loaded):
             tokenizer.decode,
             num_tokens,
             stop_tokens=tokenizer.stop_tokens,
-            stop_text=stop_text,
+            stop_texts=[stop_text],
         )
         return sample.text
 
@@ -105,6 +105,21 @@ class TrainedModel(Loaded):
         source = dataset.evaluation(split, self.model_config, stride)
         result: dict[str, Any] = step.evaluate(self.program, self.params, source, self.batch_size)
         return dataset.report(source, result), dataset.mistakes(source, result)
+
+    def benchmark(self, tasks: Sequence[str], folder: str | None = None, limit: int | None = None) -> tuple[dict, str]:
+        """Returns the results of tasks of the lm-evaluation-harness, and its tables of these results.
+
+        Args:
+          tasks, folder, limit: see `gpt.inference.benchmarks.run`.
+
+        Raises:
+          UserError: the package lm-eval is not installed, or as `gpt.inference.benchmarks.run` raises it.
+        """
+        try:
+            from gpt.inference import benchmarks
+        except ImportError:
+            raise UserError('Tasks need the package lm-eval: pip install "gpt-spmd[eval]".') from None
+        return benchmarks.run(self, tasks, folder, limit)
 
     def explain(self, text: str) -> explanation.Explanation:
         """Returns how the model reads a text: loss, predictions and attention weights of each token.

@@ -22,7 +22,7 @@ class Options:
       num_tokens: greatest number of tokens in a sample.
       num_samples: number of samples for each prompt.
       logprobs: print a line of JSON for each sample.
-      stop: the `stop_text` of `generation.continuations`.
+      stop: one of the `stop_texts` of `generation.continuations`.
       stop_newlines: see `generation.continuations`.
     """
 
@@ -77,7 +77,7 @@ def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int],
             tokenizer.decode,
             options.num_tokens,
             stop_tokens=tokenizer.stop_tokens,
-            stop_text=options.stop,
+            stop_texts=[options.stop],
             stop_newlines=options.stop_newlines,
         )
         if len(prompts) * options.num_samples == 1 and not options.logprobs:

@@ -253,7 +253,7 @@ def apply_blocks(
         block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
     windows = c.windows
     if c.scan_layers:
-        # If the windows differ between layers, each pass of the loop is told its own; else the block knows it.
+        # Windows that differ between layers are passed to each iteration; a common one is an attribute of the block.
         window, each = (None, jnp.array(windows)) if len(set(windows)) > 1 else (windows[0], None)
         scan = nn.scan(
             lambda module, x, window: (module(x, positions, starts_BxT, window), None),
@@ -322,7 +322,7 @@ class SelfAttention(nn.Module):
     """Multi-head self-attention, with one packed projection for queries, keys and values.
 
     Attributes:
-      window: number of tokens that a token attends to, itself included; 0: all; None: the call tells it.
+      window: number of tokens that a token attends to, itself included; 0: all; None: the argument of the call.
     """
 
     config: BlockConfig
