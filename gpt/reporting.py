@@ -11,6 +11,7 @@ from gpt import sharding
 from gpt.checkpointing.run import Run
 from gpt.config import Config
 from gpt.data.base import Dataset, Shown
+from gpt.inference import pictures
 from gpt.optimizer import schedule
 from gpt.runtime import hardware
 from gpt.runtime.progress import Progress, Speed
@@ -66,7 +67,7 @@ class Report:
             self.progress.say("\n".join("  │ " + line for line in shown.text.splitlines()))
             self.tensorboard.text(step, "sample", "    " + shown.text.replace("\n", "\n    "))
         for name, pixels in shown.pictures.items():
-            self.tensorboard.image(step, name, pixels)
+            self.tensorboard.image(step, name, pictures.png(pixels))
         self.tensorboard.flush()
 
     def left_out(self, step: int, text: str, skipped: int) -> None:

@@ -4,9 +4,10 @@ python -m gpt.sample --workdir=runs/char --prompt="O Romeo"
 python -m gpt.sample --workdir=runs/char
 echo "O Romeo" | python -m gpt.sample --workdir=runs/char
 python -m gpt.sample --workdir=runs/char --prompt="O Romeo" --prompt="O Juliet" --num_samples=2 --logprobs
+python -m gpt.sample --workdir=runs/image_gpt --prompt=class:3 --num_samples=16 --out=threes.png
 python -m gpt.sample --workdir=runs/vit --prompt=cat.jpg
 
-A classifier prints the class of each image.
+A model of pixels generates images; a classifier prints the class of each image.
 
 Control characters in a sample are printed escaped (\\x1b), also to a file or a pipe. With --logprobs, the JSON has the
 exact text.
@@ -26,9 +27,12 @@ _PROMPT = flags.DEFINE_multi_string(
     "prompt",
     None,
     "Text to continue. Several prompts are continued together. Without this flag, the prompt is read from stdin if "
-    "stdin is a pipe or a file; on a terminal, a prompt loop starts. A classifier takes an image file.",
+    "stdin is a pipe or a file; on a terminal, a prompt loop starts. A classifier takes an image file, and a model of "
+    "pixels class:NAME, half:FILE (an image whose lower half is generated), class:NAME,half:FILE, or an empty prompt.",
 )
-flags.DEFINE_integer("num_tokens", 500, "Greatest number of tokens in a sample.", lower_bound=1)
+flags.DEFINE_integer(
+    "num_tokens", None, "Tokens in a sample. Default: 500 for a text, all of an answer or an image.", lower_bound=1
+)
 flags.DEFINE_integer("num_samples", 1, "Number of samples for each prompt.", lower_bound=1, upper_bound=1 << 16)
 flags.DEFINE_float("temperature", 0.8, "Divides the logits; 0: always the most probable token.")
 flags.DEFINE_integer("top_k", None, "Sample from the k most probable tokens only.")
@@ -44,6 +48,7 @@ flags.DEFINE_bool(
 flags.DEFINE_integer("seed", 0, "Equal seeds give equal samples.", lower_bound=0, upper_bound=2**32 - 1)
 flags.DEFINE_string("stop", "", "End a sample before this text.")
 flags.DEFINE_integer("stop_newlines", 0, "End a sample with its n-th line feed; 0: do not.", lower_bound=0)
+flags.DEFINE_string("out", "samples.png", "New file for the images of a model of pixels.")
 
 
 def main() -> None:

@@ -120,7 +120,7 @@ OVERRIDES = {
     ("trian.steps", "3"): r"no config key 'trian\.steps'; did you mean train\.steps\?",
     ("steps", "3"): r"did you mean train\.steps\?",
     ("", "3"): "no config key ''",
-    ("data.modulus", "3"): r"data\.modulus is a key of another model\.family or data\.kind",
+    ("data.size", "3"): r"data\.size is a key of another model\.family or data\.kind",
     ("model.family", "vit"): r"--config\.model\.family=vit: .* start from a config file for vit",
     ("data.kind", "images"): "start from a config file for images",
 }

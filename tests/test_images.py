@@ -19,7 +19,8 @@ from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config, OptimizerConfig, TrainConfig
 from gpt.data import images, pipeline
 from gpt.data.images import ImagesConfig
-from gpt.data.tokenizers import Labels
+from gpt.data.pixels import Palette, PixelsConfig
+from gpt.data.tokenizers import Labels, TokenizerConfig
 from gpt.models.vit import ViTConfig
 from gpt.runtime.errors import UsageError, UserError
 
@@ -280,6 +281,10 @@ def test_files_that_are_left_out_of_a_folder_are_reported(folder, tmp_path):
         "of another type: red/notes.txt",
     ):
         assert part in line
+    assert (
+        PixelsConfig(path=str(folder)).load(TokenizerConfig(), None, messages.append).describe().startswith("11 train")
+    )
+    assert messages[1] == line
 
 
 def test_folders_beside_the_two_splits_are_reported(tmp_path):
@@ -326,15 +331,17 @@ def a_device(path):
     ids=lambda x: getattr(x, "__name__", ""),
 )
 def test_files_that_are_no_images_are_refused_and_start_nothing(tmp_path, monkeypatch, make, message):
-    path = tmp_path / "cat.png"
+    path, kind = tmp_path / "cat.png", PixelsConfig(image_size=8)
     make(path)
     for module, name in ((subprocess, "Popen"), (os, "system"), (os, "posix_spawn")):
         monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("a program was started"))
+    palette = Palette(((0,), (255,)), kind.image_size, ("cat",))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UserError, match=message) as error:
-            ImagesConfig().inputs(str(path), MODEL)
-        assert "\n" not in str(error.value)
+        for read in (lambda: ImagesConfig().inputs(str(path), MODEL), lambda: palette.encode(f"half:{path}")):
+            with pytest.raises(UserError, match=message) as error:
+                read()
+            assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/a", "https://example.org/a.png", "x" * 300])

@@ -18,6 +18,7 @@ from gpt.runtime.fields import check_not_negative, harmless
 KINDS = {
     "text": "gpt.data.text:TextConfig",
     "images": "gpt.data.images:ImagesConfig",
+    "pixels": "gpt.data.pixels:PixelsConfig",
     "arithmetic": "gpt.data.arithmetic:ArithmeticConfig",
 }
 

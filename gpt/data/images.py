@@ -243,17 +243,18 @@ class Folders(Dataset):
     tokenizer: Labels
     fingerprint: str
 
-    def _source(self, split: str, model: ModelShape, seed: int | None = None) -> Images:
+    def source(self, split: str, size: int, channels: int, seed: int | None = None) -> Images:
+        """Returns the examples of a split; see `Images` for size, channels and seed."""
         parts = {"train": [self.train], "val": [self.validation], "all": [self.train, self.validation]}[split]
         images, classes = (np.concatenate(both) for both in zip(*parts, strict=True))
-        return Images(images, classes, *self.config.shape(model), self.config, seed)
+        return Images(images, classes, size, channels, self.config, seed)
 
     def training(self, model: ModelShape, seed: int) -> Images:
-        return self._source("train", model, seed)
+        return self.source("train", *self.config.shape(model), seed)
 
     def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Images:
         refuse_stride(stride, self.config.kind)
-        return self._source(split, model)
+        return self.source(split, *self.config.shape(model))
 
     def describe(self) -> str:
         sizes = f"{len(self.train[1]):,} training and {len(self.validation[1]):,} validation images"

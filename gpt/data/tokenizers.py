@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -70,6 +70,10 @@ class Tokenizer:
     def byte_lengths(self) -> np.ndarray:
         """[vocab_size] number of UTF-8 bytes that each token stands for; 0 for the separator."""
         raise NotImplementedError
+
+    def sample_length(self, prompts: Sequence[np.ndarray]) -> int:
+        """Returns the number of tokens that `gpt.sample` adds to prompts by default."""
+        return 500
 
     def opening(self) -> np.ndarray:
         """Returns the tokens of an empty prompt: the separator if there is one, else a line feed or token 0."""

@@ -28,7 +28,7 @@ class TrainedModel(Loaded):
         self,
         prompt: str = "",
         *,
-        num_tokens: int = 500,
+        num_tokens: int | None = None,
         temperature: float = 0.8,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -39,7 +39,7 @@ class TrainedModel(Loaded):
         """Returns the text that the model generates after a prompt, without the prompt.
 
         Args:
-          num_tokens: greatest number of tokens.
+          num_tokens: greatest number of tokens; None: 500 for a text, or as many as an answer can have.
           temperature, top_k, top_p, repetition_penalty: see `generation.Sampling`.
           seed: equal seeds give equal texts.
           stop_text: the text ends before the first occurrence of this text; "": never.
@@ -54,7 +54,7 @@ class TrainedModel(Loaded):
         *_, (sample,) = generation.continuations(
             generator.start(self.params, [tokens], seed=seed),
             tokenizer.decode,
-            num_tokens,
+            num_tokens or tokenizer.sample_length([tokens]),
             stop_tokens=tokenizer.stop_tokens,
             stop_texts=[stop_text],
         )

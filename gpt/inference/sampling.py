@@ -1,4 +1,4 @@
-"""The output of `gpt.sample`: generated texts, a prompt loop, and the classes of images."""
+"""The output of `gpt.sample`: generated texts and images, a prompt loop, and the classes of images."""
 
 import dataclasses
 import itertools
@@ -6,12 +6,16 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
+from gpt.data.pixels import Palette
 from gpt.data.tokenizers import Labels, Tokenizer
-from gpt.inference import generation
+from gpt.inference import generation, pictures
 from gpt.inference.generation import Continuation
 from gpt.inference.model import TrainedModel
 from gpt.runtime import cluster
 from gpt.runtime.errors import UsageError, UserError
+from gpt.runtime.files import new_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,27 +23,29 @@ class Options:
     """What to generate, and how to print it.
 
     Attributes:
-      num_tokens: greatest number of tokens in a sample.
+      num_tokens: greatest number of tokens in a sample; None: 500 for a text, all of an answer or an image.
       num_samples: number of samples for each prompt.
       logprobs: print a line of JSON for each sample.
       stop: one of the `stop_texts` of `generation.continuations`.
       stop_newlines: see `generation.continuations`.
+      out: file for the picture of generated images.
     """
 
     sampling: generation.Sampling
-    num_tokens: int = 500
+    num_tokens: int | None = None
     num_samples: int = 1
     logprobs: bool = False
     seed: int = 0
     stop: str = ""
     stop_newlines: int = 0
+    out: str = "samples.png"
 
 
 def run(model: TrainedModel, prompts: list[str] | None, options: Options) -> None:
     """Prints what the model generates for the prompts; None: for prompts that are typed on a terminal.
 
     Raises:
-      UserError: a prompt or an option does not suit the model.
+      UserError: a prompt or an option does not suit the model, or the picture cannot be written.
     """
     if isinstance(model.tokenizer, Labels):
         return _classify(model, model.tokenizer, prompts or [])
@@ -75,14 +81,16 @@ def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int],
         segments = generation.continuations(
             generator.start(model.params, tokens, options.num_samples, options.seed, first),
             tokenizer.decode,
-            options.num_tokens,
+            options.num_tokens or tokenizer.sample_length(tokens),
             stop_tokens=tokenizer.stop_tokens,
             stop_texts=[options.stop],
             stop_newlines=options.stop_newlines,
         )
-        if len(prompts) * options.num_samples == 1 and not options.logprobs:
+        if len(prompts) * options.num_samples == 1 and not options.logprobs and not isinstance(tokenizer, Palette):
             return _stream(prompts[0], segments, options.stop)
         *_, samples = segments
+        if isinstance(tokenizer, Palette):
+            return _draw(tokenizer, pictures.join(tokens, samples), options.out)
         return _print_all(tokenizer, prompts, samples, options)
 
     return write
@@ -97,6 +105,14 @@ def _stream(prompt: str, segments: Iterator[list[Continuation]], stop_text: str)
         _show(text[shown:], end="")
         shown = max(shown, len(text))
     _show(sample.text[shown:])
+
+
+def _draw(palette: Palette, samples: list[np.ndarray], out: str) -> None:
+    """Writes a picture of all samples to a file."""
+    if cluster.is_first():
+        with new_file("out", out) as file:
+            file.write(pictures.png(pictures.grid(palette, samples)))
+        print(out)
 
 
 def _print_all(tokenizer: Tokenizer, prompts: list[str], samples: list[Continuation], options: Options) -> None:

@@ -1,10 +1,10 @@
 """Writes and reads TensorBoard's event files, without TensorFlow."""
 
-import io
 import itertools
 import os
 import re
 import socket
+import struct
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,15 +56,10 @@ class TensorBoard:
         """Writes a text in Markdown, for TensorBoard's text plugin."""
         self._summary(step, text_pb(tag, [markdown.encode(errors="replace")]).value)
 
-    def image(self, step: int, tag: str, pixels_HxWxC: np.ndarray) -> None:
-        """Writes an image of uint8 pixels, with one or three channels."""
-        from PIL import Image
-
-        (height, width, channels), png = pixels_HxWxC.shape, io.BytesIO()
-        Image.fromarray(pixels_HxWxC.squeeze(-1) if channels == 1 else pixels_HxWxC).save(png, "PNG")
-        image = summary_pb2.Summary.Image(
-            height=height, width=width, colorspace=channels, encoded_image_string=png.getvalue()
-        )
+    def image(self, step: int, tag: str, png: bytes) -> None:
+        """Writes an image. `png` is the content of a PNG file."""
+        width, height = struct.unpack(">II", png[16:24])  # the position that the PNG standard defines
+        image = summary_pb2.Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
         self._summary(step, [summary_pb2.Summary.Value(tag=tag, image=image)])
 
     def histogram(self, step: int, tag: str, counts: np.ndarray, edges: np.ndarray) -> None:
