@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gpt.config import Config, default_config, from_tree
-from gpt.data.arithmetic import ArithmeticConfig, Questions, _scattered
+from gpt.data.arithmetic import ArithmeticConfig, Questions, SortConfig, _scattered
 from gpt.data.base import IGNORED
 from gpt.data.tokenizers import CharTokenizer, TokenizerConfig
 from gpt.models.gpt import GPTConfig
@@ -19,6 +19,7 @@ KINDS = [
     ArithmeticConfig(digits=1, operators="*+-", validation_rows=40),
     ArithmeticConfig(modulus=23, operators="*", validation_rows=50),
     ArithmeticConfig(modulus=23, operators="-+", validation_rows=50),
+    SortConfig(size=4, digits=5, validation_rows=100),
 ]
 
 
@@ -28,6 +29,8 @@ def load(config, **model) -> tuple[Questions, GPTConfig]:
 
 def answer(config, question: str) -> str:
     """Returns the answer by Python's arithmetic."""
+    if isinstance(config, SortConfig):
+        return "".join(sorted(question.removesuffix("=")))
     a, operator, b = re.fullmatch(r"(\d+)(\D)(\d+)=", question).groups()
     value = {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[operator]
     return str(value % config.modulus if config.modulus else value)
@@ -65,7 +68,11 @@ def test_what_is_held_out_is_never_trained_on(config):
         return {source.pose(epoch, i)[0] for i in range(len(source))}
 
     def numbers(question):
-        return *sorted(re.findall(r"\d+", question)), *re.findall("[-+*]", question)
+        return (
+            question
+            if config.kind == "sort"
+            else (*sorted(re.findall(r"\d+", question)), *re.findall("[-+*]", question))
+        )
 
     seen = questions(training, 0) | questions(training, 1)
     unseen = questions(held_out, 0)
@@ -110,6 +117,10 @@ def test_a_prompt_is_written_as_people_do_and_so_is_the_answer():
             tokenizer.encode(wrong)
     with pytest.raises(UserError, match="is not a question like"):
         tokenizer.opening()
+    sorting = SortConfig(size=3, digits=3, validation_rows=9).tokenizer({})
+    assert "".join(sorting.alphabet[i] for i in sorting.encode("2, 0 1")) == "201="
+    with pytest.raises(UserError, match="is not a question like"):
+        sorting.encode("203")
 
 
 def test_mistakes_are_shown_as_text():
@@ -130,8 +141,8 @@ def test_mistakes_are_shown_as_text():
         (lambda: ArithmeticConfig(operators="++"), r"data\.operators"),
         (lambda: ArithmeticConfig(digits=0), r"data\.digits=0"),
         (lambda: ArithmeticConfig(digits=1), r"data\.validation_rows=2000 is more than half of the 55 questions"),
-        (lambda: ArithmeticConfig(digits=19), r"data\.digits=19"),
-        (lambda: ArithmeticConfig(prefetch=-1), r"data\.prefetch=-1"),
+        (lambda: SortConfig(digits=11), r"data\.digits=11"),
+        (lambda: SortConfig(prefetch=-1), r"data\.prefetch=-1"),
         (
             lambda: ArithmeticConfig().load(TokenizerConfig("byte"), None),
             "leave the keys under tokenizer at their defaults",
@@ -159,16 +170,16 @@ def test_other_questions_have_another_fingerprint():
 
 
 def test_the_config_chooses_family_and_kind_by_name():
-    config = from_tree(default_config(data=ArithmeticConfig()))
-    assert config == Config(data=ArithmeticConfig())
-    tree = default_config(data=ArithmeticConfig()).to_dict()
+    config = from_tree(default_config(data=SortConfig()))
+    assert config == Config(data=SortConfig())
+    tree = default_config(data=SortConfig()).to_dict()
     for key, field, value, message in (
-        ("data", "kind", "sums", r"data\.kind='sums' is not known; choose one of .*arithmetic"),
+        ("data", "kind", "sorts", r"data\.kind='sorts' is not known; choose one of .*sort"),
         (
             "data",
             "kind",
             "text",
-            r"data\.(digits|operators|modulus|validation_rows) is a key of another model\.family or data\.kind",
+            r"data\.(size|digits|validation_rows) is a key of another model\.family or data\.kind",
         ),
         ("data", "kind", 3, r"data\.kind=3 has to be of type str"),
         ("model", "family", "rnn", r"model\.family='rnn' is not known"),

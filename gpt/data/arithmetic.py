@@ -1,4 +1,4 @@
-"""Arithmetic questions, whose answers can be checked, after the adder demo of minGPT (Karpathy 2020).
+"""Questions with answers that can be checked, arithmetic and sorting, after the demos of minGPT (Karpathy 2020).
 
 Every question has a number. A fixed permutation scatters the numbers; the first numbers are held out for validation,
 and the others are for training. Examples are computed from their numbers and not stored. Only the answer counts in the
@@ -7,7 +7,6 @@ loss.
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import re
@@ -26,28 +25,17 @@ OPERATORS = {"+": lambda a, b: a + b, "-": lambda a, b: a - b, "*": lambda a, b:
 
 
 @dataclasses.dataclass(frozen=True)
-class ArithmeticConfig(DataConfig):
-    """Options of sums, differences and products, also modulo a number.
+class QuestionConfig(DataConfig):
+    """The options and the interface that all kinds of questions share.
 
-    All questions of a config have the same length, and so have all answers. The last digit of an answer comes first,
-    as in written arithmetic.
+    All questions of a config have the same length, and so have all answers.
     """
 
-    kind: str = "arithmetic"  # see gpt/data/base.py
-    digits: int = 3  # number of digits of the operands, from 1 to 18
-    operators: str = "+"  # one or several of +, - and *
-    modulus: int = 0  # the operands are less than it, and the answer is modulo it; 0: no modulus
     validation_rows: int = 2000  # number of questions that are held out for validation
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("data", self, "digits", "validation_rows")
-        if self.digits > 18 or not 0 <= self.modulus < 10**18:
-            raise UserError(
-                f"data.digits={self.digits} and data.modulus={self.modulus} must not be negative or exceed 18 digits."
-            )
-        if not self.operators or len(set(self.operators) & OPERATORS.keys()) < len(self.operators):
-            raise UserError(f"data.operators={self.operators!r} has to name one or several of {' '.join(OPERATORS)}.")
+        check_positive("data", self, "validation_rows")
         if not 2 * self.validation_rows <= self.num_questions:
             raise UserError(
                 f"data.validation_rows={self.validation_rows} is more than half of the {self.num_questions} questions; "
@@ -55,72 +43,45 @@ class ArithmeticConfig(DataConfig):
             )
 
     @property
-    def _numbers(self) -> int:
-        """The number of different operands."""
-        return self.modulus or 10**self.digits
-
-    @property
-    def _width(self) -> int:
-        return len(str(self._numbers - 1))
-
-    @property
     def alphabet(self) -> str:
         """The sorted characters of questions and answers, which are the tokens."""
-        return "".join(sorted({*"0123456789=-", *self.operators, END}))
-
-    @property
-    def vocab_size(self) -> int:
-        return len(self.alphabet)
+        raise NotImplementedError
 
     @property
     def num_questions(self) -> int:
-        """The number of unordered pairs of operands for each operator.
+        """The number of different questions."""
+        raise NotImplementedError
 
-        The two orders of a pair are forms of one question, so that none is held out in one order and trained in the
-        other.
-        """
-        return self._numbers * (self._numbers + 1) // 2 * len(self.operators)
-
-    @property
-    def answer_length(self) -> int:
-        """The number of tokens of an answer."""
-        largest = self._numbers - 1
-        lengths = {"+": len(str(2 * largest)), "-": self._width + 1, "*": len(str(largest**2))}
-        return self._width if self.modulus else max(lengths[operator] for operator in self.operators)
-
-    @property
-    def length(self) -> int:
-        """The number of tokens of a question and its answer, which the context length has to hold."""
-        return sum(map(len, self.pose(0, False)))
-
-    def pose(self, number: int, is_swapped: bool) -> tuple[str, str]:
+    def pose(self, number: int, form: int) -> tuple[str, str]:
         """Returns a question and its answer as the model reads and writes them.
 
         Args:
           number: the number of the question, less than `num_questions`.
-          is_swapped: selects one of the two orders of the operands.
+          form: selects one of the forms of the question if it has several.
         """
-        pair, which = divmod(number, len(self.operators))
-        b = (math.isqrt(8 * pair + 1) - 1) // 2
-        a, operator = pair - b * (b + 1) // 2, self.operators[which]
-        a, b = (b, a) if is_swapped else (a, b)
-        answer = OPERATORS[operator](a, b)
-        answer = answer % self.modulus if self.modulus else answer
-        width = self._width
-        return f"{a:0{width}d}{operator}{b:0{width}d}=", f"{answer:0{self.answer_length}d}"[::-1]
+        raise NotImplementedError
 
     def read(self, question: str) -> str | None:
         """Converts a question as a person types it to the form of `pose`. Returns None if it is not a question."""
-        match = re.fullmatch(rf"\s*([0-9]+)\s*([{re.escape(self.operators)}])\s*([0-9]+)\s*=\s*", question)
-        if not match:
-            return None
-        a, b = int(match[1]), int(match[3])
-        return f"{a:0{self._width}d}{match[2]}{b:0{self._width}d}=" if max(a, b) < self._numbers else None
+        raise NotImplementedError
 
     def show(self, answer: str) -> str:
         """Converts an answer in the form of `pose` to the form that a person reads."""
-        forwards = answer[::-1]
-        return str(int(forwards)) if re.fullmatch("-?[0-9]+", forwards) else forwards
+        return answer
+
+    @property
+    def answer_length(self) -> int:
+        """The number of tokens of an answer."""
+        return len(self.pose(0, 0)[1])
+
+    @property
+    def length(self) -> int:
+        """The number of tokens of a question and its answer, which the context length has to hold."""
+        return sum(map(len, self.pose(0, 0)))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.alphabet)
 
     def tokenizer(self, saved: dict[str, Any]) -> "QuestionTokenizer":
         return QuestionTokenizer(self.alphabet, self)
@@ -142,11 +103,119 @@ class ArithmeticConfig(DataConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class ArithmeticConfig(QuestionConfig):
+    """Options of sums, differences and products, also modulo a number.
+
+    The last digit of an answer comes first, as in written arithmetic.
+    """
+
+    kind: str = "arithmetic"  # see gpt/data/base.py
+    digits: int = 3  # number of digits of the operands, from 1 to 18
+    operators: str = "+"  # one or several of +, - and *
+    modulus: int = 0  # the operands are less than it, and the answer is modulo it; 0: no modulus
+
+    def __post_init__(self) -> None:
+        check_positive("data", self, "digits")
+        if self.digits > 18 or not 0 <= self.modulus < 10**18:
+            raise UserError(
+                f"data.digits={self.digits} and data.modulus={self.modulus} must not be negative or exceed 18 digits."
+            )
+        if not self.operators or len(set(self.operators) & OPERATORS.keys()) < len(self.operators):
+            raise UserError(f"data.operators={self.operators!r} has to name one or several of {' '.join(OPERATORS)}.")
+        super().__post_init__()
+
+    @property
+    def _numbers(self) -> int:
+        """The number of different operands."""
+        return self.modulus or 10**self.digits
+
+    @property
+    def _width(self) -> int:
+        return len(str(self._numbers - 1))
+
+    @property
+    def alphabet(self) -> str:
+        return "".join(sorted({*"0123456789=-", *self.operators, END}))
+
+    @property
+    def num_questions(self) -> int:
+        """The number of unordered pairs of operands for each operator.
+
+        The two orders of a pair are forms of one question, so that none is held out in one order and trained in the
+        other.
+        """
+        return self._numbers * (self._numbers + 1) // 2 * len(self.operators)
+
+    @property
+    def answer_length(self) -> int:
+        largest = self._numbers - 1
+        lengths = {"+": len(str(2 * largest)), "-": self._width + 1, "*": len(str(largest**2))}
+        return self._width if self.modulus else max(lengths[operator] for operator in self.operators)
+
+    def pose(self, number: int, form: int) -> tuple[str, str]:
+        pair, which = divmod(number, len(self.operators))
+        b = (math.isqrt(8 * pair + 1) - 1) // 2
+        a, operator = pair - b * (b + 1) // 2, self.operators[which]
+        a, b = (b, a) if form % 2 else (a, b)
+        answer = OPERATORS[operator](a, b)
+        answer = answer % self.modulus if self.modulus else answer
+        width = self._width
+        return f"{a:0{width}d}{operator}{b:0{width}d}=", f"{answer:0{self.answer_length}d}"[::-1]
+
+    def read(self, question: str) -> str | None:
+        match = re.fullmatch(rf"\s*([0-9]+)\s*([{re.escape(self.operators)}])\s*([0-9]+)\s*=\s*", question)
+        if not match:
+            return None
+        a, b = int(match[1]), int(match[3])
+        return f"{a:0{self._width}d}{match[2]}{b:0{self._width}d}=" if max(a, b) < self._numbers else None
+
+    def show(self, answer: str) -> str:
+        forwards = answer[::-1]
+        return str(int(forwards)) if re.fullmatch("-?[0-9]+", forwards) else forwards
+
+
+@dataclasses.dataclass(frozen=True)
+class SortConfig(QuestionConfig):
+    """Options of sequences of digits that are to be sorted."""
+
+    kind: str = "sort"  # see gpt/data/base.py
+    size: int = 10  # number of digits in a sequence, from 1 to 500
+    digits: int = 10  # number of different digits, from 2 to 10
+
+    def __post_init__(self) -> None:
+        check_positive("data", self, "size")
+        if not 2 <= self.digits <= 10 or self.size > 500:
+            raise UserError(
+                f"data.digits={self.digits} has to lie between 2 and 10, and data.size={self.size} between 1 and 500."
+            )
+        super().__post_init__()
+
+    @property
+    def alphabet(self) -> str:
+        return "".join(sorted({*"0123456789"[: self.digits], "=", END}))
+
+    @property
+    def num_questions(self) -> int:
+        return self.digits**self.size
+
+    def pose(self, number: int, form: int) -> tuple[str, str]:
+        digits = []
+        for _ in range(self.size):
+            number, digit = divmod(number, self.digits)
+            digits.append(str(digit))
+        return "".join(digits) + "=", "".join(sorted(digits))
+
+    def read(self, question: str) -> str | None:
+        digits = re.fullmatch(rf"([0-{self.digits - 1}]{{{self.size}}})=?", re.sub(r"[\s,]", "", question))
+        return digits[1] + "=" if digits else None
+
+
+@dataclasses.dataclass(frozen=True)
 class QuestionTokenizer(CharTokenizer):
     """A tokenizer of the characters of questions, whose prompts and samples are in the form that a person reads."""
 
     name: ClassVar[str] = "questions"
-    config: ArithmeticConfig
+    config: QuestionConfig
 
     @property
     def separator(self) -> int:
@@ -158,7 +227,7 @@ class QuestionTokenizer(CharTokenizer):
     def encode(self, text: str) -> np.ndarray:
         question = self.config.read(text)
         if question is None:
-            example, _ = self.config.pose(_scattered(0, self.config.num_questions), False)
+            example, _ = self.config.pose(_scattered(0, self.config.num_questions), 0)
             raise UserError(f"{text!r} is not a question like {example}")
         return super().encode(question)
 
@@ -175,7 +244,7 @@ class QuestionTokenizer(CharTokenizer):
 class QuestionExamples:
     """The questions with the scattered numbers from `first` to `first + count`, as examples of `length` tokens."""
 
-    config: ArithmeticConfig
+    config: QuestionConfig
     first: int
     count: int
     length: int
@@ -185,9 +254,9 @@ class QuestionExamples:
         return self.count
 
     def pose(self, epoch: int, index: int) -> tuple[str, str]:
-        """Returns question and answer; each epoch draws an order of the operands."""
-        is_swapped = bool(np.random.default_rng((self.seed, epoch, index)).integers(2))
-        return self.config.pose(_scattered(self.first + index, self.config.num_questions), is_swapped)
+        """Returns question and answer; of a question with several forms, each epoch draws one."""
+        number = _scattered(self.first + index, self.config.num_questions)
+        return self.config.pose(number, _mix(number + _mix(epoch + _mix(self.seed))) >> 20)
 
     def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
         """Returns "inputs" and "targets" [length], int32, which are 0 and `IGNORED` after the answer."""
@@ -204,7 +273,7 @@ class QuestionExamples:
 class Questions(Dataset):
     """All questions of a config."""
 
-    config: ArithmeticConfig
+    config: QuestionConfig
     tokenizer: QuestionTokenizer
     fingerprint: str
 
@@ -238,10 +307,25 @@ class Questions(Dataset):
         return Shown("\n".join(lines))
 
 
-def _scattered(number: int, size: int) -> int:
-    """Returns the image of a number under a fixed permutation of range(size), which spreads the first numbers evenly.
+def _mix(x: int) -> int:
+    """Returns a hash of 64 bits, by the finalizer of SplitMix64 (10.1145/2714064.2660195)."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+    return x ^ x >> 31
 
-    It is multiplicative hashing with the golden ratio (Knuth, The Art of Computer Programming 3, section 6.4).
+
+def _scattered(number: int, size: int) -> int:
+    """Returns the image of a number under a fixed permutation of range(size).
+
+    A Feistel network (10.1137/0217022) permutes the numbers with an even number of bits. It is applied again to a
+    result that is not less than `size`.
     """
-    factor = next(each for each in itertools.count(round(size * 0.6180339887498949)) if math.gcd(each, size) == 1)
-    return number * factor % size
+    half = (max(size - 1, 1).bit_length() + 1) // 2
+    while True:
+        left, right = number >> half, number & ((1 << half) - 1)
+        for key in range(4):
+            left, right = right, left ^ (_mix(right << 2 | key) >> 64 - half)
+        number = left << half | right
+        if number < size:
+            return number

@@ -20,6 +20,7 @@ KINDS = {
     "images": "gpt.data.images:ImagesConfig",
     "pixels": "gpt.data.pixels:PixelsConfig",
     "arithmetic": "gpt.data.arithmetic:ArithmeticConfig",
+    "sort": "gpt.data.arithmetic:SortConfig",
 }
 
 IGNORED = -1  # a target that does not count in the loss
