@@ -69,7 +69,7 @@ class ImagesConfig(DataConfig):
     def vocab_size(self) -> int:
         return 0 if self.path else 10
 
-    def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Folders":
+    def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> Dataset:
         """Lists the images, without reading the files. A folder may lack classes of an existing model's `Labels`."""
         labels = tokenizer if isinstance(tokenizer, Labels) else None
         check_installed("PIL", "Images need Pillow")
