@@ -112,14 +112,13 @@ def load_model(
     return TrainedModel(**vars(loading.load(folder, checkpoint, batch_size)))
 
 
-def plan_step(config: "Config", topology: str, *, cache: bool = True) -> dict[str, Any]:
+def plan_step(config: "Config", topology: str) -> dict[str, Any]:
     """Returns the plan of a config: its training step, compiled for devices that are not present, and measured.
 
     The compilation runs in another process, so that it does not change JAX's settings in this one.
 
     Args:
       topology: chips and their arrangement, like "v5e:16x16", "4xv5p:8x8x16" or "h100:8".
-      cache: read the plan from the cache if it is there, and store a new plan in it.
 
     Returns:
       The values that `python -m gpt.plan --json` prints: seconds, bytes and FLOPs of one device and one step.
@@ -129,4 +128,4 @@ def plan_step(config: "Config", topology: str, *, cache: bool = True) -> dict[st
     """
     from gpt.planning import plans
 
-    return plans.plan_elsewhere(config, topology, use_cache=cache)
+    return plans.plan_elsewhere(config, topology)

@@ -24,11 +24,9 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_bool("search", False, "Search for the mesh, remat policy and micro-batches of the fastest step.")
 flags.DEFINE_integer("compilations", 8, "Number of candidates that --search compiles.", lower_bound=1)
-flags.DEFINE_bool("advise", True, "If the config does not fit, search for the nearest change that fits.")
 flags.DEFINE_float("price", None, "Price of one device for an hour, in any currency.", lower_bound=0)
 flags.DEFINE_string("html", None, "File to write an HTML page of the report to. The file must not exist.")
 _JSON = flags.DEFINE_bool("json", False, "Print a line of JSON for each plan instead of text.")
-_CACHE = flags.DEFINE_bool("cache", True, "Read plans from the cache, and store new ones in it.")
 _LIST = flags.DEFINE_bool("list_topologies", False, "Print the supported chips with their public figures, and exit.")
 
 
@@ -40,7 +38,7 @@ def main() -> int:
         return 0
     if _CONFIG.value is None or not _TOPOLOGY.value:
         raise UsageError("Set a config file and a topology: --config=configs/pretrain.py:gpt2-124m --topology=v5e:4x4.")
-    options = plans.Options(as_json=_JSON.value, use_cache=_CACHE.value, **cli.values(plans.Options))
+    options = plans.Options(as_json=_JSON.value, **cli.values(plans.Options))
     return plans.run(config_files.read(_CONFIG.value, cli.overrides()), _TOPOLOGY.value, options)
 
 

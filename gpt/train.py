@@ -414,6 +414,6 @@ def environment(layout: sharding.Layout, order: str) -> dict[str, str]:
 def restore(checkpoints: Checkpoints, step: int, program: Program) -> TrainState:
     """Returns the state after a step, sharded for the program, without frozen parameters."""
     abstract = program.abstract_state
-    restored = checkpoints.restore(step, params=abstract.params, optimizer=abstract.opt_state)
+    restored = checkpoints[step].restore(params=abstract.params, optimizer=abstract.opt_state)
     counter = jax.device_put(np.int32(step), abstract.step.sharding)
     return TrainState(counter, restored["params"], restored["optimizer"])

@@ -4,9 +4,6 @@ import dataclasses
 import os
 import re
 import runpy
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import jax
@@ -66,34 +63,6 @@ def test_the_devices_of_a_cpu_stay_once_jax_has_created_them(monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda *_: pytest.fail("JAX is in use"))
     assert jax.devices()
     backend.divide_cpu(CONFIG.work(128))
-
-
-WITHOUT_POSIX = """
-    import importlib, os, pathlib, signal, sys
-    import jax, orbax.checkpoint, tensorboard.compat  # libraries may use what they like
-    sys.modules.update(fcntl=None, resource=None, pwd=None, termios=None)
-    for name in ("fork", "getuid", "sysconf", "sched_getaffinity"):
-        delattr(os, name)
-    del signal.SIGHUP
-    for path in pathlib.Path("gpt/runtime").glob("*.py"):
-        importlib.import_module(f"gpt.runtime.{path.stem}")
-    import gpt.main
-    from gpt.runtime import backend, cache, hardware, signals
-    signals.end_at_once(print)
-    backend.check_xla_flags()
-    assert hardware.memory(jax.devices("cpu")[0]) == hardware.host_memory() == float("inf")
-    assert cache.Cache().path.is_dir()
-    print(backend.cpu_devices(backend.Work(1000, 0, lambda count: True), 2, hardware.host_memory()))
-"""
-
-
-def test_the_runtime_works_without_what_windows_lacks(tmp_path):
-    """It needs no module or function of POSIX systems."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_cpu_enable_fast_math=false", "HOME": "/dev/null"}
-    environment = {name: value for name, value in environment.items() if name != "XDG_CACHE_HOME"}
-    command = [sys.executable, "-c", textwrap.dedent(WITHOUT_POSIX)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, env=environment)
-    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
 def test_help_lists_the_flags_that_commands_share(command):

@@ -588,7 +588,7 @@ FOREIGN = [
 def test_no_other_program_disturbs_process_0(hub, exits, capfd):
     """Fixed and random bytes, resets, and more idle connections than the limit; after these, process 1 joins."""
     address, joined = hub
-    numbers = random.Random(0)
+    numbers, before = random.Random(0), lifelines()
     valid = json.dumps({"process": 1, "count": 2, "name": "a", "facts": {}, "nonce": "a", "proof": "a"}).encode()
     changed = []
     for _ in range(200):
@@ -622,7 +622,11 @@ def test_no_other_program_disturbs_process_0(hub, exits, capfd):
     assert "error: process 1 ended without a message" in capfd.readouterr().err
     for connection in (*idle, refused, again):
         connection.close()
-    wait_until(lambda: sum(thread.name == "lifeline" for thread in threading.enumerate()) <= 3)
+    wait_until(lambda: lifelines() <= before + 1)
+
+
+def lifelines() -> int:
+    return sum(thread.name == "lifeline" for thread in threading.enumerate())
 
 
 def wait_until(condition, seconds=10):

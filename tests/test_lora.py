@@ -182,7 +182,7 @@ def arrays(workdir, step="last"):
 
 def adapters_of(workdir, step):
     abstract = loading.load(workdir, str(step)).program.abstract_state.params
-    restored = workdir.checkpoints().restore(step, params=abstract)["params"]
+    restored = workdir.checkpoints()[step].restore(params=abstract)["params"]
     return {"/".join(name): np.asarray(x) for name, x in flatten_dict(restored).items()}
 
 

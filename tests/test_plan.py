@@ -268,12 +268,12 @@ def test_command_prints_a_report_and_remembers_it(command, tmp_path):
 
 
 @needs_libtpu
-def test_command_reports_what_does_not_fit_and_what_would(command):
+def test_command_reports_what_does_not_fit(command):
     flags = [*small_flags(), "--topology=v5e:2x2", "--batch_per_device=8192"]
     result = command("plan", *flags)
     assert result.returncode == 1
     assert re.search(r"DOES NOT FIT in 17\.18 GB per device\. The compiler: .*15\.75G", result.stdout)
-    assert re.search(r"nearest change that fits, \d+\.\d\d GB: --config\.", result.stdout)
+    assert "--search looks for a mesh" in result.stdout
     assert result.stderr == ""
 
 
@@ -338,7 +338,7 @@ def test_cudnn_attention_is_counted_and_does_not_store_the_scores(borders):
 @needs_cuda
 def test_a_gpu_program_that_does_not_fit_is_reported(command):
     """XLA compiles programs of any size for GPUs; the command prints the report and no warning."""
-    result = command("plan", *small_flags(), "--topology=a100:1", "--config.train.batch_size=65536", "--noadvise")
+    result = command("plan", *small_flags(), "--topology=a100:1", "--config.train.batch_size=65536")
     assert (result.returncode, result.stderr) == (1, "")
     assert "DOES NOT FIT: " in result.stdout
 

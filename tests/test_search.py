@@ -124,18 +124,6 @@ def test_a_candidate_that_cannot_be_compiled_is_ranked_last():
     assert out.getvalue().count("does not fit: no") == 4
 
 
-def test_nearest_changes_as_few_keys_as_possible():
-    config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=1024))
-    compiler = Compiler(lambda config: 20 * expected(config).memory)
-    report = compiler(config)
-    assert not report["fits"]
-    devices, progress = jax.devices(), Progress(out=io.StringIO())
-    changed, report = search.nearest(config, devices, CHIP, report, compiler, progress)
-    assert report["fits"]
-    assert len(search.flags(config, changed)) == 1  # more micro-batches, or another remat policy
-    assert search.nearest(config, devices, CHIP, report, Compiler(lambda config: 1e12), progress) is None
-
-
 def test_flags_are_the_differences():
     mesh = sharding.MeshConfig("fsdp", data=2, fsdp=4)
     changed = dataclasses.replace(CONFIG, mesh=mesh, model=dataclasses.replace(MODEL, remat="full"))

@@ -99,10 +99,6 @@ class Checkpoints:
             raise self._damaged[max(damaged)]
         return step
 
-    def restore(self, step: int, **abstract: Any) -> dict[str, Any]:
-        """Returns the named items of a step; see `Checkpoint.restore`."""
-        return self[step].restore(**abstract)
-
     def last_whole(self, restore: Callable[[int], Any]) -> tuple[int, Any] | None:
         """Returns the newest step that can be restored and the result of `restore(step)`; None if nothing was saved.
 

@@ -14,6 +14,7 @@ optimizer state. All of these are plain data formats: opening a workdir runs no 
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
 import re
@@ -31,9 +32,6 @@ from gpt.checkpointing.writing import saved_names
 from gpt.config import from_tree
 from gpt.runtime import cluster, files
 from gpt.runtime.errors import UserError
-
-if sys.platform != "win32":
-    import fcntl
 
 
 class Workdir:
@@ -61,8 +59,8 @@ class Workdir:
         """Creates the folder and refuses other runs in it until the end of the context.
 
         Process 0 holds the lock, and the operating system releases it when that process ends in any way. A folder that
-        was created is removed again if no run was recorded in it. In a bucket, on Windows and on some network disks
-        there are no locks, so users must not start two runs in one workdir there.
+        was created is removed again if no run was recorded in it. In a bucket and on some network disks there
+        are no locks, so users must not start two runs in one workdir there.
 
         Raises:
           UserError: the folder cannot be created or written to, holds something else, or is in use by another run.
@@ -74,7 +72,7 @@ class Workdir:
     def _occupy(self, stack: contextlib.ExitStack) -> None:
         """Creates the folder and takes the lock; the stack releases it."""
         created = self.create()
-        if sys.platform == "win32" or not files.is_local(self.path):
+        if not files.is_local(self.path):
             return
         file = stack.enter_context(self._open_lock())
         stack.callback(self._remove_if_unused, created)
@@ -117,7 +115,7 @@ class Workdir:
         try:
             created = files.make_folder(self.path)
             if files.is_local(self.path):
-                files.refuse_links(self.path)
+                files.refuse_special(self.path, links=False)
             probe = self.path / f".write-test-{secrets.token_hex(4)}"
             probe.write_text("")
             probe.unlink()
@@ -168,7 +166,7 @@ class Workdir:
         if not self.has_run:
             raise UserError(f"--workdir={self.path} holds no run: run.json is missing.")
         if files.is_local(self.path):
-            files.refuse_pipes(self.path)
+            files.refuse_special(self.path, links=True)
         try:
             record = files.read_json(self.path / "run.json")
             config = from_tree(record["config"])

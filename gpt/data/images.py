@@ -70,7 +70,18 @@ class ImagesConfig(DataConfig):
         return 0 if self.path else 10
 
     def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> Dataset:
-        return load(self, tokenizer if isinstance(tokenizer, Labels) else None, say)
+        """Lists the images, without reading the files. A folder may lack classes of an existing model's `Labels`."""
+        labels = tokenizer if isinstance(tokenizer, Labels) else None
+        check_installed("PIL", "Images need Pillow")
+        if self.path:
+            return _load_folder(self, labels, say)
+        check_installed("sklearn", 'data.path="" names scikit-learn\'s digits')
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+        digest = hashlib.sha256(images.tobytes())
+        return _split(self, images, digits.target.astype(np.int32), labels or Labels(tuple("0123456789")), digest)
 
     def inputs(self, prompt: str, model: ModelShape) -> np.ndarray:
         """Returns the image in a file as uint8 [size, size, channels]."""
@@ -263,29 +274,6 @@ class Folders(Dataset):
             lines.append(f"{names[int(example['targets'])]} taken for {names[int(prediction)]}{place}")
             pixels.append(example["inputs"])
         return Shown("\n".join(lines), {"mistakes": np.concatenate(pixels, axis=1)})
-
-
-def load(config: ImagesConfig, labels: Labels | None, say: Say = lambda line: None) -> Folders:
-    """Lists the images that the config names, without reading the files.
-
-    Args:
-      labels: the classes of an existing model; a folder may lack some of them. None: the classes are those of the
-        folder.
-      say: receives lines about files that are left out.
-
-    Raises:
-      UserError: there are no images, fewer than two classes, or classes that `labels` lacks; or a package is missing.
-    """
-    check_installed("PIL", "Images need Pillow")
-    if config.path:
-        return _load_folder(config, labels, say)
-    check_installed("sklearn", 'data.path="" names scikit-learn\'s digits')
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    digest = hashlib.sha256(images.tobytes())
-    return _split(config, images, digits.target.astype(np.int32), labels or Labels(tuple("0123456789")), digest)
 
 
 def check_installed(package: str, reason: str) -> None:

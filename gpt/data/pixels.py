@@ -64,7 +64,7 @@ class PixelsConfig(images.ImagesConfig):
                 f"data.image_size={self.image_size} and data.channels={self.channels}, but the palette is for "
                 f"{palette.size} and {palette.channels}."
             )
-        folders = images.load(self, Labels(palette.names) if palette else None, say)
+        folders: Any = super().load(Labels(palette.names) if palette else None, None, say)
         if palette is None:
             source = folders.source("train", self.image_size, self.channels)
             chosen = np.unique(np.linspace(0, len(source) - 1, FITTED_IMAGES).astype(int))

@@ -120,7 +120,8 @@ class BlockConfig(ModelConfig):
                     f"model.rotary_fraction={self.rotary_fraction} of a head size of {self.head_dim} gives "
                     f"{self.rotary_size} numbers to rotate; this has to be an even number, and the fraction at most 1."
                 )
-            rotary.frequencies(2, self.rotary_base, self.rotary_scaling)
+            if self.rotary_scaling:
+                rotary.parse(self.rotary_scaling)
 
     @property
     def head_dim(self) -> int:

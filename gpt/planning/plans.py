@@ -1,5 +1,6 @@
 """Makes plans, caches them, and prints them: what `python -m gpt.plan` and `gpt.plan_step` do."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -8,10 +9,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from typing import IO
 
 from gpt.config import Config, from_tree
-from gpt.planning import compiling, page, report, search
+from gpt.planning import compiling, report, search
 from gpt.runtime import cache, hardware, progress
 from gpt.runtime.errors import UsageError, UserError
 from gpt.runtime.files import new_file
@@ -26,21 +26,17 @@ class Options:
       batch_per_device: examples per device and step; None: `train.batch_size` over all devices.
       search: search for the mesh, remat policy and micro-batches of the shortest step.
       compilations: number of candidates that a search compiles.
-      advise: if a config does not fit, search for the nearest change that fits.
       price: price of one device for an hour.
       html: file to write a page of the same report to.
       as_json: print a line of JSON for each plan instead of text.
-      use_cache: read plans from the cache, and store new ones in it.
     """
 
     batch_per_device: int | None = None
     search: bool = False
     compilations: int = 8
-    advise: bool = True
     price: float | None = None
     html: str | None = None
     as_json: bool = False
-    use_cache: bool = True
 
 
 def run(config: Config, topologies: Sequence[str], options: Options) -> int:
@@ -52,19 +48,13 @@ def run(config: Config, topologies: Sequence[str], options: Options) -> int:
     """
     if options.search and len(topologies) > 1:
         raise UsageError("--search takes one --topology at a time.")
-    if not options.html:
-        return _run(config, topologies, options, None)
-    with new_file("html", options.html) as file:
-        return _run(config, topologies, options, file)
-
-
-def _run(config: Config, topologies: Sequence[str], options: Options, file: IO[bytes] | None) -> int:
     _use_no_accelerator()
-    planned = [pair for topology in topologies for pair in _plan(config, topology, options)]
-    plans = [plan | {"flags": search.flags(config, changed)} for changed, plan in planned]
-    if file:
-        placement = compiling.placement(planned[0][0], plans[0]["topology"])
-        file.write(page.html(plans, placement, options.price).encode())
+    with new_file("html", options.html) if options.html else contextlib.nullcontext() as file:
+        planned = [pair for topology in topologies for pair in _plan(config, topology, options)]
+        plans = [plan | {"flags": search.flags(config, changed)} for changed, plan in planned]
+        if file:
+            placement = compiling.placement(planned[0][0], plans[0]["topology"])
+            file.write(report.html(plans, placement, options.price).encode())
     if options.as_json:
         print(*map(json.dumps, plans), sep="\n")
     elif options.search:
@@ -91,34 +81,25 @@ def _plan(config: Config, topology: str, options: Options) -> list[tuple[Config,
         train = dataclasses.replace(config.train, batch_size=options.batch_per_device * len(devices))
         config = dataclasses.replace(config, train=train)
 
+    if not options.search:
+        return [(config, plan(config, topology))]
+
     def plan_or_refuse(changed: Config) -> report.Report:
         try:
-            return plan_elsewhere(changed, topology, options.use_cache)
+            return plan_elsewhere(changed, topology)
         except UserError as error:
             return compiling.refused(changed, topology, str(error))
 
-    shown = progress.Progress(enabled=options.search or not options.as_json, out=sys.stderr)
-    if options.search:
-        compiling.build(config, devices)  # raises UserError if the config itself cannot be built
-        return search.search(config, devices, chip, options.compilations, plan_or_refuse, shown)
-    planned = plan(config, topology, options.use_cache)
-    if not planned["fits"] and options.advise:
-        nearest = search.nearest(config, devices, chip, planned, plan_or_refuse, shown)
-        planned["nearest"] = nearest and {
-            "flags": search.flags(config, nearest[0]),
-            "total": nearest[1]["memory"]["total"],
-        }
-    return [(config, planned)]
+    compiling.build(config, devices)  # raises UserError if the config itself cannot be built
+    return search.search(config, devices, chip, options.compilations, plan_or_refuse, progress.Progress(out=sys.stderr))
 
 
-def plan(config: Config, topology: str, use_cache: bool = True) -> report.Report:
+def plan(config: Config, topology: str) -> report.Report:
     """Returns `compiling.measure`, from the cache if it has the plan for the same config, code and compiler.
 
     Raises:
       UserError: the config or the topology does not allow it, or the compiler rejects the program.
     """
-    if not use_cache:
-        return compiling.measure(config, topology)
     hardware.topology_devices(topology)  # raises UserError if the compiler is not installed
     packages = ("jax", "jaxlib", "flax", "optax", hardware.of_topology(topology).compiler)
     versions = {name: importlib.metadata.version(name) for name in packages}
@@ -127,7 +108,7 @@ def plan(config: Config, topology: str, use_cache: bool = True) -> report.Report
     return stored.entry(name, lambda create: compiling.measure(config, topology)).value
 
 
-def plan_elsewhere(config: Config, topology: str, use_cache: bool = True) -> report.Report:
+def plan_elsewhere(config: Config, topology: str) -> report.Report:
     """Returns `plan`, made in another process.
 
     Compilation for absent devices changes JAX's settings and takes gigabytes of memory; a separate process keeps
@@ -138,7 +119,7 @@ def plan_elsewhere(config: Config, topology: str, use_cache: bool = True) -> rep
     """
     hardware.of_topology(topology)  # raises UsageError for an unknown chip
     command = [sys.executable, "-c", "from gpt.planning import plans; plans.serve()"]
-    request = json.dumps([dataclasses.asdict(config), topology, use_cache])
+    request = json.dumps([dataclasses.asdict(config), topology])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}  # a notebook may have changed its sys.path
     process = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
     if process.returncode == 0:
@@ -149,9 +130,9 @@ def plan_elsewhere(config: Config, topology: str, use_cache: bool = True) -> rep
 
 def serve() -> None:
     """Reads a request of `plan_elsewhere` from standard input, and prints the plan."""
-    tree, topology, use_cache = json.load(sys.stdin)
+    tree, topology = json.load(sys.stdin)
     _use_no_accelerator()
     try:
-        print(json.dumps(plan(from_tree(tree), topology, use_cache)))
+        print(json.dumps(plan(from_tree(tree), topology)))
     except UserError as error:
         sys.exit(f"error: {error}")

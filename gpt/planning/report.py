@@ -1,11 +1,12 @@
-"""Formats plans, which `gpt.planning.compiling.measure` returns, as text."""
+"""Formats plans, which `gpt.planning.compiling.measure` returns, as text or as an HTML page."""
 
+import json
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from gpt.models.kernels import KERNELS
 from gpt.runtime import hardware
-from gpt.runtime.hardware import Chip
 from gpt.runtime.progress import columns, duration
 
 Report = dict[str, Any]
@@ -82,10 +83,8 @@ def _memory(report: Report) -> Iterator[str]:
             yield f"  {name:24}{memory[part] / 1e9:9.3f} GB  {bar}".rstrip()
     for buffer in memory.get("largest", ()):
         yield f"    {buffer}"[:118]
-    if nearest := report.get("nearest"):
-        yield f"  nearest change that fits, {nearest['total'] / 1e9:.2f} GB: {' '.join(nearest['flags'])}"
-    elif "nearest" in report:
-        yield "  none of the changes that were tried fits; use more devices, or run with --search"
+    if not report["fits"]:
+        yield "  --search looks for a mesh, remat policy and micro-batches that fit"
 
 
 def _collectives(report: Report) -> Iterator[str]:
@@ -149,10 +148,10 @@ def table(reports: Iterable[Report]) -> Iterator[str]:
     yield from columns(lines, left=4)
 
 
-def chips(known: Iterable[Chip] = hardware.CHIPS) -> Iterator[str]:
+def chips() -> Iterator[str]:
     """Yields the lines of a table of the chips that a topology can name, and their public figures."""
     lines = [["chip", "up to", "TFLOP/s", "memory GB", "GB/s", "link GB/s", "network GB/s", ""]]
-    for chip in known:
+    for chip in hardware.CHIPS:
         if chip.memory:
             figures = (chip.flops / 1e12, chip.memory / 1e9, chip.bandwidth / 1e9, chip.link / 1e9, chip.network / 1e9)
             lines.append([chip.name, chip.largest, *(f"{figure:,.4g}" for figure in figures), ""])
@@ -161,7 +160,21 @@ def chips(known: Iterable[Chip] = hardware.CHIPS) -> Iterator[str]:
     yield "TFLOP/s: peak of dense bfloat16 matrix products."
     yield "link: in one direction, to one neighbour in the torus (TPU) or to the NVLink switch (GPU)."
     yield "network: in one direction, per device, between slices (4xv5e:16x16) or hosts (4xh100:8) of any number."
-    yield hardware.SOURCES
+    yield "gpt/runtime/chips.toml names the sources."
+
+
+def html(plans: list[Report], placement: dict[str, Any], price: float | None = None) -> str:
+    """Returns a page with the first plan in detail and a comparison of all plans; it needs no network and no library.
+
+    Args:
+      placement: `compiling.placement` of the first plan.
+      price: price of one device for an hour.
+    """
+    data: dict[str, Any] = {"plans": plans, "placement": placement, "price": price, "assumptions": ASSUMPTIONS}
+    data |= {"memory_parts": MEMORY_PARTS, "bottlenecks": BOTTLENECKS, "kernels": list(KERNELS)}
+    template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    # A "<" in a text could end the script.
+    return template.replace("PLANS", json.dumps(data).replace("<", "\\u003c"))
 
 
 def model_name(report: Report) -> str:

@@ -8,10 +8,8 @@ import dataclasses
 import itertools
 import math
 import os
-import re
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import jax
 
@@ -22,22 +20,18 @@ from gpt.models.kernels import KERNELS
 from gpt.models.transformer import REMAT_POLICIES
 from gpt.planning import roofline
 from gpt.planning.report import Report
+from gpt.runtime import hardware
 from gpt.runtime.errors import UserError
 from gpt.runtime.hardware import Chip
 from gpt.runtime.progress import Progress, duration
 from gpt.sharding import AXES, MeshConfig
 
-# Number of changes that `nearest` compiles at most.
-TRIES = 5
 # A search compiles its best config with unrolled layers too if it has at most this many blocks.
 LARGEST_UNROLLED = 16
 # A candidate should use at most this fraction of the memory: close to the limit, compilation takes much longer.
 HEADROOM = 0.9
-# Memory that one compilation may need, in bytes.
+# Memory that one compilation may need, in bytes; several run at once in half of the memory of this machine.
 COMPILER_BYTES = 4e9
-# The TPU compiler uses all-reduces to gather and scatter a parameter, which send twice the bytes, if a device holds
-# fewer columns of it than this and nothing is sharded over `model` (observed for 12 to 64 columns, not for 96).
-NARROWEST_SHARD = 96
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +49,9 @@ class Candidate:
 
 
 def factorisations(number: int, factors: int) -> Iterator[tuple[int, ...]]:
-    """Yields every ordered tuple of so many factors whose product is the number."""
-    if factors == 1:
-        yield (number,)
-        return
-    for factor in range(1, number + 1):
-        if number % factor == 0:
-            yield from ((factor, *rest) for rest in factorisations(number // factor, factors - 1))
+    """Returns every ordered tuple of so many factors whose product is the number."""
+    divisors = [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+    return (each for each in itertools.product(divisors, repeat=factors) if math.prod(each) == number)
 
 
 def candidates(config: Config, devices: list[jax.Device], chip: Chip) -> list[Candidate]:
@@ -158,40 +148,13 @@ def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
 
     network = collective(("data",), 2 * shard, 2)
     if config.mesh.rules != "dp":
-        narrow = chip.ring and tensor == 1 and width / (fsdp * sequence) < NARROWEST_SHARD
-        network += micro_batches * collective(("fsdp", "sequence"), 2 * weights / tensor, 6 if narrow else 3)
+        # The compiler of v5p gathers by all-reduces, which send twice the bytes, among all of 64 devices or more.
+        is_doubled = chip.name == "v5p" and fsdp * sequence == layout.mesh.size >= 64
+        network += micro_batches * collective(("fsdp", "sequence"), 2 * weights / tensor, 6 if is_doubled else 3)
     activations = micro_batches * layers * tokens * width
     network += collective(("model",), 2 * activations, 2 * (4 + 2 * (model.remat == "full")))
     network += collective(("sequence",), 4 * activations * sequence / tensor, 3)
     return Candidate(config, memory, max(compute, traffic / chip.bandwidth) + 0.5 * network)
-
-
-def nearest(
-    config: Config,
-    devices: list[jax.Device],
-    chip: Chip,
-    report: Report,
-    plan: Callable[[Config], Report],
-    progress: Progress,
-) -> tuple[Config, Report] | None:
-    """Returns the change of the fewest keys with which a config fits, and its plan; None if no tried change fits.
-
-    Args:
-      report: plan of the config, which does not fit.
-      plan: function from a config to its plan.
-    """
-    queue = _Queue(candidates(config, devices, chip), chip)
-    queue.learn(expect(config, sharding.make_layout(config.mesh, devices), chip), report)
-    queue.candidates.sort(key=lambda candidate: len(differences(config, candidate.config)))
-    for _ in range(TRIES):
-        if not (candidate := queue.next()):
-            return None
-        progress.status(f"does not fit; trying {' '.join(flags(config, candidate.config))}")
-        report = plan(candidate.config)
-        if report["fits"]:
-            return candidate.config, report
-        queue.learn(candidate, report)
-    return None
 
 
 def search(
@@ -216,7 +179,8 @@ def search(
         f"{len(queue.candidates):,} candidates by arithmetic; compiling {compilations} and the unchanged config"
     )
     done: list[tuple[Config, Report]] = []
-    start, at_once = time.perf_counter(), workers()
+    start = time.perf_counter()
+    at_once = max(1, min(os.cpu_count() or 1, int(hardware.host_memory() / 2 // COMPILER_BYTES)))
 
     def finish(candidate: Candidate, report: Report) -> None:
         queue.learn(candidate, report)
@@ -235,8 +199,7 @@ def search(
                 break
             for future in concurrent.futures.wait(running, 1.0, "FIRST_COMPLETED").done:
                 finish(running.pop(future), future.result())
-            bar = "█" * len(done) + "▒" * len(running) + "░" * (compilations + 1 - len(done) - len(running))
-            progress.status(f"{bar} {len(done)} of {compilations + 1} in {duration(time.perf_counter() - start)}")
+            progress.status(f"{len(done)} of {compilations + 1} in {duration(time.perf_counter() - start)}")
     best, report = min(done, key=rank)
     if report["fits"] and (best.model.num_layers <= LARGEST_UNROLLED or not best.model.scan_layers):
         model = dataclasses.replace(best.model, scan_layers=not best.model.scan_layers)
@@ -299,13 +262,3 @@ def summary(report: Report) -> str:
 def flags(config: Config, changed: Config) -> list[str]:
     """Returns the flags that turn one config into the other."""
     return [f"--config.{key}={new}" for key, (_, new) in differences(config, changed).items()]
-
-
-def workers() -> int:
-    """Returns how many compilations this machine can run at once."""
-    try:
-        match = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        match = None
-    available = int(match[1]) * 1000 if match else 0
-    return max(1, min(os.cpu_count() or 1, int(available // COMPILER_BYTES)))

@@ -56,9 +56,9 @@ def start(job: cluster.Job) -> None:
 def check_xla_flags() -> None:
     """Raises UserError if XLA_FLAGS has a flag that XLA rejects, because XLA would end the process without a message.
 
-    A fork parses the flags, which takes a few hundredths of a second. Windows has no fork, so there is no check.
+    A fork parses the flags, which takes a few hundredths of a second.
     """
-    if not os.environ.get("XLA_FLAGS") or not hasattr(os, "fork"):
+    if not os.environ.get("XLA_FLAGS"):
         return
     from jaxlib import _jax
 

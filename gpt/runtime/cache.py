@@ -10,6 +10,7 @@ or damaged is computed again. File permissions of an entry allow no more than th
 JAX stores compiled programs in the folder `xla` of the cache, so that only the first start of a program compiles.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import errno
@@ -19,7 +20,7 @@ import io
 import json
 import os
 import secrets
-import stat
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -175,30 +176,12 @@ class Cache:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Makes JAX store compiled programs in a folder, and compile a program again if its stored copy is damaged."""
+    """Makes JAX store compiled programs in a folder."""
     import jax
-    from jax._src import compilation_cache, lru_cache
 
-    class CheckedCache(lru_cache.LRUCache):
-        """JAX's cache, which never replaces an entry, with a SHA-256 at the end of each entry."""
-
-        def get(self, key: str) -> bytes | None:
-            content = super().get(key) or b""
-            if content[-32:] == hashlib.sha256(content[:-32]).digest():
-                return content[:-32]
-            (folder / f"{key}-cache").unlink(missing_ok=True)
-            return None
-
-        def put(self, key: str, value: bytes) -> None:
-            super().put(key, value + hashlib.sha256(value).digest())
-
-        def _evict_if_needed(self, *, additional_size: int = 0) -> None:
-            for entry in folder.glob("*-cache"):  # JAX fails on an entry whose process died before it wrote the time
-                if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
-                    entry.unlink(missing_ok=True)
-            super()._evict_if_needed(additional_size=additional_size)
-
-    compilation_cache.LRUCache = CheckedCache  # type: ignore[misc]  # JAX has no setting for the class of its cache
+    for entry in folder.glob("*-cache"):  # a process that dies while it stores an entry writes no time of use
+        if not entry.with_name(entry.name.removesuffix("-cache") + "-atime").exists():
+            entry.unlink(missing_ok=True)  # JAX replaces no entry, and stores no others beside one without a time
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MAX_COMPILED_SIZE)
 
@@ -243,12 +226,7 @@ def _user_folder() -> Path:
 
 @functools.cache
 def _temporary_folder() -> Path:
-    """Returns a private temporary folder. Does not use a folder that another user may have prepared."""
-    user = getattr(os, "getuid", lambda: "")()  # Windows has no user numbers
-    path = Path(tempfile.gettempdir()) / f"gpt-cache-{user}"
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    status = path.lstat()
-    if stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o077:
-        return path
-    return Path(tempfile.mkdtemp(prefix="gpt-cache-"))
+    """Returns a private temporary folder, which is deleted when the process ends normally."""
+    folder = Path(tempfile.mkdtemp(prefix="gpt-cache-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

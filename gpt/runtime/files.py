@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -90,33 +90,27 @@ def remove_tree(path: epath.Path) -> None:
     shutil.rmtree(path) if is_local(path) else path.rmtree()
 
 
-def refuse_links(folder: epath.Path) -> None:
-    """Raises UserError if a workdir contains anything except files and folders: a link, a pipe, a socket, a device.
+def refuse_special(folder: epath.Path, links: bool) -> None:
+    """Raises UserError if a workdir contains anything except files and folders: a pipe, a socket, a device, or a link.
 
-    A workdir may come from an untrusted source, and training writes and deletes files in it: a link could make it
-    change files elsewhere.
+    A workdir may come from an untrusted source. A pipe may block a reader, and training writes and deletes files: a
+    link could make it change files elsewhere.
+
+    Args:
+      links: whether links to files and folders are permitted.
     """
-    _refuse(folder, os.lstat, "a workdir for training may contain only files and folders")
-
-
-def refuse_pipes(folder: epath.Path) -> None:
-    """Raises UserError if a workdir contains a pipe, a socket, a device or a link to one, which may block a reader."""
-    _refuse(folder, os.stat, "a workdir may contain only files and folders")
-
-
-def _refuse(folder: epath.Path, status: Callable[[str], os.stat_result], rule: str) -> None:
     for parent, folders, names in os.walk(folder):
         for name in folders + names:
             path = os.path.join(parent, name)
             try:
-                mode = status(path).st_mode
+                mode = os.stat(path, follow_symlinks=links).st_mode
             except OSError:  # another process deleted it meanwhile, or it is a link to nothing
                 continue
             if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
                 kind = "a link" if stat.S_ISLNK(mode) else "a pipe, a socket or a device"
                 raise UserError(
-                    f"--workdir={folder}: {os.path.relpath(path, folder)} is {kind}; {rule}. Replace it, or choose "
-                    "another --workdir."
+                    f"--workdir={folder}: {os.path.relpath(path, folder)} is {kind}; a workdir may "
+                    "contain only files and folders. Replace it, or choose another --workdir."
                 )
 
 

@@ -6,19 +6,23 @@ import math
 import os
 import platform
 import re
+import resource
+import string
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from gpt.runtime.errors import UsageError, UserError, one_line
 
-GIB = 2**30
 GPUS_OF_A_HOST = 8  # GPUs in one NVLink domain of a DGX or HGX system
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Chip:
-    """Public figures of an accelerator, for what JAX presents as one device.
+    """Public figures of an accelerator, for what JAX presents as one device; `chips.toml` has those of all chips.
 
     Attributes:
       name: name in a topology, as in v5e:4x4 or h100:8.
@@ -31,10 +35,11 @@ class Chip:
       clock: clock rate in Hz, which converts the TPU compiler's cycles to seconds; 0 for GPUs.
       ring: a torus axis of this length, or a multiple of it, has wraparound links; 0 for GPUs.
       largest: largest topology without a slow network.
+      gpu: what XLA needs to compile for the GPU; empty for TPUs.
     """
 
     name: str
-    kinds: tuple[str, ...]
+    kinds: Sequence[str]
     flops: float
     memory: float = 0.0
     bandwidth: float = 0.0
@@ -43,6 +48,7 @@ class Chip:
     clock: float = 0.0
     ring: int = 0
     largest: str = ""
+    gpu: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def usable(self) -> float:
@@ -55,37 +61,8 @@ class Chip:
         return "libtpu" if self.ring else "jax-cuda13-pjrt"
 
 
-# A device is the first chip in this tuple that has a matching prefix in `kinds`.
-CHIPS = (
-    Chip("v4", ("TPU v4",), 275e12, 32 * GIB, 1228e9, 50e9, 1.6e9, 1.05e9, 4, "v4:16x16x16"),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB, 819e9, 50e9, 3.1e9, 1.5e9, 16, "v5e:16x16"),
-    Chip("v5p", ("TPU v5p", "TPU v5"), 459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, 1.75e9, 4, "v5p:16x16x24"),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB, 1638e9, 100e9, 12.5e9, 1.75e9, 16, "v6e:16x16"),
-    Chip("a100_80gb", ("NVIDIA A100-SXM4-80GB",), 312e12, 85_100_068_864, 2039e9, 300e9, 25e9, largest="a100_80gb:8"),
-    Chip("a100", ("NVIDIA A100",), 312e12, 42_331_013_120, 1555e9, 300e9, 25e9, largest="a100:8"),
-    Chip("h100_pcie", ("NVIDIA H100 PCIe",), 756e12),
-    Chip("h100_nvl", ("NVIDIA H100 NVL",), 835e12),
-    Chip("h100", ("NVIDIA H100",), 989e12, 84_942_979_072, 3352e9, 450e9, 50e9, largest="h100:8"),
-    Chip("h200", ("NVIDIA H200",), 989e12, 151_397_597_184, 4800e9, 450e9, 50e9, largest="h200:8"),
-    Chip("b200", ("NVIDIA B200",), 2250e12, 191_514_411_008, 7672e9, 900e9, 50e9, largest="b200:8"),
-)
-
-SOURCES = """\
-TPU: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; network of v4: 81 Tbit/s from 1,536 hosts, measured in arXiv
-2204.02311; network of v6e: 4 cards of 200 Gbit/s for 8 chips. GPU: NVIDIA's data sheets of A100, H100, H200, B200
-(SXM), memory as reported by CUDA; network: one card per GPU, of 200 Gbit/s (DGX A100) or 400 Gbit/s (DGX H100, H200,
-B200)."""
-
-# Figures that XLA needs to compile for a GPU that is not present: major compute capability, number of
-# multiprocessors, float32 lanes and KiB of shared memory per multiprocessor, bytes of L2 cache, clock rate in GHz.
-# XLA publishes the same figures in xla/backends/gpu/target_config/specs.
-_GPU_FIGURES = {
-    "a100": (8, 108, 64, 164, 40 << 20, 1.41),
-    "a100_80gb": (8, 108, 64, 164, 40 << 20, 1.41),
-    "h100": (9, 132, 128, 228, 50 << 20, 1.98),
-    "h200": (9, 132, 128, 228, 50 << 20, 1.98),
-    "b200": (10, 148, 128, 228, 132_644_864, 1.965),
-}
+_FIGURES = tomllib.loads(Path(__file__).with_name("chips.toml").read_text(encoding="utf-8"))
+CHIPS = tuple(Chip(name, **figures) for name, figures in _FIGURES.items())
 
 
 def devices() -> list[jax.Device]:
@@ -107,7 +84,7 @@ def devices() -> list[jax.Device]:
 
 def of_device(device: jax.Device) -> Chip | None:
     """Returns the chip of a device, or None if the chip is not known."""
-    return next((chip for chip in CHIPS if device.device_kind.startswith(chip.kinds)), None)
+    return next((chip for chip in CHIPS if device.device_kind.startswith(tuple(chip.kinds))), None)
 
 
 def memory(device: jax.Device) -> float:
@@ -115,18 +92,13 @@ def memory(device: jax.Device) -> float:
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit", math.inf)
     total = host_memory()
-    with contextlib.suppress(ImportError):  # Windows has no limit for a process
-        import resource
-
-        if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-            total = min(total, limit)
+    if (limit := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+        total = min(total, limit)
     return total / jax.local_device_count()
 
 
 def host_memory() -> float:
-    """Returns the bytes of this host's memory; infinity on Windows, where Python does not tell."""
-    if not hasattr(os, "sysconf"):
-        return math.inf
+    """Returns the bytes of this host's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -213,22 +185,7 @@ def _parse(name: str) -> tuple[int, str, str]:
 
 
 def _target_config(chip: Chip) -> str:
-    """Returns XLA's GpuTargetConfigProto of a GPU in text format. XLA crashes if some of these fields are missing."""
-    capability, cores, lanes, shared, cache, clock = _GPU_FIGURES[chip.name]
-    features = "feature_extension: ACCELERATED_FEATURES" if capability >= 9 else ""
-    return f"""
-gpu_device_info {{
-  cuda_compute_capability {{ major: {capability} {features} }}
-  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-  block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_core: {shared << 10} shared_memory_per_block: {48 << 10}
-  shared_memory_per_block_optin: {(shared - 1) << 10}
-  core_count: {cores} fpus_per_core: {lanes} clock_rate_ghz: {clock} l2_cache_size: {cache}
-  memory_bandwidth: {chip.bandwidth:.0f} device_memory_size: {chip.memory:.0f}
-}}
-platform_name: "CUDA"
-dnn_version_info {{ major: 9 minor: 12 }}
-device_description_str: "{chip.kinds[0]}"
-"""
+    """Returns XLA's GpuTargetConfigProto of a GPU in text format."""
+    template = string.Template(Path(__file__).with_name("gpu_target.textproto").read_text(encoding="utf-8"))
+    memory, bandwidth = int(chip.memory), int(chip.bandwidth)
+    return template.substitute(chip.gpu, kind=chip.kinds[0], memory=memory, bandwidth=bandwidth)

@@ -26,6 +26,7 @@ import hmac
 import ipaddress
 import json
 import os
+import resource
 import secrets
 import socket
 import sys
@@ -42,7 +43,6 @@ SECRET = "GPT_CLUSTER_SECRET"  # name of the environment variable
 NOTICE_AFTER = 10  # seconds of waiting after which a line says for which process
 HANDSHAKE = 10  # seconds in which a connection has to prove that it is from a process of this job
 PRINTING = 10  # seconds in which a terminal or a pipe has to accept the last message of a process
-MAX_UNKNOWN = 64  # connections in the handshake; one more disconnects the oldest
 MAX_HELLO, MAX_MESSAGE = 1 << 16, 1 << 26  # bytes of a message during and after the handshake
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 25_000}
 
@@ -102,13 +102,10 @@ class Hub(Lifeline):
     """Process 0, with a connection to each other process."""
 
     def _join(self) -> None:
-        with contextlib.suppress(ImportError):  # Windows has no limit of open files
-            import resource
-
-            # Each connection is an open file, and the usual limit is 1,024.
-            _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        self._unknown: dict[socket.socket, None] = {}  # connections in the handshake, the oldest first
+        _, hard = resource.getrlimit(
+            resource.RLIMIT_NOFILE
+        )  # each connection is an open file; the usual limit is 1,024
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         self._spokes: dict[int, _Connection] = {}  # by process number, including processes that ended
         self._done: set[int] = set()
         self._refused = ""  # the last connection that was refused, as a sentence for the user
@@ -215,19 +212,12 @@ class Hub(Lifeline):
 
     def _serve(self, connection: socket.socket, host: str) -> None:
         """Receives the messages of one connection until it closes."""
-        self._unknown[connection] = None
-        for oldest in list(self._unknown)[:-MAX_UNKNOWN]:
-            self._unknown.pop(oldest, None)
-            with contextlib.suppress(OSError):
-                oldest.shutdown(socket.SHUT_RDWR)
         try:
             spoke = _Connection(connection)
             index = self._welcome(spoke, host)
         except (OSError, ValueError):  # another program, which must not affect the job
             connection.close()
             return
-        finally:
-            self._unknown.pop(connection, None)
         with contextlib.suppress(OSError):
             while True:
                 self._receive(index, spoke.receive())

@@ -51,7 +51,7 @@ def end_at_once(give_up: Callable[[int], object]) -> None:
 def _handle(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any]:
     """Sets the handler of all signals that stop a program; returns the previous handlers by signal number."""
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has no SIGHUP
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     return {number: signal.signal(number, handler) for number in numbers}
 

@@ -8,13 +8,14 @@ import platform
 from pathlib import Path
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "jax-cuda13-plugin", "libtpu")
+SUFFIXES = (".py", ".toml", ".textproto")  # of files that decide results
 FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def code_digest() -> str:
-    """Returns the SHA-256 of the names and contents of all Python files of the package gpt, in hexadecimal."""
+    """Returns the SHA-256 of the names and contents of the code and data files of the package gpt, in hexadecimal."""
     digest, root = hashlib.sha256(), Path(__file__).parent.parent
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES):
         code = path.read_bytes()
         digest.update(f"{path.relative_to(root)} {len(code)}\n".encode() + code)
     return digest.hexdigest()
