@@ -37,10 +37,9 @@ def warm_up() -> None:
     import gpt
 
     for module in pkgutil.walk_packages(gpt.__path__, "gpt."):
-        if (
-            not (Path(gpt.__path__[0]) / f"{module.name.removeprefix('gpt.')}.py").exists()
-            or module.name == "gpt.train"
-        ):
+        is_command = (Path(gpt.__path__[0]) / f"{module.name.removeprefix('gpt.')}.py").exists()
+        # Benchmarks need the package lm_eval, which is an extra.
+        if (not is_command or module.name == "gpt.train") and module.name != "gpt.inference.benchmarks":
             importlib.import_module(module.name)
     importlib.import_module("grain")
 
