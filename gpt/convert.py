@@ -1,10 +1,11 @@
-"""Converts a folder of Hugging Face's transformers to a workdir, or a workdir to such a folder: GPT-2 and ViT.
+"""Converts a folder of Hugging Face's transformers to a workdir, or a workdir to such a folder.
 
 python -m gpt.convert --from_hf=FOLDER --workdir=runs/gpt2
 python -m gpt.convert --workdir=runs/my_run --to_hf=FOLDER
 
 A folder holds config.json, model.safetensors (or several such files and model.safetensors.index.json), and the files of
-a tokenizer or, for a ViT, preprocessor_config.json. Arrays are converted one at a time: a model need not fit in memory.
+a tokenizer or, for a ViT, preprocessor_config.json. Arrays are converted in parts: a model need not fit in memory. The
+architectures are those of `ARCHITECTURES` in gpt/interop/huggingface.py.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ from absl import flags
 from gpt.runtime import cli
 from gpt.runtime.errors import UsageError
 
-_FROM_HF = flags.DEFINE_string("from_hf", None, "Folder of transformers with a GPT-2 or ViT to convert to a workdir.")
+_FROM_HF = flags.DEFINE_string("from_hf", None, "Folder of transformers to convert to a workdir.")
 _TO_HF = flags.DEFINE_string("to_hf", None, "New folder to write for transformers.")
 _WORKDIR = cli.define_workdir_flag("Folder of the run: a new one with --from_hf, an existing one with --to_hf.")
 _CHECKPOINT = cli.define_checkpoint_flag()

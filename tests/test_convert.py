@@ -211,7 +211,11 @@ REFUSED = {
     "a wrong shape": ({}, lambda t: t | {WTE: t[WTE][:99]}, r"wte\.weight is 99 × 48, but has to be 256 × 48"),
     "integers": ({}, lambda t: t | {WTE: t[WTE].astype(np.int32)}, r"wte\.weight is of type I32"),
     "another head": ({}, lambda t: t | {"lm_head.weight": t[WTE] + 1}, r"lm_head\.weight differs from wte\.weight"),
-    "another architecture": ({"model_type": "llama"}, None, r"config\.json: model_type is 'llama', but only 'gpt2'"),
+    "another architecture": (
+        {"model_type": "bert"},
+        None,
+        r"config\.json: model_type is 'bert', but only 'gpt2', 'llama'",
+    ),
     "no epsilon": ({"layer_norm_epsilon": 0}, None, r"model\.norm_epsilon=0\.0 has to be greater than 0"),
     "another scale": ({"scale_attn_by_inverse_layer_idx": True}, None, r"scale_attn_by_inverse_layer_idx is True"),
     "another activation": ({"activation_function": "tanh"}, None, r"activation_function is 'tanh'"),
@@ -302,10 +306,10 @@ def test_a_damaged_checkpoint_is_not_written(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [{"norm": "rmsnorm"}, {"positions": "rotary"}, {"bias": False}, {"activation": "relu_squared"}]
+    "change", [{"norm": "rmsnorm"}, {"positions": "rotary"}, {"bias": "none"}, {"activation": "relu_squared"}]
 )
 def test_models_that_are_no_gpt2_are_not_written(change):
-    with pytest.raises(UserError, match=rf"transformers' GPT-2 has no model\.{next(iter(change))}="):
+    with pytest.raises(UserError, match=rf"transformers' GPT2LMHeadModel has no model\.{next(iter(change))}="):
         GPT2().write(GPTConfig(vocab_size=256, **change), Run(Config(), ByteTokenizer(), None))
 
 

@@ -8,9 +8,10 @@ change of one element always changes the digest; a change of several elements is
 
 import collections
 import functools
+import itertools
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +68,13 @@ def on_host(array: np.ndarray, origin: Sequence[int] = (), shape: Sequence[int] 
     rows = max(1, BLOCK // max(1, math.prod(array.shape[1:])))
     blocks = ((start, array[start : start + rows].astype(np.uint32)) for start in range(0, len(array), rows))
     return sum(int(_digest(bits, (origin[0] + start, *origin[1:]), shape, np)) for start, bits in blocks) % 2**32
+
+
+def chunks(shape: Sequence[int], chunk: Any) -> Iterator[tuple[slice, ...]]:
+    """Yields the indices of each chunk of an array, row by row, from the shapes of the array and of a chunk."""
+    grid = (range(0, size, step) for size, step in zip(shape, chunk, strict=True))
+    for origin in itertools.product(*grid):
+        yield tuple(slice(start, start + step) for start, step in zip(origin, chunk, strict=True))
 
 
 @functools.lru_cache(maxsize=8)

@@ -91,8 +91,8 @@ class Weights:
         adapters = self._checkpoint.restore(params=own.abstract_state.params)["params"]
         return own.merge(self._base.restore(program), adapters)
 
-    def restore_each(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[np.ndarray]:
-        """Yields all parameters on the host and one at a time, so that the model need not fit in memory.
+    def restore_each(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Yields all parameters on the host in parts, so that they need not fit in memory; see `Checkpoint`.
 
         Args:
           shapes: shapes by names such as "blocks/mlp/up/kernel", with stacked layers.
@@ -101,10 +101,11 @@ class Weights:
           UserError: see `restore`.
         """
         adapters = self._adapters() if self._base else {}
-        for name, array in zip(shapes, (self._base or self._checkpoint).restore_each(shapes), strict=True):
+        for name, start, part in (self._base or self._checkpoint).restore_each(shapes):
             if name in adapters:
-                array = array + self.run.config.model.lora_scale * lora.product(adapters[name], array.shape)
-            yield array
+                adapter = {matrix: array[start : start + len(part)] for matrix, array in adapters[name].items()}
+                part = part + self.run.config.model.lora_scale * lora.product(adapter, part.shape)
+            yield name, start, part
 
     def _adapters(self) -> dict[str, dict[str, np.ndarray]]:
         """Returns the matrices of each adapter, {"a": …, "b": …} with stacked layers, by the name of its kernel."""
@@ -112,8 +113,11 @@ class Weights:
         config = dataclasses.replace(config, scan_layers=True)
         variables = jax.eval_shape(lambda: config.module().init(jax.random.key(0), config.blank(1)))
         shapes = flatten_dict(jax.tree.map(lambda leaf: leaf.shape, nn.unbox(variables["lora"])), sep="/")
+        arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+        for name, start, part in self._checkpoint.restore_each(shapes):
+            arrays[name][start : start + len(part)] = part
         adapters: dict[str, dict[str, np.ndarray]] = {}
-        for name, array in zip(shapes, self._checkpoint.restore_each(shapes), strict=True):
+        for name, array in arrays.items():
             layer, _, matrix = name.rpartition("/")
             adapters.setdefault(f"{layer}/kernel", {})[matrix] = array
         return adapters

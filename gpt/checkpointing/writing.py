@@ -2,14 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 from etils import epath
+from flax.traverse_util import unflatten_dict
 from orbax.checkpoint import type_handlers
 from orbax.checkpoint.path import atomicity
 
@@ -32,15 +34,25 @@ logging.set_verbosity(_verbosity)
 
 @dataclasses.dataclass(frozen=True)
 class Deferred:
-    """A float32 array that is computed when it is written, so that saving a model needs memory for one array only."""
+    """A float32 array that is computed in parts when it is written, so that a model need not fit in memory.
 
+    Attributes:
+      name: the array's path, like "blocks/mlp/up/kernel". Those in the blocks have the layers as their first axis.
+      parts: yields arrays of any float type that fill the whole together, each with the indices of its first element.
+    """
+
+    name: str
     shape: tuple[int, ...]
-    make: Callable[[], np.ndarray]
+    parts: Callable[[], Iterable[tuple[tuple[int, ...], np.ndarray]]]
     dtype: np.dtype = np.dtype(np.float32)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
 
 
 class _DeferredHandler(type_handlers.NumpyHandler):
-    """Writes Deferred arrays one after the other; orbax's handler would hold two copies of all of them in memory.
+    """Writes Deferred arrays one after the other and chunk by chunk; orbax's handler would hold all of them in memory.
 
     Attributes:
       digests: digest of each array written so far.
@@ -51,24 +63,31 @@ class _DeferredHandler(type_handlers.NumpyHandler):
         self.digests: dict[str, int] = {}
 
     async def serialize(self, values, infos, args=None):
-        for value, info, arg in zip(values, infos, args, strict=True):
-            array = value.make()
-            self.digests[f"params/{info.name.replace('.', '/')}"] = integrity.on_host(array)
-            for future in await super().serialize([array], [info], [arg]):
+        for one in zip(values, infos, args, strict=True):
+            for future in await super().serialize(*([each] for each in one)):
                 future.result()
         return []
 
+    async def _open_and_write(self, value, tspec, ts_context):
+        array = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
+        digest = 0
+        for first, part in value.parts():
+            for index in integrity.chunks(part.shape, array.chunk_layout.write_chunk.shape):
+                origin = tuple(start + inner.start for start, inner in zip(first, index, strict=True))
+                chunk = np.ascontiguousarray(part[index], value.dtype)
+                place = tuple(slice(start, start + size) for start, size in zip(origin, chunk.shape, strict=True))
+                writing = array[place].write(chunk)
+                digest += integrity.on_host(chunk, origin, value.shape)
+                await writing
+        self.digests[f"params/{value.name}"] = digest % 2**32
+
     def memory_size(self, values):
-        sizes = [math.prod(value.shape) * value.dtype.itemsize for value in values]
+        sizes = [value.size * value.dtype.itemsize for value in values]
         return [(size, size) for size in sizes]
 
 
-def write_params(folder: epath.Path, run: Run, params: Any) -> None:
-    """Writes a checkpoint of step 0 that has parameters and no optimizer state.
-
-    Args:
-      params: tree of `Deferred`, with stacked layers.
-    """
+def write_params(folder: epath.Path, run: Run, params: list[Deferred]) -> None:
+    """Writes a checkpoint of step 0 that has parameters, with stacked layers, and no optimizer state."""
     handler = _DeferredHandler(deepcopy_host_arrays=False)
     registry = type_handlers.create_type_handler_registry(
         (Deferred, handler),
@@ -77,8 +96,10 @@ def write_params(folder: epath.Path, run: Run, params: Any) -> None:
     files.make_folder(folder.parent)
     item = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
     writer = make_writer(folder, lambda: Record(run.id, 0, validation_data(run), handler.digests), params=item)
-    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK), params)
-    writer.save(folder, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params, save_args=save_args)))
+    tree = unflatten_dict({value.name: value for value in params}, sep="/")
+    by_layer, whole = (ocp.SaveArgs(chunk_byte_size=CHUNK, shard_axes=axes) for axes in ((0,), ()))
+    save_args = jax.tree.map(lambda value: by_layer if value.name.startswith("blocks/") else whole, tree)
+    writer.save(folder, args=ocp.args.Composite(params=ocp.args.PyTreeSave(tree, save_args=save_args)))
     writer.wait_until_finished()
     writer.close()
 

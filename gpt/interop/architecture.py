@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import math
-import re
 import typing
-from typing import Any, ClassVar, Generic, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -13,14 +13,44 @@ from gpt.checkpointing.run import Run
 from gpt.data.tokenizers import Labels, Tokenizer, TokenizerConfig
 from gpt.interop import tokenizer_files
 from gpt.interop.config_file import ConfigFile
-from gpt.interop.safetensors_folder import SafetensorsFolder
+from gpt.models import rotary
 from gpt.models.gpt import GPTConfig
 from gpt.models.transformer import BlockConfig
 from gpt.runtime.errors import UserError
+from gpt.runtime.fields import harmless_names
 
 # transformers' names of activations, and ours. The weights that OpenAI published for GPT-2 use gelu_new.
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 ACTIVATIONS |= {"silu": "silu", "swish": "silu"}
+# Sizes of our config whose default, 0, is computed from others, as None is in transformers.
+SIZES = {"num_kv_heads": "kv_heads", "head_size": "head_dim", "mlp_size": "mlp_dim"}
+# Fields of our config that change the training only, or have no key in config.json.
+UNRELATED = {"vocab_multiple", "dtype", "zero_init", "lora_rank", "lora_alpha", "lora_targets"}
+UNRELATED |= {"embed_dropout", "residual_dropout", "attention_dropout", "pixel_mean", "pixel_std"}
+
+
+class Source(Protocol):
+    """A model in a format of another library, such as a `SafetensorsFolder`.
+
+    Attributes:
+      path: place of the model, for messages.
+      config: the keys of the model's config.json.
+      shapes: shape of each tensor, by transformers' name.
+    """
+
+    path: Path
+
+    @property
+    def config(self) -> ConfigFile: ...
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor, of any float type."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns the model's tokenizer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +59,21 @@ class Tensor:
 
     Attributes:
       names: names of transformers' tensors, without the architecture's prefix; "{}" stands for the number of the layer.
-        Several tensors follow one another along the last axis of our parameter.
-      shape: shape of each of transformers' tensors.
-      our_shape: shape of our parameter in one layer. It may have more elements than `shape`, for a vocabulary that is
-        padded; these are 0.
+      shapes: shape of each of transformers' tensors.
+      our_shape: shape of our parameter in one layer. It may have more elements than transformers' tensors, for a
+        vocabulary that is padded; these are 0.
       axes: order of transformers' axes that is our order; (): the two are the same.
-      is_packed: our last axis holds the query, key and value of one head after the other, theirs all queries, all keys
-        and then all values.
+      packed: sizes of all queries, all keys and all values along the last axis, in which transformers' tensors have
+        them. Our last two axes are the groups of heads, and the queries, key and value of one group after the other.
+        (): the order of the elements is the same.
       num_layers: number of layers that have this parameter, which is stacked over them; 0: it is outside the layers.
     """
 
     names: tuple[str, ...]
-    shape: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
     our_shape: tuple[int, ...]
     axes: tuple[int, ...] = ()
-    is_packed: bool = False
+    packed: tuple[int, ...] = ()
     num_layers: int = 0
 
     @property
@@ -56,153 +86,198 @@ class Tensor:
         """Names of transformers' tensors in each layer; one list for a parameter outside the layers."""
         return [[name.format(layer) for name in self.names] for layer in range(self.num_layers or 1)]
 
-    def to_ours(self, arrays: list[np.ndarray], ours: np.ndarray) -> None:
-        """Writes transformers' arrays of one layer into our array, which holds zeros."""
-        parts = [array.transpose(self.axes or range(array.ndim)) for array in arrays]
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-        if self.is_packed:
-            *inputs, heads, width = self.our_shape
-            joined = joined.reshape(*inputs, 3, heads, width // 3).swapaxes(-3, -2)
-        if self._is_padded:
-            ours[tuple(map(slice, joined.shape))] = joined
-        else:
-            ours[...] = joined.reshape(ours.shape)
+    @property
+    def their_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of transformers' tensors in all layers, by name."""
+        return {name: shape for names in self.names_by_layer for name, shape in zip(names, self.shapes, strict=True)}
+
+    def to_ours(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """Returns our array of one layer without its padding, from transformers' arrays; a view if that is possible."""
+        arrays = [array.transpose(self.axes or range(array.ndim)) for array in arrays]
+        if self.packed:
+            if len(arrays) == 1:
+                arrays = np.split(arrays[0], np.cumsum(self.packed)[:-1], axis=-1)
+            groups = self.our_shape[-2]
+            return np.concatenate([array.reshape(*array.shape[:-1], groups, -1) for array in arrays], axis=-1)
+        return arrays[0] if self._is_padded else arrays[0].reshape(self.our_shape)
 
     def to_theirs(self, ours: np.ndarray) -> list[np.ndarray]:
         """Returns transformers' arrays of one layer, from ours."""
-        axes = self.axes or tuple(range(len(self.shape)))
-        *rows, last = (self.shape[axis] for axis in axes)
-        if self.is_packed:
-            *inputs, heads, width = self.our_shape
-            ours = ours.reshape(*inputs, heads, 3, width // 3).swapaxes(-3, -2)
-        if self._is_padded:
-            ours = ours[tuple(map(slice, (*rows, last)))]
-        parts = np.split(ours.reshape(*rows, last * len(self.names)), len(self.names), axis=-1)
-        return [part.transpose(np.argsort(axes)) for part in parts]
+        arrays = [ours]
+        if self.packed:
+            parts = np.split(ours, np.cumsum(self.packed)[:-1] // ours.shape[-2], axis=-1)
+            arrays = [part.reshape(*part.shape[:-2], -1) for part in parts]
+            arrays = arrays if len(self.names) > 1 else [np.concatenate(arrays, axis=-1)]
+        axes = self.axes or tuple(range(len(self.shapes[0])))
+        result = []
+        for array, shape in zip(arrays, self.shapes, strict=True):
+            in_our_order = tuple(shape[axis] for axis in axes)
+            if self._is_padded:
+                array = array[tuple(map(slice, in_our_order))]
+            result.append(array.reshape(in_our_order).transpose(np.argsort(axes)))
+        return result
 
     @property
     def _is_padded(self) -> bool:
-        return math.prod(self.our_shape) != len(self.names) * math.prod(self.shape)
+        return math.prod(self.our_shape) != sum(map(math.prod, self.shapes))
 
 
-def norm_tensors(name: str, their_name: str, width: int, num_layers: int = 0) -> dict[str, Tensor]:
-    """Returns the parameters of a LayerNorm."""
-    parts = {"scale": "weight", "bias": "bias"}
+def norm_tensors(c: BlockConfig, name: str, their_name: str, *shape: int, layers: int = 0) -> dict[str, Tensor]:
+    """Returns the parameters of a norm, whose scale has this shape, by name."""
+    parts = {"scale": "weight"} | ({"bias": "bias"} if c.norm == "layernorm" and c.has_bias("norm") else {})
     return {
-        f"{name}/{ours}": Tensor((f"{their_name}.{theirs}",), (width,), (width,), num_layers=num_layers)
+        f"{name}/{ours}": Tensor((f"{their_name}.{theirs}",), ((math.prod(shape),),), shape, num_layers=layers)
         for ours, theirs in parts.items()
     }
 
 
-def block_tensors(config: BlockConfig, names: dict[str, list[str]], is_transposed: bool) -> dict[str, Tensor]:
-    """Returns the parameters of the blocks.
+def block_tensors(
+    c: BlockConfig, names: dict[str, list[str]], is_transposed=True, is_packed=False
+) -> dict[str, Tensor]:
+    """Returns the parameters of the blocks, by name.
 
     Args:
+      c: the config of the model.
       names: transformers' names of each layer of ours in a block, "{}" for the number of the block.
-      is_transposed: transformers' kernels are [outputs, inputs]; ours are [inputs, outputs].
+      is_transposed: whether transformers' kernels are [outputs, inputs]; ours are [inputs, outputs].
+      is_packed: whether a single tensor with queries, keys and values has those of one head after the other, like ours.
     """
-    width, heads, layers = (config.embed_dim,), (config.num_heads, config.head_dim), config.num_layers
-    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-        "attention/qkv": (width, (config.num_heads, 3 * config.head_dim)),
-        "attention/out": (heads, width),
-        "mlp/up": (width, (config.mlp_dim,)),
-        "mlp/down": ((config.mlp_dim,), width),
-    }
+    heads, groups, size, layers = c.num_heads, c.kv_heads, c.head_dim, c.num_layers
+    each = c.qk_norm == "all"  # whether each head has its own scales
+    scales = {"query_norm": (heads, size)[not each :], "key_norm": (groups, size)[not each :]}
     tensors: dict[str, Tensor] = {}
     for name, theirs in names.items():
-        if name not in shapes:
-            tensors |= norm_tensors(f"blocks/{name}", theirs[0], config.embed_dim, layers)
+        place = name.rpartition("/")[2]
+        if place not in c.layer_weights:
+            shape = scales.get(place, (c.embed_dim,))
+            tensors |= norm_tensors(c, f"blocks/{name}", theirs[0], *shape, layers=layers)
             continue
-        inputs, outputs = shapes[name]
-        rows, columns, is_packed = math.prod(inputs), math.prod(outputs) // len(theirs), name == "attention/qkv"
-        kernels, biases = (tuple(f"{each}.{part}" for each in theirs) for part in ("weight", "bias"))
-        shape, axes = ((columns, rows), (1, 0)) if is_transposed else ((rows, columns), ())
-        tensors[f"blocks/{name}/kernel"] = Tensor(kernels, shape, (*inputs, *outputs), axes, is_packed, layers)
-        tensors[f"blocks/{name}/bias"] = Tensor(biases, (columns,), outputs, (), is_packed, layers)
+        rows, columns = c.layer_weights[place]
+        inputs = (heads, size) if place == "out" else (rows,)
+        outputs = (groups, columns // groups) if place == "qkv" else (columns,)
+        packed = (heads * size, groups * size, groups * size) if place == "qkv" and not is_packed else ()
+        widths = packed if len(theirs) > 1 else (columns,)
+        kernels = tuple((width, rows) if is_transposed else (rows, width) for width in widths)
+        axes, weights = (1, 0) if is_transposed else (), tuple(f"{each}.weight" for each in theirs)
+        tensors[f"blocks/{name}/kernel"] = Tensor(weights, kernels, (*inputs, *outputs), axes, packed, layers)
+        if c.has_bias(place):
+            biases, shapes = tuple(f"{each}.bias" for each in theirs), tuple((width,) for width in widths)
+            tensors[f"blocks/{name}/bias"] = Tensor(biases, shapes, outputs, (), packed, layers)
     return tensors
 
 
 C = TypeVar("C", bound=BlockConfig)
-Rest = tuple[dict[str, Any], Tokenizer | Labels, dict[str, Any]]
+Vocabulary = Tokenizer | Labels
 
 
 class Architecture(Generic[C]):
     """An architecture of transformers, as tables, and hooks for what tables cannot express.
 
     Attributes:
-      model_type: the architecture's name in config.json.
-      title, model_class: its names in messages, and in Python.
+      model_type, model_class: the architecture's name in config.json, and in Python.
       config_class: our config of the same model.
       prefix: what the names of tensors begin with, except those that begin with `head`.
-      buffers: names of tensors in old files that are no parameters.
-      fixed: keys of config.json with the only value that can be converted, which is also their default.
-      activation: the key of the activation, and its default.
-      hidden_size: the key of the MLP's hidden width; its default is four times the width of the model.
-      numbers: our config's fields, each with its key in config.json and the default there (None: there is none).
-      required: fields of our config, each with the only value that transformers' model has.
+      constants: fields of our config with the value that they have in each model of this architecture.
+      fixed: keys of config.json with the only value, True or False, that can be converted; it is also their default.
+      activation: the key of the activation.
+      numbers: our config's fields, each with its key in config.json. Where 0 is our default, it is null there.
+      defaults: transformers' defaults of the keys.
     """
 
     model_type: ClassVar[str]
-    title: ClassVar[str]
     model_class: ClassVar[str]
     config_class: type[C]
     prefix: ClassVar[str]
-    head: ClassVar[str]
-    buffers: ClassVar[re.Pattern | None] = None
-    fixed: ClassVar[dict[str, Any]]
-    activation: ClassVar[tuple[str, str]]
-    hidden_size: ClassVar[str]
-    numbers: ClassVar[dict[str, tuple[str, float | None]]]
-    required: ClassVar[dict[str, Any]] = {"norm": "layernorm", "positions": "learned", "bias": "all", "qk_norm": "none"}
+    head: ClassVar[str] = "lm_head."
+    constants: ClassVar[dict[str, Any]]
+    fixed: ClassVar[dict[str, bool]] = {}
+    activation: ClassVar[str] = "hidden_act"
+    numbers: ClassVar[dict[str, str]] = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
+    numbers |= {"embed_dim": "hidden_size", "mlp_size": "intermediate_size"}
+    defaults: ClassVar[dict[str, Any]]
 
     def tensors(self, config: C) -> dict[str, Tensor]:
         """Returns all parameters, by their names in a checkpoint."""
         raise NotImplementedError
 
-    def read_rest(self, file: ConfigFile, vocab_multiple: int) -> Rest:
-        """Reads what the tables do not have.
+    def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
+        """Returns all fields of our config that config.json describes, from those that the tables have.
 
-        Returns:
-          Further fields of the model's config, the tokenizer (or the names of the classes), and parts of the run's
-          config besides the model, by name.
+        Raises:
+          UserError: a key is missing, damaged or not supported.
+        """
+        raise NotImplementedError
+
+    def write_rest(self, config: C) -> dict[str, Any]:
+        """Returns the keys of config.json that the tables do not have."""
+        return {}
+
+    def read(self, source: Source, vocab_multiple: int) -> tuple[C, Vocabulary, dict[str, Any]]:
+        """Returns our config of a model, its tokenizer or classes, and other parts of the run's config by name.
 
         Raises:
           UserError: something is missing, damaged or not supported.
         """
         raise NotImplementedError
 
-    def write_rest(self, config: C, run: Run) -> tuple[dict[str, Any], dict[str, str]]:
-        """Returns the keys of config.json that the tables do not have, and the texts of further files by name."""
+    def write_files(self, config: C, run: Run) -> tuple[dict[str, Any], dict[str, str]]:
+        """Returns the keys of config.json that describe the vocabulary, and the texts of further files by name."""
         raise NotImplementedError
 
-    def duplicates(self, config: C, folder: SafetensorsFolder) -> set[str]:
-        """Returns the tensors that repeat another one and are not read. Raises UserError if they differ from it."""
-        return set()
+    def duplicates(self, config: C, source: Source, names: dict[str, str]) -> set[str]:
+        """Returns the tensors that repeat another one and are not read.
 
-    def read_config(self, file: ConfigFile, vocab_multiple: int) -> tuple[C, Rest]:
-        """Returns our config of the model that a config.json describes, and what `read_rest` returns.
+        Args:
+          names: the tensors' names in the source, by those without the architecture's prefix.
 
         Raises:
-          UserError: a value is missing, has the wrong type, or describes another function.
+          UserError: a repeated tensor differs from the other one.
         """
-        activation_key, default = self.activation
-        file = file.with_defaults(self.fixed | {activation_key: default} | dict(self.numbers.values()))
-        for key, value in self.fixed.items():
-            file.check(key, file.values[key] == value, repr(value))
-        activation = file.values[activation_key]
-        file.check(activation_key, activation in [*ACTIVATIONS], ", ".join(ACTIVATIONS))
-        kinds = typing.get_type_hints(self.config_class)
-        fields: dict[str, Any] = {name: file.number(key, kinds[name]) for name, (key, _) in self.numbers.items()}
-        is_given = file.values.get(self.hidden_size) is not None
-        hidden = file.number(self.hidden_size, int) if is_given else 4 * fields["embed_dim"]
-        fields |= {"activation": ACTIVATIONS[activation], "mlp_size": hidden}
-        rest = self.read_rest(file, vocab_multiple)
-        config = self.config_class(**fields, **rest[0])
-        if config.mlp_dim != hidden:
-            raise UserError(
-                f"{file.path}: {self.hidden_size} is {hidden}, which no model.mlp_factor gives for this width."
-            )
-        return config, rest
+        return set()
+
+    def read_config(self, file: ConfigFile) -> C:
+        """Returns our config of the model that a config.json describes.
+
+        Raises:
+          UserError: a key is not known, or a value is missing, has the wrong type, or describes another function.
+        """
+        file = file.with_defaults(self.defaults)
+        kinds, fields = typing.get_type_hints(self.config_class), dict(self.constants)
+        for name, key in self.numbers.items():
+            is_zero = file.get(key) is None and getattr(self.config_class, name) == 0
+            fields[name] = 0 if is_zero else file.number(key, kinds[name])
+        name = file.get(self.activation)
+        file.check(self.activation, name in [*ACTIVATIONS], ", ".join(ACTIVATIONS))
+        fields["activation"] = ACTIVATIONS[name]
+        fixed = {"add_cross_attention": False, "is_encoder_decoder": False, "pruned_heads": False} | self.fixed
+        for key, value in fixed.items():
+            file.check(key, bool(file.get(key, value)) == value, repr(value))
+        config = self.config_class(**self.read_rest(file, fields))
+        file.check_all_read()
+        return config
+
+    def write_config(self, config: C) -> dict[str, Any]:
+        """Returns the content of config.json for a model that transformers has, see `differences`."""
+        default = self.defaults[self.activation]
+        names = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())} | {ACTIVATIONS[default]: default}
+        content: dict[str, Any] = {"architectures": [self.model_class], "model_type": self.model_type}
+        for name, key in self.numbers.items():
+            if (value := getattr(config, name)) or getattr(self.config_class, name) != 0:
+                content[key] = value
+            elif self.defaults.get(key) is not None:
+                content[key] = getattr(config, SIZES[name]) if name in SIZES else None
+        content |= {self.activation: names.get(config.activation, default)}
+        return content | {"initializer_range": 0.02, "torch_dtype": "float32"} | self.write_rest(config)
+
+    def differences(self, config: C) -> list[str]:
+        """Returns what a model has that transformers' does not, each like "model.norm=rmsnorm, only layernorm"."""
+        theirs = self.read_config(ConfigFile(Path("config.json"), self.write_config(config)))
+        ours, wanted = comparable(config), comparable(theirs)
+        return [
+            f"model.{name}={getattr(config, name)}, only {getattr(theirs, name)}"
+            for name, value in ours.items()
+            if name in wanted and not _equal(value, wanted[name])
+        ]
 
     def write(self, config: C, run: Run) -> dict[str, str]:
         """Returns the text of config.json and of each further file, by name.
@@ -210,54 +285,94 @@ class Architecture(Generic[C]):
         Raises:
           UserError: transformers has no such model.
         """
-        activations = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}
-        allowed_values = {name: [value] for name, value in self.required.items()} | {"activation": [*activations]}
-        for name, allowed in allowed_values.items():
-            if (value := getattr(config, name)) not in allowed:
-                raise UserError(
-                    f"transformers' {self.title} has no model.{name}={value}, only {', '.join(map(str, allowed))}."
-                )
-        keys, files = self.write_rest(config, run)
-        content = {
-            "architectures": [self.model_class],
-            "model_type": self.model_type,
-            **self.fixed,
-            **{key: getattr(config, name) for name, (key, _) in self.numbers.items()},
-            self.activation[0]: activations[config.activation],
-            self.hidden_size: config.mlp_dim,
-            "initializer_range": 0.02,
-            "torch_dtype": "float32",
-            **keys,
-        }
-        return {"config.json": json.dumps(content, indent=2) + "\n", **files}
+        for difference in self.differences(config):
+            raise UserError(f"transformers' {self.model_class} has no {difference}.")
+        keys, files = self.write_files(config, run)
+        return {"config.json": json.dumps(self.write_config(config) | keys, indent=2) + "\n", **files}
+
+
+def comparable(config: BlockConfig) -> dict[str, Any]:
+    """Returns the fields of a config that determine what a model computes, in the same form for equal models."""
+    unrelated = UNRELATED | harmless_names(type(config))
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values |= {name: getattr(config, resolved) for name, resolved in SIZES.items()}
+    values["attention_scale"] = config.attention_scale or config.head_dim**-0.5
+    places = ["qkv", "out", "up", "down", *["gate"] * config.gated_mlp, *["norm"] * (config.norm == "layernorm")]
+    values["rotary_base_local"] = config.rotary_base_local or config.rotary_base
+    values["rotary_scaling"] = config.rotary_scaling and rotary.parse(config.rotary_scaling)
+    if config.positions != "rotary":
+        unrelated |= {name for name in values if name.startswith("rotary_")}
+    if not config.window:
+        unrelated |= {"window_pattern", "rotary_base_local"}
+    # The biases come last: which there are depends on the kind of the norm and the MLP.
+    bias = {place for place in places if config.has_bias(place)}
+    return {name: value for name, value in values.items() if name not in unrelated | {"bias"}} | {"bias": bias}
+
+
+def _equal(ours: Any, theirs: Any) -> bool:
+    return math.isclose(ours, theirs) if isinstance(ours, float) else ours == theirs
 
 
 class Decoder(Architecture[GPTConfig]):
     """A decoder-only language model, which has a tokenizer and may share its token embedding with the head.
 
     Attributes:
-      embedding: name of the tensor with the token embedding; that of the head is `head` + "weight".
+      embedding, position_embedding: names of the tensors with the embeddings; that of the head is `head` + "weight".
+      final_norm: name of the last norm.
+      layer: what the names of a layer's tensors begin with, "{}" for its number.
+      blocks: transformers' names, separated by spaces, of each layer of ours in a block.
+      is_transposed, is_packed: see `block_tensors`.
+      biases: the places of biases in our config that a key of config.json switches on, by key. The other biases are
+        those of `constants`.
     """
 
     config_class = GPTConfig
-    head = "lm_head."
-    embedding: ClassVar[str]
+    embedding: ClassVar[str] = "embed_tokens.weight"
+    position_embedding: ClassVar[str] = ""
+    final_norm: ClassVar[str] = "norm"
+    layer: ClassVar[str] = "layers.{}."
+    blocks: ClassVar[dict[str, str]]
+    is_transposed: ClassVar[bool] = True
+    is_packed: ClassVar[bool] = False
+    biases: ClassVar[dict[str, str]] = {}
 
-    def read_rest(self, file: ConfigFile, vocab_multiple: int) -> Rest:
-        tokenizer = tokenizer_files.read(file.path.parent)
-        tie_embeddings = bool(file.values.get("tie_word_embeddings", True))
-        fields = {"vocab_multiple": vocab_multiple, "tie_embeddings": tie_embeddings}
-        return fields, tokenizer, {"tokenizer": TokenizerConfig(name=tokenizer.name)}
+    def tensors(self, config: GPTConfig) -> dict[str, Tensor]:
+        width, table = (config.embed_dim,), (config.vocab_size, config.embed_dim)
+        tensors = {
+            "token_embedding/embedding": Tensor((self.embedding,), (table,), (config.padded_vocab_size, *width)),
+            **norm_tensors(config, "final_norm", self.final_norm, *width),
+        }
+        if self.position_embedding:
+            shape = config.block_size, config.embed_dim
+            tensors["position_embedding/embedding"] = Tensor((self.position_embedding,), (shape,), shape)
+        if not config.tie_embeddings:
+            padded = *width, config.padded_vocab_size
+            tensors["head/kernel"] = Tensor((f"{self.head}weight",), (table,), padded, axes=(1, 0))
+        names = {ours: [self.layer + name for name in theirs.split()] for ours, theirs in self.blocks.items()}
+        return tensors | block_tensors(config, names, self.is_transposed, self.is_packed)
 
-    def write_rest(self, config: GPTConfig, run: Run) -> tuple[dict[str, Any], dict[str, str]]:
+    def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
+        places = [place for key, place in self.biases.items() if file.get(key)]
+        bias = ",".join(filter(None, [*places, fields.get("bias")])) or "none"
+        return fields | {"tie_embeddings": bool(file.get("tie_word_embeddings", False)), "bias": bias}
+
+    def write_rest(self, config: GPTConfig) -> dict[str, Any]:
+        keys = {key: config.has_bias(place.split(",")[0]) for key, place in self.biases.items()}
+        return keys | {"tie_word_embeddings": config.tie_embeddings}
+
+    def read(self, source: Source, vocab_multiple: int) -> tuple[GPTConfig, Vocabulary, dict[str, Any]]:
+        config = dataclasses.replace(self.read_config(source.config), vocab_multiple=vocab_multiple)
+        tokenizer = source.tokenizer()
+        return config, tokenizer, {"tokenizer": TokenizerConfig(name=tokenizer.name)}
+
+    def write_files(self, config: GPTConfig, run: Run) -> tuple[dict[str, Any], dict[str, str]]:
         assert not isinstance(run.tokenizer, Labels)
-        keys, files = tokenizer_files.write(run.tokenizer)
-        return keys | {"tie_word_embeddings": config.tie_embeddings}, files
+        return tokenizer_files.write(run.tokenizer)
 
-    def duplicates(self, config: GPTConfig, folder: SafetensorsFolder) -> set[str]:
-        head, embedding = f"{self.head}weight", self.embedding
-        if not config.tie_embeddings or not {head, embedding} <= folder.shapes.keys():
+    def duplicates(self, config: GPTConfig, source: Source, names: dict[str, str]) -> set[str]:
+        head, table = f"{self.head}weight", self.embedding
+        if not config.tie_embeddings or not {head, table} <= names.keys():
             return set()
-        if not np.array_equal(folder.read(head), folder.read(embedding)):
-            raise UserError(f"{folder.path}: {head} differs from {embedding}, but config.json has tie_word_embeddings.")
+        if not np.array_equal(source.read(names[head]), source.read(names[table])):
+            raise UserError(f"{source.path}: {head} differs from {table}, but config.json has tie_word_embeddings.")
         return {head}

@@ -1,11 +1,27 @@
 """JSON files in a folder of transformers: reading them, and checking the values of their keys."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any, Self
 
 from gpt.runtime.errors import UserError
 from gpt.runtime.files import read_json
+
+# Keys of config.json that do not change what a model computes: they tell its origin, name tokens and classes, or are
+# for generation, training, other tasks and the memory that is needed.
+HARMLESS = re.compile(
+    r"""_attn_implementation(_autoset)?|attn_implementation|_?name_or_path|architectures|model_type|tokenizer_class|dtype
+    |torch_dtype|transformers_version|torchscript|use_bfloat16|use_cache|cache_implementation|unsloth_(fixed|version)
+    |.*_token_id|_?num_labels|id2label|label2id|prefix|n_ctx|is_decoder|is_llama_config
+    |bad_words_ids|(begin_)?suppress_tokens|do_sample|early_stopping|exponential_decay_length_penalty|num_beam(_group)?s
+    |(diversity|length|repetition)_penalty|(max|min)_length|(encoder_)?no_repeat_ngram_size|num_return_sequences
+    |remove_invalid_values|return_dict(_in_generate)?|temperature|top_[kp]|typical_p
+    |initializer_range|gradient_checkpointing|classifier_dropout|chunk_size_feed_forward|pretraining_tp
+    |reorder_and_upcast_attn|output_.*|summary_.*|pooler_.*|encoder_stride|finetuning_task|problem_type
+    |task_specific_params|tie_encoder_decoder|tf_legacy_loss""",
+    re.VERBOSE,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,10 +30,12 @@ class ConfigFile:
 
     Attributes:
       values: the value of each key, defaults included where a reader has added them.
+      read_keys: keys that `get` has read.
     """
 
     path: Path
     values: dict[str, Any]
+    read_keys: set[str] = dataclasses.field(default_factory=set)
 
     @classmethod
     def read(cls, path: Path) -> Self:
@@ -34,6 +52,11 @@ class ConfigFile:
         """Returns the same file with default values for the keys that the file leaves out."""
         return dataclasses.replace(self, values=defaults | self.values)
 
+    def get(self, key: str, default: Any = None) -> Any:
+        """Returns the value of a key, or the default, and notes that the key has been read."""
+        self.read_keys.add(key)
+        return self.values.get(key, default)
+
     def check(self, key: str, is_supported: bool, supported: str) -> None:
         """Raises UserError with the supported values unless the value of a key is one of them."""
         if not is_supported:
@@ -41,12 +64,21 @@ class ConfigFile:
 
     def number(self, key: str, kind: type[int] | type[float]) -> int | float:
         """Returns the value of a key as a number. Raises UserError if the value is not a number or is too large."""
-        value = self.values.get(key)
+        value = self.get(key)
         if isinstance(value, bool) or not isinstance(value, (int, kind)):
             raise UserError(f"{self.path}: {key} is {value!r}, which is not {KINDS[kind]}.")
         if not abs(value) < 2**31:
             raise UserError(f"{self.path}: {key} is not less than 2³¹.")
         return kind(value)
+
+    def check_all_read(self) -> None:
+        """Raises UserError if a key has a value, was not read, and may change what the model computes."""
+        for key in sorted(self.values.keys() - self.read_keys):
+            if self.values[key] is not None and not HARMLESS.fullmatch(key):
+                raise UserError(
+                    f"{self.path}: {key} is {self.values[key]!r}, which is not known; remove the key if you are sure "
+                    "that the model computes the same without."
+                )
 
 
 KINDS = {int: "a whole number", float: "a number"}

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import flax
 import numpy as np
 
 from gpt.checkpointing.loading import Weights
@@ -19,67 +18,95 @@ from gpt.checkpointing.workdir import Workdir
 from gpt.checkpointing.writing import Deferred, write_params
 from gpt.config import Config
 from gpt.interop import safetensors_folder
-from gpt.interop.architecture import Architecture, Tensor
-from gpt.interop.config_file import ConfigFile
+from gpt.interop.architecture import Architecture, Source, Tensor
+from gpt.interop.gemma import Gemma2, Gemma3
 from gpt.interop.gpt2 import GPT2
+from gpt.interop.gpt_neox import GPTNeoX
+from gpt.interop.llama import Llama
+from gpt.interop.mistral import Mistral
+from gpt.interop.olmo2 import OLMo2
+from gpt.interop.qwen import Qwen2, Qwen3
 from gpt.interop.safetensors_folder import SafetensorsFolder
 from gpt.interop.vit import ViT
 from gpt.models.transformer import BlockConfig
 from gpt.runtime import files
 from gpt.runtime.errors import UserError
 
-# Any: each architecture has its own config class.
-ARCHITECTURES: tuple[Architecture[Any], ...] = (GPT2(), ViT())
+# A model is written as the first of these that computes the same. Any: each architecture has its own config class.
+KINDS = GPT2, Llama, Mistral, Qwen2, Qwen3, OLMo2, Gemma2, Gemma3, GPTNeoX, ViT
+ARCHITECTURES: tuple[Architecture[Any], ...] = tuple(kind() for kind in KINDS)
 
 
 def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> BlockConfig:
-    """Converts a folder of transformers to a workdir with a checkpoint of step 0, and returns the model's config.
+    """Converts a folder of transformers to a workdir, see `convert`. Raises UserError if there is no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"--from_hf={folder}: there is no such folder.")
+    return convert(SafetensorsFolder(folder), workdir, vocab_multiple)
+
+
+def convert(source: Source, workdir: Workdir, vocab_multiple: int) -> BlockConfig:
+    """Converts a model to a workdir with a checkpoint of step 0, and returns the model's config.
 
     Args:
       vocab_multiple: `model.vocab_multiple` of the workdir, for a language model.
 
     Raises:
-      UserError: the folder holds no whole model of a known architecture, or the workdir is not empty.
+      UserError: the source holds no whole model of a known architecture, or the workdir is not empty.
     """
-    if not folder.is_dir():
-        raise UserError(f"--from_hf={folder}: there is no such folder.")
     _refuse_to_overwrite("workdir", workdir.path)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path} is missing; it describes the shape of the model.")
-    file = ConfigFile.read(path)
     known = {architecture.model_type: architecture for architecture in ARCHITECTURES}
-    model_type = file.values.get("model_type")
-    file.check("model_type", model_type in [*known], " and ".join(map(repr, known)))
+    model_type = source.config.values.get("model_type")
+    source.config.check("model_type", model_type in [*known], ", ".join(map(repr, known)))
     architecture = known[str(model_type)]
-    config, (_, tokenizer, parts) = architecture.read_config(file, vocab_multiple)
-    source = SafetensorsFolder(folder, architecture.prefix, architecture.buffers, architecture.model_class)
-    if tokenizer.vocab_size != config.vocab_size:
+    config, vocabulary, parts = architecture.read(source, vocab_multiple)
+    if vocabulary.vocab_size > config.vocab_size:
         raise UserError(
-            f"{folder}: vocab_size is {config.vocab_size} in config.json, but the tokenizer has "
-            f"{tokenizer.vocab_size} tokens."
+            f"{source.path}: vocab_size is {config.vocab_size} in config.json, but the tokenizer has "
+            f"{vocabulary.vocab_size} tokens."
         )
     tensors = architecture.tensors(config)
-    expected = {name: tensor.shape for tensor in tensors.values() for names in tensor.names_by_layer for name in names}
-    source.check_shapes(expected, architecture.duplicates(config, source), architecture.title)
-    run = Run(Config(model=dataclasses.replace(config, vocab_size=0), **parts), tokenizer, fingerprint=None)
-    params = {name: _deferred(source, tensor) for name, tensor in tensors.items()}
+    names = {name.removeprefix(architecture.prefix): name for name in source.shapes}
+    if len(names) < len(source.shapes):
+        raise UserError(f"{source.path}: some tensors are there with and without the prefix {architecture.prefix}.")
+    expected = {name: shape for tensor in tensors.values() for name, shape in tensor.their_shapes.items()}
+    unknown = names.keys() - architecture.duplicates(config, source, names) - expected.keys()
+    for problem, wrong in (
+        ("missing", expected.keys() - names.keys()),
+        (f"not part of a {architecture.model_class} of this shape", unknown),
+    ):
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+            raise UserError(f"{source.path}: {', '.join(sorted(wrong)[:3])}{more}: {problem}, by config.json.")
+    for name, shape in expected.items():
+        if (found := source.shapes[names[name]]) != shape:
+            sizes, wanted = (" × ".join(map(str, each)) for each in (found, shape))
+            raise UserError(f"{source.path}: {name} is {sizes}, but has to be {wanted} by config.json.")
+    own_size = 0 if vocabulary.vocab_size == config.vocab_size else config.vocab_size
+    run = Run(Config(model=dataclasses.replace(config, vocab_size=own_size), **parts), vocabulary, fingerprint=None)
+    params = [_deferred(source, names, name, tensor) for name, tensor in tensors.items()]
     workdir.create()
-    write_params(workdir.path / "checkpoints" / "0", run, flax.traverse_util.unflatten_dict(params, sep="/"))
+    write_params(workdir.path / "checkpoints" / "0", run, params)
     workdir.record(run)
     return config
 
 
-def _deferred(source: SafetensorsFolder, tensor: Tensor) -> Deferred:
-    """Returns a parameter that is read from a folder when it is written to a checkpoint."""
+def _deferred(source: Source, names: dict[str, str], our_name: str, tensor: Tensor) -> Deferred:
+    """Returns a parameter that is read from a source when it is written to a checkpoint."""
 
-    def make() -> np.ndarray:
-        array = np.zeros(tensor.stacked_shape, np.float32)
-        for names, layer in zip(tensor.names_by_layer, array.reshape(-1, *tensor.our_shape), strict=True):
-            tensor.to_ours([source.read(name) for name in names], layer)
-        return array
+    def parts() -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        for layer, theirs in enumerate(tensor.names_by_layer):
+            array = tensor.to_ours([source.read(names[name]) for name in theirs])
+            origin = (0,) * array.ndim
+            if tensor.num_layers:
+                yield (layer, *origin), array[None]
+                continue
+            yield origin, array
+            for axis, (size, padded) in enumerate(zip(array.shape, tensor.our_shape, strict=True)):
+                if size < padded:
+                    shape = *array.shape[:axis], padded - size, *array.shape[axis + 1 :]
+                    yield (*origin[:axis], size, *origin[axis + 1 :]), np.broadcast_to(np.float32(0), shape)
 
-    return Deferred(tensor.stacked_shape, make)
+    return Deferred(our_name, tensor.stacked_shape, parts)
 
 
 def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[BlockConfig, int]:
@@ -92,14 +119,13 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[BlockConfig,
       UserError: there is no such checkpoint, transformers has no such model, or the folder is not empty.
     """
     run = workdir.read()
-    known = {architecture.config_class: architecture for architecture in ARCHITECTURES}
-    if (architecture := known.get(type(run.config.model))) is None:
-        titles = " and ".join(architecture.title for architecture in ARCHITECTURES)
+    known = [architecture for architecture in ARCHITECTURES if architecture.config_class is type(run.config.model)]
+    if not known:
         raise UserError(
-            f"--workdir={workdir.path} holds a model.family={run.config.model.family}, but only {titles} can be "
-            "converted."
+            f"--workdir={workdir.path} holds a model.family={run.config.model.family}, which cannot be converted."
         )
     config: Any = run.config.model.without_kernel().resolve(run.tokenizer.vocab_size, "cpu")
+    architecture = min(known, key=lambda architecture: len(architecture.differences(config)))
     texts = architecture.write(config, run)
     weights = Weights(workdir, checkpoint)
     _refuse_to_overwrite("to_hf", folder)
@@ -120,19 +146,17 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[BlockConfig,
 
 def _write_weights(path: Path, architecture: Architecture, tensors: dict[str, Tensor], weights: Weights) -> None:
     shapes = {
-        ("" if name.startswith(architecture.head) else architecture.prefix) + name: tensor.shape
+        ("" if name.startswith(architecture.head) else architecture.prefix) + name: shape
         for tensor in tensors.values()
-        for names in tensor.names_by_layer
-        for name in names
+        for name, shape in tensor.their_shapes.items()
     }
-
-    def arrays() -> Iterator[np.ndarray]:
-        restored = weights.restore_each({name: tensor.stacked_shape for name, tensor in tensors.items()})
-        for tensor, array in zip(tensors.values(), restored, strict=True):
-            for layer in array.reshape(-1, *tensor.our_shape):
-                yield from tensor.to_theirs(layer)
-
-    safetensors_folder.write(path, shapes, arrays())
+    restored = weights.restore_each({name: tensor.stacked_shape for name, tensor in tensors.items()})
+    arrays = (
+        array
+        for name, _, part in restored
+        for array in tensors[name].to_theirs(part[0] if tensors[name].num_layers else part)
+    )
+    safetensors_folder.write(path, shapes, arrays)
 
 
 def _refuse_to_overwrite(flag: str, path: Any) -> None:

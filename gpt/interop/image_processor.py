@@ -38,7 +38,7 @@ PROCESSORS: dict[str, dict[str, Any]] = {
 }
 
 
-def read(config: ConfigFile) -> tuple[dict[str, str], ImagesConfig]:
+def read(config: ConfigFile) -> tuple[dict[str, Any], ImagesConfig]:
     """Reads how a folder's image processor computes pixels.
 
     A folder without a file for it has transformers' ViTImageProcessor with its defaults and the model's image size.

@@ -1,5 +1,6 @@
-"""Reads and writes the tensors of a folder of transformers one at a time, so that a model need not fit in memory."""
+"""A folder of safetensors: its tensors are mapped into memory and read where they are used, and one can be written."""
 
+import functools
 import json
 import math
 import re
@@ -7,49 +8,71 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from gpt.data.tokenizers import Tokenizer
+from gpt.interop import tokenizer_files
 from gpt.interop.config_file import ConfigFile
 from gpt.runtime.errors import UserError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# Tensors in old files that are no parameters: causal masks, and the frequencies of rotary positions.
+BUFFERS = re.compile(r".*\.(attn|attention)\.(bias|masked_bias)|(.*\.)?rotary_emb\.inv_freq")
+BLOCK = 1 << 24  # elements to write at a time
 
 
 class SafetensorsFolder:
-    """The tensors of a folder. Opening it reads the headers of its files; `read` reads one tensor.
-
-    Args:
-      path: the folder.
-      prefix: what is removed from the beginning of names.
-      buffers: names, without the prefix, of tensors to leave out.
-      model_class: the model's class in transformers, for a message.
-
-    Attributes:
-      shapes: shape of each tensor, by its name without the prefix.
+    """A model as transformers saves it, see `architecture.Source`. Its properties are read when they are used.
 
     Raises:
-      UserError: the folder has no safetensors, or a file is missing or damaged.
+      UserError: the folder has no safetensors or no config.json, or a file is missing or damaged.
     """
 
-    def __init__(self, path: Path, prefix: str, buffers: re.Pattern | None, model_class: str):
-        self.path, self._model_class = path, model_class
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self._places: dict[str, tuple[str, str]] = {}  # file and full name of each tensor
+    def __init__(self, path: Path):
+        self.path = path
+
+    @functools.cached_property
+    def config(self) -> ConfigFile:
+        """The content of config.json."""
+        if not (self.path / CONFIG).is_file():
+            raise UserError(f"{self.path / CONFIG} is missing; it describes the shape of the model.")
+        return ConfigFile.read(self.path / CONFIG)
+
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor, by its name."""
+        return {name: tuple(tensor["shape"]) for name, (_, tensor, _) in self._tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """Returns a tensor as float32, float16 or bfloat16; only the parts that are used are read from the disk."""
+        file, tensor, start = self._tensors[name]
+        offset = start + tensor["data_offsets"][0]
+        return np.memmap(self.path / file, DTYPES[tensor["dtype"]], "r", offset, self.shapes[name])
+
+    def tokenizer(self) -> Tokenizer:
+        """Returns the folder's tokenizer."""
+        return tokenizer_files.read(self.path)
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, tuple[str, dict[str, Any], int]]:
+        """The file of each tensor, its entry in the file's header, and where the data of the file begins."""
+        tensors: dict[str, tuple[str, dict[str, Any], int]] = {}
         for file in self._files():
-            with self._open(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  not a dictionary
-                    short = name.removeprefix(prefix)
-                    if buffers and buffers.fullmatch(short):
-                        continue
-                    if short in self._places:
-                        raise UserError(f"{path / file}: {name} is also in {self._places[short][0]}.")
-                    tensor = tensors.get_slice(name)
-                    if (dtype := tensor.get_dtype()) not in ("F32", "F16", "BF16"):
-                        problem = f"{name} is of type {dtype}; only F32, F16 and BF16 can be read"
-                        raise UserError(f"{path / file}: {problem}.")
-                    self.shapes[short] = tuple(tensor.get_shape())
-                    self._places[short] = file, name
+            header, start = self._header(file)
+            for name, tensor in header.items():
+                if name == "__metadata__" or BUFFERS.fullmatch(name):
+                    continue
+                if name in tensors:
+                    raise UserError(f"{self.path / file}: {name} is also in {tensors[name][0]}.")
+                if (dtype := tensor["dtype"]) not in DTYPES:
+                    problem = f"{name} is of type {dtype}; only {', '.join(DTYPES)} can be read"
+                    raise UserError(f"{self.path / file}: {problem}.")
+                tensors[name] = file, tensor, start
+        return tensors
 
     def _files(self) -> list[str]:
         if (self.path / WEIGHTS).is_file():
@@ -66,38 +89,19 @@ class SafetensorsFolder:
         if pickles := sorted(file.name for file in self.path.glob("*.bin")):
             raise UserError(
                 f"{self.path / pickles[0]} is a pickle, which is not read because it can run any code. If you trust "
-                f'the file, convert it to {WEIGHTS}: python -c "from transformers import {self._model_class} as M; '
-                f"M.from_pretrained('{self.path}').save_pretrained('NEW_FOLDER')\"."
+                f"the file, load it with transformers' from_pretrained, and save it with save_pretrained as {WEIGHTS}."
             )
         raise UserError(f"{self.path} has no {WEIGHTS}.")
 
-    def check_shapes(self, expected: dict[str, tuple[int, ...]], ignored: set[str], title: str) -> None:
-        """Raises UserError unless the folder has the expected tensors and, beside ignored ones, no others."""
-        names = self.shapes.keys() - ignored
-        for problem, wrong in (
-            ("missing", sorted(expected.keys() - names)),
-            (f"not part of a {title} of this shape", sorted(names - expected.keys())),
-        ):
-            if wrong:
-                more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-                raise UserError(f"{self.path}: {', '.join(wrong[:3])}{more}: {problem}, by config.json.")
-        for name, shape in expected.items():
-            if self.shapes[name] != shape:
-                found, wanted = (" × ".join(map(str, sizes)) for sizes in (self.shapes[name], shape))
-                raise UserError(f"{self.path}: {name} is {found}, but has to be {wanted} by config.json.")
-
-    def read(self, name: str) -> np.ndarray:
-        """Returns a tensor as float32."""
-        file, full_name = self._places[name]
-        # The file is opened for each tensor, because pages read through its memory map stay in memory until it closes.
-        with self._open(file) as tensors:
-            return tensors.get_tensor(full_name).astype("float32", copy=False)
-
-    def _open(self, file: str) -> Any:
+    def _header(self, file: str) -> tuple[dict[str, Any], int]:
+        """Returns the header of a file, and where the data begins: after the header's length and the header."""
         from safetensors import SafetensorError, safe_open
 
         try:
-            return safe_open(self.path / file, framework="numpy")
+            # The library checks that the tensors are within the file and have the sizes that their shapes say.
+            with safe_open(self.path / file, framework="numpy"), open(self.path / file, "rb") as data:
+                length = int.from_bytes(data.read(8), "little")
+                return json.loads(data.read(length)), 8 + length
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.path / file} is damaged or cut off ({error}).") from None
 
@@ -119,4 +123,6 @@ def write(path: Path, shapes: dict[str, tuple[int, ...]], arrays: Iterable[np.nd
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays:
-            file.write(array.astype("<f4").tobytes())
+            rows = max(1, BLOCK * len(array) // array.size)
+            for start in range(0, len(array), rows):
+                file.write(np.ascontiguousarray(array[start : start + rows], "<f4").data)

@@ -1,5 +1,6 @@
 """The vision transformer in transformers: `ViTForImageClassification`."""
 
+import dataclasses
 import json
 from typing import Any, ClassVar
 
@@ -7,7 +8,7 @@ from gpt.checkpointing.run import Run
 from gpt.data.images import ImagesConfig
 from gpt.data.tokenizers import Labels
 from gpt.interop import image_processor
-from gpt.interop.architecture import Architecture, Rest, Tensor, block_tensors, norm_tensors
+from gpt.interop.architecture import Architecture, Source, Tensor, Vocabulary, block_tensors, norm_tensors
 from gpt.interop.config_file import ConfigFile
 from gpt.models.vit import ViTConfig
 from gpt.runtime.errors import UserError
@@ -17,27 +18,25 @@ class ViT(Architecture[ViTConfig]):
     """A classifier of images, whose class names are in config.json and whose pixels an image processor scales."""
 
     model_type = "vit"
-    title = "ViT"
     model_class = "ViTForImageClassification"
     config_class = ViTConfig
     prefix = "vit."
     head = "classifier."
+    constants: ClassVar = {"norm": "layernorm", "positions": "learned", "bias": "all", "pooling": "class_token"}
     fixed: ClassVar = {"qkv_bias": True}
-    activation = ("hidden_act", "gelu")
-    hidden_size = "intermediate_size"
-    required: ClassVar = Architecture.required | {"pooling": "class_token"}
-    numbers: ClassVar = {
-        "image_size": ("image_size", 224),
-        "channels": ("num_channels", 3),
-        "patch_size": ("patch_size", 16),
-        "num_layers": ("num_hidden_layers", None),
-        "num_heads": ("num_attention_heads", None),
-        "embed_dim": ("hidden_size", None),
-        "norm_epsilon": ("layer_norm_eps", 1e-12),
-        "embed_dropout": ("hidden_dropout_prob", 0.0),
-        "residual_dropout": ("hidden_dropout_prob", 0.0),
-        "attention_dropout": ("attention_probs_dropout_prob", 0.0),
+    numbers: ClassVar = Architecture.numbers | {
+        "image_size": "image_size",
+        "channels": "num_channels",
+        "patch_size": "patch_size",
+        "norm_epsilon": "layer_norm_eps",
+        "embed_dropout": "hidden_dropout_prob",
+        "residual_dropout": "hidden_dropout_prob",
+        "attention_dropout": "attention_probs_dropout_prob",
     }
+    defaults: ClassVar = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    defaults |= {"intermediate_size": 3072, "image_size": 224, "patch_size": 16, "num_channels": 3}
+    defaults |= {"layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    defaults |= {"hidden_act": "gelu"}
 
     def tensors(self, config: ViTConfig) -> dict[str, Tensor]:
         width, length, classes = config.embed_dim, config.length, config.vocab_size
@@ -45,16 +44,16 @@ class ViT(Architecture[ViTConfig]):
         # A convolution over patches that do not overlap. Its kernel is [output, channel, row, column].
         patches, kernel = "embeddings.patch_embeddings.projection", (width, channels, side, side)
         tensors = {
-            "class_token": Tensor(("embeddings.cls_token",), (1, 1, width), (width,)),
-            "position_embedding": Tensor(("embeddings.position_embeddings",), (1, length, width), (length, width)),
+            "class_token": Tensor(("embeddings.cls_token",), ((1, 1, width),), (width,)),
+            "position_embedding": Tensor(("embeddings.position_embeddings",), ((1, length, width),), (length, width)),
             "patch_embedding/kernel": Tensor(
-                (f"{patches}.weight",), kernel, (side * side * channels, width), axes=(2, 3, 1, 0)
+                (f"{patches}.weight",), (kernel,), (side * side * channels, width), axes=(2, 3, 1, 0)
             ),
-            "patch_embedding/bias": Tensor((f"{patches}.bias",), (width,), (width,)),
-            "head/kernel": Tensor(("classifier.weight",), (classes, width), (width, classes), axes=(1, 0)),
-            "head/bias": Tensor(("classifier.bias",), (classes,), (classes,)),
+            "patch_embedding/bias": Tensor((f"{patches}.bias",), ((width,),), (width,)),
+            "head/kernel": Tensor(("classifier.weight",), ((classes, width),), (width, classes), axes=(1, 0)),
+            "head/bias": Tensor(("classifier.bias",), ((classes,),), (classes,)),
+            **norm_tensors(config, "final_norm", "layernorm", width),
         }
-        tensors |= norm_tensors("final_norm", "layernorm", width)
         layer = "encoder.layer.{}"
         return tensors | block_tensors(
             config,
@@ -66,22 +65,32 @@ class ViT(Architecture[ViTConfig]):
                 "mlp/up": [f"{layer}.intermediate.dense"],
                 "mlp/down": [f"{layer}.output.dense"],
             },
-            is_transposed=True,
         )
 
-    def read_rest(self, file: ConfigFile, vocab_multiple: int) -> Rest:
-        fields, images = image_processor.read(file)
-        names = file.values.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})  # transformers' default
-        try:
-            labels = Labels.from_dict({"names": [names[str(i)] for i in range(len(names))]})
-        except (TypeError, KeyError, AttributeError, ValueError):
-            raise UserError(f"{file.path}: id2label does not name the classes 0, 1, …") from None
-        return {**fields, "vocab_size": labels.vocab_size}, labels, {"data": images}
+    def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
+        return fields | {"vocab_size": _labels(file).vocab_size}
 
-    def write_rest(self, config: ViTConfig, run: Run) -> tuple[dict[str, Any], dict[str, str]]:
+    def read(self, source: Source, vocab_multiple: int) -> tuple[ViTConfig, Vocabulary, dict[str, Any]]:
+        config = self.read_config(source.config)
+        pixels, images = image_processor.read(source.config)
+        return dataclasses.replace(config, **pixels), _labels(source.config), {"data": images}
+
+    def write_rest(self, config: ViTConfig) -> dict[str, Any]:
+        return {"id2label": {str(i): str(i) for i in range(config.vocab_size)}}  # `write_files` knows the names
+
+    def write_files(self, config: ViTConfig, run: Run) -> tuple[dict[str, Any], dict[str, str]]:
         assert isinstance(run.tokenizer, Labels)
         assert isinstance(run.config.data, ImagesConfig)
         names = run.tokenizer.names
         keys = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
         processor = image_processor.write(config, run.config.data)
         return keys, {image_processor.FILE: json.dumps(processor, indent=2) + "\n"}
+
+
+def _labels(file: ConfigFile) -> Labels:
+    """Returns the names of the classes."""
+    names = file.values.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})  # transformers' default
+    try:
+        return Labels.from_dict({"names": [names[str(i)] for i in range(len(names))]})
+    except (TypeError, KeyError, AttributeError, ValueError):
+        raise UserError(f"{file.path}: id2label does not name the classes 0, 1, …") from None
