@@ -1,7 +1,10 @@
-"""Converts a folder of Hugging Face's transformers to a workdir, or a workdir to such a folder.
+"""Converts models and adapters of Hugging Face's transformers and PEFT, and GGUF files, to workdirs and back.
 
 python -m gpt.convert --from_hf=FOLDER --workdir=runs/gpt2
+python -m gpt.convert --from_hf=FILE.gguf --workdir=runs/smollm2
 python -m gpt.convert --workdir=runs/my_run --to_hf=FOLDER
+python -m gpt.convert --workdir=runs/my_adapters --to_peft=FOLDER
+python -m gpt.convert --from_peft=FOLDER --base=runs/smollm2 --workdir=runs/adapters
 
 A folder holds config.json, model.safetensors (or several such files and model.safetensors.index.json), and the files of
 a tokenizer or, for a ViT, preprocessor_config.json. Arrays are converted in parts: a model need not fit in memory. The
@@ -15,9 +18,12 @@ from absl import flags
 from gpt.runtime import cli
 from gpt.runtime.errors import UsageError
 
-_FROM_HF = flags.DEFINE_string("from_hf", None, "Folder of transformers to convert to a workdir.")
+_FROM_HF = flags.DEFINE_string("from_hf", None, "Folder of transformers, or GGUF file, to convert to a workdir.")
 _TO_HF = flags.DEFINE_string("to_hf", None, "New folder to write for transformers.")
-_WORKDIR = cli.define_workdir_flag("Folder of the run: a new one with --from_hf, an existing one with --to_hf.")
+_FROM_PEFT = flags.DEFINE_string("from_peft", None, "Folder of PEFT with LoRA adapters to convert to a workdir.")
+_BASE = flags.DEFINE_string("base", None, "With --from_peft: workdir of the model that the adapters are for.")
+_TO_PEFT = flags.DEFINE_string("to_peft", None, "New folder to write with the LoRA adapters of a run, for PEFT.")
+_WORKDIR = cli.define_workdir_flag("Folder of the run: a new one with --from_…, an existing one with --to_….")
 _CHECKPOINT = cli.define_checkpoint_flag()
 _VOCAB_MULTIPLE = flags.DEFINE_integer(
     "vocab_multiple", 128, "model.vocab_multiple of the new workdir, a multiple of mesh.model.", lower_bound=1
@@ -25,21 +31,24 @@ _VOCAB_MULTIPLE = flags.DEFINE_integer(
 
 
 def main() -> None:
-    if (_FROM_HF.value is None) == (_TO_HF.value is None):
-        raise UsageError("Give just one of --from_hf and --to_hf.")
+    given = [flag for flag in (_FROM_HF, _TO_HF, _FROM_PEFT, _TO_PEFT) if flag.value is not None]
+    if len(given) != 1 or (_FROM_PEFT.value is None) != (_BASE.value is None):
+        raise UsageError("Give just one of --from_hf, --to_hf, --from_peft (with --base) and --to_peft.")
     import jax
 
     from gpt.checkpointing.workdir import Workdir
-    from gpt.interop import huggingface
+    from gpt.interop import huggingface, peft
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
-    workdir = Workdir(_WORKDIR.value)
-    folder = Path(_FROM_HF.value or _TO_HF.value or "").expanduser()
-    if _FROM_HF.value is not None:
+    workdir, folder = Workdir(_WORKDIR.value), Path(str(given[0].value)).expanduser()
+    done = f"converted to {workdir.path}"
+    if given[0] is _FROM_HF:
         config = huggingface.from_hf(folder, workdir, _VOCAB_MULTIPLE.value)
-        done = f"converted to {workdir.path}"
+    elif given[0] is _FROM_PEFT:
+        config = peft.from_peft(folder, Workdir(_BASE.value), workdir)
     else:
-        config, step = huggingface.to_hf(workdir, _CHECKPOINT.value, folder)
+        convert = huggingface.to_hf if given[0] is _TO_HF else peft.to_peft
+        config, step = convert(workdir, _CHECKPOINT.value, folder)
         done = f"step {step:,} of {workdir.path} converted to {folder}"
     print(f"model  {config.num_parameters():,} parameters: {config.summary()}, vocabulary {config.vocab_size}")
     print(f"Done: {done}.")

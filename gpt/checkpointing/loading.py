@@ -100,15 +100,17 @@ class Weights:
         Raises:
           UserError: see `restore`.
         """
-        adapters = self._adapters() if self._base else {}
+        adapters = self.adapters()
         for name, start, part in (self._base or self._checkpoint).restore_each(shapes):
             if name in adapters:
                 adapter = {matrix: array[start : start + len(part)] for matrix, array in adapters[name].items()}
                 part = part + self.run.config.model.lora_scale * lora.product(adapter, part.shape)
             yield name, start, part
 
-    def _adapters(self) -> dict[str, dict[str, np.ndarray]]:
+    def adapters(self) -> dict[str, dict[str, np.ndarray]]:
         """Returns the matrices of each adapter, {"a": …, "b": …} with stacked layers, by the name of its kernel."""
+        if not self._base:
+            return {}
         config = self.run.config.model.resolve(self.run.tokenizer.vocab_size, "cpu")
         config = dataclasses.replace(config, scan_layers=True)
         variables = jax.eval_shape(lambda: config.module().init(jax.random.key(0), config.blank(1)))

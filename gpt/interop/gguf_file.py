@@ -62,7 +62,10 @@ SCALING = {
 GEMMA = {"gemma2", "gemma3"}
 MODEL_TYPES = {name: name for name in ("llama", "qwen2", "qwen3", "olmo2", "gemma2")} | {"gemma3": "gemma3_text"}
 # How tokenizers of released models split a text into words, by the name in the metadata.
-_LLAMA_3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 PATTERNS = {
     "gpt-2": "",
     "default": "",
@@ -93,7 +96,7 @@ class GGUFFile:
             self._values = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as error:  # the package raises exceptions of many types
             raise UserError(f"{path} is damaged or no GGUF file ({one_line(error)[:200]}).") from None
-        self._kind = self._values.get("general.architecture")
+        self._kind = str(self._values.get("general.architecture"))
         if self._kind not in MODEL_TYPES:
             raise UserError(f"{path} holds a {self._kind}; only {', '.join(MODEL_TYPES)} can be converted.")
         tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -114,14 +117,13 @@ class GGUFFile:
         """The keys of config.json that the metadata gives."""
         start = f"{self._kind}."
         values = {name.removeprefix(start): value for name, value in self._values.items() if name.startswith(start)}
-        unknown = values.keys() - KEYS.keys() - SCALING.keys() - OTHERS
-        if unknown := sorted(name for name in unknown if values[name]):
+        if unknown := sorted(name for name in values.keys() - KEYS.keys() - SCALING.keys() - OTHERS if values[name]):
             raise UserError(f"{self.path}: {start}{unknown[0]} is {values[unknown[0]]!r}, which is not known.")
         config = {key: values[name] for name, key in KEYS.items() if name in values}
-        sizes = {name: config.get(key) for name, key in (("heads", "num_attention_heads"), ("width", "hidden_size"))}
-        if not all(isinstance(size, int) and size > 0 for size in sizes.values()):
+        width, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 0)
+        if not (isinstance(width, int) and isinstance(heads, int) and width >= heads > 0):
             raise UserError(f"{self.path}: {start}embedding_length or {start}attention.head_count is missing.")
-        head_dim = config.setdefault("head_dim", sizes["width"] // sizes["heads"])
+        head_dim = config.setdefault("head_dim", width // heads)
         if values.get("rope.dimension_count", head_dim) != head_dim:
             raise UserError(f"{self.path}: {start}rope.dimension_count differs from the head size, {head_dim}.")
         config |= {"model_type": MODEL_TYPES[self._kind], "tie_word_embeddings": "lm_head.weight" not in self.shapes}
@@ -133,7 +135,7 @@ class GGUFFile:
         if self._kind in GEMMA:
             # llama.cpp's rule: the file does not say it. Only the models of 27B scale by the width of a head's share.
             is_27b = (self._kind, config.get("num_hidden_layers")) in (("gemma2", 46), ("gemma3", 62))
-            config["query_pre_attn_scalar"] = sizes["width"] // sizes["heads"] if is_27b else head_dim
+            config["query_pre_attn_scalar"] = width // heads if is_27b else head_dim
         return ConfigFile(self.path, config)
 
     def _scaling(self, values: dict[str, Any], config: dict[str, Any]) -> dict[str, Any] | None:

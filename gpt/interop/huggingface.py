@@ -6,7 +6,7 @@ A file of this package for each architecture says which tensors and which keys o
 import dataclasses
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def convert(source: Source, workdir: Workdir, vocab_multiple: int) -> BlockConfi
     Raises:
       UserError: the source holds no whole model of a known architecture, or the workdir is not empty.
     """
-    _refuse_to_overwrite("workdir", workdir.path)
+    refuse_to_overwrite("workdir", workdir.path)
     known = {architecture.model_type: architecture for architecture in ARCHITECTURES}
     model_type = source.config.values.get("model_type")
     source.config.check("model_type", model_type in [*known], ", ".join(map(repr, known)))
@@ -125,30 +125,50 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[BlockConfig,
     Raises:
       UserError: there is no such checkpoint, transformers has no such model, or the folder is not empty.
     """
-    run = workdir.read()
+    weights = Weights(workdir, checkpoint)
+    config, architecture = exported(weights.run, workdir)
+    texts = architecture.write(config, weights.run)
+
+    def write(partial: Path) -> None:
+        _write_weights(partial / safetensors_folder.WEIGHTS, architecture, architecture.tensors(config), weights)
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
+
+    write_folder("to_hf", folder, write)
+    return config, weights.step
+
+
+def exported(run: Run, workdir: Workdir) -> tuple[Any, Architecture[Any]]:
+    """Returns the resolved config of a run's model, and the architecture as which it is written."""
     known = [architecture for architecture in ARCHITECTURES if architecture.config_class is type(run.config.model)]
     if not known:
         raise UserError(
             f"--workdir={workdir.path} holds a model.family={run.config.model.family}, which cannot be converted."
         )
-    config: Any = run.config.model.without_kernel().resolve(run.tokenizer.vocab_size, "cpu")
-    architecture = min(known, key=lambda architecture: len(architecture.differences(config)))
-    texts = architecture.write(config, run)
-    weights = Weights(workdir, checkpoint)
-    _refuse_to_overwrite("to_hf", folder)
+    config = run.config.model.without_kernel().resolve(run.tokenizer.vocab_size, "cpu")
+    return config, min(known, key=lambda architecture: len(architecture.differences(config)))
+
+
+def write_folder(flag: str, folder: Path, write: Callable[[Path], None]) -> None:
+    """Makes a new folder whose files `write` writes into a temporary folder; an interruption leaves nothing.
+
+    Args:
+      flag: the flag that names the folder, for messages.
+
+    Raises:
+      UserError: the folder is not empty or cannot be written.
+    """
+    refuse_to_overwrite(flag, folder)
     folder = folder.absolute()
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{files.PARTIAL}")
     try:
         partial.mkdir(parents=True)
-        _write_weights(partial / safetensors_folder.WEIGHTS, architecture, architecture.tensors(config), weights)
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
+        write(partial)
         files.publish(partial, folder)
     except OSError as error:
-        raise UserError(f"Cannot write to --to_hf={folder}: {error.strerror or error}.") from None
+        raise UserError(f"Cannot write to --{flag}={folder}: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return config, weights.step
 
 
 def _write_weights(path: Path, architecture: Architecture, tensors: dict[str, Tensor], weights: Weights) -> None:
@@ -166,6 +186,7 @@ def _write_weights(path: Path, architecture: Architecture, tensors: dict[str, Te
     safetensors_folder.write(path, shapes, arrays)
 
 
-def _refuse_to_overwrite(flag: str, path: Any) -> None:
+def refuse_to_overwrite(flag: str, path: Any) -> None:
+    """Raises UserError if something exists at a path, besides an empty folder."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"--{flag}={path} exists and is not an empty folder; choose another.")

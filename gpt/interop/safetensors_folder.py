@@ -28,12 +28,16 @@ BLOCK = 1 << 24  # elements to write at a time
 class SafetensorsFolder:
     """A model as transformers saves it, see `architecture.Source`. Its properties are read when they are used.
 
+    Args:
+      path: the folder.
+      weights: name of the file of weights if there is just one.
+
     Raises:
       UserError: the folder has no safetensors or no config.json, or a file is missing or damaged.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, weights: str = WEIGHTS):
+        self.path, self._weights = path, weights
 
     @functools.cached_property
     def config(self) -> ConfigFile:
@@ -75,8 +79,8 @@ class SafetensorsFolder:
         return tensors
 
     def _files(self) -> list[str]:
-        if (self.path / WEIGHTS).is_file():
-            return [WEIGHTS]
+        if (self.path / self._weights).is_file():
+            return [self._weights]
         if (self.path / INDEX).is_file():
             names = ConfigFile.read(self.path / INDEX).values.get("weight_map")
             if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
@@ -91,7 +95,7 @@ class SafetensorsFolder:
                 f"{self.path / pickles[0]} is a pickle, which is not read because it can run any code. If you trust "
                 f"the file, load it with transformers' from_pretrained, and save it with save_pretrained as {WEIGHTS}."
             )
-        raise UserError(f"{self.path} has no {WEIGHTS}.")
+        raise UserError(f"{self.path} has no {self._weights}.")
 
     def _header(self, file: str) -> tuple[dict[str, Any], int]:
         """Returns the header of a file, and where the data begins: after the header's length and the header."""
