@@ -45,7 +45,7 @@ def main() -> None:
     if given[0] is _FROM_HF:
         config = huggingface.from_hf(folder, workdir, _VOCAB_MULTIPLE.value)
     elif given[0] is _FROM_PEFT:
-        config = peft.from_peft(folder, Workdir(_BASE.value), workdir)
+        config = peft.from_peft(folder, Workdir(str(_BASE.value)), workdir)
     else:
         convert = huggingface.to_hf if given[0] is _TO_HF else peft.to_peft
         config, step = convert(workdir, _CHECKPOINT.value, folder)
