@@ -29,7 +29,7 @@ from gpt.data import bpe, pipeline, text, tokenizers
 from gpt.data.tokenizers import ByteTokenizer, TokenizerConfig
 from gpt.inference import generation
 from gpt.interop import huggingface, safetensors_folder, tokenizer_files
-from gpt.interop.gpt2 import GPT2
+from gpt.interop.huggingface import ARCHITECTURES
 from gpt.models.gpt import GPTConfig
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig, path_name
@@ -310,7 +310,7 @@ def test_a_damaged_checkpoint_is_not_written(base, tmp_path):
 )
 def test_models_that_are_no_gpt2_are_not_written(change):
     with pytest.raises(UserError, match=rf"transformers' GPT2LMHeadModel has no model\.{next(iter(change))}="):
-        GPT2().write(GPTConfig(vocab_size=256, **change), Run(Config(), ByteTokenizer(), None))
+        ARCHITECTURES["gpt2"].write(GPTConfig(vocab_size=256, **change), Run(Config(), ByteTokenizer(), None))
 
 
 def test_a_tokenizer_goes_there_and_back(tmp_path):
@@ -577,7 +577,7 @@ def test_logits_loss_and_gradients_equal_those_of_transformers(config, theirs, t
         our_loss, gradients = jax.jit(jax.value_and_grad(ours))(run.params)
     assert float(our_loss) == pytest.approx(loss.item(), abs=1e-4)
     found = jax.tree.map(np.asarray, stack_layers(gradients))
-    wanted = GPT2().tensors(run.model_config)
+    wanted = ARCHITECTURES["gpt2"].tensors(run.model_config)
     for path, array in jax.tree_util.tree_leaves_with_path(found):
         name = path_name(path)
         for (theirs_,), layer in zip(

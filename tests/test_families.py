@@ -26,11 +26,11 @@ from gpt.inference import generation
 from gpt.interop import huggingface, safetensors_folder
 from gpt.interop.architecture import comparable
 from gpt.interop.config_file import ConfigFile
+from gpt.interop.huggingface import ARCHITECTURES
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 from gpt.step import build
 
-ARCHITECTURES = {architecture.model_type: architecture for architecture in huggingface.ARCHITECTURES}
 TINY = {
     "vocab_size": 256,
     "hidden_size": 32,

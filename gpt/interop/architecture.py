@@ -1,18 +1,21 @@
-"""What one file for each architecture declares: names and shapes of tensors, keys of config.json, and the tokenizer."""
+"""Architectures of transformers: names and shapes of tensors, keys of config.json, and the tokenizer.
+
+The folder `architectures` has a file for each, whose format is explained in llama.toml.
+"""
 
 import dataclasses
 import json
 import math
 import typing
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
 from gpt.checkpointing.run import Run
 from gpt.data.tokenizers import Labels, Tokenizer, TokenizerConfig
 from gpt.interop import tokenizer_files
-from gpt.interop.config_file import ConfigFile
+from gpt.interop.config_file import ConfigFile, tables
 from gpt.models import rotary
 from gpt.models.gpt import GPTConfig
 from gpt.models.transformer import BlockConfig
@@ -131,45 +134,11 @@ def norm_tensors(c: BlockConfig, name: str, their_name: str, *shape: int, layers
     }
 
 
-def block_tensors(
-    c: BlockConfig, names: dict[str, list[str]], is_transposed=True, is_packed=False
-) -> dict[str, Tensor]:
-    """Returns the parameters of the blocks, by name.
-
-    Args:
-      c: the config of the model.
-      names: transformers' names of each layer of ours in a block, "{}" for the number of the block.
-      is_transposed: whether transformers' kernels are [outputs, inputs]; ours are [inputs, outputs].
-      is_packed: whether a single tensor with queries, keys and values has those of one head after the other, like ours.
-    """
-    heads, groups, size, layers = c.num_heads, c.kv_heads, c.head_dim, c.num_layers
-    each = c.qk_norm == "all"  # whether each head has its own scales
-    scales = {"query_norm": (heads, size)[not each :], "key_norm": (groups, size)[not each :]}
-    tensors: dict[str, Tensor] = {}
-    for name, theirs in names.items():
-        place = name.rpartition("/")[2]
-        if place not in c.layer_weights:
-            shape = scales.get(place, (c.embed_dim,))
-            tensors |= norm_tensors(c, f"blocks/{name}", theirs[0], *shape, layers=layers)
-            continue
-        rows, columns = c.layer_weights[place]
-        inputs = (heads, size) if place == "out" else (rows,)
-        outputs = (groups, columns // groups) if place == "qkv" else (columns,)
-        packed = (heads * size, groups * size, groups * size) if place == "qkv" and not is_packed else ()
-        widths = packed if len(theirs) > 1 else (columns,)
-        kernels = tuple((width, rows) if is_transposed else (rows, width) for width in widths)
-        axes, weights = (1, 0) if is_transposed else (), tuple(f"{each}.weight" for each in theirs)
-        tensors[f"blocks/{name}/kernel"] = Tensor(weights, kernels, (*inputs, *outputs), axes, packed, layers)
-        if c.has_bias(place):
-            biases, shapes = tuple(f"{each}.bias" for each in theirs), tuple((width,) for width in widths)
-            tensors[f"blocks/{name}/bias"] = Tensor(biases, shapes, outputs, (), packed, layers)
-    return tensors
-
-
 C = TypeVar("C", bound=BlockConfig)
 Vocabulary = Tokenizer | Labels
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture(Generic[C]):
     """An architecture of transformers, as tables, and hooks for what tables cannot express.
 
@@ -177,28 +146,80 @@ class Architecture(Generic[C]):
       model_type, model_class: the architecture's name in config.json, and in Python.
       config_class: our config of the same model.
       prefix: what the names of tensors begin with, except those that begin with `head`.
+      layer: what the names of a layer's tensors begin with, "{}" for its number.
+      blocks: transformers' names, separated by spaces, of each layer of ours in a block.
+      final_norm: name of the last norm.
+      is_transposed: whether transformers' kernels are [outputs, inputs]; ours are [inputs, outputs].
+      is_packed: whether a single tensor with queries, keys and values has those of one head after the other, like ours.
       constants: fields of our config with the value that they have in each model of this architecture.
-      fixed: keys of config.json with the only value, True or False, that can be converted; it is also their default.
       activation: the key of the activation.
       numbers: our config's fields, each with its key in config.json. Where 0 is our default, it is null there.
+      flags: our config's fields that are True or False, each with its key in config.json.
+      biases: the places of biases in our config that a key of config.json switches on, by key. The other biases are
+        those of `constants`.
+      fixed: keys of config.json with the only value, True or False, that can be converted; it is also their default.
+      repeated: keys that some config.json have, and the field of our config whose value they repeat.
+      ignored: keys that transformers does not use.
       defaults: transformers' defaults of the keys.
     """
 
-    model_type: ClassVar[str]
-    model_class: ClassVar[str]
+    model_type: str
+    model_class: str
     config_class: type[C]
-    prefix: ClassVar[str]
-    head: ClassVar[str] = "lm_head."
-    constants: ClassVar[dict[str, Any]]
-    fixed: ClassVar[dict[str, bool]] = {}
-    activation: ClassVar[str] = "hidden_act"
-    numbers: ClassVar[dict[str, str]] = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}
-    numbers |= {"embed_dim": "hidden_size", "mlp_size": "intermediate_size"}
-    defaults: ClassVar[dict[str, Any]]
+    prefix: str
+    head: str = "lm_head."
+    layer: str = "layers.{}."
+    blocks: dict[str, str]
+    final_norm: str = "norm"
+    is_transposed: bool = True
+    is_packed: bool = False
+    constants: dict[str, Any]
+    activation: str = "hidden_act"
+    numbers: dict[str, str]
+    flags: dict[str, str] = dataclasses.field(default_factory=dict)
+    biases: dict[str, str] = dataclasses.field(default_factory=dict)
+    fixed: dict[str, bool] = dataclasses.field(default_factory=dict)
+    repeated: dict[str, str] = dataclasses.field(default_factory=dict)
+    ignored: tuple[str, ...] = ()
+    defaults: dict[str, Any]
+
+    @classmethod
+    def load(cls, model_type: str) -> Self:
+        """Returns the architecture that a file of the folder `architectures` declares."""
+        return cls(model_type=model_type, **_declaration(model_type))
 
     def tensors(self, config: C) -> dict[str, Tensor]:
         """Returns all parameters, by their names in a checkpoint."""
+        final_norm = norm_tensors(config, "final_norm", self.final_norm, config.embed_dim)
+        return self.outer_tensors(config) | final_norm | self._block_tensors(config)
+
+    def outer_tensors(self, config: C) -> dict[str, Tensor]:
+        """Returns the parameters before the blocks and after the last norm, by their names in a checkpoint."""
         raise NotImplementedError
+
+    def _block_tensors(self, c: C) -> dict[str, Tensor]:
+        heads, groups, size, layers = c.num_heads, c.kv_heads, c.head_dim, c.num_layers
+        each = c.qk_norm == "all"  # whether each head has its own scales
+        scales = {"query_norm": (heads, size)[not each :], "key_norm": (groups, size)[not each :]}
+        tensors: dict[str, Tensor] = {}
+        for name, names in self.blocks.items():
+            theirs, place = [self.layer + name for name in names.split()], name.rpartition("/")[2]
+            if place not in c.layer_weights:
+                shape = scales.get(place, (c.embed_dim,))
+                tensors |= norm_tensors(c, f"blocks/{name}", theirs[0], *shape, layers=layers)
+                continue
+            rows, columns = c.layer_weights[place]
+            inputs = (heads, size) if place == "out" else (rows,)
+            outputs = (groups, columns // groups) if place == "qkv" else (columns,)
+            packed = (heads * size, groups * size, groups * size) if place == "qkv" and not self.is_packed else ()
+            widths = packed if len(theirs) > 1 else (columns,)
+            kernels = tuple((width, rows) if self.is_transposed else (rows, width) for width in widths)
+            axes, weights = (1, 0) if self.is_transposed else (), tuple(f"{each}.weight" for each in theirs)
+            tensors[f"blocks/{name}/kernel"] = Tensor(weights, kernels, (*inputs, *outputs), axes, packed, layers)
+            if c.has_bias(place):
+                biases, shapes = tuple(f"{each}.bias" for each in theirs), tuple((width,) for width in widths)
+                tensors[f"blocks/{name}/bias"] = Tensor(biases, shapes, outputs, (), packed, layers)
+        return tensors
 
     def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
         """Returns all fields of our config that config.json describes, from those that the tables have.
@@ -206,7 +227,7 @@ class Architecture(Generic[C]):
         Raises:
           UserError: a key is missing, damaged or not supported.
         """
-        raise NotImplementedError
+        return fields
 
     def write_rest(self, config: C) -> dict[str, Any]:
         """Returns the keys of config.json that the tables do not have."""
@@ -252,7 +273,14 @@ class Architecture(Generic[C]):
         fixed = {"add_cross_attention": False, "is_encoder_decoder": False, "pruned_heads": False} | self.fixed
         for key, value in fixed.items():
             file.check(key, bool(file.get(key, value)) == value, repr(value))
-        config = self.config_class(**self.read_rest(file, fields))
+        places = [place for key, place in self.biases.items() if file.get(key)]
+        fields["bias"] = ",".join([*places, *filter(None, [fields.get("bias")])]) or "none"
+        fields |= {name: bool(file.get(key)) for name, key in self.flags.items()}
+        fields = self.read_rest(file, fields)
+        for key, name in self.repeated.items():
+            file.check(key, file.get(key) in (None, fields[name]), str(fields[name]))
+        file.read_keys.update(self.ignored)
+        config = self.config_class(**fields)
         file.check_all_read()
         return config
 
@@ -267,6 +295,8 @@ class Architecture(Generic[C]):
             elif self.defaults.get(key) is not None:
                 content[key] = getattr(config, SIZES[name]) if name in SIZES else None
         content |= {self.activation: names.get(config.activation, default)}
+        content |= {key: config.has_bias(place.split(",")[0]) for key, place in self.biases.items()}
+        content |= {key: getattr(config, name) for name, key in self.flags.items()}
         return content | {"initializer_range": 0.02, "torch_dtype": "float32"} | self.write_rest(config)
 
     def differences(self, config: C) -> list[str]:
@@ -291,6 +321,18 @@ class Architecture(Generic[C]):
         return {"config.json": json.dumps(self.write_config(config) | keys, indent=2) + "\n", **files}
 
 
+def _declaration(name: str) -> dict[str, Any]:
+    """Returns the keys that an architecture's file has or inherits, see llama.toml."""
+    own = tables(f"architectures/{name}.toml")
+    inherited = own.pop("extends", None)
+    return _merged(_declaration(inherited) if inherited else {}, own)
+
+
+def _merged(inherited: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    parts = {key: _merged(inherited.get(key, {}), value) for key, value in own.items() if isinstance(value, dict)}
+    return {key: value for key, value in (inherited | own | parts).items() if value != "none"}
+
+
 def comparable(config: BlockConfig) -> dict[str, Any]:
     """Returns the fields of a config that determine what a model computes, in the same form for equal models."""
     unrelated = UNRELATED | harmless_names(type(config))
@@ -313,52 +355,28 @@ def _equal(ours: Any, theirs: Any) -> bool:
     return math.isclose(ours, theirs) if isinstance(ours, float) else ours == theirs
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Decoder(Architecture[GPTConfig]):
     """A decoder-only language model, which has a tokenizer and may share its token embedding with the head.
 
     Attributes:
       embedding, position_embedding: names of the tensors with the embeddings; that of the head is `head` + "weight".
-      final_norm: name of the last norm.
-      layer: what the names of a layer's tensors begin with, "{}" for its number.
-      blocks: transformers' names, separated by spaces, of each layer of ours in a block.
-      is_transposed, is_packed: see `block_tensors`.
-      biases: the places of biases in our config that a key of config.json switches on, by key. The other biases are
-        those of `constants`.
     """
 
-    config_class = GPTConfig
-    embedding: ClassVar[str] = "embed_tokens.weight"
-    position_embedding: ClassVar[str] = ""
-    final_norm: ClassVar[str] = "norm"
-    layer: ClassVar[str] = "layers.{}."
-    blocks: ClassVar[dict[str, str]]
-    is_transposed: ClassVar[bool] = True
-    is_packed: ClassVar[bool] = False
-    biases: ClassVar[dict[str, str]] = {}
+    config_class: type[GPTConfig] = GPTConfig
+    embedding: str = "embed_tokens.weight"
+    position_embedding: str = ""
 
-    def tensors(self, config: GPTConfig) -> dict[str, Tensor]:
-        width, table = (config.embed_dim,), (config.vocab_size, config.embed_dim)
-        tensors = {
-            "token_embedding/embedding": Tensor((self.embedding,), (table,), (config.padded_vocab_size, *width)),
-            **norm_tensors(config, "final_norm", self.final_norm, *width),
-        }
+    def outer_tensors(self, config: GPTConfig) -> dict[str, Tensor]:
+        width, table = config.embed_dim, (config.vocab_size, config.embed_dim)
+        tensors = {"token_embedding/embedding": Tensor((self.embedding,), (table,), (config.padded_vocab_size, width))}
         if self.position_embedding:
-            shape = config.block_size, config.embed_dim
+            shape = config.block_size, width
             tensors["position_embedding/embedding"] = Tensor((self.position_embedding,), (shape,), shape)
         if not config.tie_embeddings:
-            padded = *width, config.padded_vocab_size
+            padded = width, config.padded_vocab_size
             tensors["head/kernel"] = Tensor((f"{self.head}weight",), (table,), padded, axes=(1, 0))
-        names = {ours: [self.layer + name for name in theirs.split()] for ours, theirs in self.blocks.items()}
-        return tensors | block_tensors(config, names, self.is_transposed, self.is_packed)
-
-    def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
-        places = [place for key, place in self.biases.items() if file.get(key)]
-        bias = ",".join(filter(None, [*places, fields.get("bias")])) or "none"
-        return fields | {"tie_embeddings": bool(file.get("tie_word_embeddings", False)), "bias": bias}
-
-    def write_rest(self, config: GPTConfig) -> dict[str, Any]:
-        keys = {key: config.has_bias(place.split(",")[0]) for key, place in self.biases.items()}
-        return keys | {"tie_word_embeddings": config.tie_embeddings}
+        return tensors
 
     def read(self, source: Source, vocab_multiple: int) -> tuple[GPTConfig, Vocabulary, dict[str, Any]]:
         config = dataclasses.replace(self.read_config(source.config), vocab_multiple=vocab_multiple)

@@ -1,27 +1,22 @@
 """JSON files in a folder of transformers: reading them, and checking the values of their keys."""
 
 import dataclasses
+import itertools
 import re
+import tomllib
 from pathlib import Path
 from typing import Any, Self
 
 from gpt.runtime.errors import UserError
 from gpt.runtime.files import read_json
 
-# Keys of config.json that do not change what a model computes: they tell its origin, name tokens and classes, or are
-# for generation, training, other tasks and the memory that is needed.
-HARMLESS = re.compile(
-    r"""_attn_implementation(_autoset)?|attn_implementation|_?name_or_path|architectures|model_type|tokenizer_class|dtype
-    |torch_dtype|transformers_version|torchscript|use_bfloat16|use_cache|cache_implementation|unsloth_(fixed|version)
-    |.*_token_id|_?num_labels|id2label|label2id|prefix|n_ctx|is_decoder|is_llama_config
-    |bad_words_ids|(begin_)?suppress_tokens|do_sample|early_stopping|exponential_decay_length_penalty|num_beam(_group)?s
-    |(diversity|length|repetition)_penalty|(max|min)_length|(encoder_)?no_repeat_ngram_size|num_return_sequences
-    |remove_invalid_values|return_dict(_in_generate)?|temperature|top_[kp]|typical_p
-    |initializer_range|gradient_checkpointing|classifier_dropout|chunk_size_feed_forward|pretraining_tp
-    |reorder_and_upcast_attn|output_.*|summary_.*|pooler_.*|encoder_stride|finetuning_task|problem_type
-    |task_specific_params|tie_encoder_decoder|tf_legacy_loss""",
-    re.VERBOSE,
-)
+
+def tables(name: str) -> dict[str, Any]:
+    """Returns the content of a TOML file of this package."""
+    return tomllib.loads((Path(__file__).parent / name).read_text(encoding="utf-8"))
+
+
+HARMLESS = re.compile("|".join(itertools.chain(*tables("harmless.toml").values())))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,65 +15,15 @@ import numpy as np
 from gpt.data.bpe import BPETokenizer
 from gpt.data.tokenizers import Tokenizer
 from gpt.interop import tokenizer_files
-from gpt.interop.config_file import ConfigFile
+from gpt.interop.config_file import ConfigFile, tables
 from gpt.runtime.errors import UserError, one_line
 
-# The names of tensors in GGUF files, and those in transformers ("{}" for the number of a layer).
-TENSORS = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "model.layers.{}.input_layernorm",
-    "attn_q": "model.layers.{}.self_attn.q_proj",
-    "attn_k": "model.layers.{}.self_attn.k_proj",
-    "attn_v": "model.layers.{}.self_attn.v_proj",
-    "attn_q_norm": "model.layers.{}.self_attn.q_norm",
-    "attn_k_norm": "model.layers.{}.self_attn.k_norm",
-    "attn_output": "model.layers.{}.self_attn.o_proj",
-    "post_attention_norm": "model.layers.{}.post_attention_layernorm",
-    "ffn_norm": "model.layers.{}.post_attention_layernorm",
-    "ffn_gate": "model.layers.{}.mlp.gate_proj",
-    "ffn_up": "model.layers.{}.mlp.up_proj",
-    "ffn_down": "model.layers.{}.mlp.down_proj",
-    "post_ffw_norm": "model.layers.{}.post_feedforward_layernorm",
-}
-# The keys of metadata, without the architecture's name in front, and those of config.json.
-KEYS = {
-    "block_count": "num_hidden_layers",
-    "context_length": "max_position_embeddings",
-    "embedding_length": "hidden_size",
-    "feed_forward_length": "intermediate_size",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.sliding_window": "sliding_window",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-    "rope.freq_base": "rope_theta",
-}
+_NAMES = tables("gguf.toml")
+MODEL_TYPES, TENSORS, KEYS = _NAMES["model_types"], _NAMES["tensors"], _NAMES["keys"]
+SCALING, PATTERNS = _NAMES["scaling"], _NAMES["patterns"]
 # Keys that repeat others, or that `_scaling` reads.
 OTHERS = {"vocab_size", "attention.value_length", "rope.dimension_count"}
-SCALING = {
-    "rope.scaling.type": "rope_type",
-    "rope.scaling.factor": "factor",
-    "rope.scaling.original_context_length": "original_max_position_embeddings",
-}
 GEMMA = {"gemma2", "gemma3"}
-MODEL_TYPES = {name: name for name in ("llama", "qwen2", "qwen3", "olmo2", "gemma2")} | {"gemma3": "gemma3_text"}
-# How tokenizers of released models split a text into words, by the name in the metadata.
-_LLAMA_3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-PATTERNS = {
-    "gpt-2": "",
-    "default": "",
-    "smollm": r"\p{N}",
-    "llama-bpe": _LLAMA_3,
-    "dbrx": _LLAMA_3,
-    "qwen2": _LLAMA_3.replace("{1,3}", ""),
-}
 CONTROL, USER_DEFINED = 3, 4  # types of tokens
 
 

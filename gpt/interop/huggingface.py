@@ -1,6 +1,6 @@
 """Converts a folder of Hugging Face's transformers to a workdir, and a workdir to such a folder.
 
-A file of this package for each architecture says which tensors and which keys of config.json are which of ours.
+A file of the folder `architectures` for each says which tensors and which keys of config.json are which of ours.
 """
 
 import dataclasses
@@ -18,24 +18,22 @@ from gpt.checkpointing.workdir import Workdir
 from gpt.checkpointing.writing import Deferred, write_params
 from gpt.config import Config
 from gpt.interop import safetensors_folder
-from gpt.interop.architecture import Architecture, Source, Tensor
-from gpt.interop.gemma import Gemma2, Gemma3
+from gpt.interop.architecture import Architecture, Decoder, Source, Tensor
+from gpt.interop.families import Gemma, Gemma3, Qwen
 from gpt.interop.gguf_file import GGUFFile
-from gpt.interop.gpt2 import GPT2
-from gpt.interop.gpt_neox import GPTNeoX
-from gpt.interop.llama import Llama
-from gpt.interop.mistral import Mistral
-from gpt.interop.olmo2 import OLMo2
-from gpt.interop.qwen import Qwen2, Qwen3
+from gpt.interop.rotary_decoder import RotaryDecoder
 from gpt.interop.safetensors_folder import SafetensorsFolder
 from gpt.interop.vit import ViT
 from gpt.models.transformer import BlockConfig
 from gpt.runtime import files
 from gpt.runtime.errors import UserError
 
-# A model is written as the first of these that computes the same. Any: each architecture has its own config class.
-KINDS = GPT2, Llama, Mistral, Qwen2, Qwen3, OLMo2, Gemma2, Gemma3, GPTNeoX, ViT
-ARCHITECTURES: tuple[Architecture[Any], ...] = tuple(kind() for kind in KINDS)
+# The class of each file in the folder `architectures`. A model is written as the first that computes the same.
+KINDS: dict[str, type[Architecture[Any]]] = {"gpt2": Decoder}
+KINDS |= dict.fromkeys(("llama", "mistral"), RotaryDecoder) | dict.fromkeys(("qwen2", "qwen3"), Qwen)
+KINDS |= {"olmo2": RotaryDecoder, "gemma2": Gemma, "gemma3_text": Gemma3, "gpt_neox": RotaryDecoder, "vit": ViT}
+# Any: each architecture has its own config class.
+ARCHITECTURES: dict[str, Architecture[Any]] = {name: kind.load(name) for name, kind in KINDS.items()}
 
 
 def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> BlockConfig:
@@ -61,10 +59,9 @@ def convert(source: Source, workdir: Workdir, vocab_multiple: int) -> BlockConfi
       UserError: the source holds no whole model of a known architecture, or the workdir is not empty.
     """
     refuse_to_overwrite("workdir", workdir.path)
-    known = {architecture.model_type: architecture for architecture in ARCHITECTURES}
     model_type = source.config.values.get("model_type")
-    source.config.check("model_type", model_type in [*known], ", ".join(map(repr, known)))
-    architecture = known[str(model_type)]
+    source.config.check("model_type", model_type in [*ARCHITECTURES], ", ".join(map(repr, ARCHITECTURES)))
+    architecture = ARCHITECTURES[str(model_type)]
     config, vocabulary, parts = architecture.read(source, vocab_multiple)
     if vocabulary.vocab_size > config.vocab_size:
         raise UserError(
@@ -140,7 +137,7 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[BlockConfig,
 
 def exported(run: Run, workdir: Workdir) -> tuple[Any, Architecture[Any]]:
     """Returns the resolved config of a run's model, and the architecture as which it is written."""
-    known = [architecture for architecture in ARCHITECTURES if architecture.config_class is type(run.config.model)]
+    known = [each for each in ARCHITECTURES.values() if each.config_class is type(run.config.model)]
     if not known:
         raise UserError(
             f"--workdir={workdir.path} holds a model.family={run.config.model.family}, which cannot be converted."

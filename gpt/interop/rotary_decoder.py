@@ -1,6 +1,7 @@
 """Decoders with rotary positions and, in some layers, local attention: their keys in transformers 4 and 5."""
 
-from typing import Any, ClassVar
+import dataclasses
+from typing import Any
 
 from gpt.interop.architecture import Decoder
 from gpt.interop.config_file import ConfigFile
@@ -12,6 +13,7 @@ from gpt.runtime.errors import UserError
 LAYER_TYPES = {"L": "sliding_attention", "G": "full_attention"}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RotaryDecoder(Decoder):
     """A decoder with rotary positions, and local attention in some layers if `numbers` has a key for the window.
 
@@ -20,11 +22,11 @@ class RotaryDecoder(Decoder):
 
     Attributes:
       has_layer_types: whether `layer_types` may say which layers are local.
+      pattern: which layers are local if there is no `layer_types`; see `GPTConfig.window_pattern`.
     """
 
-    numbers: ClassVar = Decoder.numbers | {"vocab_size": "vocab_size", "block_size": "max_position_embeddings"}
-    numbers |= {"rotary_base": "rope_theta", "attention_dropout": "attention_dropout"}
-    has_layer_types: ClassVar[bool] = True
+    has_layer_types: bool = True
+    pattern: str = "L"
 
     def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
         fields, given = super().read_rest(file, fields), _object(file, file.get("rope_parameters"))
@@ -75,7 +77,7 @@ class RotaryDecoder(Decoder):
 
     def default_pattern(self, file: ConfigFile, layers: int) -> str:
         """Returns which layers are local if there is no `layer_types`; see `GPTConfig.window_pattern`."""
-        return "L"
+        return self.pattern
 
     def write_rest(self, config: GPTConfig) -> dict[str, Any]:
         scaling: dict[str, Any] | None = None

@@ -2,48 +2,30 @@
 
 import dataclasses
 import json
-from typing import Any, ClassVar
+from typing import Any
 
 from gpt.checkpointing.run import Run
 from gpt.data.images import ImagesConfig
 from gpt.data.tokenizers import Labels
 from gpt.interop import image_processor
-from gpt.interop.architecture import Architecture, Source, Tensor, Vocabulary, block_tensors, norm_tensors
+from gpt.interop.architecture import Architecture, Source, Tensor, Vocabulary
 from gpt.interop.config_file import ConfigFile
 from gpt.models.vit import ViTConfig
 from gpt.runtime.errors import UserError
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ViT(Architecture[ViTConfig]):
     """A classifier of images, whose class names are in config.json and whose pixels an image processor scales."""
 
-    model_type = "vit"
-    model_class = "ViTForImageClassification"
-    config_class = ViTConfig
-    prefix = "vit."
-    head = "classifier."
-    constants: ClassVar = {"norm": "layernorm", "positions": "learned", "bias": "all", "pooling": "class_token"}
-    fixed: ClassVar = {"qkv_bias": True}
-    numbers: ClassVar = Architecture.numbers | {
-        "image_size": "image_size",
-        "channels": "num_channels",
-        "patch_size": "patch_size",
-        "norm_epsilon": "layer_norm_eps",
-        "embed_dropout": "hidden_dropout_prob",
-        "residual_dropout": "hidden_dropout_prob",
-        "attention_dropout": "attention_probs_dropout_prob",
-    }
-    defaults: ClassVar = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
-    defaults |= {"intermediate_size": 3072, "image_size": 224, "patch_size": 16, "num_channels": 3}
-    defaults |= {"layer_norm_eps": 1e-12, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    defaults |= {"hidden_act": "gelu"}
+    config_class: type[ViTConfig] = ViTConfig
 
-    def tensors(self, config: ViTConfig) -> dict[str, Tensor]:
+    def outer_tensors(self, config: ViTConfig) -> dict[str, Tensor]:
         width, length, classes = config.embed_dim, config.length, config.vocab_size
         channels, side = config.channels, config.patch_size
         # A convolution over patches that do not overlap. Its kernel is [output, channel, row, column].
         patches, kernel = "embeddings.patch_embeddings.projection", (width, channels, side, side)
-        tensors = {
+        return {
             "class_token": Tensor(("embeddings.cls_token",), ((1, 1, width),), (width,)),
             "position_embedding": Tensor(("embeddings.position_embeddings",), ((1, length, width),), (length, width)),
             "patch_embedding/kernel": Tensor(
@@ -52,20 +34,7 @@ class ViT(Architecture[ViTConfig]):
             "patch_embedding/bias": Tensor((f"{patches}.bias",), ((width,),), (width,)),
             "head/kernel": Tensor(("classifier.weight",), ((classes, width),), (width, classes), axes=(1, 0)),
             "head/bias": Tensor(("classifier.bias",), ((classes,),), (classes,)),
-            **norm_tensors(config, "final_norm", "layernorm", width),
         }
-        layer = "encoder.layer.{}"
-        return tensors | block_tensors(
-            config,
-            {
-                "norm_1": [f"{layer}.layernorm_before"],
-                "norm_2": [f"{layer}.layernorm_after"],
-                "attention/qkv": [f"{layer}.attention.attention.{name}" for name in ("query", "key", "value")],
-                "attention/out": [f"{layer}.attention.output.dense"],
-                "mlp/up": [f"{layer}.intermediate.dense"],
-                "mlp/down": [f"{layer}.output.dense"],
-            },
-        )
 
     def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
         return fields | {"vocab_size": _labels(file).vocab_size}
