@@ -203,7 +203,7 @@ class Architecture(Generic[C]):
         scales = {"query_norm": (heads, size)[not each :], "key_norm": (groups, size)[not each :]}
         tensors: dict[str, Tensor] = {}
         for name, names in self.blocks.items():
-            theirs, place = [self.layer + name for name in names.split()], name.rpartition("/")[2]
+            theirs, place = [self.layer + part for part in names.split()], name.rpartition("/")[2]
             if place not in c.layer_weights:
                 shape = scales.get(place, (c.embed_dim,))
                 tensors |= norm_tensors(c, f"blocks/{name}", theirs[0], *shape, layers=layers)

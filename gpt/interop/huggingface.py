@@ -6,7 +6,7 @@ A file of the folder `architectures` for each says which tensors and which keys 
 import dataclasses
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,14 +124,18 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[BlockConfig,
     """
     weights = Weights(workdir, checkpoint)
     config, architecture = exported(weights.run, workdir)
-    texts = architecture.write(config, weights.run)
-
-    def write(partial: Path) -> None:
-        _write_weights(partial / safetensors_folder.WEIGHTS, architecture, architecture.tensors(config), weights)
-        for name, text in texts.items():
-            (partial / name).write_text(text, encoding="utf-8")
-
-    write_folder("to_hf", folder, write)
+    texts, tensors = architecture.write(config, weights.run), architecture.tensors(config)
+    shapes = {
+        ("" if name.startswith(architecture.head) else architecture.prefix) + name: shape
+        for tensor in tensors.values()
+        for name, shape in tensor.their_shapes.items()
+    }
+    arrays = (
+        array
+        for name, _, part in weights.restore_each({name: tensor.stacked_shape for name, tensor in tensors.items()})
+        for array in tensors[name].to_theirs(part[0] if tensors[name].num_layers else part)
+    )
+    write_folder("to_hf", folder, texts, safetensors_folder.WEIGHTS, shapes, arrays)
     return config, weights.step
 
 
@@ -146,11 +150,21 @@ def exported(run: Run, workdir: Workdir) -> tuple[Any, Architecture[Any]]:
     return config, min(known, key=lambda architecture: len(architecture.differences(config)))
 
 
-def write_folder(flag: str, folder: Path, write: Callable[[Path], None]) -> None:
-    """Makes a new folder whose files `write` writes into a temporary folder; an interruption leaves nothing.
+def write_folder(
+    flag: str,
+    folder: Path,
+    texts: dict[str, str],
+    weights: str,
+    shapes: dict[str, tuple[int, ...]],
+    arrays: Iterable[np.ndarray],
+) -> None:
+    """Makes a new folder; an interruption leaves nothing.
 
     Args:
       flag: the flag that names the folder, for messages.
+      texts: the text of each file, by name.
+      weights: name of the file with the tensors.
+      shapes, arrays: see `safetensors_folder.write`.
 
     Raises:
       UserError: the folder is not empty or cannot be written.
@@ -160,27 +174,14 @@ def write_folder(flag: str, folder: Path, write: Callable[[Path], None]) -> None
     partial = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}{files.PARTIAL}")
     try:
         partial.mkdir(parents=True)
-        write(partial)
+        safetensors_folder.write(partial / weights, shapes, arrays)
+        for name, text in texts.items():
+            (partial / name).write_text(text, encoding="utf-8")
         files.publish(partial, folder)
     except OSError as error:
         raise UserError(f"Cannot write to --{flag}={folder}: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _write_weights(path: Path, architecture: Architecture, tensors: dict[str, Tensor], weights: Weights) -> None:
-    shapes = {
-        ("" if name.startswith(architecture.head) else architecture.prefix) + name: shape
-        for tensor in tensors.values()
-        for name, shape in tensor.their_shapes.items()
-    }
-    restored = weights.restore_each({name: tensor.stacked_shape for name, tensor in tensors.items()})
-    arrays = (
-        array
-        for name, _, part in restored
-        for array in tensors[name].to_theirs(part[0] if tensors[name].num_layers else part)
-    )
-    safetensors_folder.write(path, shapes, arrays)
 
 
 def refuse_to_overwrite(flag: str, path: Any) -> None:

@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 from gpt.data.images import ImagesConfig
-from gpt.interop.config_file import ConfigFile
+from gpt.interop.config_file import ConfigFile, tables
 from gpt.models.vit import ViTConfig
 
 FILE = "preprocessor_config.json"
@@ -24,18 +24,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "use_square_size": (False, None),
     "resample": tuple(RESAMPLING),
 }
-# The image processors that can be converted, and their default values.
-COMMON = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "resample": 3}
-COMMON |= {"image_mean": 0.5, "image_std": 0.5}
-CROP = {"crop_size": 224, "do_center_crop": True}
-PROCESSORS: dict[str, dict[str, Any]] = {
-    "ViT": COMMON | {"resample": 2},
-    "DeiT": COMMON | CROP | {"size": 256},
-    "CLIP": COMMON
-    | CROP
-    | {"size": 224, "default_to_square": False, "do_convert_rgb": True}
-    | {"image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711]},
-}
+PROCESSORS = tables("image_processors.toml")
 
 
 def read(config: ConfigFile) -> tuple[dict[str, Any], ImagesConfig]:

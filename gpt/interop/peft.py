@@ -16,7 +16,7 @@ from gpt.checkpointing.loading import Weights
 from gpt.checkpointing.run import Run
 from gpt.checkpointing.workdir import Workdir
 from gpt.checkpointing.writing import Deferred, write_params
-from gpt.interop import huggingface, safetensors_folder
+from gpt.interop import huggingface
 from gpt.interop.architecture import Architecture, Tensor
 from gpt.interop.config_file import ConfigFile
 from gpt.interop.safetensors_folder import SafetensorsFolder
@@ -60,12 +60,8 @@ def to_peft(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[BlockConfi
     content |= {"task_type": "CAUSAL_LM", "inference_mode": True, "lora_dropout": 0.0, "use_rslora": False}
     content |= {"fan_in_fan_out": not tensors["blocks/attention/out/kernel"].axes}
     shapes = {name: array.shape for name, array in arrays.items()}
-
-    def write(partial: Path) -> None:
-        safetensors_folder.write(partial / WEIGHTS, shapes, arrays.values())
-        (partial / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-    huggingface.write_folder("to_peft", folder, write)
+    texts = {CONFIG: json.dumps(content, indent=2) + "\n"}
+    huggingface.write_folder("to_peft", folder, texts, WEIGHTS, shapes, arrays.values())
     return config, weights.step
 
 
@@ -86,11 +82,11 @@ def from_peft(folder: Path, base: Workdir, workdir: Workdir) -> BlockConfig:
     shape, architecture = huggingface.exported(weights.run, base)
     source, found = SafetensorsFolder(folder, WEIGHTS), {}
     unknown = set(source.shapes)
-    tensors = {kernel: tensor for kernel, tensor in architecture.tensors(shape).items() if kernel.endswith("kernel")}
-    for kernel, tensor in tensors.items():
-        modules = [[_module(architecture, name) for name in layer] for layer in tensor.names_by_layer]
+    tensors = architecture.tensors(shape)
+    for kernel in [name for name, tensor in tensors.items() if tensor.num_layers and name.endswith("kernel")]:
+        modules = [[_module(architecture, name) for name in layer] for layer in tensors[kernel].names_by_layer]
         pairs = [[_pair(source, module, rank, unknown) for module in layer] for layer in modules]
-        if tensor.num_layers and any(pair for layer in pairs for pair in layer):
+        if any(pair for layer in pairs for pair in layer):
             found[kernel] = pairs
     if unknown or not found:
         wrong = f"{min(unknown)} is not for a layer of this model" if unknown else "there are no adapters"
@@ -123,8 +119,7 @@ def _deferred(name: str, array: np.ndarray) -> Deferred:
 
 def _is_shared(pairs: list[Pair | None]) -> bool:
     """Returns whether all matrices `a` are equal."""
-    matrices = [pair[0] for pair in pairs if pair]
-    return all(np.array_equal(matrices[0], matrix) for matrix in matrices)
+    return len({pair[0].tobytes() for pair in pairs if pair}) < 2
 
 
 def _joined(tensor: Tensor, pairs: list[Pair | None], total: int, start: int) -> tuple[np.ndarray, np.ndarray]:
