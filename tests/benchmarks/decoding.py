@@ -8,6 +8,7 @@ each new one, as text was made before there was a cache.
 """
 
 import argparse
+import dataclasses
 import itertools
 import os
 import time
@@ -20,8 +21,10 @@ import torch
 import transformers
 from flax import linen as nn
 
+import gpt
 from gpt import sharding
 from gpt.inference.generation import Generator, Sampling
+from gpt.interop import huggingface
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.runtime import backend
 
@@ -29,13 +32,19 @@ MODELS = {
     # 10.8 million parameters, nanoGPT's for characters.
     "small": GPTConfig(vocab_size=65, block_size=1024, num_layers=6, num_heads=6, embed_dim=384),
     "124M": GPTConfig(vocab_size=50257, block_size=1024, num_layers=12, num_heads=12, embed_dim=768),
+    # 9 heads of queries, 3 of keys and values.
+    "smollm2": gpt.read_config("configs/llama.py:smollm2-135m", {"model.block_size": 1024}).model,
 }
 Run = Callable[[np.ndarray, int], Iterator[int]]
 
 
+def module(config: GPTConfig) -> GPT:
+    return GPT(dataclasses.replace(config, scan_layers=False).resolve(config.vocab_size, "cpu"))
+
+
 def ours(config: GPTConfig) -> Run:
     layout = sharding.make_layout(sharding.MeshConfig(), jax.devices()[:1])
-    model = GPT(config.resolve(config.vocab_size, "cpu"))
+    model = module(config)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"])
     generator = Generator(model, layout, Sampling(temperature=0))
 
@@ -49,7 +58,7 @@ def ours(config: GPTConfig) -> Run:
 
 
 def uncached(config: GPTConfig) -> Run:
-    model = GPT(config.resolve(config.vocab_size, "cpu"))
+    model = module(config)
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 8), jnp.int32))["params"])
 
     @jax.jit
@@ -71,17 +80,10 @@ def uncached(config: GPTConfig) -> Run:
 
 
 def hugging_face(config: GPTConfig) -> Callable[[np.ndarray, int], tuple[float, float]]:
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=config.block_size,
-            n_embd=config.embed_dim,
-            n_layer=config.num_layers,
-            n_head=config.num_heads,
-            bos_token_id=0,
-            eos_token_id=None,
-        )
-    ).eval()
+    known = [kind for kind in huggingface.ARCHITECTURES if kind.config_class is GPTConfig]
+    architecture = min(known, key=lambda kind: len(kind.differences(config)))
+    keys = architecture.write_config(config) | {"bos_token_id": 0, "eos_token_id": None}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**keys)).eval()
 
     def seconds(prompts: np.ndarray, num_tokens: int) -> tuple[float, float]:
         inputs = torch.from_numpy(prompts.astype(np.int64))
@@ -129,9 +131,11 @@ def main() -> None:
     versions = f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{versions}; {os.cpu_count()} CPU cores, torch threads {torch.get_num_threads()}")
     print(f"prompts of {args.prompt} tokens, {args.tokens} new ones in each row, best of {args.repeats}")
-    print("model  rows  with          first token    tokens/s   ours is   load")
+    print("model    rows  with          first token    tokens/s   ours is   load")
     for name, rows in itertools.product(args.models, args.rows):
         config = MODELS[name]
+        cache = module(config).config.init_cache(jnp.zeros(rows, jnp.int32), args.prompt + args.tokens)
+        print(f"{name:8} {rows:4}  cache {sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) / 1e6:,.1f} MB")
         prompts = np.random.default_rng(0).integers(0, config.vocab_size, (rows, args.prompt), np.int32)
         contestants = {"ours": timed(ours(config))}
         if "transformers" not in args.without:
@@ -156,7 +160,7 @@ def main() -> None:
             ratio = "" if who == "ours" else f"{speeds['ours'] / speed:7.2f} ×"
             load = os.getloadavg()[0]
             print(
-                f"{name:6} {rows:4}  {who:12} {firsts[who] * 1e3:9.1f} ms  {speed:10.1f}  {ratio:9}  {load:5.1f}",
+                f"{name:8} {rows:4}  {who:12} {firsts[who] * 1e3:9.1f} ms  {speed:10.1f}  {ratio:9}  {load:5.1f}",
                 flush=True,
             )
 
