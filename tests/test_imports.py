@@ -100,7 +100,7 @@ def test_only_commands_define_flags(path):
 
 
 def test_the_whole_is_small():
-    assert sum(map(count_lines.count, FILES)) <= 9000
+    assert sum(map(count_lines.count, FILES)) <= 9900
 
 
 @pytest.mark.parametrize("command", COMMANDS)
