@@ -251,7 +251,7 @@ def test_sigterm_leaves_a_code_that_is_not_success(tmp_path, play):
 def test_help_is_short_and_complete(command, name):
     result = command(name, "--help")
     assert result.returncode == 0
-    assert len(result.stdout.splitlines()) < 120
+    assert len(result.stdout.splitlines()) < 140
     flags = re.findall(r"^  --(?:\[no\])?(\w+):", result.stdout, re.M)
     assert "workdir" in flags
     assert ("coordinator" in flags) == (name != "plot")
@@ -386,7 +386,7 @@ MISTAKES = {
         "no matplotlib": ((), 1, r"matplotlib: pip install .*\[plot\]", {}, ["matplotlib"]),
     },
     "convert": {
-        "no direction": ((), 2, "Give just one of --from_hf and --to_hf"),
+        "no direction": ((), 2, "Give just one of --from_hf, --to_hf, --from_peft"),
         "name of a hub": (("--from_hf=gpt2", "--workdir={tmp}/new"), 1, "--from_hf=gpt2: there is no such folder"),
         "empty folder": (("--from_hf={tmp}/folder", "--workdir={tmp}/new"), 1, r"config\.json is missing"),
         "empty": (("--to_hf=",), 2, "--to_hf is empty"),

@@ -128,9 +128,9 @@ def test_flops_and_what_is_trained():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"lora_rank": -1}, r"model\.lora_rank=-1 has to be 0 \(no LoRA\) or more"),
-        ({"lora_targets": "q"}, r"model\.lora_targets='q' has to name some of qkv,out,up,down"),
-        ({"lora_targets": ""}, r"model\.lora_targets='' has to name some"),
+        ({"lora_rank": -1}, r"model\.lora_rank=-1 must not be negative"),
+        ({"lora_targets": "q"}, r"model\.lora_targets='q' has to be some of qkv,out,up,down"),
+        ({"lora_targets": ""}, r"model\.lora_targets='' has to be some"),
         ({"lora_alpha": 0.0}, r"model\.lora_alpha=0\.0"),
     ],
 )
