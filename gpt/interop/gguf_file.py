@@ -7,12 +7,13 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 import functools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gpt.data.bpe import BPETokenizer
+from gpt.data.bpe import LONGEST_WORD, BPETokenizer
 from gpt.data.tokenizers import Tokenizer
 from gpt.interop import tokenizer_files
 from gpt.interop.config_file import ConfigFile, tables
@@ -21,10 +22,13 @@ from gpt.runtime.errors import UserError, one_line
 _NAMES = tables("gguf.toml")
 MODEL_TYPES, TENSORS, KEYS = _NAMES["model_types"], _NAMES["tensors"], _NAMES["keys"]
 SCALING, PATTERNS = _NAMES["scaling"], _NAMES["patterns"]
-# Keys that repeat others, or that `_scaling` reads.
-OTHERS = {"vocab_size", "attention.value_length", "rope.dimension_count"}
+# Keys that repeat others, or that llama.cpp does not use.
+OTHERS = {"vocab_size", "attention.value_length", "rope.dimension_count", "rope.scaling.finetuned"}
 GEMMA = {"gemma2", "gemma3"}
-CONTROL, USER_DEFINED = 3, 4  # types of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = 1, 2, 3, 4, 5  # types of tokens
+# Tokens that end a turn, of which many files hold no id; llama.cpp recognizes them by their texts too.
+TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
+MOST_PARTS = 1 << 22  # numbers and strings that the header may have
 
 
 class GGUFFile:
@@ -37,15 +41,17 @@ class GGUFFile:
     def __init__(self, path: Path):
         self.path = path
         try:
-            import gguf
+            from gguf.quants import dequantize
         except ImportError:
             raise UserError(f'{path} needs the package gguf: pip install -e ".[gguf]".') from None
-        self._dequantize = gguf.quants.dequantize
+        self._dequantize = dequantize
         try:
-            reader = gguf.GGUFReader(path)
+            reader = _reader(path)
             self._values = {name: field.contents() for name, field in reader.fields.items()}
         except Exception as error:  # the package raises exceptions of many types
             raise UserError(f"{path} is damaged or no GGUF file ({one_line(error)[:200]}).") from None
+        if (parts := self._values.get("split.count", 1)) != 1:
+            raise UserError(f"{path} is one of {parts} parts of a model; join them with llama-gguf-split --merge.")
         self._kind = str(self._values.get("general.architecture"))
         if self._kind not in MODEL_TYPES:
             raise UserError(f"{path} holds a {self._kind}; only {', '.join(MODEL_TYPES)} can be converted.")
@@ -56,18 +62,21 @@ class GGUFFile:
 
     def _name(self, name: str) -> str:
         """Returns transformers' name of a tensor."""
-        *block, place, part = name.rsplit(".", 2) if name.startswith("blk.") else ["", *name.rsplit(".", 1)]
-        layer = block[0].removeprefix("blk.")
+        if not (found := re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)):
+            return name
+        layer, place, part = found.groups()
         if place == "ffn_norm" and self._kind in GEMMA:
             return f"model.layers.{layer}.pre_feedforward_layernorm.{part}"
-        return f"{TENSORS[place].format(layer) if place in TENSORS else place}.{part}"
+        return f"{TENSORS[place].format(layer)}.{part}" if place in TENSORS else name
 
     @functools.cached_property
     def config(self) -> ConfigFile:
         """The keys of config.json that the metadata gives."""
         start = f"{self._kind}."
         values = {name.removeprefix(start): value for name, value in self._values.items() if name.startswith(start)}
-        if unknown := sorted(name for name in values.keys() - KEYS.keys() - SCALING.keys() - OTHERS if values[name]):
+        # The converters of llama.cpp also write keys that are off: 0 or false, and true for causal attention.
+        others = values.keys() - KEYS.keys() - SCALING.keys() - OTHERS
+        if unknown := sorted(name for name in others if values[name] != (name == "attention.causal")):
             raise UserError(f"{self.path}: {start}{unknown[0]} is {values[unknown[0]]!r}, which is not known.")
         config = {key: values[name] for name, key in KEYS.items() if name in values}
         width, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 0)
@@ -77,7 +86,7 @@ class GGUFFile:
         if values.get("rope.dimension_count", head_dim) != head_dim:
             raise UserError(f"{self.path}: {start}rope.dimension_count differs from the head size, {head_dim}.")
         config |= {"model_type": MODEL_TYPES[self._kind], "tie_word_embeddings": "lm_head.weight" not in self.shapes}
-        config["vocab_size"] = self.shapes.get("model.embed_tokens.weight", (0,))[0]
+        config["vocab_size"] = (*self.shapes.get("model.embed_tokens.weight", ()), 0)[0]
         config["rope_scaling"] = self._scaling(values, config)
         if self._kind == "llama":
             biases = {name.rsplit(".", 2)[-2] for name in self.shapes if name.endswith("_proj.bias")}
@@ -92,9 +101,11 @@ class GGUFFile:
         """Returns the scaling of rotary positions. Llama 3.1's is in the file as the factor of each frequency."""
         scaling = {key: values[name] for name, key in SCALING.items() if name in values}
         if self._frequencies is None:
-            return scaling if scaling.get("rope_type", "none") != "none" else None
-        found = np.asarray(self._frequencies.data, np.float64)
-        turns = 8192 / (2 * math.pi) * config.get("rope_theta", 1e4) ** (-np.arange(len(found)) / len(found))
+            kind = scaling.setdefault("rope_type", "linear" if scaling else "none")  # llama.cpp does so too
+            return scaling if kind != "none" else None
+        found = np.ravel(self._frequencies.data).astype(np.float64)
+        base = ConfigFile(self.path, {"rope_theta": 1e4} | config).number("rope_theta", float)
+        turns = 8192 / (2 * math.pi) * base ** (-np.arange(len(found)) / len(found))
         kept = np.clip((turns - 1) / 3, 0, 1)
         for factor in (8.0, 32.0):
             if np.allclose(found, 1 / (kept + (1 - kept) / factor), rtol=1e-4):
@@ -124,30 +135,65 @@ class GGUFFile:
             build = {"gpt2": _byte_level, "llama": _sentencepiece}.get(values["ggml.model"])
             if build is None:
                 raise ValueError(f"tokenizer.ggml.model is {values['ggml.model']!r}, but only gpt2 and llama are known")
-            definition = build(values, {token: i for i, token in enumerate(tokens)})
+            entries = [*zip(range(len(tokens)), tokens, types, strict=True)]
+            definition = build(values, {token: i for i, token, kind in entries if kind != UNUSED})
             definition["added_tokens"] = [
-                {"id": i, "content": token, "special": kind == CONTROL, "normalized": False}
+                {"id": i, "content": token, "special": kind != USER_DEFINED, "normalized": False}
                 | dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
-                for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-                if kind in (CONTROL, USER_DEFINED)
+                for i, token, kind in entries
+                if kind in (UNKNOWN, CONTROL, USER_DEFINED)
             ]
             roles = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
             ids = {role: values.get(f"ggml.{name}_token_id") for role, name in roles.items()}
             settings = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None}
-            is_spm = values["ggml.model"] == "llama"
-            settings |= {"add_bos_token": bool(values.get("ggml.add_bos_token", is_spm)), "add_eos_token": False}
+            # llama.cpp's defaults where the file does not say it.
+            adds_bos = values["ggml.model"] == "llama" or values["ggml.pre"] == "llama-bpe"
+            if (bos := settings.get("bos_token")) and values.get("ggml.add_bos_token", adds_bos):
+                single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+                definition["post_processor"] = {
+                    "type": "TemplateProcessing",
+                    "single": single,
+                    "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+                    "special_tokens": {bos: {"id": bos, "ids": [ids["bos"]], "tokens": [bos]}},
+                }
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
             settings |= {"chat_template": values["chat_template"]} if "chat_template" in values else {}
             tokenizer = BPETokenizer.from_parts(json.dumps(definition), settings)
-            ends = (values.get(f"ggml.{name}_token_id") for name in ("eos", "eot"))
-            return tokenizer_files.with_stops(tokenizer, tuple({i: i for i in ends if i is not None}))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            tokenizer.encode("")  # raises an error if the library cannot use the definition
+            ends = [values.get(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+            ends += [i for i, token in tokenizer.special.items() if token in TURN_ENDS]
+            return tokenizer_files.with_stops(tokenizer, tuple({i: i for i in ends if i is not None and i >= 0}))
+        except (UserError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise UserError(f"{self.path} has no tokenizer that can be used: {one_line(error)[:200]}.") from None
+
+
+def _reader(path: Path) -> Any:
+    """Returns the package's reader of a file, which maps the file into memory.
+
+    Raises:
+      ValueError: the file ends early, its header is too long, or its numbers are big-endian.
+    """
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        num_parts = 0
+
+        # Behind the end of a file, the package reads empty arrays, for as many times as the header says.
+        def _get(self, offset, dtype, count=1, override_order=None):
+            self.num_parts += 1
+            if self.num_parts > MOST_PARTS or offset + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends early, or its header is too long")
+            return super()._get(offset, dtype, count, override_order)
+
+    reader = Reader(path)
+    if reader.byte_order != "I":
+        raise ValueError("its numbers are big-endian")
+    return reader
 
 
 def _byte_level(values: dict[str, Any], ids: dict[str, int]) -> dict[str, Any]:
     """Returns the content of tokenizer.json for a byte-level BPE."""
-    if (pattern := PATTERNS.get(kind := values.get("ggml.pre", "default"))) is None:
+    if (pattern := PATTERNS.get(kind := values.get("ggml.pre", ""))) is None:
         raise ValueError(f"tokenizer.ggml.pre is {kind!r}, but only {', '.join(PATTERNS)} are known")
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     letters = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
@@ -164,9 +210,9 @@ def _sentencepiece(values: dict[str, Any], ids: dict[str, int]) -> dict[str, Any
     """Returns the content of tokenizer.json for a BPE of SentencePiece, whose merges follow from the scores."""
     scores = values["ggml.scores"]
     merges = [
-        (-scores[i], i, cut, f"{token[:cut]} {token[cut:]}")
+        (-scores[i], i, ids[token[:cut]], f"{token[:cut]} {token[cut:]}")
         for token, i in ids.items()
-        if values["ggml.token_type"][i] == 1
+        if values["ggml.token_type"][i] == NORMAL and len(token) <= LONGEST_WORD
         for cut in range(1, len(token))
         if token[:cut] in ids and token[cut:] in ids
     ]
