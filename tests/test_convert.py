@@ -517,7 +517,10 @@ def test_commands(base, play, tmp_path, command):
         f"Done: step 2 of {run} converted to {tmp_path / 'hf'}.",
     ]
     wrong = command("convert", f"--workdir={base.path}")
-    assert (wrong.returncode, wrong.stderr) == (2, "error: Give just one of --from_hf, --to_hf, --from_peft (with --base) and --to_peft.\n")
+    assert (wrong.returncode, wrong.stderr) == (
+        2,
+        "error: Give just one of --from_hf, --to_hf, --from_peft (with --base) and --to_peft.\n",
+    )
     nameless = command("main", "--config=configs/finetune.py")
     assert nameless.returncode == 2
     assert "Name the workdir to start from: --config=configs/finetune.py:WORKDIR." in nameless.stderr
