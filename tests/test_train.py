@@ -326,6 +326,26 @@ def test_accumulated_gradient_equals_that_of_the_big_batch(tiny, parts):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_the_z_loss_changes_the_gradient_and_not_the_reported_loss(tiny, monkeypatch):
+    config = change(tiny, "model", embed_dropout=0.0, residual_dropout=0.0, attention_dropout=0.0)
+    layout = sharding.make_layout(MeshConfig(), jax.devices()[:2])
+    plain, plain_params = gradients(config, layout)
+    for parts in (1, 4):
+        measured, params = gradients(change(config, "train", z_loss=0.3, micro_batches=parts), layout)
+        assert float(measured["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-6)
+    losses = step.token_losses
+
+    def with_penalty(logits, targets):
+        penalty = 0.3 * jax.nn.logsumexp(logits, axis=-1) ** 2
+        return losses(logits, targets) + jnp.where(targets != IGNORED, penalty, 0)
+
+    monkeypatch.setattr(step, "token_losses", with_penalty)
+    _, expected = gradients(config, layout)
+    for a, b, other in zip(*map(jax.tree.leaves, (params, expected, plain_params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert np.abs(np.asarray(b) - other).max() > 1e-3
+
+
 def test_evaluation_with_a_stride_gives_each_target_its_context(tiny):
     """Compares the losses with the logits of each target's own context."""
     corpus = text.load(tiny.data, tiny.tokenizer, 16)
