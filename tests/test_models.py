@@ -153,6 +153,19 @@ def test_flops_of_gpt2():
     assert config.flops_per_token() == 6 * (12 * 12 * 768**2 + 50257 * 768) + 12 * 12 * 768 * 1024
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_the_share_of_scores_within_windows(scan_layers):
+    """Counted pair by pair; scanned layers of two kinds run one of two kernels, both of which the program has."""
+    options = {"num_layers": 6, "block_size": 64, "window": 10, "scan_layers": scan_layers}
+    config = dataclasses.replace(TINY, **options, window_pattern="LLG")
+    local = np.tri(64) - np.tri(64, k=-10)
+    expected = (4 * local.sum() + 2 * np.tri(64).sum()) / (6 * np.tri(64).sum())
+    assert config.attention_share == pytest.approx(expected / (2 if scan_layers else 1), rel=0.02)
+    assert dataclasses.replace(config, window=0).attention_share == 1
+    assert dataclasses.replace(config, window=100).attention_share == 1
+    assert config.flops_per_token() == dataclasses.replace(config, window=0).flops_per_token() - 12 * 16 * 4 * 54
+
+
 # Values.
 
 

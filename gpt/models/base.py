@@ -87,6 +87,11 @@ class ModelConfig:
         raise NotImplementedError
 
     @property
+    def attention_share(self) -> float:
+        """Fraction of the scores under a causal mask that the attention kernels of a program compute, on average."""
+        return 1.0
+
+    @property
     def padded_vocab_size(self) -> int:
         """Width of the logits, at least `vocab_size`."""
         return self.vocab_size

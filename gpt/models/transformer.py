@@ -155,6 +155,14 @@ class BlockConfig(ModelConfig):
         pattern = self.window_pattern
         return tuple(self.window * (pattern[i % len(pattern)] == "L") for i in range(self.num_layers))
 
+    @property
+    def attention_share(self) -> float:
+        lengths = [min(window or self.length, self.length) for window in self.windows]
+        scores = sum(window * (self.length - window / 2) for window in lengths)
+        # If scanned layers have different windows, the program has a kernel for each of the two kinds in each iteration.
+        kernels_ = 2 if self.scan_layers and len(set(lengths)) > 1 else 1
+        return scores / (self.num_layers * kernels_ * self.length**2 / 2)
+
     def has_bias(self, place: str) -> bool:
         """Returns whether a linear layer, by its name, or the norms ("norm") have a bias."""
         return self.bias == "all" or place in self.bias.split(",")

@@ -130,7 +130,11 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
     memory["output"] = used.output_size_in_bytes - used.alias_size_in_bytes  # beyond the donated arguments
     memory["total"] = known + memory["padding"] + memory["temporaries"] + memory["output"]
     memory["largest"] = compiled.largest
-    operations, collectives = hlo.operations(compiled.hlo_text), hlo.collectives(compiled.hlo_text, mesh)
+    share, collectives = program.model.config.attention_share, hlo.collectives(compiled.hlo_text, mesh)
+    operations = [  # the text of the program does not have the windows of attention kernels
+        dataclasses.replace(operation, flops=round(share * operation.flops)) if operation.opaque else operation
+        for operation in hlo.operations(compiled.hlo_text)
+    ]
     return report | {
         "fits": memory["total"] <= memory["usable"],
         "hardware_flops": sum(operation.times * operation.flops for operation in operations),
