@@ -159,7 +159,7 @@ class BlockConfig(ModelConfig):
     def attention_share(self) -> float:
         lengths = [min(window or self.length, self.length) for window in self.windows]
         scores = sum(window * (self.length - window / 2) for window in lengths)
-        # If scanned layers have different windows, each iteration of the program has a kernel for each of the two kinds.
+        # If windows differ between scanned layers, each iteration of the program has a kernel of each of the two kinds.
         kernels_ = 2 if self.scan_layers and len(set(lengths)) > 1 else 1
         return scores / (self.num_layers * kernels_ * self.length**2 / 2)
 
