@@ -324,7 +324,7 @@ def attempts(trained, tmp_path_factory):
             damage(path)
             cases[f"{way} {name}"] = way, str(path)
     script = """
-        import json, resource, sys
+        import json, re, resource, sys
         resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))
         from pathlib import Path
         from gpt.checkpointing import loading
@@ -344,7 +344,9 @@ def attempts(trained, tmp_path_factory):
                 message = str(error)
             except BaseException as error:
                 message = f"TRACEBACK {error!r}"
-            print(json.dumps([name, message, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6]), flush=True)
+            # Not getrusage, which counts the memory of the process that started this one.
+            peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())
+            print(json.dumps([name, message, int(peak[1]) / 1e6]), flush=True)
     """
     env = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", textwrap.dedent(script), json.dumps(cases)]

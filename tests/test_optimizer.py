@@ -127,7 +127,7 @@ KERNELS = ("attention/qkv/kernel", "attention/out/kernel", "mlp/up/kernel", "mlp
         ({}, ("block_0", "block_1"), set()),
         ({"scan_layers": True}, ("blocks",), set()),
         ({"tie_embeddings": False}, ("block_0", "block_1"), {"head/kernel"}),
-        ({"bias": False, "norm": "rmsnorm", "positions": "rotary"}, ("block_0", "block_1"), set()),
+        ({"bias": "none", "norm": "rmsnorm", "positions": "rotary"}, ("block_0", "block_1"), set()),
     ],
     ids=["unrolled", "scanned", "untied", "rms"],
 )
