@@ -303,8 +303,9 @@ class BPETokenizer(Tokenizer):
         yield ids[first:]
 
     def _encodings(self, texts: list[str], is_prompt: bool = False) -> list[Any]:
+        model = self._model  # raises UserError if the library is missing or refuses the definition
         try:
-            return self._model.encode_batch(texts, add_special_tokens=is_prompt)
+            return model.encode_batch(texts, add_special_tokens=is_prompt)
         except Exception as error:  # the library raises no narrower type, for example if a token has no id
             raise UserError(f"the tokenizer cannot encode the text: {one_line(error)[:200]}.") from None
 

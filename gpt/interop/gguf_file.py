@@ -164,7 +164,9 @@ class GGUFFile:
             ends += [i for i, token in tokenizer.special.items() if token in TURN_ENDS]
             return tokenizer_files.with_stops(tokenizer, tuple({i: i for i in ends if i is not None and i >= 0}))
         except (UserError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise UserError(f"{self.path} has no tokenizer that can be used: {one_line(error)[:200]}.") from None
+            raise UserError(
+                f"{self.path} has no tokenizer that can be used: {one_line(error)[:200].rstrip('.')}."
+            ) from None
 
 
 def _reader(path: Path) -> Any:
