@@ -680,6 +680,7 @@ def test_a_connection_has_to_prove_itself_in_time(hub, exits, monkeypatch):
     time.sleep(0.5)
     assert exits == [], "after the handshake, a connection may be silent for any time"
     spoke.close()
+    wait_until(lambda: exits)  # else the message about it would be in the output of the next test
 
 
 @pytest.mark.parametrize(
