@@ -80,7 +80,7 @@ def uncached(config: GPTConfig) -> Run:
 
 
 def hugging_face(config: GPTConfig) -> Callable[[np.ndarray, int], tuple[float, float]]:
-    known = [kind for kind in huggingface.ARCHITECTURES if kind.config_class is GPTConfig]
+    known = [kind for kind in huggingface.ARCHITECTURES.values() if kind.config_class is GPTConfig]
     architecture = min(known, key=lambda kind: len(kind.differences(config)))
     keys = architecture.write_config(config) | {"bos_token_id": 0, "eos_token_id": None}
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**keys)).eval()
