@@ -161,7 +161,7 @@ def both(tmp_path_factory):
     config = transformers.GPT2Config(n_positions=64, n_embd=48, n_layer=2, n_head=4, initializer_range=0.2)
     model = transformers.GPT2LMHeadModel(config).eval()
     model.save_pretrained(folder / "hf")
-    for name, file_text in bpe.gpt2().files().items():
+    for name, file_text in bpe.gpt2().texts().items():
         (folder / "hf" / name).write_text(file_text, encoding="utf-8")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "hf")
     huggingface.from_hf(folder / "hf", Workdir(folder / "run"), 128)
