@@ -19,16 +19,16 @@ from gpt.models.gpt import GPTConfig
 from gpt.optimizer import OptimizerConfig
 from gpt.runtime.errors import UserError
 
-LAYERS = {"gpt2": "qkv,out,up,down", "llama": "qkv,out,gate,up,down"}
+LAYERS = {"gpt2": "qkv,out,up,down", "neox": "qkv,out,up,down", "llama": "qkv,out,gate,up,down"}
 GPT2 = {"num_heads": 4, "positions": "learned"}
 TOKENS = np.random.default_rng(0).integers(0, 60, (2, 12))
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=["gpt2", "llama", "neox"])
 def workdirs(request, play, tmp_path_factory):
     """Returns the workdirs of a short run and of the adapters that were trained on top of it."""
     name, path = request.param, tmp_path_factory.mktemp("peft")
-    options = GPT2 if name == "gpt2" else FAMILIES["llama"]
+    options = GPT2 if name == "gpt2" else FAMILIES[name]
     times = {"batch_size": 16, "steps": 3, "eval_every": 0, "checkpoint_every": 3, "sample_tokens": 0}
     config = Config(
         model=GPTConfig(num_layers=2, embed_dim=32, block_size=16, vocab_multiple=8, **options),
@@ -62,6 +62,7 @@ def test_there_and_back(workdirs, tmp_path):
     content = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     modules = {
         "gpt2": {"c_attn", "c_proj", "c_fc"},
+        "neox": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
         "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     }
     assert set(content["target_modules"]) == modules[name]
@@ -77,8 +78,8 @@ def test_there_and_back(workdirs, tmp_path):
 def test_adapters_of_single_layers_and_with_other_matrices_become_one_of_a_larger_rank(workdirs, tmp_path):
     """As `peft` makes them: an adapter of the queries and values alone, each with matrices of its own."""
     name, base, adapted = workdirs
-    if name == "gpt2":
-        pytest.skip("GPT-2 has one layer for queries, keys and values")
+    if name != "llama":
+        pytest.skip("the model has one layer for queries, keys and values")
     peft.to_peft(adapted, "last", tmp_path / "peft")
     file = tmp_path / "peft" / "adapter_model.safetensors"
     rng, tensors = np.random.default_rng(1), load_file(file)

@@ -141,9 +141,10 @@ def _joined(tensor: Tensor, pairs: list[Pair | None], total: int, start: int) ->
 
 def _of_b(tensor: Tensor, rank: int) -> Tensor:
     """Returns the tensors of the matrices `b` of a kernel: PEFT's are [outputs, rank]."""
-    inputs = len(tensor.our_shape) - len(tensor.our_shape[-2:] if tensor.packed else tensor.our_shape[-1:])
-    outputs = [shape[tensor.axes[-1] if tensor.axes else -1] for shape in tensor.shapes]
-    shapes = tuple((size, rank) for size in outputs)
+    first, last = (tensor.axes[0], tensor.axes[-1]) if tensor.axes else (0, -1)
+    # The first axes of ours are the inputs: one, or the heads and their size.
+    inputs = 1 if tensor.our_shape[0] == tensor.shapes[0][first] else 2
+    shapes = tuple((shape[last], rank) for shape in tensor.shapes)
     return dataclasses.replace(tensor, shapes=shapes, our_shape=(rank, *tensor.our_shape[inputs:]), axes=(1, 0))
 
 
