@@ -81,7 +81,7 @@ class Program:
         return [
             parameter
             for name, tree in variables(state.params, state.frozen).items()
-            for parameter in sharding.parameters(tree, self.logical_axes[name])
+            for parameter in self.layout.parameters(tree, self.logical_axes[name])
         ]
 
     def num_parameters(self) -> int:
@@ -166,7 +166,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
         loss, grads = jax.tree.map(lambda total: weight * total, (loss, grads))
         if layout.zero1:  # each device updates the parameters whose optimizer state it holds
-            grads = jax.lax.with_sharding_constraint(grads, layout.spread(abstract.params, shardings.params))
+            grads = jax.lax.with_sharding_constraint(grads, zero1_shardings.params)
         gradient_norm = optimizer.global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -208,8 +208,9 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
     abstract_boxed = jax.eval_shape(init_boxed)
     abstract = nn.unbox(abstract_boxed)
     shardings = layout.state_shardings(abstract_boxed)
+    zero1_shardings = layout.state_shardings(abstract_boxed, ("data",))
     if layout.zero1:
-        shardings = shardings.replace(opt_state=layout.spread(abstract.opt_state, shardings.opt_state))
+        shardings = shardings.replace(opt_state=zero1_shardings.opt_state)
     batch, everywhere = layout.batch, layout.replicated
     return Program(
         layout=layout,
