@@ -132,6 +132,11 @@ class Layout:
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(_complete(self.rules)):
             yield
 
+    def without(self, axes: tuple[str, ...]) -> contextlib.AbstractContextManager[None]:
+        """Leaves mesh axes out of the current rules, for a function that `jax.shard_map` maps over these axes."""
+        rules = ((name, tuple(axis for axis in over if axis not in axes)) for name, over in self.rules)
+        return nn.logical_axis_rules(_complete(tuple(rules)))
+
     def for_decoding(self, rows: int) -> "Layout":
         """Returns a layout for decoding: without sharded length, nor batch if the mesh does not divide `rows`."""
         unsharded = {"length"} | ({"batch"} if rows % self.batch_shards else set())
@@ -156,6 +161,12 @@ class Layout:
     def batch_shards(self) -> int:
         """Number of shards of a batch."""
         return math.prod(self.mesh.shape[axis] for axis in dict(self.rules)["batch"])
+
+    @functools.cached_property
+    def replica_axes(self) -> tuple[str, ...]:
+        """Mesh axes that shard the batch and nothing else: all devices along them hold the same parameters."""
+        others = _parameter_axes(self.rules)
+        return tuple(axis for axis in dict(self.rules)["batch"] if axis not in others and self.mesh.shape[axis] > 1)
 
     @functools.cached_property
     def length_shards(self) -> int:

@@ -312,9 +312,11 @@ def _refuse_dropout(rate: float, key: jax.Array | None) -> None:
 
 def _on_each_device(attend: Callable, in_specs: tuple, out_specs: jax.P) -> Callable:
     """Returns `attend` mapped over the shards of the current mesh: the compiler cannot partition a kernel."""
-    if not jax.sharding.get_abstract_mesh().shape:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.shape:
         return attend
-    return jax.shard_map(attend, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    axes = set(mesh.auto_axes)  # those that a surrounding `jax.shard_map` does not map over
+    return jax.shard_map(attend, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
 ATTENTION: dict[str, Callable[..., jax.Array]] = {
