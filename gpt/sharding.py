@@ -23,7 +23,6 @@ from jax.sharding import PartitionSpec as P
 from gpt.runtime import hardware
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import harmless
-from gpt.runtime.progress import columns
 
 # The mesh axes, from the slowest links between devices to the fastest.
 AXES = ("data", "fsdp", "sequence", "model")
@@ -164,9 +163,13 @@ class Layout:
 
     @functools.cached_property
     def replica_axes(self) -> tuple[str, ...]:
-        """Mesh axes that shard the batch and nothing else: all devices along them hold the same parameters."""
-        others = _parameter_axes(self.rules)
-        return tuple(axis for axis in dict(self.rules)["batch"] if axis not in others and self.mesh.shape[axis] > 1)
+        """Mesh axes that shard the batch and nothing else: all devices along them hold the same parameters.
+
+        There are none if the length is sharded too: `jax.shard_map` over a part of such a mesh crashes XLA.
+        """
+        used = _parameter_axes(self.rules)
+        axes = (axis for axis in dict(self.rules)["batch"] if axis not in used and self.mesh.shape[axis] > 1)
+        return tuple(axes) if self.length_shards == 1 else ()
 
     @functools.cached_property
     def length_shards(self) -> int:
@@ -319,16 +322,6 @@ class Parameter:
     count: int
     bytes: int
     note: str
-
-
-def table(parameters: list[Parameter]) -> Iterator[str]:
-    """Yields the lines of a text table of `parameters`."""
-    lines = [("parameter", "shape", "logical axes", "sharded over", "bytes a device", "")]
-    for p in parameters:
-        shards = ", ".join("+".join(axes) or "-" for axes in p.over)
-        times = f"{p.count} × " if p.count > 1 else ""
-        lines.append((p.name, " × ".join(map(str, p.shape)), ", ".join(p.axes), shards, f"{times}{p.bytes:,}", p.note))
-    yield from columns(lines, left=4)
 
 
 def path_name(path: tuple) -> str:

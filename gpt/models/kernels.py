@@ -294,7 +294,8 @@ def splash(
     starts = jax.P(batch_axes, length_axes), jax.P(batch_axes, None)
     kernel_spec = None
     if sizes:
-        mask_sharding = jax.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(heads_axes, length_axes))
+        mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))  # without axes of an outer `shard_map`
+        mask_sharding = jax.NamedSharding(mesh, jax.P(heads_axes, length_axes))
         kernel_spec = kernel.manual_sharding_spec(mask_sharding)
     mapped = _on_each_device(attend, (kernel_spec, queries, keys, keys, *starts), queries)
 
