@@ -417,7 +417,7 @@ def test_a_width_that_the_mesh_does_not_divide_trains_the_same(tiny, run_20_step
         (
             MeshConfig("sp", fsdp=4, sequence=2),
             "mlp/up/kernel",
-            P("fsdp", "sequence"),
+            P("fsdp", ("model", "sequence")),
             "36 is not divisible by fsdp=4 × sequence=2",
         ),
         (
