@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from gpt import optimizer, sharding
 from gpt.config import Config
@@ -82,7 +83,7 @@ class Program:
         return [
             parameter
             for name, tree in variables(state.params, state.frozen).items()
-            for parameter in sharding.parameters(tree, self.logical_axes[name])
+            for parameter in self.layout.parameters(tree, self.logical_axes[name])
         ]
 
     def num_parameters(self) -> int:
@@ -151,6 +152,10 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
     def init_boxed() -> TrainState:
         return begin(init_variables()["params"])
 
+    # Random masks are drawn for the whole batch, so that they are the same on every mesh.
+    has_dropout = any(rate for name, rate in vars(model_config).items() if name.endswith("_dropout"))
+    summed_last = () if has_dropout else layout.replica_axes
+
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         # A key for each (seed, step): a resumed run draws what it would have drawn without the interruption.
         dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
@@ -164,14 +169,13 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
             head_VxD = model_config.head(whole["params"])
             return fused_loss(model_config, train.loss_chunks, train.z_loss, x_BxTxD, head_VxD, targets)
 
-        loss, grads = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches)(
-            state.params, batch, dropout_key
-        )
+        gradients = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches, layout, summed_last)
+        loss, grads = gradients(state.params, batch, dropout_key)
         # The division comes last: a sum over all devices' tokens before the model would make them wait for each other.
         weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
         loss, grads = jax.tree.map(lambda total: weight * total, (loss, grads))
         if layout.zero1:  # each device updates the parameters whose optimizer state it holds
-            grads = jax.lax.with_sharding_constraint(grads, layout.spread(abstract.params, shardings.params))
+            grads = jax.lax.with_sharding_constraint(grads, zero1_shardings.params)
         gradient_norm = optimizer.global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -213,8 +217,9 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
     abstract_boxed = jax.eval_shape(init_boxed)
     abstract = nn.unbox(abstract_boxed)
     shardings = layout.state_shardings(abstract_boxed)
+    zero1_shardings = layout.state_shardings(abstract_boxed, ("data",))
     if layout.zero1:
-        shardings = shardings.replace(opt_state=layout.spread(abstract.opt_state, shardings.opt_state))
+        shardings = shardings.replace(opt_state=zero1_shardings.opt_state)
     batch, everywhere = layout.batch, layout.replicated
     return Program(
         layout=layout,
@@ -238,8 +243,13 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
     )
 
 
-def accumulate(value_and_grad: Callable, parts: int) -> Callable:
-    """Returns a function that adds up `value_and_grad(params, batch, key)` over `parts` of the batch, one by one."""
+def accumulate(value_and_grad: Callable, parts: int, layout: sharding.Layout, summed_last: tuple[str, ...]) -> Callable:
+    """Returns a function that adds up `value_and_grad(params, batch, key)` over `parts` of the batch, one by one.
+
+    Args:
+      summed_last: mesh axes of the batch over which results are summed once, after the last part. Over the other mesh
+        axes, those of each part are summed, because a device may not have enough memory for unsharded gradients.
+    """
     if parts == 1:
         return value_and_grad
 
@@ -254,10 +264,14 @@ def accumulate(value_and_grad: Callable, parts: int) -> Callable:
             return jax.tree.map(jnp.add, total, value_and_grad(params, batch, jax.random.fold_in(key, i))), None
 
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        total, _ = jax.lax.scan(add, zeros, (jax.tree.map(split, batch), jnp.arange(parts)))
-        return total
+        with layout.without(summed_last):
+            total, _ = jax.lax.scan(add, zeros, (jax.tree.map(split, batch), jnp.arange(parts)))
+        return jax.lax.psum(total, summed_last)
 
-    return accumulated
+    if not summed_last:
+        return accumulated
+    specs = P(), P(summed_last), P()
+    return jax.shard_map(accumulated, in_specs=specs, out_specs=P(), axis_names=set(summed_last), check_vma=False)
 
 
 def evaluate(
