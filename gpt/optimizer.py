@@ -1,10 +1,13 @@
 """The learning-rate schedule, and the optimizer: clipping, AdamW or Muon, and weight decay."""
 
+import collections
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,45 +128,42 @@ def scale_by_muon(momentum: float, logical_axes: Any) -> optax.GradientTransform
     """Returns Muon: it orthogonalizes the momentum of each matrix (Jordan et al. 2024).
 
     See https://kellerjordan.github.io/posts/muon. Updates are scaled to a root mean square of about 0.2, like Adam's,
-    so that both share a learning rate (arXiv 2502.16982). Matrices of the same shape are stacked and sharded over all
-    devices of the mesh, so that each device orthogonalizes a part of them.
+    so that both share a learning rate (arXiv 2502.16982). Matrices of the same shape and sharding are stacked, and each
+    device orthogonalizes a part of them.
 
     Args:
       momentum: decay rate of the mean of gradients. The momentum is Nesterov's.
       logical_axes: for each parameter, the logical names of its axes as a PartitionSpec.
     """
 
-    def init(params) -> optax.TraceState:
-        return optax.TraceState(jax.tree.map(jnp.zeros_like, params))
-
-    def update(grads, state, params=None):
-        trace = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.trace, grads)
-        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, trace, grads)
+    def orthogonalized(updates, params=None):
         names = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, P))
-        leaves = jax.tree.leaves(ahead)
-        shapes = [matrices(x.shape, axes) for x, axes in zip(leaves, names, strict=True)]
-        for shape in {shape[1:] for shape in shapes}:
-            members = [i for i, other in enumerate(shapes) if other[1:] == shape]
-            stacked_NxIxO = jnp.concatenate([leaves[i].reshape(shapes[i]) for i in members])
-            stacked_NxIxO = 0.2 * max(shape) ** 0.5 * on_all_devices(orthogonalize, stacked_NxIxO)
-            bounds = np.cumsum([shapes[i][0] for i in members])[:-1]
-            for i, part in zip(members, jnp.split(stacked_NxIxO, bounds), strict=True):
+        leaves, structure = jax.tree.flatten(updates)
+        groups = collections.defaultdict(list)
+        for i, (x, axes) in enumerate(zip(leaves, names, strict=True)):
+            start = int(axes[0] == "layers")
+            groups[x.shape[start:], tuple(axes[start:])].append(i)
+        for (shape, axes), members in groups.items():
+            parts = [leaves[i].reshape(-1, *shape) for i in members]
+            stacked = spread_over_devices(functools.partial(orthogonal_update, axes), jnp.concatenate(parts), axes)
+            bounds = np.cumsum([len(part) for part in parts])[:-1]
+            for i, part in zip(members, jnp.split(stacked, bounds), strict=True):
                 leaves[i] = part.reshape(leaves[i].shape)
-        return jax.tree.unflatten(jax.tree.structure(ahead), leaves), optax.TraceState(trace)
+        return jax.tree.unflatten(structure, leaves)
 
-    return optax.GradientTransformation(init, update)
+    return optax.chain(optax.trace(momentum, nesterov=True), optax.stateless(orthogonalized))
 
 
-def matrices(shape: tuple[int, ...], names: P) -> tuple[int, int, int]:
-    """Returns the shape [layers, inputs, outputs] of a kernel, which has `embed` as its inputs or as its outputs.
+def orthogonal_update(axes: tuple[str | None, ...], x: jax.Array) -> jax.Array:
+    """Returns Muon's update for stacked kernels, [number, *shape], of which each is orthogonalized as a matrix.
 
     Args:
-      shape: shape of the kernel.
-      names: logical names of its axes.
+      axes: logical names of a kernel's axes. It has `embed` as its inputs or as its outputs.
     """
-    start = int(names[0] == "layers")
-    middle = start + 1 if names[start] == "embed" else len(shape) - 1
-    return math.prod(shape[:start]), math.prod(shape[start:middle]), math.prod(shape[middle:])
+    middle = 2 if axes[0] == "embed" else x.ndim - 1
+    inputs, outputs = math.prod(x.shape[1:middle]), math.prod(x.shape[middle:])
+    y_NxIxO = 0.2 * max(inputs, outputs) ** 0.5 * orthogonalize(x.reshape(-1, inputs, outputs))
+    return y_NxIxO.reshape(x.shape)
 
 
 def orthogonalize(x_NxIxO: jax.Array) -> jax.Array:
@@ -177,12 +177,38 @@ def orthogonalize(x_NxIxO: jax.Array) -> jax.Array:
     return x.swapaxes(1, 2) if transposed else x
 
 
-def on_all_devices(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Returns `function(x)`, computed with the first axis of x sharded over all devices of the current mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+def spread_over_devices(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, axes: tuple[str | None, ...]
+) -> jax.Array:
+    """Returns `function(x)`, for a function of each item of x, with the items spread over the current mesh.
+
+    The devices exchange shards of all items for some items as a whole, and shards of the results after the function. If
+    there are fewer items than devices, mesh axes that are not needed shard the function as they shard the items.
+
+    Args:
+      x: items of one shape, [number, *shape].
+      axes: logical names of an item's axes.
+    """
+    sizes = jax.sharding.get_abstract_mesh().shape
+    if not sizes:
         return function(x)
+    over = [(axes,) if isinstance(axes, str) else axes or () for axes in nn.logical_to_mesh_axes(axes) or P()]
+    sharding = [axis for axes in over for axis in reversed(axes)]
+    used: list[str] = []
+    for axis in dict.fromkeys([*sharding, *sizes]):
+        if math.prod(sizes[axis] for axis in used) < len(x):
+            used.append(axis)
+    # The mesh axes move to the number one by one: each is an all-to-all, but several at once would be all-gathers.
+    layouts = [[(), *over], [tuple(axis for axis in used if axis not in sharding), *over]]
+    for axis in used:
+        if axis in sharding:
+            first, *rest = layouts[-1]
+            layouts.append([(*first, axis), *(tuple(a for a in axes if a != axis) for axes in rest)])
     rows = len(x)
-    x = jnp.pad(x, [(0, -rows % mesh.size), *[(0, 0)] * (x.ndim - 1)])
-    x = function(jax.lax.with_sharding_constraint(x, P(mesh.axis_names)))
-    return jax.lax.with_sharding_constraint(x, P())[:rows]
+    x = jnp.pad(x, [(0, -rows % math.prod(sizes[axis] for axis in used)), *[(0, 0)] * (x.ndim - 1)])
+    for layout in layouts[1:]:
+        x = jax.lax.with_sharding_constraint(x, P(*layout))
+    x = function(x)
+    for layout in reversed(layouts):
+        x = jax.lax.with_sharding_constraint(x, P(*layout))
+    return x[:rows]

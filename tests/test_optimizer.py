@@ -13,6 +13,7 @@ import pytest
 from gpt import optimizer, sharding
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.optimizer import OptimizerConfig
+from gpt.planning import hlo
 from gpt.runtime.errors import UserError
 
 # The learning-rate schedule.
@@ -248,7 +249,7 @@ def test_orthogonalized_is_near_the_nearest_orthogonal_matrix(shape):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "model": 2}], ids=["one", "mesh"])
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "model": 2}, {"fsdp": 8}], ids=["one", "mesh", "fsdp"])
 def test_update_is_muon_for_kernels_of_blocks_and_adam_for_the_rest(scan_layers, mesh):
     """Three steps equal those of NumPy, one matrix at a time, on one device and on a mesh."""
     boxed = boxed_params(scan_layers=scan_layers, tie_embeddings=False)
@@ -284,6 +285,35 @@ def test_update_is_muon_for_kernels_of_blocks_and_adam_for_the_rest(scan_layers,
             steps = [newton_schulz(0.95 * m + 0.05 * one) for m, one in zip(momentum, g, strict=True)]
             expected = expected - 0.1 * (0.2 * max(expected.shape[1:]) ** 0.5 * np.stack(steps) + 0.1 * expected)
         np.testing.assert_allclose(actual[name].reshape(expected.shape), expected, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("rules", "mesh", "layers"),
+    [
+        ("fsdp", {"fsdp": 8}, 2),
+        ("fsdp", {"fsdp": 4, "data": 2}, 8),
+        ("fsdp_tp", {"fsdp": 4, "model": 2}, 16),
+        ("sp", {"fsdp": 2, "sequence": 2, "model": 2}, 8),
+    ],
+    ids=["few", "data", "model", "sequence"],
+)
+def test_muon_exchanges_shards_and_gathers_no_sharded_axis(rules, mesh, layers):
+    """The compiled update has all-to-alls, and gathers only what each group of replicas computed a part of."""
+    layout = sharding.make_layout(sharding.MeshConfig(rules, **mesh))
+    boxed = {"blocks": boxed_params(scan_layers=True, num_layers=layers)["blocks"]}
+    tx = optimizer.scale_by_muon(0.95, {"up": nn.get_partition_spec(boxed)["blocks"]["mlp"]["up"]["kernel"]})
+    up = nn.unbox(boxed)["blocks"]["mlp"]["up"]["kernel"]
+    sharded = layout.state_shardings(boxed)["blocks"]["mlp"]["up"]["kernel"]
+    with layout.use():
+        params = {"up": jax.ShapeDtypeStruct(up.shape, up.dtype, sharding=sharded)}
+        state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded), jax.eval_shape(tx.init, params)
+        )
+        compiled = jax.jit(tx.update, out_shardings=({"up": sharded}, None)).lower(params, state).compile()
+    found = {(c.kind, axis) for c in hlo.collectives(compiled.as_text(), layout.mesh) for axis in c.axes}
+    exchanged = set(mesh) - {"data"}
+    assert {axis for kind, axis in found if kind == "all-to-all"} == exchanged
+    assert {axis for kind, axis in found if kind != "all-to-all"} == set(mesh) - exchanged
 
 
 # What is refused.
