@@ -17,15 +17,29 @@ from jax.sharding import PartitionSpec as P
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_fraction, check_not_negative, check_positive
 
+# Shapes of the decay. Each maps the progress p of the decay, from 0 to 1, and the ratio of its last step to its first
+# to the height above the final learning rate, as a fraction of the way from there to the peak.
+DECAYS: dict[str, Callable[[jax.Array, float], Any]] = {
+    "constant": lambda p, ratio: 1.0,
+    "cosine": lambda p, ratio: 0.5 * (1 + jnp.cos(jnp.pi * p)),
+    "linear": lambda p, ratio: 1 - p,
+    "sqrt": lambda p, ratio: 1 - jnp.sqrt(p),  # arXiv 2405.18392
+    "inverse_sqrt": lambda p, ratio: jax.lax.rsqrt(1 + (ratio - 1) * p),  # arXiv 1706.03762; comes near the final rate
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Options of AdamW (arXiv 1711.05101) or Muon, with gradient clipping, linear warm-up and decay."""
+    """Options of AdamW (arXiv 1711.05101) or Muon, with gradient clipping, linear warm-up and decay.
+
+    With `decay_from`, the learning rate stays at its peak between warm-up and decay (WSD, arXiv 2404.06395).
+    """
 
     name: str = "adamw"  # adamw, or muon: Muon for the kernels of the blocks and AdamW for all other parameters
     learning_rate: float = 6e-4  # peak learning rate
     warmup_tokens: float = 0.0  # number of tokens over which the learning rate rises from 0 to its peak
-    decay: str = "cosine"  # shape of the decay: cosine (half a period) or linear
+    decay: str = "cosine"  # shape of the decay, one of DECAYS: cosine, linear, sqrt, inverse_sqrt or constant (none)
+    decay_from: float = 0.0  # part of the tokens up to the decay's end after which it begins; 0: after the warm-up
     decay_tokens: float = 0.0  # number of tokens after which the decay ends; 0: at the end of the run
     final_fraction: float = 0.1  # learning rate after the decay, as a fraction of the peak
     b1: float = 0.9  # AdamW's decay rate of the mean of gradients
@@ -38,15 +52,15 @@ class OptimizerConfig:
     def __post_init__(self):
         check_positive("optimizer", self, "learning_rate", "epsilon")
         check_choice("optimizer.name", self.name, ("adamw", "muon"))
-        check_choice("optimizer.decay", self.decay, ("cosine", "linear"))
-        check_fraction("optimizer", self, "b1", "b2", "momentum")
+        check_choice("optimizer.decay", self.decay, DECAYS)
+        check_fraction("optimizer", self, "b1", "b2", "momentum", "decay_from")
         check_not_negative("optimizer", self, "warmup_tokens", "decay_tokens", "weight_decay", "clip_norm")
         if not 0 <= self.final_fraction <= 1:
             raise UserError(f"optimizer.final_fraction={self.final_fraction} has to lie between 0 and 1.")
 
 
 def schedule(config: OptimizerConfig, tokens_per_step: int, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the step: linear warm-up, decay, and then a constant.
+    """Returns the learning rate as a function of the step: linear warm-up, the peak, decay, and then a constant.
 
     The config counts tokens, of which a large run has more than an int32 on a device can count. They are converted to
     fractional steps here, so that the device computes with steps only.
@@ -58,13 +72,14 @@ def schedule(config: OptimizerConfig, tokens_per_step: int, total_steps: int) ->
     """
     warmup = config.warmup_tokens / tokens_per_step
     end = (config.decay_tokens or total_steps * tokens_per_step) / tokens_per_step
+    start = max(warmup, config.decay_from * end)
+    ratio = max(end / max(start, 1.0), 1.0)
 
     def learning_rate(step):
         step = jnp.asarray(step, jnp.float32)
         # + 1, because a learning rate of 0 would waste the first step.
         rising = jnp.minimum((step + 1) / max(warmup, 1.0), 1.0)
-        progress = jnp.clip((step - warmup) / max(end - warmup, 1.0), 0.0, 1.0)
-        falling = 0.5 * (1 + jnp.cos(jnp.pi * progress)) if config.decay == "cosine" else 1 - progress
+        falling = DECAYS[config.decay](jnp.clip((step - start) / max(end - start, 1.0), 0.0, 1.0), ratio)
         return config.learning_rate * rising * (config.final_fraction + (1 - config.final_fraction) * falling)
 
     return learning_rate

@@ -25,11 +25,18 @@ def expected_rate(config: OptimizerConfig, tokens_per_step: int, total_steps: in
     if after < config.warmup_tokens:
         return config.learning_rate * after / config.warmup_tokens
     end = config.decay_tokens or total_steps * tokens_per_step
+    start = max(config.warmup_tokens, config.decay_from * end)
     lowest = config.learning_rate * config.final_fraction
-    if before >= end:
-        return lowest
-    progress = max(0.0, (before - config.warmup_tokens) / (end - config.warmup_tokens))
-    falling = (1 + math.cos(math.pi * progress)) / 2 if config.decay == "cosine" else 1 - progress
+    now = min(max(before, start), end)
+    progress = (now - start) / (end - start)
+    first = max(start, tokens_per_step)
+    falling = {
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "linear": 1 - progress,
+        "sqrt": 1 - math.sqrt(progress),
+        "inverse_sqrt": math.sqrt(first / (first + progress * (end - first))),
+        "constant": 1,
+    }[config.decay]
     return lowest + (config.learning_rate - lowest) * falling
 
 
@@ -54,14 +61,24 @@ LENGTHS = {
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(
-    ("decay_kind", "final_fraction"), [("cosine", 0.0), ("cosine", 0.1), ("cosine", 1.0), ("linear", 0.1)]
+    ("decay_kind", "final_fraction", "decay_from"),
+    [
+        ("cosine", 0.0, 0.0),
+        ("cosine", 0.1, 0.0),
+        ("cosine", 1.0, 0.0),
+        ("linear", 0.1, 0.0),
+        ("sqrt", 0.0, 0.8),
+        ("inverse_sqrt", 0.0, 0.0),
+        ("constant", 0.1, 0.0),
+    ],
 )
-def test_schedule_is_the_formula(length, decay_kind, final_fraction):
+def test_schedule_is_the_formula(length, decay_kind, final_fraction, decay_from):
     tokens_per_step, total_steps, warmup, decay = LENGTHS[length]
     config = OptimizerConfig(
         learning_rate=6e-4,
         warmup_tokens=warmup,
         decay=decay_kind,
+        decay_from=decay_from,
         decay_tokens=decay,
         final_fraction=final_fraction,
     )
@@ -92,6 +109,25 @@ def test_schedule_rises_then_falls_then_stays(length):
     assert rates(0, end).max() == pytest.approx(config.learning_rate, rel=1e-3)
     assert (np.diff(rates(math.ceil(top), end)) < 0).all()
     np.testing.assert_allclose(rates(math.ceil(end), 1.3 * end), 0.1 * config.learning_rate, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "sqrt"])
+def test_peak_lasts_until_the_decay_begins(shape):
+    """Warm-up, stable phase, decay: the last fifth of a run falls from the peak to zero."""
+    config = OptimizerConfig(learning_rate=1.0, warmup_tokens=1000, decay=shape, decay_from=0.8, final_fraction=0.0)
+    rates = np.asarray(optimizer.schedule(config, 100, 100)(np.arange(101)))
+    np.testing.assert_array_equal(rates[9:81], 1)
+    assert (np.diff(rates[80:]) < 0).all()
+    assert rates[100] == pytest.approx(0, abs=1e-6)
+    longer = np.asarray(optimizer.schedule(config, 100, 1000)(np.arange(81)))
+    np.testing.assert_array_equal(rates[:81], longer)  # so that a run can be made longer before its decay
+
+
+def test_inverse_square_root_does_not_depend_on_the_length_of_the_run():
+    config = OptimizerConfig(learning_rate=1.0, warmup_tokens=1000, decay="inverse_sqrt", final_fraction=0.0)
+    for steps in (200, 5000):
+        rates = optimizer.schedule(config, 100, steps)(np.array([10, 40, 160]))
+        np.testing.assert_allclose(rates, [1, 1 / 2, 1 / 4], rtol=1e-5)
 
 
 def test_decay_that_ends_within_the_warmup_stays_in_range():
@@ -331,6 +367,7 @@ def test_muon_exchanges_shards_and_gathers_no_sharded_axis(rules, mesh, layers):
         ("b1", float("nan")),
         ("b2", 1.0),
         ("b2", 1.5),
+        ("decay_from", 1.0),
         ("warmup_tokens", -1.0),
         ("decay_tokens", -1.0),
         ("weight_decay", -0.1),
