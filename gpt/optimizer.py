@@ -48,12 +48,13 @@ class OptimizerConfig:
     epsilon: float = 1e-8  # AdamW's number added to the denominator
     weight_decay: float = 0.1  # weight decay of kernels; embeddings, norms and biases have none
     clip_norm: float = 1.0  # largest global norm of the gradient; 0: no clipping
+    ema: float = 0.0  # decay rate, per step, of a moving average of the parameters, which then is the model; 0: none
 
     def __post_init__(self):
         check_positive("optimizer", self, "learning_rate", "epsilon")
         check_choice("optimizer.name", self.name, ("adamw", "muon"))
         check_choice("optimizer.decay", self.decay, DECAYS)
-        check_fraction("optimizer", self, "b1", "b2", "momentum", "decay_from")
+        check_fraction("optimizer", self, "b1", "b2", "momentum", "decay_from", "ema")
         check_not_negative("optimizer", self, "warmup_tokens", "decay_tokens", "weight_decay", "clip_norm")
         if not 0 <= self.final_fraction <= 1:
             raise UserError(f"optimizer.final_fraction={self.final_fraction} has to lie between 0 and 1.")
@@ -111,6 +112,17 @@ def make_optimizer(
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def average(old: Any, params: Any, rate: float, count: jax.Array) -> Any:
+    """Returns the exponential moving average of parameters after an update.
+
+    Args:
+      rate: the decay rate. It is lower at first, as in TensorFlow's ExponentialMovingAverage: otherwise the first
+        parameters would be a large part of the average for many steps.
+      count: number of updates before this one.
+    """
+    return optax.incremental_update(params, old, jnp.maximum(1 - rate, 9 / (10 + count)))
 
 
 def decay_mask(params: Any) -> Any:
