@@ -87,25 +87,33 @@ def schedule(config: OptimizerConfig, tokens_per_step: int, total_steps: int) ->
 
 
 def make_optimizer(
-    config: OptimizerConfig, learning_rate: optax.Schedule, logical_axes: Any
+    config: OptimizerConfig, learning_rate: optax.Schedule, logical_axes: Any, width_ratio: float = 1.0
 ) -> optax.GradientTransformation:
     """Returns the optimizer: clipping, Adam or Muon, weight decay and the learning rate, in this order.
+
+    With µP (arXiv 2203.03466, table 8), the kernels of the blocks have a lower learning rate in a wider model: 1/width
+    for Adam, and 1/√width for Muon, whose updates have a spectral norm of √width here. Weight decay is not scaled.
 
     Args:
       config: the options of the optimizer.
       learning_rate: the learning rate as a function of the step.
-      logical_axes: for each parameter, the logical names of its axes as a PartitionSpec. Only Muon reads them.
+      logical_axes: for each parameter, the logical names of its axes as a PartitionSpec. Only Muon and µP read them.
+      width_ratio: width of the model relative to that which the learning rate is for.
     """
+
+    def is_inner(path, names) -> bool:
+        """Whether a parameter is a kernel of a block: a matrix whose inputs and outputs both grow with the width."""
+        return path[-1].key == "kernel" and not {"vocab", "classes", "patch"} & set(names)
+
+    inner = jax.tree_util.tree_map_with_path(is_inner, logical_axes, is_leaf=lambda x: isinstance(x, P))
     scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
     if config.name == "muon":
-
-        def kind(path, names) -> str:
-            is_outside_blocks = {"vocab", "classes", "patch"} & set(names)
-            return "muon" if path[-1].key == "kernel" and not is_outside_blocks else "adam"
-
-        kinds = jax.tree_util.tree_map_with_path(kind, logical_axes, is_leaf=lambda x: isinstance(x, P))
-        masked = jax.tree.map(lambda kind, names: names if kind == "muon" else optax.MaskedNode(), kinds, logical_axes)
+        masked = jax.tree.map(lambda use, names: names if use else optax.MaskedNode(), inner, logical_axes)
+        kinds = jax.tree.map(lambda use: "muon" if use else "adam", inner)
         scale = optax.partition({"adam": scale, "muon": scale_by_muon(config.momentum, masked)}, kinds)
+    if width_ratio != 1:
+        factor = width_ratio ** (-0.5 if config.name == "muon" else -1)
+        scale = optax.chain(scale, optax.masked(optax.scale(factor), inner))
     return optax.chain(
         clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         scale,

@@ -148,7 +148,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
 
     logical_axes = nn.get_partition_spec(jax.eval_shape(init_variables))
     trained_axes = logical_axes["lora" if model_config.lora_rank else "params"]
-    tx = optimizer.make_optimizer(config.optimizer, learning_rate, trained_axes)
+    tx = optimizer.make_optimizer(config.optimizer, learning_rate, trained_axes, model_config.width_ratio)
 
     def begin(params) -> TrainState:
         trained, frozen = (init_variables()["lora"], params) if model_config.lora_rank else (params, {})
@@ -182,25 +182,21 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
             grads = jax.lax.with_sharding_constraint(grads, layout.spread(abstract.params, shardings.params))
         gradient_norm = optimizer.global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params, ema, count = optax.apply_updates(state.params, updates), state.ema, state.opt_state[-1].count
-        if config.optimizer.ema:
-            ema = optimizer.average(ema, params, config.optimizer.ema, count)
+        params, count = optax.apply_updates(state.params, updates), state.opt_state[-1].count
+        ema = optimizer.average(state.ema, params, config.optimizer.ema, count) if state.ema else {}
+        updated = state.replace(params=params, opt_state=opt_state, ema=ema)
         skipped = {}
         if config.train.on_nonfinite == "skip":
             is_finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-            params, opt_state, ema = jax.tree.map(
-                lambda new, old: jnp.where(is_finite, new, old),
-                (params, opt_state, ema),
-                (state.params, state.opt_state, state.ema),
-            )
-            skipped = {"skipped": state.step + 1 - opt_state[-1].count}
+            updated = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state)
+            skipped = {"skipped": state.step + 1 - updated.opt_state[-1].count}
         measured = skipped | {
             "loss": loss,
             "gradient_norm": gradient_norm,
-            "parameter_norm": optimizer.global_norm(params),
+            "parameter_norm": optimizer.global_norm(updated.params),
             "learning_rate": learning_rate(count),
         }
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema), measured
+        return updated.replace(step=state.step + 1), measured
 
     def eval_step(params, batch):
         logits, targets = logits_of({"params": params}, batch), batch["targets"]
