@@ -102,7 +102,7 @@ def make_optimizer(
     """
 
     def is_inner(path, names) -> bool:
-        """Whether a parameter is a kernel of a block: a matrix whose inputs and outputs both grow with the width."""
+        """Returns whether a parameter is a kernel of a block, whose inputs and outputs both grow with the width."""
         return path[-1].key == "kernel" and not {"vocab", "classes", "patch"} & set(names)
 
     inner = jax.tree_util.tree_map_with_path(is_inner, logical_axes, is_leaf=lambda x: isinstance(x, P))

@@ -39,6 +39,7 @@ def losses(width: int, name: str, base_width: int, rates: np.ndarray, steps: int
         base_width=base_width,
         scan_layers=True,
         dtype="float32",
+        attention="dense",
         embed_dropout=0.0,
         residual_dropout=0.0,
         attention_dropout=0.0,
@@ -85,7 +86,8 @@ def test_best_learning_rate_of_a_narrow_model_is_that_of_a_wide_one(name, expone
 
 def test_base_width_changes_nothing_but_attention_at_that_width():
     """With heads of 64, a model of the base width is the usual one, and a wider one differs as the table says."""
-    plain = GPTConfig(num_layers=2, num_heads=1, embed_dim=64, block_size=8, vocab_size=VOCABULARY, dtype="float32")
+    shape = {"num_layers": 2, "num_heads": 1, "embed_dim": 64, "block_size": 8, "vocab_size": VOCABULARY}
+    plain = GPTConfig(dtype="float32", attention="dense", **shape)
     tokens_BxT = batches(1)[0, :2, :8]
 
     def logits(**options):
@@ -106,8 +108,8 @@ def test_base_width_changes_nothing_but_attention_at_that_width():
 @pytest.mark.parametrize(("name", "factor"), [("adamw", 1 / 4), ("muon", 1 / 2)])
 def test_kernels_of_blocks_learn_more_slowly_in_a_wider_model(name, factor):
     config = OptimizerConfig(name=name, weight_decay=0.0)
-    shape = {"num_layers": 1, "num_heads": 2, "embed_dim": 8, "block_size": 4, "vocab_size": 5, "dtype": "float32"}
-    model = GPT(GPTConfig(tie_embeddings=False, **shape))
+    shape = {"num_layers": 1, "num_heads": 2, "embed_dim": 8, "block_size": 4, "vocab_size": 5}
+    model = GPT(GPTConfig(tie_embeddings=False, dtype="float32", attention="dense", **shape))
     boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     axes, shapes = nn.get_partition_spec(boxed), nn.unbox(boxed)
     params = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), shapes)
