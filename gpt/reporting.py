@@ -117,7 +117,7 @@ def describe(
     if c.lora_rank:
         yield f"lora   {count(state.params):,} parameters are trained: rank {c.lora_rank} at {c.lora_targets}"
     yield f"data   {dataset.describe()}"
-    trees = (state.params, state.frozen), state.opt_state
+    trees = (state.params, state.frozen), (state.opt_state, state.ema)
     held = [sharding.bytes_per_device(tree) / 1e6 for tree in trees]
     whole = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e6 for tree in trees]
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())

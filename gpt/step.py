@@ -34,12 +34,19 @@ class TrainState(flax.struct.PyTreeNode):
       params: the parameters that are trained: those of the model, or with LoRA those of its adapters.
       opt_state: the state of the optimizer.
       frozen: with LoRA, the parameters of the model; else empty.
+      ema: with `optimizer.ema`, the moving average of `params`; else empty.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     frozen: Any = flax.struct.field(default_factory=dict)
+    ema: Any = flax.struct.field(default_factory=dict)
+
+    @property
+    def items(self) -> dict[str, Any]:
+        """What a checkpoint holds, by the names of its items."""
+        return {"params": self.params, "optimizer": self.opt_state} | ({"ema": self.ema} if self.ema else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Program:
       init: () -> TrainState with random parameters, each created on the devices that hold it.
       begin: (params) -> TrainState that starts from parameters of the model, which are donated.
       train_step: (state, batch) -> (state, metrics); the state passed in is donated.
-      merge: (params, adapters) -> the parameters of the model with the adapters added.
+      merge: (params, adapters) -> the parameters of the model with the adapters added; ({}, params) -> params.
       eval_step: (parameters of the model, batch) -> sums over the batch.
     """
 
@@ -73,9 +80,14 @@ class Program:
         """The parameters of the model as jax.ShapeDtypeStruct with shardings."""
         return self.abstract_state.frozen or self.abstract_state.params
 
-    def merged_params(self, state: TrainState) -> Any:
-        """Returns the parameters of the model with adapters merged, for evaluation and sampling."""
-        return self.merge(state.frozen, state.params) if state.frozen else state.params
+    def merged_params(self, state: TrainState, raw: bool = False) -> Any:
+        """Returns the parameters of the model with adapters merged, for evaluation and sampling.
+
+        Args:
+          raw: return the parameters of the last step although there is a moving average.
+        """
+        trained = state.params if raw or not state.ema else state.ema
+        return self.merge(state.frozen, trained) if state.frozen or trained is state.ema else trained
 
     def parameters(self) -> list[sharding.Parameter]:
         """Returns how each parameter of the model and of its adapters is sharded."""
@@ -143,11 +155,12 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
 
     logical_axes = nn.get_partition_spec(jax.eval_shape(init_variables))
     trained_axes = logical_axes["lora" if model_config.lora_rank else "params"]
-    tx = optimizer.make_optimizer(config.optimizer, learning_rate, trained_axes)
+    tx = optimizer.make_optimizer(config.optimizer, learning_rate, trained_axes, model_config.width_ratio)
 
     def begin(params) -> TrainState:
         trained, frozen = (init_variables()["lora"], params) if model_config.lora_rank else (params, {})
-        return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), frozen)
+        ema = trained if config.optimizer.ema else {}
+        return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), frozen, ema)
 
     def init_boxed() -> TrainState:
         return begin(init_variables()["params"])
@@ -178,21 +191,21 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
             grads = jax.lax.with_sharding_constraint(grads, zero1_shardings.params)
         gradient_norm = optimizer.global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, count = optax.apply_updates(state.params, updates), state.opt_state[-1].count
+        ema = optimizer.average(state.ema, params, config.optimizer.ema, count) if state.ema else {}
+        updated = state.replace(params=params, opt_state=opt_state, ema=ema)
         skipped = {}
         if config.train.on_nonfinite == "skip":
             is_finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-            params, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (state.params, state.opt_state)
-            )
-            skipped = {"skipped": state.step + 1 - opt_state[-1].count}
+            updated = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state)
+            skipped = {"skipped": state.step + 1 - updated.opt_state[-1].count}
         measured = skipped | {
             "loss": loss,
             "gradient_norm": gradient_norm,
-            "parameter_norm": optimizer.global_norm(params),
-            "learning_rate": learning_rate(state.opt_state[-1].count),
+            "parameter_norm": optimizer.global_norm(updated.params),
+            "learning_rate": learning_rate(count),
         }
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), measured
+        return updated.replace(step=state.step + 1), measured
 
     def eval_step(params, batch):
         logits, targets = outputs_of({"params": params}, batch), batch["targets"]
@@ -212,14 +225,14 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         }
 
     def merge(params, adapters):
-        return lora.merge(params, adapters, model_config.lora_scale)
+        return lora.merge(params, adapters, model_config.lora_scale) if params else adapters
 
     abstract_boxed = jax.eval_shape(init_boxed)
     abstract = nn.unbox(abstract_boxed)
     shardings = layout.state_shardings(abstract_boxed)
     zero1_shardings = layout.state_shardings(abstract_boxed, ("data",))
     if layout.zero1:
-        shardings = shardings.replace(opt_state=zero1_shardings.opt_state)
+        shardings = shardings.replace(opt_state=zero1_shardings.opt_state, ema=zero1_shardings.ema)
     batch, everywhere = layout.batch, layout.replicated
     return Program(
         layout=layout,
@@ -236,7 +249,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
             out_shardings=(shardings, everywhere),
             donate_argnums=0,
         ),
-        merge=jax.jit(merge, out_shardings=shardings.frozen),
+        merge=jax.jit(merge, out_shardings=shardings.frozen or shardings.params),
         eval_step=jax.jit(
             eval_step, in_shardings=(shardings.frozen or shardings.params, batch), out_shardings=everywhere
         ),

@@ -112,7 +112,7 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
     state, mesh = program.abstract_state, program.layout.mesh
     memory = report["memory"]
     memory["parameters"] = sharding.bytes_per_device((state.params, state.frozen))
-    memory["optimizer"] = sharding.bytes_per_device(state.opt_state)
+    memory["optimizer"] = sharding.bytes_per_device((state.opt_state, state.ema))
     memory["batch"] = sharding.bytes_per_device(batch(config, program))
     model_flops = config.train.batch_size * config.model.length * program.model.config.flops_per_token()
     report["model_flops"] = model_flops / len(devices)
