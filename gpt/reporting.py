@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 
-from gpt import sharding
+from gpt import parameters, sharding
 from gpt.checkpointing.run import Run
 from gpt.config import Config
 from gpt.data.base import Dataset, Shown
 from gpt.inference import pictures
 from gpt.optimizer import schedule
 from gpt.runtime import hardware
-from gpt.runtime.progress import Progress, Speed, columns
+from gpt.runtime.progress import Progress, Speed
 from gpt.runtime.tensorboard import TensorBoard
 from gpt.step import Program, count
 
@@ -127,20 +127,10 @@ def describe(
         f"memory {sum(held):,.1f} MB a device: parameters {held[0]:,.1f}, optimizer {held[1]:,.1f} "
         f"(of {whole[0]:,.1f} and {whole[1]:,.1f} in all)"
     )
-    yield from ("       " + line for line in parameter_table(program.parameters()))
+    yield from ("       " + line for line in parameters.table(parameters.of_program(program)))
     tokens = batch_size * c.length
     epochs = total_steps * batch_size / examples_per_epoch
     yield f"run    {total_steps:,} steps × {tokens:,} tokens = {total_steps * tokens:,} tokens, {epochs:.1f} epochs"
-
-
-def parameter_table(parameters: list[sharding.Parameter]) -> Iterator[str]:
-    """Yields the lines of a text table of `parameters`, with the reason where the rules could not be followed."""
-    lines = [("parameter", "shape", "logical axes", "sharded over", "bytes a device", "")]
-    for p in parameters:
-        shards = ", ".join("+".join(axes) or "-" for axes in p.over)
-        times = f"{p.count} × " if p.count > 1 else ""
-        lines.append((p.name, " × ".join(map(str, p.shape)), ", ".join(p.axes), shards, f"{times}{p.bytes:,}", p.note))
-    yield from columns(lines, left=4)
 
 
 def describe_changes(

@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -174,7 +173,7 @@ class Layout:
     @functools.cached_property
     def length_shards(self) -> int:
         """Number of shards of the sequence length of activations."""
-        return self._size(self.spec("length")[0])
+        return self.size(self.spec("length")[0])
 
     def local_rows(self, batch_size: int) -> np.ndarray:
         """Returns the sorted indices of the examples of a global batch that this process's devices need."""
@@ -203,8 +202,8 @@ class Layout:
             over: list[tuple[str, ...]] = [()] * len(leaf.shape)
             moved = [axis for axis in extra if axis not in self._axes_of(*names)]
             for i, (size, axes) in enumerate(zip(leaf.shape, self.spec(*names), strict=False)):
-                for axis in _axes(axes):
-                    if size % self._size((*over[i], axis)) == 0:
+                for axis in mesh_axes(axes):
+                    if size % self.size((*over[i], axis)) == 0:
                         over[i] += (axis,)
                     elif axis in movable:
                         moved.append(axis)
@@ -212,36 +211,13 @@ class Layout:
                         hint = "; set model.vocab_multiple" if names[i] == "vocab" else ""
                         self._check_divides(axes, size, f"the {size} {names[i]} of {path_name(path)}{hint}")
             for axis in moved:
-                left = [size // self._size(axes) for size, axes in zip(leaf.shape, over, strict=True)]
-                fitting = [i for i, name in enumerate(names) if name != "layers" and left[i] % self._size(axis) == 0]
+                left = [size // self.size(axes) for size, axes in zip(leaf.shape, over, strict=True)]
+                fitting = [i for i, name in enumerate(names) if name != "layers" and left[i] % self.size(axis) == 0]
                 if fitting:
                     over[max(fitting, key=lambda i: left[i])] += (axis,)
             return NamedSharding(self.mesh, P(*over))
 
         return jax.tree_util.tree_map_with_path(shard, nn.unbox(abstract_state), nn.get_partition_spec(abstract_state))
-
-    def parameters(self, params: Any, logical_axes: Any) -> list["Parameter"]:
-        """Returns the sharding of each parameter, with one entry for all layers.
-
-        Args:
-          params: a tree of jax.ShapeDtypeStruct with shardings.
-          logical_axes: for each parameter, the logical names of its axes as a PartitionSpec.
-        """
-        names = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, P))
-        parameters: dict[str, Parameter] = {}
-        for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(params), names, strict=True):
-            name = re.sub(r"block_\d+", "block_*", path_name(path))
-            count = parameters[name].count + 1 if name in parameters else 1
-            over = tuple(_axes(each) for each in leaf.sharding.spec)
-            notes = []
-            for size, ruled in zip(leaf.shape, self.spec(*axes), strict=False):
-                if size % self._size(ruled):
-                    whole = "+".join(axis for axis in _axes(ruled) if axis not in itertools.chain(*over))
-                    reason = f"{size:,} is not divisible by {self._named_sizes(ruled)}"
-                    notes.append(f"whole over {whole}: {reason}" if whole else reason)
-            parameter = Parameter(name, leaf.shape, tuple(axes), over, count, bytes_per_device(leaf), "; ".join(notes))
-            parameters[name] = parameter
-        return list(parameters.values())
 
     def check_length(self, length: int) -> None:
         """Raises UserError unless the mesh divides the sequence length, in tokens."""
@@ -249,17 +225,17 @@ class Layout:
         self._check_divides(self.spec("length")[0], length, what)
 
     def _check_divides(self, axes: str | tuple[str, ...] | None, size: int, what: str) -> None:
-        if size % self._size(axes):
-            raise UserError(f"{self._named_sizes(axes, 'mesh.')} does not divide {what}.")
+        if size % self.size(axes):
+            raise UserError(f"{self.named_sizes(axes, 'mesh.')} does not divide {what}.")
 
-    def _named_sizes(self, axes: str | tuple[str, ...] | None, prefix: str = "") -> str:
-        return " × ".join(f"{prefix}{axis}={self.mesh.shape[axis]}" for axis in _axes(axes))
+    def named_sizes(self, axes: str | tuple[str, ...] | None, prefix: str = "") -> str:
+        return " × ".join(f"{prefix}{axis}={self.mesh.shape[axis]}" for axis in mesh_axes(axes))
 
     def _axes_of(self, *names: str | None) -> tuple[str, ...]:
-        return tuple(itertools.chain(*map(_axes, self.spec(*names))))
+        return tuple(itertools.chain(*map(mesh_axes, self.spec(*names))))
 
-    def _size(self, axes: str | tuple[str, ...] | None) -> int:
-        return math.prod(self.mesh.shape[axis] for axis in _axes(axes))
+    def size(self, axes: str | tuple[str, ...] | None) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in mesh_axes(axes))
 
 
 def make_layout(config: MeshConfig, devices: list[jax.Device] | None = None) -> Layout:
@@ -301,29 +277,6 @@ def bytes_per_device(tree: Any) -> int:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """The sharding of a parameter, or of the same parameter in each of several layers.
-
-    Attributes:
-      name: path of the parameter, with `*` for the number of the layer.
-      shape: global shape.
-      axes: logical names of the axes.
-      over: for each axis, the mesh axes that shard it.
-      count: number of layers that have the parameter.
-      bytes: bytes of one such parameter on one device.
-      note: how and why `over` is not what the rules say; else empty.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    over: tuple[tuple[str, ...], ...]
-    count: int
-    bytes: int
-    note: str
-
-
 def path_name(path: tuple) -> str:
     """Returns the keys of a path in a tree as one string, for example "block_0/mlp/up/kernel"."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
@@ -334,7 +287,7 @@ def _parameter_axes(rules: Rules) -> set[str]:
     return {axis for name, axes in rules for axis in axes if name != "batch"}
 
 
-def _axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def mesh_axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Returns an entry of a PartitionSpec as a tuple."""
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 

@@ -89,15 +89,6 @@ class Program:
         trained = state.params if raw or not state.ema else state.ema
         return self.merge(state.frozen, trained) if state.frozen or trained is state.ema else trained
 
-    def parameters(self) -> list[sharding.Parameter]:
-        """Returns how each parameter of the model and of its adapters is sharded."""
-        state = self.abstract_state
-        return [
-            parameter
-            for name, tree in variables(state.params, state.frozen).items()
-            for parameter in self.layout.parameters(tree, self.logical_axes[name])
-        ]
-
     def num_parameters(self) -> int:
         """Returns the number of parameters of the model, without adapters."""
         return count(self.abstract_params)

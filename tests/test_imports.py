@@ -18,7 +18,7 @@ FLOORS = (
     ("gpt.config",),
     ("gpt.config_files",),
     ("gpt.step",),
-    ("gpt.checkpointing",),
+    ("gpt.checkpointing", "gpt.parameters"),
     ("gpt.inference",),
     ("gpt.reporting", "gpt.interop", "gpt.planning"),
     ("gpt.train",),
@@ -102,7 +102,7 @@ def test_only_commands_define_flags(path):
 
 
 def test_the_whole_is_small():
-    assert sum(map(count_lines.count, FILES)) <= 9900
+    assert sum(map(count_lines.count, FILES)) <= 10_200
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gpt import config_files, reporting, sharding, step
+from gpt import config_files, parameters, sharding, step
 from gpt.data import pipeline, text
 from gpt.planning import compiling, hlo
 from gpt.runtime.errors import UserError
@@ -386,7 +386,7 @@ def test_slices_of_different_sizes_are_refused():
 def test_table_shows_every_parameter(tiny):
     layout = sharding.make_layout(MeshConfig("fsdp_tp", data=2, model=2))
     program = step.build(tiny, 64, layout, 1)
-    header, *lines = reporting.parameter_table(program.parameters())
+    header, *lines = parameters.table(parameters.of_program(program))
     assert re.split("  +", header) == ["parameter", "shape", "logical axes", "sharded over", "bytes a device"]
     cells = {line.split()[0]: re.split("  +", line)[1:] for line in lines}
     assert cells["token_embedding/embedding"] == ["64 × 32", "vocab, embed", "model, fsdp", "2,048"]
@@ -430,17 +430,17 @@ def test_a_width_that_the_mesh_does_not_divide_trains_the_same(tiny, run_20_step
 def test_what_does_not_divide_the_width_shards_another_axis(tiny, mesh, name, spec, note):
     config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, scan_layers=True, **UNEVEN))
     program = step.build(config, 64, sharding.make_layout(mesh), 1)
-    found = {p.name: p for p in program.parameters()}["blocks/" + name]
+    found = {p.name: p for p in parameters.of_program(program)}["blocks/" + name]
     axes = [axes if isinstance(axes, tuple) else (axes,) if axes else () for axes in spec]
     assert list(found.over[1:]) == axes + [()] * (len(found.shape) - 1 - len(axes))
     assert (found.over[0], found.note) == ((), note)  # never over the axis of layers
-    assert any(line.startswith(found.name) and line.endswith(note) for line in reporting.parameter_table([found]))
+    assert any(line.startswith(found.name) and line.endswith(note) for line in parameters.table([found]))
 
 
 def test_the_largest_gpt_2_is_sharded_over_256_devices():
     config = config_files.read("configs/pretrain.py:gpt2-1558m")
     program = step.build(config, 50_257, sharding.make_layout(config.mesh, [Chip(i, 0) for i in range(256)]), 1)
-    over = {p.name: p.over for p in program.parameters()}
+    over = {p.name: p.over for p in parameters.of_program(program)}
     assert over["blocks/mlp/down/kernel"] == ((), ("fsdp",), ())
     assert over["blocks/attention/qkv/kernel"] == ((), (), (), ())
 
