@@ -15,9 +15,9 @@ from collections.abc import Callable
 from gpt.runtime import cache, cluster
 from gpt.runtime.errors import UserError
 
-# YNNPACK's matrix products, the default of jaxlib 0.10, are slower than Eigen's for few rows.
+# YNNPACK's matrix products, the default since jaxlib 0.10, are slower than Eigen's for few rows.
 XLA_OPTIONS = {"--xla_cpu_experimental_ynn_fusion_type": ""}
-OPTIONS_KNOWN_TO = "0.10."  # versions of jaxlib; XLA ends the process if it does not know an option
+OPTIONS_KNOWN_TO = ("0.10.", "0.11.")  # versions of jaxlib; XLA ends the process if it does not know an option
 MAX_CPU_DEVICES = 8  # each device holds all parameters, and more devices gain little
 PARAMETERS_PER_TOKEN = 5_000  # limit for a step on one device; above it, a single device for all cores is as fast
 STATE_BYTES = 16  # of each parameter: its value, its gradient and Adam's two moments, in float32
