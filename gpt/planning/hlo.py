@@ -6,6 +6,7 @@ a loop by its trip count.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -274,11 +275,9 @@ def operations(text: str) -> list[Operation]:
     """
     module, result = parse(text), []
     for computation, instruction, times in module.walk(fusions=False):
+        if not _is_kernel(instruction):
+            continue
         opcode = instruction.opcode
-        if opcode in _FREE or opcode.endswith(("-done", "-update")) or opcode.removesuffix("-start") in COLLECTIVES:
-            continue
-        if opcode in ("send", "recv") or instruction.get(r'custom_call_target="(AllocateBuffer)"'):
-            continue
         if opcode == "fusion":
             inside = module.walk(instruction.called)
             flops = sum(runs * _flops(module, fused, product) for fused, product, runs in inside)
@@ -297,6 +296,14 @@ def operations(text: str) -> list[Operation]:
             )
         )
     return result
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    """Returns whether an instruction runs on a device and is no collective; a loop is none, but its instructions are."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith(("-done", "-update")) or opcode.removesuffix("-start") in COLLECTIVES:
+        return False
+    return opcode not in ("send", "recv") and not instruction.get(r'custom_call_target="(AllocateBuffer)"')
 
 
 def _flops(module: Module, computation: str, product: Instruction) -> int:
@@ -364,7 +371,7 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     totals: dict[tuple[str, tuple[str, ...], int, bool], tuple[int, int]] = {}
     for computation, instruction, times in module.walk():
         kind = instruction.opcode.removesuffix("-start")
-        overlaps = instruction.opcode.endswith("-start")
+        overlaps = instruction.opcode.endswith("-start") and _overlaps(module.computations[computation], instruction)
         if kind in COLLECTIVES:
             axes, group = _axes(instruction, mesh)
             operands = module.shapes(computation, instruction)
@@ -387,6 +394,16 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
         count, total = totals.get((kind, axes, group, overlaps), (0, 0))
         totals[kind, axes, group, overlaps] = count + times, total + times * size
     return sorted((Collective(*key, *sums) for key, sums in totals.items()), key=lambda c: -c.bytes)
+
+
+def _overlaps(scheduled: dict[str, Instruction], start: Instruction) -> bool:
+    """Returns whether kernels are scheduled between the start of an asynchronous collective and its end."""
+    for instruction in itertools.dropwhile(lambda other: other is not start, scheduled.values()):
+        if start.name in instruction.operands:
+            return False
+        if instruction.opcode in ("while", "call", "conditional") or _is_kernel(instruction):
+            return True
+    return True  # it ends in another computation
 
 
 def _axes(collective: Instruction, mesh: jax.sharding.Mesh) -> tuple[tuple[str, ...], int]:
