@@ -154,6 +154,25 @@ def test_asynchronous_collectives_overlap_only_if_kernels_are_scheduled_before_t
         assert [collective.overlaps for collective in hlo.collectives(text, MESH)] == [overlaps]
 
 
+def test_a_collective_of_the_sparsecores_overlaps_from_the_update_on_that_gives_it_its_operands():
+    offloaded = (
+        "%called_computation.1 (p: f32[4]) -> f32[16] {\n"
+        "  %p = f32[4]{0} parameter(0)\n"
+        "  ROOT %g = f32[16]{0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={0}\n"
+        '}, execution_thread="sparsecore"\n\n'
+        "%async_computation (q: f32[4]) -> f32[16] {\n"
+        "  %q = f32[4]{0} parameter(0)\n"
+        '  ROOT %c = f32[16]{0} custom-call(%q), custom_call_target="TODO", called_computations={%called_computation.1}\n'
+        '}, execution_thread="sparsecore"\n\n'
+    )
+    start, end = "%s = ((), ()) async-start(), calls=%async_computation", "%d = f32[16]{0} async-done(%u)"
+    update, kernel = "%u = ((f32[4]{0}), f32[16]{0}) async-update(%s, %a)", "%k = f32[4]{0} negate(%a)"
+    for lines, overlaps in [((start, kernel, update, end), False), ((start, update, kernel, end), True)]:
+        text = offloaded + entry("%a = f32[4]{0} parameter(0)", *lines)
+        assert hlo.collectives(text, MESH) == [Collective("all-gather", ("model",), 4, overlaps, 1, 64)]
+        assert [(operation.name, operation.overlaps) for operation in hlo.operations(text)] == [("k", False)]
+
+
 def test_both_forms_of_a_reduce_scatter_are_recognised():
     plain = entry(
         "%a = bf16[16]{0} parameter(0)",

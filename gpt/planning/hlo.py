@@ -49,8 +49,8 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> str:
-        """Name of the computation that a fusion, a call or a loop runs, or ""."""
-        return self.get(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+        """Name of the computation that a fusion, a call, a loop or a kernel on the SparseCores runs, or ""."""
+        return self.get(r"(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 
     def get(self, pattern: str) -> str:
         """Returns the first group of a pattern that is searched for in the attributes, or ""."""
@@ -165,12 +165,24 @@ class Module:
             yield computation, instruction, times
             if instruction.opcode == "while":
                 yield from self.walk(instruction.called, times * self.trips(computation, instruction), fusions)
-            elif instruction.opcode in ("call", "async-start") or (fusions and instruction.opcode == "fusion"):
+            elif instruction.opcode in ("call", "async-start") or _is_wrapper(instruction):
+                yield from self.walk(instruction.called, times, fusions)
+            elif fusions and instruction.opcode == "fusion":
                 yield from self.walk(instruction.called, times, fusions)
             elif instruction.opcode == "conditional":
                 branches = r"(?:_computation=|branch_computations=\{|, )%([\w.\-]+)"
                 for name in re.findall(branches, instruction.attributes):
                     yield from self.walk(name, times, fusions)
+
+    @functools.cached_property
+    def asynchronous(self) -> set[str]:
+        """Names of the computations that run at the same time as kernels, like those on the SparseCores of a TPU."""
+        names = set[str]()
+        for computation, instruction, _ in self.walk():
+            is_start = instruction.opcode == "async-start" and _overlaps(self.computations[computation], instruction)
+            if instruction.called and (is_start or computation in names):
+                names.add(instruction.called)
+        return names
 
     def trips(self, computation: str, loop: Instruction) -> int:
         """Returns the trip count of a loop.
@@ -291,7 +303,7 @@ def operations(text: str) -> list[Operation]:
                 flops,
                 module.traffic(computation, instruction),
                 cycles if cycles < _NO_ESTIMATE else None,
-                overlaps=opcode.endswith("-start"),
+                overlaps=opcode.endswith("-start") or computation in module.asynchronous,
                 opaque=_attention_products(instruction) > 0,
             )
         )
@@ -303,7 +315,13 @@ def _is_kernel(instruction: Instruction) -> bool:
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(("-done", "-update")) or opcode.removesuffix("-start") in COLLECTIVES:
         return False
-    return opcode not in ("send", "recv") and not instruction.get(r'custom_call_target="(AllocateBuffer)"')
+    is_buffer = instruction.get(r'custom_call_target="(AllocateBuffer)"')
+    return not (is_buffer or opcode in ("send", "recv") or _is_wrapper(instruction))
+
+
+def _is_wrapper(instruction: Instruction) -> bool:
+    """Returns whether an instruction calls a computation that runs on the SparseCores."""
+    return instruction.opcode == "custom-call" and bool(instruction.get(r"(called_computations=\{%called_computation)"))
 
 
 def _flops(module: Module, computation: str, product: Instruction) -> int:
@@ -371,7 +389,9 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     totals: dict[tuple[str, tuple[str, ...], int, bool], tuple[int, int]] = {}
     for computation, instruction, times in module.walk():
         kind = instruction.opcode.removesuffix("-start")
-        overlaps = instruction.opcode.endswith("-start") and _overlaps(module.computations[computation], instruction)
+        overlaps = computation in module.asynchronous
+        if instruction.opcode.endswith("-start"):
+            overlaps = _overlaps(module.computations[computation], instruction)
         if kind in COLLECTIVES:
             axes, group = _axes(instruction, mesh)
             operands = module.shapes(computation, instruction)
@@ -398,6 +418,8 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
 
 def _overlaps(scheduled: dict[str, Instruction], start: Instruction) -> bool:
     """Returns whether kernels are scheduled between the start of an asynchronous collective and its end."""
+    users = [instruction for instruction in scheduled.values() if start.name in instruction.operands]
+    start = next((user for user in users if user.opcode == "async-update"), start)  # only then it has its operands
     for instruction in itertools.dropwhile(lambda other: other is not start, scheduled.values()):
         if start.name in instruction.operands:
             return False
