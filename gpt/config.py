@@ -33,6 +33,7 @@ class TrainConfig:
     batch_size: int = 128  # examples of a step, over all devices
     init_from: str = ""  # workdir whose best parameters the run starts from; "": random parameters
     micro_batches: int = 1  # parts of the batch over which the gradient is accumulated
+    loss_chunks: int = harmless(1)  # parts of a sequence whose logits are computed one after the other, to save memory
     z_loss: float = 0.0  # weight of the squared log of the softmax's denominator in the gradient (arXiv 2204.02311)
     steps: int = harmless(5000)
     epochs: float = harmless(0.0)
@@ -48,7 +49,7 @@ class TrainConfig:
     spike_factor: float = harmless(0.0)  # a loss above this factor times its running mean counts as not finite; 0: off
 
     def __post_init__(self):
-        check_positive("train", self, "batch_size", "micro_batches", "log_every", "checkpoint_every")
+        check_positive("train", self, "batch_size", "micro_batches", "loss_chunks", "log_every", "checkpoint_every")
         check_positive("train", self, "keep_checkpoints", "max_skipped")
         check_choice("train.on_nonfinite", self.on_nonfinite, ("stop", "skip", "rollback"))
         if self.spike_factor and not self.spike_factor > 1:
@@ -95,6 +96,8 @@ class Config:
                 f"model.family={self.model.family} reads {self.model.reads}, but data.kind={self.data.kind} gives "
                 f"{self.data.gives}."
             )
+        if self.model.reads != "tokens" and (self.train.z_loss or self.train.loss_chunks > 1):
+            raise UserError("train.z_loss and train.loss_chunks are for models of tokens; leave them out.")
 
     def work(self, rows: int) -> Work:
         """Returns what decides how many devices a CPU is divided into.

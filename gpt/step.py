@@ -16,6 +16,7 @@ from gpt import optimizer, sharding
 from gpt.config import Config
 from gpt.data import pipeline
 from gpt.data.base import IGNORED, Source
+from gpt.losses import fused_loss, token_losses
 from gpt.models import lora
 from gpt.runtime import backend, hardware
 from gpt.runtime.errors import UserError
@@ -122,6 +123,11 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
     platform = layout.mesh.devices.flat[0].platform
     model_config = config.model.resolve(vocab_size, platform, layout.length_shards)
     layout.check_length(model_config.length)
+    if model_config.num_targets % (layout.length_shards * config.train.loss_chunks):
+        raise UserError(
+            f"train.loss_chunks={config.train.loss_chunks} does not divide the {model_config.num_targets} targets of "
+            f"an example in {layout.length_shards} shards."
+        )
     model = model_config.module()
     tokens_per_step = config.train.batch_size * model_config.length
     learning_rate = optimizer.schedule(config.optimizer, tokens_per_step, total_steps)
@@ -130,7 +136,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         # The parameters do not depend on the batch, so the smallest one that the mesh divides is enough.
         return model.init(jax.random.key(config.seed), model_config.blank(layout.batch_shards))
 
-    def logits_of(variables: dict[str, Any], batch: dict[str, jax.Array], **options: Any) -> Any:
+    def outputs_of(variables: dict[str, Any], batch: dict[str, jax.Array], **options: Any) -> Any:
         starts = (batch["starts"],) if "starts" in batch else ()  # where documents begin, with data.document_borders
         return model.apply(variables, batch["inputs"], *starts, **options)
 
@@ -150,14 +156,13 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         dropout_key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
 
         def loss_of(params, batch, key):
-            rngs = {"dropout": key}
-            logits = logits_of(variables(params, state.frozen), batch, deterministic=False, rngs=rngs)
-            loss = token_losses(logits, batch["targets"]).sum()
-            if config.train.z_loss:  # only its gradient counts, so that the reported loss remains the cross-entropy
-                squares = jnp.square(jax.nn.logsumexp(logits, axis=-1)) * (batch["targets"] != IGNORED)
-                penalty = config.train.z_loss * squares.sum()
-                loss = loss + penalty - jax.lax.stop_gradient(penalty)
-            return loss
+            whole, targets, train = variables(params, state.frozen), batch["targets"], config.train
+            options = {"deterministic": False, "rngs": {"dropout": key}}
+            if model_config.reads != "tokens":  # few logits
+                return token_losses(outputs_of(whole, batch, **options), targets).sum()
+            x_BxTxD = outputs_of(whole, batch, **options, with_head=False)
+            head_VxD = model_config.head(whole["params"])
+            return fused_loss(model_config, train.loss_chunks, train.z_loss, x_BxTxD, head_VxD, targets)
 
         loss, grads = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches)(
             state.params, batch, dropout_key
@@ -186,7 +191,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), measured
 
     def eval_step(params, batch):
-        logits, targets = logits_of({"params": params}, batch), batch["targets"]
+        logits, targets = outputs_of({"params": params}, batch), batch["targets"]
         first = logits[0].reshape(-1, logits.shape[-1])[:HISTOGRAM_POSITIONS, :vocab_size]
         counts, edges = jnp.histogram(first, HISTOGRAM_BINS)
         valid, predictions = targets != IGNORED, logits.argmax(axis=-1)
@@ -232,18 +237,6 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
             eval_step, in_shardings=(shardings.frozen or shardings.params, batch), out_shardings=everywhere
         ),
     )
-
-
-def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
-    """Returns the cross-entropy of each target in nats, [B, T]; 0 where the target is `IGNORED`.
-
-    For classes, the logits are [B, V], and targets and losses [B].
-    """
-    # A comparison and a sum need no gather across a sharded vocabulary, as indexing would.
-    is_target_BxTxV = targets_BxT[..., None] == jnp.arange(logits_BxTxV.shape[-1])
-    target_logits_BxT = jnp.sum(jnp.where(is_target_BxTxV, logits_BxTxV, 0), axis=-1)
-    losses_BxT = jax.nn.logsumexp(logits_BxTxV, axis=-1) - target_logits_BxT
-    return jnp.where(targets_BxT != IGNORED, losses_BxT, 0)
 
 
 def accumulate(value_and_grad: Callable, parts: int) -> Callable:

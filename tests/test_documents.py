@@ -37,7 +37,7 @@ ATTENTION = {
 }
 CONFIG = GPTConfig(
     vocab_size=VOCAB, num_layers=2, num_heads=2, embed_dim=16, block_size=LENGTH, query_chunk=4, key_chunk=3,
-    dtype="float32", embed_dropout=0.0, residual_dropout=0.0, attention_dropout=0.0,
+    dtype="float32", attention="dense", embed_dropout=0.0, residual_dropout=0.0, attention_dropout=0.0,
 )  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, (2, LENGTH), dtype=np.int32)
 

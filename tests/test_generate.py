@@ -32,7 +32,7 @@ from gpt.sharding import MeshConfig
 
 # 11 tokens, and 5 more that pad the table.
 SIZES = {"num_layers": 1, "num_heads": 2, "embed_dim": 16, "block_size": 8, "vocab_size": 11, "vocab_multiple": 8}
-MODEL = GPT(GPTConfig(**SIZES, tie_embeddings=False, dtype="float32"))
+MODEL = GPT(GPTConfig(**SIZES, tie_embeddings=False, attention="dense", dtype="float32"))
 BLOCK = MODEL.config.block_size
 PROMPT = np.array([1, 2, 3], np.uint8)
 MESHES = {

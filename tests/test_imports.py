@@ -13,6 +13,7 @@ FLOORS = (
     ("gpt.runtime",),
     ("gpt.models", "gpt.optimizer", "gpt.sharding"),
     ("gpt.data",),
+    ("gpt.losses",),
     ("gpt.config",),
     ("gpt.config_files",),
     ("gpt.step",),

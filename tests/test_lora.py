@@ -29,6 +29,7 @@ WIDTHS = {"qkv": (32, 96), "out": (32, 32), "up": (32, 128), "down": (128, 32)}
 SMALL = GPTConfig(
     vocab_size=40,
     dtype="float32",
+    attention="dense",
     num_layers=2,
     num_heads=4,
     embed_dim=32,

@@ -48,7 +48,9 @@ def random_variables(config, seed=1):
     rng = np.random.default_rng(seed)
 
     def draw(path, x):
-        mean, std = {"scale": (1, 0.2), "bias": (0, 0.3), "kernel": (0, 0.3), "embedding": (0, 0.6)}[path[-1].key]
+        mean, std = {"scale": (1, 0.2), "bias": (0, 0.3), "kernel": (0, 0.3), "embedding": (0, 0.6)}.get(
+            path[-1].key, (0, 0.3)
+        )
         return rng.normal(mean, std, x.shape).astype(np.float32)
 
     return jax.tree_util.tree_map_with_path(draw, nn.unbox(abstract_variables(config)))
@@ -361,16 +363,31 @@ def loss(config, variables, dropout_key=None):
     return -jnp.take_along_axis(nn.log_softmax(logits), TOKENS[:, 1:, None], axis=-1).mean()
 
 
+@pytest.mark.parametrize("options", [{}, *FAMILIES.values()], ids=["gpt2", *FAMILIES])
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_the_layout_of_accelerators_computes_the_same(options, lora_rank, monkeypatch):
+    """The layers have one form for CPUs and one for accelerators, with the same parameters."""
+    config = make(**options, lora_rank=lora_rank, lora_targets="qkv,up")
+    variables = random_variables(config)
+
+    def loss_and_gradients():
+        return jax.value_and_grad(functools.partial(loss, config))(variables, jax.random.key(4))
+
+    expected = loss_and_gradients()
+    monkeypatch.setattr(layers, "on_cpu", lambda: False)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), loss_and_gradients(), expected)
+
+
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
 def test_remat_gives_the_same_gradients(scan_layers):
     """Dropout is on: the recomputation has to draw the same masks."""
     config = make(scan_layers=scan_layers)
     variables = random_variables(config)
     gradients = {}
-    for remat in ("none", "dots", "full"):
+    for remat in ("none", "dots", "full", "out,up"):
         of_loss = jax.grad(functools.partial(loss, dataclasses.replace(config, remat=remat)))
         gradients[remat] = by_path(quick_jit(of_loss)(variables, jax.random.key(4)))
-    for remat, (name, expected) in itertools.product(("dots", "full"), gradients["none"].items()):
+    for remat, (name, expected) in itertools.product(("dots", "full", "out,up"), gradients["none"].items()):
         # Relative to the largest gradient, because the terms of a gradient may cancel.
         np.testing.assert_allclose(gradients[remat][name], expected, rtol=1e-5, atol=1e-6, err_msg=f"{remat} {name}")
 
@@ -646,11 +663,12 @@ def test_bfloat16_computes_in_bfloat16_between_float32_ends(attention):
 
 def by_path_of_calls(intermediates) -> dict:
     """Returns {"block_0/mlp": its output, …, "": the logits}."""
-    return {
-        "/".join(key.key for key in path[:-2]): x
-        for path, x in jax.tree_util.tree_flatten_with_path(intermediates)[0]
-        if path[-2].key == "__call__"
-    }
+    calls = {}
+    for path, x in jax.tree_util.tree_flatten_with_path(intermediates)[0]:
+        names = [getattr(key, "key", key.idx if hasattr(key, "idx") else key) for key in path]
+        if "__call__" in names:
+            calls["/".join(names[: names.index("__call__")])] = x
+    return calls
 
 
 def test_gradients_of_bfloat16_are_float32():
@@ -672,6 +690,7 @@ def test_gradients_of_bfloat16_are_float32():
         ({"norm": "batchnorm"}, ["model.norm='batchnorm'", "layernorm, rmsnorm"]),
         ({"positions": "alibi"}, ["model.positions='alibi'", "learned, rotary"]),
         ({"remat": "some"}, ["model.remat='some'", "none, dots, full"]),
+        ({"remat": "qkv,upp@host"}, ["model.remat='qkv,upp'", "gate,up,down"]),
         ({"dtype": "float16"}, ["model.dtype='float16'", "bfloat16"]),
         ({"num_layers": 0}, ["model.num_layers=0"]),
         ({"num_heads": 0}, ["model.num_heads=0"]),
@@ -705,7 +724,7 @@ def test_bad_values_are_refused_by_name(options, keys):
 
 def test_resolve_fills_in_vocabulary_and_dtype():
     config = GPTConfig()
-    assert config.resolve(65, "cpu") == dataclasses.replace(config, vocab_size=65, dtype="float32")
+    assert config.resolve(65, "cpu") == dataclasses.replace(config, vocab_size=65, dtype="float32", attention="dense")
     assert [config.resolve(65, platform).dtype for platform in ("gpu", "tpu")] == ["bfloat16", "bfloat16"]
     assert GPTConfig(dtype="float32").resolve(65, "tpu").dtype == "float32"
     assert GPTConfig(dtype="bfloat16").resolve(65, "cpu").dtype == "bfloat16"

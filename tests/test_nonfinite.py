@@ -21,7 +21,7 @@ from gpt.models.gpt import GPTConfig
 from gpt.runtime.errors import UserError
 
 POISON = -2  # a target that no text has, which marks the batches to be poisoned
-REAL_LOSSES, REAL_BATCHES, MAKE_LAYOUT = step.token_losses, pipeline.training_batches, sharding.make_layout
+REAL_LOSS, REAL_BATCHES, MAKE_LAYOUT = step.fused_loss, pipeline.training_batches, sharding.make_layout
 
 
 @pytest.fixture
@@ -44,18 +44,16 @@ def small(play) -> Config:
 
 
 def damaged(kind):
-    """Returns `step.token_losses` with a loss or gradient that is not finite for batches with a `POISON` target."""
+    """Returns `step.fused_loss` with a loss or gradient that is not finite for batches with a `POISON` target."""
 
-    def token_losses(logits_BxTxV, targets_BxT):
-        losses_BxT = REAL_LOSSES(logits_BxTxV, targets_BxT)
+    def fused_loss(config, chunks, z_loss, x_BxTxD, head_VxD, targets_BxT):
+        loss = REAL_LOSS(config, chunks, z_loss, x_BxTxD, head_VxD, targets_BxT)
         bad = (targets_BxT == POISON).any()
         if kind == "gradient":  # the loss is finite, but the derivative of a root at 0 is not
-            return losses_BxT + jnp.sqrt(jnp.where(bad, 0 * logits_BxTxV[..., 0], 1))
-        if kind == "spike":
-            return losses_BxT * jnp.where(bad, 5.0, 1.0)
-        return losses_BxT * jnp.where(bad, float(kind), 1.0)
+            return loss + jnp.sqrt(jnp.where(bad, 0 * x_BxTxD[0, 0, 0], 1))
+        return loss * jnp.where(bad, 5.0 if kind == "spike" else float(kind), 1.0)
 
-    return token_losses
+    return fused_loss
 
 
 def poison(patch, config, numbers, kind="nan"):
@@ -74,7 +72,7 @@ def poison(patch, config, numbers, kind="nan"):
             yield {name: array[np.asarray(rows)] for name, array in batch.items()}
 
     patch.setattr(pipeline, "training_batches", training_batches)
-    patch.setattr(step, "token_losses", damaged(kind))
+    patch.setattr(step, "fused_loss", damaged(kind))
 
 
 def leave_out_by_hand(patch, numbers, kind="nan"):
@@ -86,7 +84,7 @@ def leave_out_by_hand(patch, numbers, kind="nan"):
         return (batch for i, batch in enumerate(REAL_BATCHES(source, batch_size, seed, rows)) if i not in numbers)
 
     patch.setattr(pipeline, "training_batches", training_batches)
-    patch.setattr(step, "token_losses", damaged(kind))
+    patch.setattr(step, "fused_loss", damaged(kind))
 
 
 def same_arrays(a, b, step):
@@ -151,7 +149,7 @@ def test_a_skipped_update_is_one_left_out_by_hand(small, tmp_path, monkeypatch, 
     # By hand: the update of these steps is discarded.
     corpus = text.load(config.data, config.tokenizer, config.model.block_size)
     layout = sharding.make_layout(config.mesh)
-    monkeypatch.setattr(step, "token_losses", damaged(kind))
+    monkeypatch.setattr(step, "fused_loss", damaged(kind))
     program = step.build(config, corpus.tokenizer.vocab_size, layout, config.train.steps)
     source = text.TrainingWindows(corpus.train, config.model.block_size, config.seed)
     rows = range(config.train.batch_size)

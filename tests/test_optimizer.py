@@ -103,7 +103,9 @@ def test_decay_that_ends_within_the_warmup_stays_in_range():
 
 # Weight decay.
 
-SHAPE = GPTConfig(num_layers=2, num_heads=2, embed_dim=8, block_size=4, vocab_size=5, dtype="float32")
+SHAPE = GPTConfig(
+    num_layers=2, num_heads=2, embed_dim=8, block_size=4, vocab_size=5, attention="dense", dtype="float32"
+)
 
 
 def boxed_params(**options):

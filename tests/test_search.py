@@ -36,11 +36,15 @@ def test_factorisations(number, parts, count):
 
 def test_candidates_are_all_changes_that_can_be_built():
     found = search.candidates(CONFIG, jax.devices(), CHIP)
-    kinds = {(sizes(c.config), c.config.model.remat, c.config.mesh.zero1, c.config.train.micro_batches) for c in found}
+    kinds = {
+        (sizes(c.config), c.config.model.attention, c.config.model.remat, c.config.mesh.zero1, c.config.train)
+        for c in found
+    }
     assert len(kinds) == len(found)
     meshes = {sizes(c.config) for c in found}
     assert meshes == {each for each in search.factorisations(8, 4) if each[3] <= 4}  # heads
-    assert {c.config.model.remat for c in found} == {"none", "dots", "full"}
+    assert {c.config.model.remat for c in found} == set(search.REMAT)
+    assert {c.config.model.attention for c in found} == {"auto", "chunked"}  # a CPU has no kernel
     assert {c.config.train.micro_batches for c in found if sizes(c.config) == (8, 1, 1, 1)} == {1, 2, 4, 8}
     assert {c.config.mesh.rules for c in found} == {"dp", "fsdp", "fsdp_tp", "sp"}
     assert [c.seconds for c in found] == sorted(c.seconds for c in found)

@@ -1,6 +1,7 @@
 """The training loop: exact resume, gradient accumulation, evaluation, checkpoints, signals."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -17,12 +18,13 @@ import optax
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt import sharding, step, train
+from gpt import losses, sharding, step, train
 from gpt.checkpointing import checkpoints, loading
 from gpt.checkpointing.workdir import Workdir
 from gpt.data import pipeline, text
 from gpt.data.base import IGNORED
 from gpt.inference import generation
+from gpt.models.gpt import GPTConfig, finish_logits
 from gpt.runtime import progress, signals
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
@@ -333,18 +335,40 @@ def test_the_z_loss_changes_the_gradient_and_not_the_reported_loss(tiny, monkeyp
     for parts in (1, 4):
         measured, params = gradients(change(config, "train", z_loss=0.3, micro_batches=parts), layout)
         assert float(measured["loss"]) == pytest.approx(float(plain["loss"]), rel=1e-6)
-    losses = step.token_losses
 
-    def with_penalty(logits, targets):
+    def with_penalty(model, chunks, z_loss, x_BxTxD, head_VxD, targets):
+        logits = finish_logits(model, x_BxTxD @ head_VxD.T)
         penalty = 0.3 * jax.nn.logsumexp(logits, axis=-1) ** 2
-        return losses(logits, targets) + jnp.where(targets != IGNORED, penalty, 0)
+        return jnp.sum(step.token_losses(logits, targets) + jnp.where(targets != IGNORED, penalty, 0))
 
-    monkeypatch.setattr(step, "token_losses", with_penalty)
+    monkeypatch.setattr(step, "fused_loss", with_penalty)
     _, expected = gradients(config, layout)
     for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
     effects = jax.tree.map(lambda a, b: np.abs(np.asarray(a) - b).max(), params, plain_params)
     assert max(jax.tree.leaves(effects)) > 1e-3
+
+
+@pytest.mark.parametrize("chunks", [1, 4])
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(), MeshConfig("sp", 2, 1, 2, 2), MeshConfig("fsdp_tp", 1, 4, 1, 2)], ids=lambda mesh: mesh.rules
+)
+def test_the_fused_loss_and_its_gradients_are_those_of_the_logits(mesh, chunks):
+    model = GPTConfig(block_size=16, vocab_multiple=16, logit_softcap=3.0).resolve(27, "cpu", 2)
+    rng = np.random.default_rng(0)
+    x, head = (rng.normal(size=shape).astype(np.float32) for shape in ((8, 16, 24), (32, 24)))
+    targets = rng.integers(-1, 27, (8, 16)).astype(np.int32)
+
+    def from_logits(x, head):
+        logits = finish_logits(model, x @ head.T)
+        squares = jnp.where(targets != IGNORED, jax.nn.logsumexp(logits, axis=-1) ** 2, 0).sum()
+        return step.token_losses(logits, targets).sum() + 0.1 * (squares - jax.lax.stop_gradient(squares))
+
+    expected = jax.value_and_grad(from_logits, (0, 1))(x, head)
+    with sharding.make_layout(mesh).use():
+        fused = functools.partial(losses.fused_loss, model, chunks, 0.1)
+        found = jax.jit(jax.value_and_grad(lambda x, head: 2 * fused(x, head, targets), (0, 1)))(x, head)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, 2 * b, rtol=1e-4, atol=1e-5), found, expected)
 
 
 def test_evaluation_with_a_stride_gives_each_target_its_context(tiny):

@@ -5,7 +5,7 @@ the configuration creates. Its entry in `FAMILIES` makes it available as `config
 """
 
 import dataclasses
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
@@ -55,6 +55,7 @@ class ModelConfig:
     lora_targets: str
 
     reads: ClassVar[str] = "tokens"
+    attention_kinds: ClassVar[tuple[str, ...]]  # the values that `attention` may have
 
     @property
     def length(self) -> int:
@@ -138,6 +139,10 @@ class ModelConfig:
 
     def module(self) -> nn.Module:
         """Returns the Flax module of a resolved config. It maps inputs and `deterministic` to logits."""
+        raise NotImplementedError
+
+    def head(self, params: Any) -> jax.Array:
+        """Returns the matrix [V, D] of a model of tokens whose products with the last activations are the logits."""
         raise NotImplementedError
 
     def num_parameters(self) -> int:

@@ -52,6 +52,10 @@ class GPTConfig(BlockConfig):
     def module(self) -> nn.Module:
         return GPT(self)
 
+    def head(self, params: Any) -> jax.Array:
+        """Returns the matrix [V, D] whose products with the activations are the logits."""
+        return params["token_embedding"]["embedding"] if self.tie_embeddings else params["head"]["kernel"].T
+
     def init_cache(self, first_latent_B: jax.Array, capacity: int) -> dict[str, Any]:
         """Returns an empty "cache" collection for the module.
 
@@ -95,6 +99,7 @@ class GPT(nn.Module):
         *,
         deterministic: bool = True,
         position_B: jax.Array | None = None,
+        with_head: bool = True,
     ) -> jax.Array:
         """Computes the logits of the next token at each position.
 
@@ -104,9 +109,10 @@ class GPT(nn.Module):
             token attends to its own document only. None means that each row is one document.
           deterministic: whether dropout is off. Dropout draws from the "dropout" random stream.
           position_B: with a cache, the position of the only token of each row. None means that positions begin at 0.
+          with_head: whether to apply the output head.
 
         Returns:
-          logits_BxTxV, float32. The logits of padding in the vocabulary are -1e30.
+          logits_BxTxV, float32, those of padding in the vocabulary -1e30; without the head, the activations [B, T, D].
 
         Raises:
           ValueError: T is greater than `block_size`.
@@ -117,7 +123,7 @@ class GPT(nn.Module):
             positions = positions - starts_BxT
         x_BxTxD, token_embedding = embed(c, tokens_BxT, positions, deterministic)
         x_BxTxD = apply_blocks(c, x_BxTxD, positions, starts_BxT, deterministic)
-        return token_logits(c, x_BxTxD, token_embedding)
+        return token_logits(c, x_BxTxD, token_embedding) if with_head else x_BxTxD
 
 
 def token_positions(config: GPTConfig, tokens_BxT: jax.Array, position_B: jax.Array | None) -> jax.Array:
@@ -162,9 +168,13 @@ def token_logits(config: GPTConfig, x_BxTxD: jax.Array, token_embedding: Embeddi
     else:
         head = (c.embed_dim,), (c.padded_vocab_size,), ("embed", "vocab"), nn.initializers.normal(0.02)
         logits_BxTxV = Linear(*head, False, jnp.dtype(c.dtype), name="head")(x_BxTxD)
-    logits_BxTxV = nn.with_logical_constraint(logits_BxTxV, ("batch", "length", "vocab")).astype(jnp.float32)
-    logits_BxTxV = attention.soft_cap(logits_BxTxV, c.logit_softcap)
-    if c.padded_vocab_size > c.vocab_size:
-        is_padding = jnp.arange(c.padded_vocab_size) >= c.vocab_size
-        logits_BxTxV = jnp.where(is_padding, attention.MASKED, logits_BxTxV)
-    return logits_BxTxV
+    return finish_logits(c, nn.with_logical_constraint(logits_BxTxV, ("batch", "length", "vocab")))
+
+
+def finish_logits(config: GPTConfig, logits: jax.Array) -> jax.Array:
+    """Returns products with the head, [..., V], as float32 logits with the softcap, -1e30 for padding."""
+    logits = attention.soft_cap(logits.astype(jnp.float32), config.logit_softcap)
+    if config.padded_vocab_size > config.vocab_size:
+        is_padding = jnp.arange(config.padded_vocab_size) >= config.vocab_size
+        logits = jnp.where(is_padding, attention.MASKED, logits)
+    return logits

@@ -282,6 +282,7 @@ def splash(
         head_shards=head_shards,
         q_seq_shards=length_shards,
         attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name="attention",
         interpret=interpret,
     )
 

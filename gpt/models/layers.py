@@ -4,6 +4,7 @@
 know the mesh.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 Initializer = Callable[..., jax.Array]
 
@@ -35,17 +37,42 @@ class Linear(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns [..., *out_shape] for x of shape [..., *in_shape]."""
+    def __call__(self, x: jax.Array, parts: tuple[tuple[int, int], ...] = ()) -> Any:
+        """Returns [..., *out_shape] for x of shape [..., *in_shape].
+
+        Args:
+          x: activations.
+          parts: shapes (heads, head size) of parts of the last two axes, see `split`. With them, the result is a list
+            of arrays [..., heads, head size].
+        """
+        inputs, bias = len(self.in_shape), None
         kernel = parameter(self, "kernel", self.kernel_init, self.axes, (*self.in_shape, *self.out_shape))
-        rows = x.shape[: x.ndim - len(self.in_shape)]
-        width = math.prod(self.in_shape)
-        x = merged_rows(x.reshape(*rows, width).astype(self.dtype))
-        y = product(x, kernel.astype(self.dtype).reshape(width, -1))
+        kernel, x = kernel.astype(self.dtype), x.astype(self.dtype)
         if self.use_bias:
-            bias = parameter(self, "bias", nn.initializers.zeros, self.axes[len(self.in_shape) :], self.out_shape)
-            y = y + bias.astype(self.dtype).reshape(-1)
-        return y.reshape(*rows, *self.out_shape)
+            bias = parameter(self, "bias", nn.initializers.zeros, self.axes[inputs:], self.out_shape).astype(self.dtype)
+        if on_cpu():
+            rows, width = x.shape[: x.ndim - inputs], math.prod(self.in_shape)
+            y = product(merged_rows(x.reshape(*rows, width)), kernel.reshape(width, -1))
+            y = y if bias is None else y + bias.reshape(-1)
+            ys = split(y.reshape(*rows, *self.out_shape), parts)
+        else:  # a product for each part, which the compiler writes in the memory layout that the next operation reads
+            ys = [jnp.tensordot(x, part, inputs) for part in split(kernel, parts)]
+            ys = ys if bias is None else [y + part for y, part in zip(ys, split(bias, parts), strict=True)]
+        ys = [checkpoint_name(y, self.name) for y in ys]
+        return ys if parts else ys[0]
+
+
+def split(x: jax.Array, parts: tuple[tuple[int, int], ...]) -> list[jax.Array]:
+    """Splits the last axis of x, [..., G, J], and returns an array [..., heads, head size] for each of the parts.
+
+    Each of the G heads of keys and values has as many heads of every part as the others. Without parts, returns [x].
+    """
+    if not parts:
+        return [x]
+    bounds = list(itertools.accumulate(heads * size // x.shape[-2] for heads, size in parts))
+    return [
+        each.reshape(*x.shape[:-2], *part) for each, part in zip(jnp.split(x, bounds[:-1], axis=-1), parts, strict=True)
+    ]
 
 
 class Norm(nn.Module):
@@ -161,13 +188,20 @@ def _product_backward(saved, dy):
 product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
 
 
+def on_cpu() -> bool:
+    """Returns whether the program is for a CPU. The two forms of a layer compute the same from the same parameters."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (device.platform if device else jax.default_backend()) == "cpu"
+
+
 def merged_rows(x: jax.Array) -> jax.Array:
-    """Reshapes [..., width] to [rows, width], unless the mesh shards the length.
+    """Reshapes [..., width] to [rows, width] on a CPU, unless the mesh shards the length.
 
     XLA's CPU backend is slow where it contracts or sums over several axes, as in the gradients of kernels and biases.
-    A sharded length cannot be merged with a sharded batch: the merged axis would have no sharding.
+    On an accelerator, merged axes cost copies. A sharded length cannot be merged with a sharded batch: the merged axis
+    would have no sharding.
     """
-    return x if mesh_axes("length") != ((),) else x.reshape(-1, x.shape[-1])
+    return x.reshape(-1, x.shape[-1]) if on_cpu() and mesh_axes("length") == ((),) else x
 
 
 def mesh_axes(*names: str | None) -> tuple[tuple[str, ...], ...]:

@@ -12,8 +12,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from gpt.models.layers import Linear, merged_rows
+from gpt.models.layers import Linear, merged_rows, split
 
 
 def adapted(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -38,7 +39,7 @@ def _add_adapter(config: Any, call: Callable, args: tuple, kwargs: dict, context
     is_target = isinstance(layer, Linear) and layer.name in config.lora_targets.split(",")
     if not is_target or not (layer.is_initializing() or layer.has_variable("lora", "a")):
         return y  # not a layer with an adapter, or the adapters are merged and the collection is absent
-    (x,), width, inputs = args, math.prod(layer.in_shape), len(layer.in_shape)
+    (x, *parts), width, inputs = args, math.prod(layer.in_shape), len(layer.in_shape)
 
     def matrix(name: str, init: Callable, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> jax.Array:
         boxed: Callable[..., Any] = nn.with_logical_partitioning(init, axes)
@@ -48,9 +49,11 @@ def _add_adapter(config: Any, call: Callable, args: tuple, kwargs: dict, context
     b_shape, b_axes = (config.lora_rank, *layer.out_shape), ("rank", *layer.axes[inputs:])
     a = matrix("a", nn.initializers.normal(width**-0.5), a_shape, a_axes)
     b = matrix("b", nn.initializers.zeros, b_shape, b_axes)  # zeros, so that training starts from the frozen model
-    x = merged_rows(x.reshape(*y.shape[: y.ndim - len(layer.out_shape)], width).astype(layer.dtype))
+    rows = x.shape[: x.ndim - inputs]
+    x = merged_rows(x.reshape(*rows, width).astype(layer.dtype))
     adapter = config.lora_scale * (x @ a.reshape(width, -1)) @ b.reshape(config.lora_rank, -1)
-    return y + adapter.reshape(y.shape)
+    adapter = adapter.reshape(*rows, *layer.out_shape)
+    return jax.tree.map(jnp.add, y, split(adapter, *parts) if parts else adapter)
 
 
 def merge(params: Any, adapters: Any, scale: float) -> Any:

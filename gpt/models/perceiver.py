@@ -16,10 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt.models import attention, decoding, gpt, lora, rotary
+from gpt.models import attention, decoding, gpt, lora, remat, rotary
 from gpt.models.gpt import GPTConfig
 from gpt.models.layers import parameter, unit_rms
-from gpt.models.transformer import REMAT_POLICIES, BlockConfig, add_mlp, apply_blocks, branch, linear, norm
+from gpt.models.transformer import BlockConfig, add_mlp, apply_blocks, branch, linear, norm
 from gpt.models.vit import ViT, ViTConfig
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_fraction, check_positive
@@ -159,6 +159,7 @@ class PerceiverAR(nn.Module):
         *,
         deterministic: bool = True,
         position_B: jax.Array | None = None,
+        with_head: bool = True,
     ) -> jax.Array:
         """Computes the logits [B, L, V] of the token after each latent. The arguments are those of `GPT`.
 
@@ -195,11 +196,11 @@ class PerceiverAR(nn.Module):
 
         cross_block = CrossBlock
         if c.remat != "none":
-            cross_block = nn.remat(CrossBlock, policy=REMAT_POLICIES[c.remat])
+            cross_block = nn.remat(CrossBlock, policy=remat.policy(c.remat))
         read = cross_block(c, deterministic, name="read")
         x_BxLxD = read(x_BxLxD, x_BxTxD, latent_positions, positions, mask)
         x_BxLxD = apply_blocks(c, x_BxLxD, numbers, latent_starts_BxL, deterministic)
-        return gpt.token_logits(c, x_BxLxD, token_embedding)
+        return gpt.token_logits(c, x_BxLxD, token_embedding) if with_head else x_BxLxD
 
     def _cut(self, starts_BxT: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
         """Returns the starts of documents, with another document start at a random token in some of the rows."""

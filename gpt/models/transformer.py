@@ -7,13 +7,14 @@ values, K head size, J numbers of a head of keys and values with the queries tha
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from gpt.models import decoding, kernels, rotary
+from gpt.models import decoding, kernels, remat, rotary
 from gpt.models.base import ModelConfig
 from gpt.models.layers import ACTIVATIONS, Linear, Norm, merged_rows, unit_rms
 from gpt.runtime.errors import UserError
@@ -21,12 +22,6 @@ from gpt.runtime.fields import check_choice, check_fraction, check_names, check_
 
 # A larger model is a typing error, or a config that was made to keep the tracer busy indefinitely.
 MAX_LAYERS, MAX_PARAMETERS = 10_000, 1e14
-
-REMAT_POLICIES: dict[str, Any] = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 LAYERS = ("qkv", "out", "gate", "up", "down")  # the linear layers of a block
 
@@ -73,10 +68,12 @@ class BlockConfig(ModelConfig):
     attention_dropout: float = 0.1  # dropout probability of the attention weights
     # Implementation of attention: dense, chunked, cudnn (NVIDIA GPUs, no dropout), splash (TPUs, no dropout), or auto:
     # the kernel of the platform if it supports the model, else dense.
-    attention: str = harmless("dense")
+    attention: str = harmless("auto")
     dtype: str = "auto"  # dtype of the computation: float32, bfloat16, or auto: float32 on a CPU, bfloat16 elsewhere
     scan_layers: bool = harmless(False)  # compile one block and loop over the layers: faster to compile if deep
-    remat: str = harmless("none")  # what the backward pass recomputes: none, dots (all but matrix products) or full
+    # What the backward pass recomputes: none, dots (all but linear layers and attention kernels), full, or all but the
+    # named outputs; see models/remat.py.
+    remat: str = harmless("none")
     lora_rank: int = 0  # rank of the adapters to train on top of train.init_from's frozen weights; 0: no adapters
     lora_alpha: float = 16.0  # the output of an adapter is multiplied by lora_alpha/lora_rank
     lora_targets: str = "qkv"  # linear layers with an adapter, of qkv, out, gate, up and down, separated by commas
@@ -93,7 +90,7 @@ class BlockConfig(ModelConfig):
         check_choice("model.positions", self.positions, self.position_kinds)
         check_choice("model.attention", self.attention, self.attention_kinds)
         check_choice("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        check_choice("model.remat", self.remat, REMAT_POLICIES)
+        remat.check(self.remat)
         check_names("model.lora_targets", self.lora_targets, [*self.layer_weights])
         if self.bias not in ("all", "none"):
             check_names("model.bias", self.bias, [*LAYERS, "norm"], "all, none, or ")
@@ -259,7 +256,7 @@ def apply_blocks(
     c, block = config, Block
     if c.remat != "none":
         # XLA cannot merge the recomputation with the forward pass across a scan, so nothing has to prevent it there.
-        block = nn.remat(Block, policy=REMAT_POLICIES[c.remat], prevent_cse=not c.scan_layers)
+        block = nn.remat(Block, policy=remat.policy(c.remat), prevent_cse=not c.scan_layers)
     windows = c.windows
     if c.scan_layers:
         # Windows that differ between layers are passed to each iteration; a common one is an attribute of the block.
@@ -297,7 +294,7 @@ class Block(nn.Module):
         window: jax.Array | None = None,
     ) -> jax.Array:
         """Returns [B, T, D]. The arguments are those of `SelfAttention`."""
-        c = self.config
+        c, x_BxTxD = self.config, checkpoint_name(x_BxTxD, "input")
         attend = SelfAttention(c, self.deterministic, self.window, name="attention")
         y_BxTxD = branch(
             c, 1, x_BxTxD, self.deterministic, lambda x_BxTxD: attend(x_BxTxD, positions, starts_BxT, window)
@@ -390,12 +387,12 @@ class SelfAttention(nn.Module):
         The projection has for each head of keys and values the queries that it serves, the key and the value.
         """
         c, kv = self.config, self.config.head_dim
-        queries = c.num_heads // c.kv_heads * kv
-        packed = c.kv_heads, queries + 2 * kv
-        qkv_BxTxGxJ = linear(c, "qkv", (c.embed_dim,), packed, ("embed", "heads", "kv"))(x_BxTxD)
-        qkv_BxTxGxJ = nn.with_logical_constraint(qkv_BxTxGxJ, ("batch", "length", "heads", "kv"))
-        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = jnp.split(qkv_BxTxGxJ, (queries, queries + kv), axis=-1)
-        q_BxTxHxK = q_BxTxHxK.reshape(*x_BxTxD.shape[:2], c.num_heads, kv)
+        packed = c.kv_heads, (c.num_heads // c.kv_heads + 2) * kv
+        qkv = linear(c, "qkv", (c.embed_dim,), packed, ("embed", "heads", "kv"))
+        parts = qkv(x_BxTxD, ((c.num_heads, kv), (c.kv_heads, kv), (c.kv_heads, kv)))
+        q_BxTxHxK, k_BxTxGxK, v_BxTxGxK = (
+            nn.with_logical_constraint(part, ("batch", "length", "heads", "kv")) for part in parts
+        )
         if c.qk_norm == "unit":
             q_BxTxHxK, k_BxTxGxK = unit_rms(q_BxTxHxK), unit_rms(k_BxTxGxK)
         elif c.qk_norm != "none":

@@ -1,4 +1,4 @@
-"""Searches for the mesh, remat policy and micro-batches of the shortest step: first by arithmetic, then by compiling.
+"""Searches for the mesh, attention, remat policy and micro-batches of the shortest step: by arithmetic, then compiling.
 
 The arithmetic is rough. It only decides what is compiled, and in which order; the compiled programs decide the result.
 """
@@ -15,9 +15,9 @@ import jax
 
 from gpt import sharding
 from gpt.config import Config, differences
+from gpt.models import remat
 from gpt.models.base import ModelConfig
 from gpt.models.kernels import KERNELS
-from gpt.models.transformer import REMAT_POLICIES
 from gpt.planning import roofline
 from gpt.planning.report import Report
 from gpt.runtime import hardware
@@ -28,6 +28,8 @@ from gpt.sharding import AXES, MeshConfig
 
 # A search compiles its best config with unrolled layers too if it has at most this many blocks.
 LARGEST_UNROLLED = 16
+# The values of `model.remat` that a search tries, from the most memory to the least.
+REMAT = ("none", "dots", "qkv,attention,out", "attention,out", "full")
 # A candidate should use at most this fraction of the memory: close to the limit, compilation takes much longer.
 HEADROOM = 0.9
 # Memory that one compilation may need, in bytes; several run at once in half of the memory of this machine.
@@ -58,7 +60,8 @@ def candidates(config: Config, devices: list[jax.Device], chip: Chip) -> list[Ca
     """Returns every change of the config that a search considers, the shortest expected step first.
 
     The changes are all sizes of the mesh axes that divide what they shard, with the rules that use these axes, ZeRO-1
-    if `data` is larger than 1, every remat policy, and every division into micro-batches.
+    if `data` is larger than 1, the attention that `auto` chooses and, if this is no kernel, the chunked one, every
+    value of `REMAT`, and every division into micro-batches.
     """
     model, batch_size, result = config.model, config.train.batch_size, []
     vocabulary = dataclasses.replace(model, vocab_size=model.vocab_size or config.data.vocab_size).padded_vocab_size
@@ -75,17 +78,17 @@ def candidates(config: Config, devices: list[jax.Device], chip: Chip) -> list[Ca
         mesh = _shortest(MeshConfig(rules, data, fsdp, sequence, tensor), len(devices))
         try:
             layout = sharding.make_layout(mesh, devices)
-            _resolved(config, layout)
-        except UserError:  # the mesh does not fit the slices, or the attention kernel cannot shard the length
+            attention = _attention_kinds(config, layout)
+        except UserError:  # the mesh does not fit the slices
             continue
         examples = batch_size // (data * fsdp)
         divisors = [number for number in range(1, examples + 1) if examples % number == 0]
         zero1_choices = (False, True) if data > 1 else (False,)
-        for zero1, remat, micro_batches in itertools.product(zero1_choices, REMAT_POLICIES, divisors):
+        for zero1, kind, policy, micro_batches in itertools.product(zero1_choices, attention, REMAT, divisors):
             changed = dataclasses.replace(
                 config,
                 mesh=dataclasses.replace(mesh, zero1=zero1),
-                model=dataclasses.replace(model, remat=remat),
+                model=dataclasses.replace(model, remat=policy, attention=kind),
                 train=dataclasses.replace(config.train, micro_batches=micro_batches),
             )
             result.append(expect(changed, layout, chip))
@@ -100,6 +103,14 @@ def _shortest(mesh: MeshConfig, num_devices: int) -> MeshConfig:
         if shorter.shape(num_devices) == mesh.shape(num_devices):
             mesh = shorter
     return mesh
+
+
+def _attention_kinds(config: Config, layout: sharding.Layout) -> list[str]:
+    """Returns the values of `model.attention` to try: `auto`, and `chunked` where that is no kernel."""
+    auto = dataclasses.replace(config, model=dataclasses.replace(config.model, attention="auto"))
+    if _resolved(auto, layout).attention in KERNELS or "chunked" not in config.model.attention_kinds:
+        return ["auto"]
+    return ["auto", "chunked"]
 
 
 def _resolved(config: Config, layout: sharding.Layout) -> ModelConfig:
@@ -126,15 +137,21 @@ def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
 
     # Activations that a layer saves for the backward pass, and the temporaries of one layer.
     scores = 0 if model.attention in ("chunked", *KERNELS) else tokens * model.num_heads / tensor * model.length
-    outputs = {name: size for name, (_, size) in model.layer_weights.items()}
-    mlp = outputs["up"] + outputs.get("gate", 0)
-    wide = (outputs["qkv"] + mlp) / tensor + 3 * width
-    saved = {"full": 2 * tokens * width, "dots": 2 * tokens * (wide + width)}
-    saved["none"] = saved["dots"] + 6 * scores + 2 * tokens * (2 * mlp / tensor + 6 * width)
+    layer_sizes = dict(model.layer_weights)
+    outputs = {name: size / (1 if name in ("out", "down") else tensor) for name, (_, size) in layer_sizes.items()}
+    outputs["attention"] = model.num_heads * model.head_dim / tensor if model.attention in KERNELS else 0
+    wide = sum(outputs.values()) + width
+    kept = [name for name, on_host in remat.kept(model.remat).items() if not on_host]
+    # The backward pass does not need the output of the last layer, "down".
+    saved = 2 * tokens * (width + sum(outputs.get(name, 0) for name in kept if name != "down"))
+    if model.remat == "none":
+        saved += 6 * scores + 2 * tokens * (2 * outputs["up"] + 2 * outputs.get("gate", 0) + 6 * width)
     temporaries = 10 * scores + 6 * tokens * wide + 6 * tokens * model.padded_vocab_size / tensor
-    memory = 4 * shard + optimizer + gradients + gathered + layers * saved[model.remat] + temporaries
+    memory = 4 * shard + optimizer + gradients + gathered + layers * saved + temporaries
 
-    recomputation = {"none": 1.0, "dots": 1.05, "full": 4 / 3}[model.remat]
+    products = {name: inputs * size for name, (inputs, size) in layer_sizes.items()}
+    again = sum(size for name, size in products.items() if name not in (*kept, "down")) / sum(products.values()) / 3
+    recomputation = 1 + (0 if model.remat == "none" else 0.02 + again)
     compute = recomputation * examples * length / tensor * model.flops_per_token() / chip.flops
     passes = 20 + 10 * (model.remat != "none")  # bytes read and written per attention score
     traffic = micro_batches * layers * (passes * scores + 40 * tokens * wide) + 30 * shard
@@ -152,7 +169,7 @@ def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
         is_doubled = chip.name == "v5p" and fsdp * sequence == layout.mesh.size >= 64
         network += micro_batches * collective(("fsdp", "sequence"), 2 * weights / tensor, 6 if is_doubled else 3)
     activations = micro_batches * layers * tokens * width
-    network += collective(("model",), 2 * activations, 2 * (4 + 2 * (model.remat == "full")))
+    network += collective(("model",), 2 * activations, 2 * (4 + 2 * (again > 0)))
     network += collective(("sequence",), 4 * activations * sequence / tensor, 3)
     return Candidate(config, memory, max(compute, traffic / chip.bandwidth) + 0.5 * network)
 
