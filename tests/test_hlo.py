@@ -162,7 +162,7 @@ def test_a_collective_of_the_sparsecores_overlaps_from_the_update_on_that_gives_
         '}, execution_thread="sparsecore"\n\n'
         "%async_computation (q: f32[4]) -> f32[16] {\n"
         "  %q = f32[4]{0} parameter(0)\n"
-        '  ROOT %c = f32[16]{0} custom-call(%q), custom_call_target="TODO", called_computations={%called_computation.1}\n'
+        "  ROOT %c = f32[16]{0} custom-call(%q), called_computations={%called_computation.1}\n"
         '}, execution_thread="sparsecore"\n\n'
     )
     start, end = "%s = ((), ()) async-start(), calls=%async_computation", "%d = f32[16]{0} async-done(%u)"

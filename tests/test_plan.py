@@ -96,8 +96,9 @@ def test_figures_of_a_plan_are_consistent(planned, mesh):
 
 
 @needs_libtpu
-def test_the_compiler_accepts_the_options_of_a_chip_unless_the_user_sets_them(monkeypatch):
-    device = hardware.topology_devices("v5p:2x2x1")[0]
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_the_compiler_accepts_the_options_of_a_chip_unless_the_user_sets_them(topology, monkeypatch):
+    device = hardware.topology_devices(topology)[0]
     options = backend.compiler_options(device)
     array = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
     jax.jit(jnp.negative, compiler_options=options).lower(array).compile()

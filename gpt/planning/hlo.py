@@ -165,9 +165,7 @@ class Module:
             yield computation, instruction, times
             if instruction.opcode == "while":
                 yield from self.walk(instruction.called, times * self.trips(computation, instruction), fusions)
-            elif instruction.opcode in ("call", "async-start") or _is_wrapper(instruction):
-                yield from self.walk(instruction.called, times, fusions)
-            elif fusions and instruction.opcode == "fusion":
+            elif instruction.opcode in ("call", "async-start", *("fusion",) * fusions) or _is_wrapper(instruction):
                 yield from self.walk(instruction.called, times, fusions)
             elif instruction.opcode == "conditional":
                 branches = r"(?:_computation=|branch_computations=\{|, )%([\w.\-]+)"
@@ -311,7 +309,7 @@ def operations(text: str) -> list[Operation]:
 
 
 def _is_kernel(instruction: Instruction) -> bool:
-    """Returns whether an instruction runs on a device and is no collective; a loop is none, but its instructions are."""
+    """Returns whether an instruction runs on a device and is no collective. A loop itself is no kernel."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(("-done", "-update")) or opcode.removesuffix("-start") in COLLECTIVES:
         return False
