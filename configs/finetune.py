@@ -31,7 +31,7 @@ def get_config(argument: str = ""):
     config.train.eval_every = 50
     config.train.checkpoint_every = 50
     config.optimizer.learning_rate = 3e-5
-    config.optimizer.final_fraction = 1.0  # no decay
+    config.optimizer.decay = "constant"
     if "lora" in options:
         config.model.lora_rank = 8
         config.model.lora_targets = ",".join(trained.model.layer_weights)

@@ -6,6 +6,7 @@ dropout. gpt2-124m fits on eight chips of 16 GB with --config.train.micro_batche
 - gpt2-124m follows nanoGPT's reproduction of the smallest GPT-2: batches of 524,288 tokens.
 - gpt2-1558m is the largest GPT-2. OpenAI did not publish its batch size and learning rate; this config takes those of
   the GPT-3 model nearest in size (XL). Its 25 heads are divisible by 5 and 25 only, so `mesh.model` must be 1, 5 or 25.
+  Its attention kernels stay whole on each device if `mesh.fsdp` is larger than 64 (the table at the start says so).
 - gpt3-7b and gpt3-175b use batches of 2,097,152 tokens. The batch of the published 175B run grew to 3.2 million tokens;
   the smaller one is divisible by 1,024 devices.
 

@@ -93,7 +93,8 @@ def load_model(
     """Returns a trained model, to generate and to be evaluated.
 
     Args:
-      checkpoint: "best" (lowest validation loss), "last", or a step.
+      checkpoint: "best" (lowest validation loss), "last", or a step; with ",raw" after it, the parameters of the last
+        step although the run kept a moving average of them.
       batch_size: examples of a batch in evaluations; None: as in training.
       rows: examples that will be computed together; 0: not known.
       job: see `start`.

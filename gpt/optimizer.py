@@ -1,28 +1,41 @@
 """The learning-rate schedule, and the optimizer: clipping, AdamW or Muon, and weight decay."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
+from gpt.muon import scale_by_muon
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_fraction, check_not_negative, check_positive
+
+# Shapes of the decay. Each maps the progress p of the decay, from 0 to 1, and the ratio of its last step to its first
+# to the height above the final learning rate, as a fraction of the way from there to the peak.
+DECAYS: dict[str, Callable[[jax.Array, float], Any]] = {
+    "constant": lambda p, ratio: 1.0,
+    "cosine": lambda p, ratio: 0.5 * (1 + jnp.cos(jnp.pi * p)),
+    "linear": lambda p, ratio: 1 - p,
+    "sqrt": lambda p, ratio: 1 - jnp.sqrt(p),  # arXiv 2405.18392
+    "inverse_sqrt": lambda p, ratio: jax.lax.rsqrt(1 + (ratio - 1) * p),  # arXiv 1706.03762; comes near the final rate
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Options of AdamW (arXiv 1711.05101) or Muon, with gradient clipping, linear warm-up and decay."""
+    """Options of AdamW (arXiv 1711.05101) or Muon, with gradient clipping, linear warm-up and decay.
+
+    With `decay_from`, the learning rate stays at its peak between warm-up and decay (WSD, arXiv 2404.06395).
+    """
 
     name: str = "adamw"  # adamw, or muon: Muon for the kernels of the blocks and AdamW for all other parameters
     learning_rate: float = 6e-4  # peak learning rate
     warmup_tokens: float = 0.0  # number of tokens over which the learning rate rises from 0 to its peak
-    decay: str = "cosine"  # shape of the decay: cosine (half a period) or linear
+    decay: str = "cosine"  # shape of the decay, one of DECAYS: cosine, linear, sqrt, inverse_sqrt or constant (none)
+    decay_from: float = 0.0  # part of the tokens up to the decay's end after which it begins; 0: after the warm-up
     decay_tokens: float = 0.0  # number of tokens after which the decay ends; 0: at the end of the run
     final_fraction: float = 0.1  # learning rate after the decay, as a fraction of the peak
     b1: float = 0.9  # AdamW's decay rate of the mean of gradients
@@ -31,19 +44,20 @@ class OptimizerConfig:
     epsilon: float = 1e-8  # AdamW's number added to the denominator
     weight_decay: float = 0.1  # weight decay of kernels; embeddings, norms and biases have none
     clip_norm: float = 1.0  # largest global norm of the gradient; 0: no clipping
+    ema: float = 0.0  # decay rate, per step, of a moving average of the parameters, which then is the model; 0: none
 
     def __post_init__(self):
         check_positive("optimizer", self, "learning_rate", "epsilon")
         check_choice("optimizer.name", self.name, ("adamw", "muon"))
-        check_choice("optimizer.decay", self.decay, ("cosine", "linear"))
-        check_fraction("optimizer", self, "b1", "b2", "momentum")
+        check_choice("optimizer.decay", self.decay, DECAYS)
+        check_fraction("optimizer", self, "b1", "b2", "momentum", "decay_from", "ema")
         check_not_negative("optimizer", self, "warmup_tokens", "decay_tokens", "weight_decay", "clip_norm")
         if not 0 <= self.final_fraction <= 1:
             raise UserError(f"optimizer.final_fraction={self.final_fraction} has to lie between 0 and 1.")
 
 
 def schedule(config: OptimizerConfig, tokens_per_step: int, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate as a function of the step: linear warm-up, decay, and then a constant.
+    """Returns the learning rate as a function of the step: linear warm-up, the peak, decay, and then a constant.
 
     The config counts tokens, of which a large run has more than an int32 on a device can count. They are converted to
     fractional steps here, so that the device computes with steps only.
@@ -55,44 +69,64 @@ def schedule(config: OptimizerConfig, tokens_per_step: int, total_steps: int) ->
     """
     warmup = config.warmup_tokens / tokens_per_step
     end = (config.decay_tokens or total_steps * tokens_per_step) / tokens_per_step
+    start = max(warmup, config.decay_from * end)
+    ratio = max(end / max(start, 1.0), 1.0)
 
     def learning_rate(step):
         step = jnp.asarray(step, jnp.float32)
         # + 1, because a learning rate of 0 would waste the first step.
         rising = jnp.minimum((step + 1) / max(warmup, 1.0), 1.0)
-        progress = jnp.clip((step - warmup) / max(end - warmup, 1.0), 0.0, 1.0)
-        falling = 0.5 * (1 + jnp.cos(jnp.pi * progress)) if config.decay == "cosine" else 1 - progress
+        falling = DECAYS[config.decay](jnp.clip((step - start) / max(end - start, 1.0), 0.0, 1.0), ratio)
         return config.learning_rate * rising * (config.final_fraction + (1 - config.final_fraction) * falling)
 
     return learning_rate
 
 
 def make_optimizer(
-    config: OptimizerConfig, learning_rate: optax.Schedule, logical_axes: Any
+    config: OptimizerConfig, learning_rate: optax.Schedule, logical_axes: Any, width_ratio: float = 1.0
 ) -> optax.GradientTransformation:
     """Returns the optimizer: clipping, Adam or Muon, weight decay and the learning rate, in this order.
+
+    With µP (arXiv 2203.03466, table 8), the kernels of the blocks have a lower learning rate in a wider model: 1/width
+    for Adam, and 1/√width for Muon, whose updates have a spectral norm of √width here. Weight decay is not scaled.
 
     Args:
       config: the options of the optimizer.
       learning_rate: the learning rate as a function of the step.
-      logical_axes: for each parameter, the logical names of its axes as a PartitionSpec. Only Muon reads them.
+      logical_axes: for each parameter, the logical names of its axes as a PartitionSpec. Only Muon and µP read them.
+      width_ratio: width of the model relative to that which the learning rate is for.
     """
+
+    def is_inner(path, names) -> bool:
+        """Returns whether a parameter is a kernel of a block, whose inputs and outputs both grow with the width."""
+        return path[-1].key == "kernel" and not {"vocab", "classes", "patch"} & set(names)
+
+    inner = jax.tree_util.tree_map_with_path(is_inner, logical_axes, is_leaf=lambda x: isinstance(x, P))
     scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
     if config.name == "muon":
-
-        def kind(path, names) -> str:
-            is_outside_blocks = {"vocab", "classes", "patch"} & set(names)
-            return "muon" if path[-1].key == "kernel" and not is_outside_blocks else "adam"
-
-        kinds = jax.tree_util.tree_map_with_path(kind, logical_axes, is_leaf=lambda x: isinstance(x, P))
-        masked = jax.tree.map(lambda kind, names: names if kind == "muon" else optax.MaskedNode(), kinds, logical_axes)
+        masked = jax.tree.map(lambda use, names: names if use else optax.MaskedNode(), inner, logical_axes)
+        kinds = jax.tree.map(lambda use: "muon" if use else "adam", inner)
         scale = optax.partition({"adam": scale, "muon": scale_by_muon(config.momentum, masked)}, kinds)
+    if width_ratio != 1:
+        factor = width_ratio ** (-0.5 if config.name == "muon" else -1)
+        scale = optax.chain(scale, optax.masked(optax.scale(factor), inner))
     return optax.chain(
         clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
         scale,
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def average(old: Any, params: Any, rate: float, count: jax.Array) -> Any:
+    """Returns the exponential moving average of parameters after an update.
+
+    Args:
+      rate: the decay rate. It is lower at first, as in TensorFlow's ExponentialMovingAverage: otherwise the first
+        parameters would be a large part of the average for many steps.
+      count: number of updates before this one.
+    """
+    return optax.incremental_update(params, old, jnp.maximum(1 - rate, 9 / (10 + count)))
 
 
 def decay_mask(params: Any) -> Any:
@@ -119,70 +153,3 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda g: scale * g, grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def scale_by_muon(momentum: float, logical_axes: Any) -> optax.GradientTransformation:
-    """Returns Muon: it orthogonalizes the momentum of each matrix (Jordan et al. 2024).
-
-    See https://kellerjordan.github.io/posts/muon. Updates are scaled to a root mean square of about 0.2, like Adam's,
-    so that both share a learning rate (arXiv 2502.16982). Matrices of the same shape are stacked and sharded over all
-    devices of the mesh, so that each device orthogonalizes a part of them.
-
-    Args:
-      momentum: decay rate of the mean of gradients. The momentum is Nesterov's.
-      logical_axes: for each parameter, the logical names of its axes as a PartitionSpec.
-    """
-
-    def init(params) -> optax.TraceState:
-        return optax.TraceState(jax.tree.map(jnp.zeros_like, params))
-
-    def update(grads, state, params=None):
-        trace = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.trace, grads)
-        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, trace, grads)
-        names = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, P))
-        leaves = jax.tree.leaves(ahead)
-        shapes = [matrices(x.shape, axes) for x, axes in zip(leaves, names, strict=True)]
-        for shape in {shape[1:] for shape in shapes}:
-            members = [i for i, other in enumerate(shapes) if other[1:] == shape]
-            stacked_NxIxO = jnp.concatenate([leaves[i].reshape(shapes[i]) for i in members])
-            stacked_NxIxO = 0.2 * max(shape) ** 0.5 * on_all_devices(orthogonalize, stacked_NxIxO)
-            bounds = np.cumsum([shapes[i][0] for i in members])[:-1]
-            for i, part in zip(members, jnp.split(stacked_NxIxO, bounds), strict=True):
-                leaves[i] = part.reshape(leaves[i].shape)
-        return jax.tree.unflatten(jax.tree.structure(ahead), leaves), optax.TraceState(trace)
-
-    return optax.GradientTransformation(init, update)
-
-
-def matrices(shape: tuple[int, ...], names: P) -> tuple[int, int, int]:
-    """Returns the shape [layers, inputs, outputs] of a kernel, which has `embed` as its inputs or as its outputs.
-
-    Args:
-      shape: shape of the kernel.
-      names: logical names of its axes.
-    """
-    start = int(names[0] == "layers")
-    middle = start + 1 if names[start] == "embed" else len(shape) - 1
-    return math.prod(shape[:start]), math.prod(shape[start:middle]), math.prod(shape[middle:])
-
-
-def orthogonalize(x_NxIxO: jax.Array) -> jax.Array:
-    """Returns about U·Vᵀ for each matrix U·S·Vᵀ, by five Newton-Schulz iterations with Jordan's coefficients."""
-    transposed = x_NxIxO.shape[1] > x_NxIxO.shape[2]
-    x = x_NxIxO.swapaxes(1, 2) if transposed else x_NxIxO
-    x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
-    for _ in range(5):
-        square = x @ x.swapaxes(1, 2)
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.swapaxes(1, 2) if transposed else x
-
-
-def on_all_devices(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Returns `function(x)`, computed with the first axis of x sharded over all devices of the current mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return function(x)
-    rows = len(x)
-    x = jnp.pad(x, [(0, -rows % mesh.size), *[(0, 0)] * (x.ndim - 1)])
-    x = function(jax.lax.with_sharding_constraint(x, P(mesh.axis_names)))
-    return jax.lax.with_sharding_constraint(x, P())[:rows]

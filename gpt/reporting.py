@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from gpt import sharding
+from gpt import parameters, sharding
 from gpt.checkpointing.run import Run
 from gpt.config import Config
 from gpt.data.base import Dataset, Shown
@@ -117,7 +117,7 @@ def describe(
     if c.lora_rank:
         yield f"lora   {count(state.params):,} parameters are trained: rank {c.lora_rank} at {c.lora_targets}"
     yield f"data   {dataset.describe()}"
-    trees = (state.params, state.frozen), state.opt_state
+    trees = (state.params, state.frozen), (state.opt_state, state.ema)
     held = [sharding.bytes_per_device(tree) / 1e6 for tree in trees]
     whole = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e6 for tree in trees]
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
@@ -127,7 +127,7 @@ def describe(
         f"memory {sum(held):,.1f} MB a device: parameters {held[0]:,.1f}, optimizer {held[1]:,.1f} "
         f"(of {whole[0]:,.1f} and {whole[1]:,.1f} in all)"
     )
-    yield from ("       " + line for line in sharding.table(program.parameters()))
+    yield from ("       " + line for line in parameters.table(parameters.of_program(program)))
     tokens = batch_size * c.length
     epochs = total_steps * batch_size / examples_per_epoch
     yield f"run    {total_steps:,} steps × {tokens:,} tokens = {total_steps * tokens:,} tokens, {epochs:.1f} epochs"

@@ -7,8 +7,8 @@ mesh axis, `make_layout` creates the mesh, and `Layout` derives all shardings.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +22,6 @@ from jax.sharding import PartitionSpec as P
 from gpt.runtime import hardware
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import harmless
-from gpt.runtime.progress import columns
 
 # The mesh axes, from the slowest links between devices to the fastest.
 AXES = ("data", "fsdp", "sequence", "model")
@@ -131,6 +130,11 @@ class Layout:
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(_complete(self.rules)):
             yield
 
+    def without(self, axes: tuple[str, ...]) -> contextlib.AbstractContextManager[None]:
+        """Leaves mesh axes out of the current rules, for a function that `jax.shard_map` maps over these axes."""
+        rules = ((name, tuple(axis for axis in over if axis not in axes)) for name, over in self.rules)
+        return nn.logical_axis_rules(_complete(tuple(rules)))
+
     def for_decoding(self, rows: int) -> "Layout":
         """Returns a layout for decoding: without sharded length, nor batch if the mesh does not divide `rows`."""
         unsharded = {"length"} | ({"batch"} if rows % self.batch_shards else set())
@@ -157,68 +161,81 @@ class Layout:
         return math.prod(self.mesh.shape[axis] for axis in dict(self.rules)["batch"])
 
     @functools.cached_property
+    def replica_axes(self) -> tuple[str, ...]:
+        """Mesh axes that shard the batch and nothing else: all devices along them hold the same parameters.
+
+        There are none if the length is sharded too: `jax.shard_map` over a part of such a mesh crashes XLA.
+        """
+        used = _parameter_axes(self.rules)
+        axes = (axis for axis in dict(self.rules)["batch"] if axis not in used and self.mesh.shape[axis] > 1)
+        return tuple(axes) if self.length_shards == 1 else ()
+
+    @functools.cached_property
     def length_shards(self) -> int:
         """Number of shards of the sequence length of activations."""
-        return self._size(self.spec("length")[0])
+        return self.size(self.spec("length")[0])
 
     def local_rows(self, batch_size: int) -> np.ndarray:
         """Returns the sorted indices of the examples of a global batch that this process's devices need."""
         slices = self.batch.addressable_devices_indices_map((batch_size,)).values()
         return np.unique(np.concatenate([np.arange(batch_size)[index] for index in slices if index is not None]))
 
-    def state_shardings(self, abstract_state: Any) -> Any:
+    def state_shardings(self, abstract_state: Any, extra: tuple[str, ...] = ()) -> Any:
         """Returns a NamedSharding for each leaf, derived from the logical axis names of its Flax box.
+
+        A mesh axis that does not divide the axis that the rules name shards another axis of the same leaf: of those
+        that it divides, the one with the largest shards, the first of equals. `layers` is no candidate, because each
+        layer would have to be sent by the few devices that hold it. Without a candidate, the leaf is whole along the
+        mesh axis. Only mesh axes of the batch or the length may move so: those of `heads`, `mlp` and `vocab` shard
+        activations too.
 
         Args:
           abstract_state: a tree of jax.ShapeDtypeStruct, in Flax's boxes if their axes have names.
+          extra: mesh axes that also shard each leaf, in the same way: `data` for ZeRO stage 1.
 
         Raises:
-          UserError: a mesh axis does not divide the axis of a parameter that it has to shard.
+          UserError: a mesh axis that may not move does not divide the axis of a parameter.
         """
-        logical = nn.get_partition_spec(abstract_state)
-        shardings = nn.logical_to_mesh_sharding(logical, self.mesh, _complete(self.rules))
+        movable = self._axes_of("batch", "length")
 
-        def check(path, leaf, sharding, names):
-            for size, axes, name in zip(leaf.shape, sharding.spec, names, strict=False):
-                hint = "; set model.vocab_multiple" if name == "vocab" else ""
-                self._check_divides(axes, size, f"the {size} {name} of {path_name(path)}{hint}")
+        def shard(path, leaf, names) -> NamedSharding:
+            over: list[tuple[str, ...]] = [()] * len(leaf.shape)
+            moved = [axis for axis in extra if axis not in self._axes_of(*names)]
+            for i, (size, axes) in enumerate(zip(leaf.shape, self.spec(*names), strict=False)):
+                for axis in mesh_axes(axes):
+                    if size % self.size((*over[i], axis)) == 0:
+                        over[i] += (axis,)
+                    elif axis in movable:
+                        moved.append(axis)
+                    else:
+                        hint = "; set model.vocab_multiple" if names[i] == "vocab" else ""
+                        self._check_divides(axes, size, f"the {size} {names[i]} of {path_name(path)}{hint}")
+            for axis in moved:
+                left = [size // self.size(axes) for size, axes in zip(leaf.shape, over, strict=True)]
+                fitting = [i for i, name in enumerate(names) if name != "layers" and left[i] % self.size(axis) == 0]
+                if fitting:
+                    over[max(fitting, key=lambda i: left[i])] += (axis,)
+            return NamedSharding(self.mesh, P(*over))
 
-        jax.tree_util.tree_map_with_path(check, nn.unbox(abstract_state), shardings, logical)
-        return shardings
+        return jax.tree_util.tree_map_with_path(shard, nn.unbox(abstract_state), nn.get_partition_spec(abstract_state))
 
     def check_length(self, length: int) -> None:
         """Raises UserError unless the mesh divides the sequence length, in tokens."""
         what = f"the {length} tokens of an example (model.block_size, or the patches of an image)"
         self._check_divides(self.spec("length")[0], length, what)
 
-    def spread(self, abstract: Any, shardings: Any) -> Any:
-        """Returns shardings that also use `data`, on the first axis of each array that can be divided (ZeRO stage 1).
-
-        Args:
-          abstract: a tree of jax.ShapeDtypeStruct.
-          shardings: their shardings without ZeRO.
-        """
-        size = self.mesh.shape["data"]
-
-        def spread_one(leaf, sharding):
-            spec = _axes_of_each(sharding, len(leaf.shape))
-            if any("data" in axes for axes in spec):
-                return sharding
-            for i, axes in enumerate(spec):
-                if leaf.shape[i] % (self._size(axes) * size) == 0:
-                    spec[i] = (*axes, "data")
-                    break
-            return NamedSharding(self.mesh, P(*spec))
-
-        return jax.tree.map(spread_one, abstract, shardings)
-
     def _check_divides(self, axes: str | tuple[str, ...] | None, size: int, what: str) -> None:
-        if size % self._size(axes):
-            over = " × ".join(f"mesh.{axis}={self.mesh.shape[axis]}" for axis in _axes(axes))
-            raise UserError(f"{over} does not divide {what}.")
+        if size % self.size(axes):
+            raise UserError(f"{self.named_sizes(axes, 'mesh.')} does not divide {what}.")
 
-    def _size(self, axes: str | tuple[str, ...] | None) -> int:
-        return math.prod(self.mesh.shape[axis] for axis in _axes(axes))
+    def named_sizes(self, axes: str | tuple[str, ...] | None, prefix: str = "") -> str:
+        return " × ".join(f"{prefix}{axis}={self.mesh.shape[axis]}" for axis in mesh_axes(axes))
+
+    def _axes_of(self, *names: str | None) -> tuple[str, ...]:
+        return tuple(itertools.chain(*map(mesh_axes, self.spec(*names))))
+
+    def size(self, axes: str | tuple[str, ...] | None) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in mesh_axes(axes))
 
 
 def make_layout(config: MeshConfig, devices: list[jax.Device] | None = None) -> Layout:
@@ -260,54 +277,6 @@ def bytes_per_device(tree: Any) -> int:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Parameter:
-    """The sharding of a parameter, or of the same parameter in each of several layers.
-
-    Attributes:
-      name: path of the parameter, with `*` for the number of the layer.
-      shape: global shape.
-      axes: logical names of the axes.
-      over: for each axis, the mesh axes that shard it.
-      count: number of layers that have the parameter.
-      bytes: bytes of one such parameter on one device.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    over: tuple[tuple[str, ...], ...]
-    count: int
-    bytes: int
-
-
-def parameters(params: Any, logical_axes: Any) -> list[Parameter]:
-    """Returns the sharding of each parameter, with one entry for all layers.
-
-    Args:
-      params: a tree of jax.ShapeDtypeStruct with shardings.
-      logical_axes: for each parameter, the logical names of its axes as a PartitionSpec.
-    """
-    names = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, P))
-    parameters: dict[str, Parameter] = {}
-    for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(params), names, strict=True):
-        name = re.sub(r"block_\d+", "block_*", path_name(path))
-        count = parameters[name].count + 1 if name in parameters else 1
-        over = tuple(_axes_of_each(leaf.sharding, len(leaf.shape)))
-        parameters[name] = Parameter(name, leaf.shape, tuple(axes), over, count, bytes_per_device(leaf))
-    return list(parameters.values())
-
-
-def table(parameters: list[Parameter]) -> Iterator[str]:
-    """Yields the lines of a text table of `parameters`."""
-    lines = [("parameter", "shape", "logical axes", "sharded over", "bytes a device", "")]
-    for p in parameters:
-        shards = ", ".join("+".join(axes) or "-" for axes in p.over)
-        times = f"{p.count} × " if p.count > 1 else ""
-        lines.append((p.name, " × ".join(map(str, p.shape)), ", ".join(p.axes), shards, f"{times}{p.bytes:,}", ""))
-    yield from columns(lines, left=4)
-
-
 def path_name(path: tuple) -> str:
     """Returns the keys of a path in a tree as one string, for example "block_0/mlp/up/kernel"."""
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
@@ -318,14 +287,9 @@ def _parameter_axes(rules: Rules) -> set[str]:
     return {axis for name, axes in rules for axis in axes if name != "batch"}
 
 
-def _axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def mesh_axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Returns an entry of a PartitionSpec as a tuple."""
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
-
-
-def _axes_of_each(sharding: NamedSharding, ndim: int) -> list[tuple[str, ...]]:
-    """Returns the mesh axes of each axis of an array, of which a PartitionSpec may leave out the last ones."""
-    return [_axes(axes) for axes in sharding.spec] + [()] * (ndim - len(sharding.spec))
 
 
 def _complete(rules: Rules) -> tuple[tuple[str, str | tuple[str, ...] | None], ...]:

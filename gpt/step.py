@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
 from gpt import optimizer, sharding
 from gpt.config import Config
@@ -33,12 +34,19 @@ class TrainState(flax.struct.PyTreeNode):
       params: the parameters that are trained: those of the model, or with LoRA those of its adapters.
       opt_state: the state of the optimizer.
       frozen: with LoRA, the parameters of the model; else empty.
+      ema: with `optimizer.ema`, the moving average of `params`; else empty.
     """
 
     step: jax.Array
     params: Any
     opt_state: Any
     frozen: Any = flax.struct.field(default_factory=dict)
+    ema: Any = flax.struct.field(default_factory=dict)
+
+    @property
+    def items(self) -> dict[str, Any]:
+        """What a checkpoint holds, by the names of its items."""
+        return {"params": self.params, "optimizer": self.opt_state} | ({"ema": self.ema} if self.ema else {})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +61,7 @@ class Program:
       init: () -> TrainState with random parameters, each created on the devices that hold it.
       begin: (params) -> TrainState that starts from parameters of the model, which are donated.
       train_step: (state, batch) -> (state, metrics); the state passed in is donated.
-      merge: (params, adapters) -> the parameters of the model with the adapters added.
+      merge: (params, adapters) -> the parameters of the model with the adapters added; ({}, params) -> params.
       eval_step: (parameters of the model, batch) -> sums over the batch.
     """
 
@@ -72,18 +80,14 @@ class Program:
         """The parameters of the model as jax.ShapeDtypeStruct with shardings."""
         return self.abstract_state.frozen or self.abstract_state.params
 
-    def merged_params(self, state: TrainState) -> Any:
-        """Returns the parameters of the model with adapters merged, for evaluation and sampling."""
-        return self.merge(state.frozen, state.params) if state.frozen else state.params
+    def merged_params(self, state: TrainState, raw: bool = False) -> Any:
+        """Returns the parameters of the model with adapters merged, for evaluation and sampling.
 
-    def parameters(self) -> list[sharding.Parameter]:
-        """Returns how each parameter of the model and of its adapters is sharded."""
-        state = self.abstract_state
-        return [
-            parameter
-            for name, tree in variables(state.params, state.frozen).items()
-            for parameter in sharding.parameters(tree, self.logical_axes[name])
-        ]
+        Args:
+          raw: return the parameters of the last step although there is a moving average.
+        """
+        trained = state.params if raw or not state.ema else state.ema
+        return self.merge(state.frozen, trained) if state.frozen or trained is state.ema else trained
 
     def num_parameters(self) -> int:
         """Returns the number of parameters of the model, without adapters."""
@@ -142,14 +146,19 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
 
     logical_axes = nn.get_partition_spec(jax.eval_shape(init_variables))
     trained_axes = logical_axes["lora" if model_config.lora_rank else "params"]
-    tx = optimizer.make_optimizer(config.optimizer, learning_rate, trained_axes)
+    tx = optimizer.make_optimizer(config.optimizer, learning_rate, trained_axes, model_config.width_ratio)
 
     def begin(params) -> TrainState:
         trained, frozen = (init_variables()["lora"], params) if model_config.lora_rank else (params, {})
-        return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), frozen)
+        ema = trained if config.optimizer.ema else {}
+        return TrainState(jnp.zeros((), jnp.int32), trained, tx.init(trained), frozen, ema)
 
     def init_boxed() -> TrainState:
         return begin(init_variables()["params"])
+
+    # Random masks are drawn for the whole batch, so that they are the same on every mesh.
+    has_dropout = any(rate for name, rate in vars(model_config).items() if name.endswith("_dropout"))
+    summed_last = () if has_dropout else layout.replica_axes
 
     def train_step(state: TrainState, batch: dict[str, jax.Array]):
         # A key for each (seed, step): a resumed run draws what it would have drawn without the interruption.
@@ -164,31 +173,30 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
             head_VxD = model_config.head(whole["params"])
             return fused_loss(model_config, train.loss_chunks, train.z_loss, x_BxTxD, head_VxD, targets)
 
-        loss, grads = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches)(
-            state.params, batch, dropout_key
-        )
+        gradients = accumulate(jax.value_and_grad(loss_of), config.train.micro_batches, layout, summed_last)
+        loss, grads = gradients(state.params, batch, dropout_key)
         # The division comes last: a sum over all devices' tokens before the model would make them wait for each other.
         weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
         loss, grads = jax.tree.map(lambda total: weight * total, (loss, grads))
         if layout.zero1:  # each device updates the parameters whose optimizer state it holds
-            grads = jax.lax.with_sharding_constraint(grads, layout.spread(abstract.params, shardings.params))
+            grads = jax.lax.with_sharding_constraint(grads, zero1_shardings.params)
         gradient_norm = optimizer.global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, count = optax.apply_updates(state.params, updates), state.opt_state[-1].count
+        ema = optimizer.average(state.ema, params, config.optimizer.ema, count) if state.ema else {}
+        updated = state.replace(params=params, opt_state=opt_state, ema=ema)
         skipped = {}
         if config.train.on_nonfinite == "skip":
             is_finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
-            params, opt_state = jax.tree.map(
-                lambda new, old: jnp.where(is_finite, new, old), (params, opt_state), (state.params, state.opt_state)
-            )
-            skipped = {"skipped": state.step + 1 - opt_state[-1].count}
+            updated = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), updated, state)
+            skipped = {"skipped": state.step + 1 - updated.opt_state[-1].count}
         measured = skipped | {
             "loss": loss,
             "gradient_norm": gradient_norm,
-            "parameter_norm": optimizer.global_norm(params),
-            "learning_rate": learning_rate(state.opt_state[-1].count),
+            "parameter_norm": optimizer.global_norm(updated.params),
+            "learning_rate": learning_rate(count),
         }
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), measured
+        return updated.replace(step=state.step + 1), measured
 
     def eval_step(params, batch):
         logits, targets = outputs_of({"params": params}, batch), batch["targets"]
@@ -208,13 +216,14 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         }
 
     def merge(params, adapters):
-        return lora.merge(params, adapters, model_config.lora_scale)
+        return lora.merge(params, adapters, model_config.lora_scale) if params else adapters
 
     abstract_boxed = jax.eval_shape(init_boxed)
     abstract = nn.unbox(abstract_boxed)
     shardings = layout.state_shardings(abstract_boxed)
+    zero1_shardings = layout.state_shardings(abstract_boxed, ("data",))
     if layout.zero1:
-        shardings = shardings.replace(opt_state=layout.spread(abstract.opt_state, shardings.opt_state))
+        shardings = shardings.replace(opt_state=zero1_shardings.opt_state, ema=zero1_shardings.ema)
     batch, everywhere = layout.batch, layout.replicated
     return Program(
         layout=layout,
@@ -232,15 +241,20 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
             donate_argnums=0,
             compiler_options=backend.compiler_options(layout.mesh.devices.flat[0]),
         ),
-        merge=jax.jit(merge, out_shardings=shardings.frozen),
+        merge=jax.jit(merge, out_shardings=shardings.frozen or shardings.params),
         eval_step=jax.jit(
             eval_step, in_shardings=(shardings.frozen or shardings.params, batch), out_shardings=everywhere
         ),
     )
 
 
-def accumulate(value_and_grad: Callable, parts: int) -> Callable:
-    """Returns a function that adds up `value_and_grad(params, batch, key)` over `parts` of the batch, one by one."""
+def accumulate(value_and_grad: Callable, parts: int, layout: sharding.Layout, summed_last: tuple[str, ...]) -> Callable:
+    """Returns a function that adds up `value_and_grad(params, batch, key)` over `parts` of the batch, one by one.
+
+    Args:
+      summed_last: mesh axes of the batch over which results are summed once, after the last part. Over the other mesh
+        axes, those of each part are summed, because a device may not have enough memory for unsharded gradients.
+    """
     if parts == 1:
         return value_and_grad
 
@@ -255,10 +269,14 @@ def accumulate(value_and_grad: Callable, parts: int) -> Callable:
             return jax.tree.map(jnp.add, total, value_and_grad(params, batch, jax.random.fold_in(key, i))), None
 
         zeros = jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-        total, _ = jax.lax.scan(add, zeros, (jax.tree.map(split, batch), jnp.arange(parts)))
-        return total
+        with layout.without(summed_last):
+            total, _ = jax.lax.scan(add, zeros, (jax.tree.map(split, batch), jnp.arange(parts)))
+        return jax.lax.psum(total, summed_last)
 
-    return accumulated
+    if not summed_last:
+        return accumulated
+    specs = P(), P(summed_last), P()
+    return jax.shard_map(accumulated, in_specs=specs, out_specs=P(), axis_names=set(summed_last), check_vma=False)
 
 
 def evaluate(

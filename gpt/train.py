@@ -11,8 +11,8 @@ Where the first parameters of a run come from:
 What happens to a step whose loss, gradient or parameters are not finite, or whose loss is a spike: the run ends, unless
 `train.on_nonfinite` has another value.
 
-- `skip`: the devices leave out the update, without a wait. Parameters and optimizer state stay what they were, with the
-  count of updates that decides the learning rate; the step counts.
+- `skip`: the devices leave out the update, without a wait. Parameters, their average and the optimizer state stay
+  what they were, with the count of updates that decides the learning rate; the step counts.
 - `rollback`: the run goes back to its newest checkpoint and on without the batch, whose number the workdir records. So
   the run is, to the bit, one that never saw this batch. Metrics are read a step late, so one more step is repeated.
 """
@@ -133,7 +133,7 @@ class Training:
         step, state, obstacle = self.checkpoints.last(), self.program.abstract_state, ""
         if not allow and step is not None:
             try:
-                self.checkpoints[step].check_fits(params=state.params, optimizer=state.opt_state)
+                self.checkpoints[step].check_fits(**state.items)
             except UserError as error:
                 obstacle = str(error)
         return refuse_changes(recorded, self.run, self.workdir.path, allow, obstacle)
@@ -262,7 +262,7 @@ class Training:
     def _save(self, loss: float | None = None) -> None:
         self.report.tensorboard.flush()  # a run killed after the save resumes with the events of all its steps
         state = self.state
-        self.checkpoints.save(self.step, state.params, state.opt_state, loss, self.mean_loss, state.frozen)
+        self.checkpoints.save(self.step, state.items, loss, self.mean_loss, state.frozen)
 
     def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Waits for a step, checks and shows its metrics.
@@ -320,12 +320,17 @@ class Training:
           The loss; None if a signal ended the evaluation.
         """
         step, params = self.step, self.program.merged_params(self.state)
+        options = self.validation, self.config.train.batch_size, interrupted.check
         try:
-            result = evaluate(self.program, params, self.validation, self.config.train.batch_size, interrupted.check)
+            result, raw = evaluate(self.program, params, *options), {}
+            if self.state.ema:
+                raw_params = self.program.merged_params(self.state, raw=True)
+                raw = {"raw_loss": evaluate(self.program, raw_params, *options)["loss"]}
         except Stopped:
             return None
         loss = result["loss"]
-        self.report.evaluation(step, self.dataset.report(self.validation, result), result, loss < self.best_loss)
+        measures = self.dataset.report(self.validation, result) | raw
+        self.report.evaluation(step, measures, result, loss < self.best_loss)
         if self.checkpoints.last() == step:
             self.checkpoints.evaluated(step, loss)
         elif loss < self.best_loss:
@@ -414,6 +419,6 @@ def environment(layout: sharding.Layout, order: str) -> dict[str, str]:
 def restore(checkpoints: Checkpoints, step: int, program: Program) -> TrainState:
     """Returns the state after a step, sharded for the program, without frozen parameters."""
     abstract = program.abstract_state
-    restored = checkpoints[step].restore(params=abstract.params, optimizer=abstract.opt_state)
+    restored = checkpoints[step].restore(**abstract.items)
     counter = jax.device_put(np.int32(step), abstract.step.sharding)
-    return TrainState(counter, restored["params"], restored["optimizer"])
+    return TrainState(counter, restored["params"], restored["optimizer"], ema=restored.get("ema", {}))

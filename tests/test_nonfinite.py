@@ -136,6 +136,7 @@ def test_a_skipped_update_is_one_left_out_by_hand(small, tmp_path, monkeypatch, 
     kind, train_options, mesh_options = VARIANTS[variant]
     devices(8 if mesh_options else 1)
     config = change(change(small, "train", on_nonfinite="skip", **train_options), "mesh", **mesh_options)
+    config = change(config, "optimizer", ema=0.9)  # an update that is left out does not count for the average either
     workdir = Workdir(tmp_path / "run")
     with monkeypatch.context() as patch:
         poison(patch, config, {6, 8}, kind)
@@ -263,7 +264,7 @@ def test_parameters_of_a_checkpoint_that_are_poisoned(small, tmp_path):
     checkpoints = workdir.checkpoints(keep=9)
     state = train.restore(checkpoints, 4, program)
     params = jax.tree.map(lambda x: x.at[(0,) * x.ndim].set(jnp.nan), state.params)
-    checkpoints.save(5, params, state.opt_state)
+    checkpoints.save(5, state.replace(params=params).items)
     checkpoints.close()
     for choice in ("skip", "rollback"):
         config = change(small, "train", on_nonfinite=choice, max_skipped=3)

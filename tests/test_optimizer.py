@@ -13,6 +13,7 @@ import pytest
 from gpt import optimizer, sharding
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.optimizer import OptimizerConfig
+from gpt.planning import hlo
 from gpt.runtime.errors import UserError
 
 # The learning-rate schedule.
@@ -24,11 +25,18 @@ def expected_rate(config: OptimizerConfig, tokens_per_step: int, total_steps: in
     if after < config.warmup_tokens:
         return config.learning_rate * after / config.warmup_tokens
     end = config.decay_tokens or total_steps * tokens_per_step
+    start = max(config.warmup_tokens, config.decay_from * end)
     lowest = config.learning_rate * config.final_fraction
-    if before >= end:
-        return lowest
-    progress = max(0.0, (before - config.warmup_tokens) / (end - config.warmup_tokens))
-    falling = (1 + math.cos(math.pi * progress)) / 2 if config.decay == "cosine" else 1 - progress
+    now = min(max(before, start), end)
+    progress = (now - start) / (end - start)
+    first = max(start, tokens_per_step)
+    falling = {
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "linear": 1 - progress,
+        "sqrt": 1 - math.sqrt(progress),
+        "inverse_sqrt": math.sqrt(first / (first + progress * (end - first))),
+        "constant": 1,
+    }[config.decay]
     return lowest + (config.learning_rate - lowest) * falling
 
 
@@ -53,14 +61,24 @@ LENGTHS = {
 
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(
-    ("decay_kind", "final_fraction"), [("cosine", 0.0), ("cosine", 0.1), ("cosine", 1.0), ("linear", 0.1)]
+    ("decay_kind", "final_fraction", "decay_from"),
+    [
+        ("cosine", 0.0, 0.0),
+        ("cosine", 0.1, 0.0),
+        ("cosine", 1.0, 0.0),
+        ("linear", 0.1, 0.0),
+        ("sqrt", 0.0, 0.8),
+        ("inverse_sqrt", 0.0, 0.0),
+        ("constant", 0.1, 0.0),
+    ],
 )
-def test_schedule_is_the_formula(length, decay_kind, final_fraction):
+def test_schedule_is_the_formula(length, decay_kind, final_fraction, decay_from):
     tokens_per_step, total_steps, warmup, decay = LENGTHS[length]
     config = OptimizerConfig(
         learning_rate=6e-4,
         warmup_tokens=warmup,
         decay=decay_kind,
+        decay_from=decay_from,
         decay_tokens=decay,
         final_fraction=final_fraction,
     )
@@ -91,6 +109,25 @@ def test_schedule_rises_then_falls_then_stays(length):
     assert rates(0, end).max() == pytest.approx(config.learning_rate, rel=1e-3)
     assert (np.diff(rates(math.ceil(top), end)) < 0).all()
     np.testing.assert_allclose(rates(math.ceil(end), 1.3 * end), 0.1 * config.learning_rate, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "sqrt"])
+def test_peak_lasts_until_the_decay_begins(shape):
+    """Warm-up, stable phase, decay: the last fifth of a run falls from the peak to zero."""
+    config = OptimizerConfig(learning_rate=1.0, warmup_tokens=1000, decay=shape, decay_from=0.8, final_fraction=0.0)
+    rates = np.asarray(optimizer.schedule(config, 100, 100)(np.arange(101)))
+    np.testing.assert_array_equal(rates[9:81], 1)
+    assert (np.diff(rates[80:]) < 0).all()
+    assert rates[100] == pytest.approx(0, abs=1e-6)
+    longer = np.asarray(optimizer.schedule(config, 100, 1000)(np.arange(81)))
+    np.testing.assert_array_equal(rates[:81], longer)  # so that a run can be made longer before its decay
+
+
+def test_inverse_square_root_does_not_depend_on_the_length_of_the_run():
+    config = OptimizerConfig(learning_rate=1.0, warmup_tokens=1000, decay="inverse_sqrt", final_fraction=0.0)
+    for steps in (200, 5000):
+        rates = optimizer.schedule(config, 100, steps)(np.array([10, 40, 160]))
+        np.testing.assert_allclose(rates, [1, 1 / 2, 1 / 4], rtol=1e-5)
 
 
 def test_decay_that_ends_within_the_warmup_stays_in_range():
@@ -250,7 +287,7 @@ def test_orthogonalized_is_near_the_nearest_orthogonal_matrix(shape):
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])
-@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "model": 2}], ids=["one", "mesh"])
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "model": 2}, {"fsdp": 8}], ids=["one", "mesh", "fsdp"])
 def test_update_is_muon_for_kernels_of_blocks_and_adam_for_the_rest(scan_layers, mesh):
     """Three steps equal those of NumPy, one matrix at a time, on one device and on a mesh."""
     boxed = boxed_params(scan_layers=scan_layers, tie_embeddings=False)
@@ -288,6 +325,35 @@ def test_update_is_muon_for_kernels_of_blocks_and_adam_for_the_rest(scan_layers,
         np.testing.assert_allclose(actual[name].reshape(expected.shape), expected, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("rules", "mesh", "layers"),
+    [
+        ("fsdp", {"fsdp": 8}, 2),
+        ("fsdp", {"fsdp": 4, "data": 2}, 8),
+        ("fsdp_tp", {"fsdp": 4, "model": 2}, 16),
+        ("sp", {"fsdp": 2, "sequence": 2, "model": 2}, 8),
+    ],
+    ids=["few", "data", "model", "sequence"],
+)
+def test_muon_exchanges_shards_and_gathers_no_sharded_axis(rules, mesh, layers):
+    """The compiled update has all-to-alls, and gathers only what each group of replicas computed a part of."""
+    layout = sharding.make_layout(sharding.MeshConfig(rules, **mesh))
+    boxed = {"blocks": boxed_params(scan_layers=True, num_layers=layers)["blocks"]}
+    tx = optimizer.scale_by_muon(0.95, {"up": nn.get_partition_spec(boxed)["blocks"]["mlp"]["up"]["kernel"]})
+    up = nn.unbox(boxed)["blocks"]["mlp"]["up"]["kernel"]
+    sharded = layout.state_shardings(boxed)["blocks"]["mlp"]["up"]["kernel"]
+    with layout.use():
+        params = {"up": jax.ShapeDtypeStruct(up.shape, up.dtype, sharding=sharded)}
+        state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded), jax.eval_shape(tx.init, params)
+        )
+        compiled = jax.jit(tx.update, out_shardings=({"up": sharded}, None)).lower(params, state).compile()
+    found = {(c.kind, axis) for c in hlo.collectives(compiled.as_text(), layout.mesh) for axis in c.axes}
+    exchanged = set(mesh) - {"data"}
+    assert {axis for kind, axis in found if kind == "all-to-all"} == exchanged
+    assert {axis for kind, axis in found if kind != "all-to-all"} == set(mesh) - exchanged
+
+
 # What is refused.
 
 
@@ -303,6 +369,7 @@ def test_update_is_muon_for_kernels_of_blocks_and_adam_for_the_rest(scan_layers,
         ("b1", float("nan")),
         ("b2", 1.0),
         ("b2", 1.5),
+        ("decay_from", 1.0),
         ("warmup_tokens", -1.0),
         ("decay_tokens", -1.0),
         ("weight_decay", -0.1),

@@ -81,7 +81,7 @@ def does_not_compile(**changes) -> dict[str, Any]:
 
 def placement(*ends: int, slices: int = 1) -> dict[str, Any]:
     devices = [list(place) for place in itertools.product(range(slices), *map(range, ends))]
-    kernel = {"shape": [12, 768], "axes": ["layers", "embed"], "over": [[], ["fsdp"]], "count": 1}
+    kernel = {"shape": [12, 768], "axes": ["layers", "embed"], "over": [[], ["fsdp"]], "count": 1, "note": ""}
     parameters = [{"name": f"block/{i}", "bytes": 1000 + i, **kernel} for i in range(10)]
     axes = {"batch_axes": ["data", "fsdp"], "length_axes": []}
     return {"devices": devices, "parameters": parameters, **axes}

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gpt import sharding, step
+from gpt import config_files, parameters, sharding, step
 from gpt.data import pipeline, text
+from gpt.planning import compiling, hlo
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
@@ -243,7 +244,6 @@ def test_constraints_on_activations_are_in_force(tiny, monkeypatch, mesh_config,
         jax.jit(lambda p, t: program.model.apply({"params": p}, t)).lower(params, tokens).compile()
     expected = {
         (("batch", "length", "embed"), (16, 16, 32)): P(BATCH, length, None),
-        (("batch", "length", "heads", "kv"), (16, 16, 8, 12)): P(BATCH, length, "model", None),
         (("batch", "length", "heads", "kv"), (16, 16, 8, 4)): P(BATCH, length, "model", None),
         (("batch", "keys", "heads", "kv"), (16, 16, 8, 4)): P(BATCH, None, "model", None),
         (("batch", "length", "mlp"), (16, 16, 128)): P(BATCH, length, "model"),
@@ -386,13 +386,94 @@ def test_slices_of_different_sizes_are_refused():
 def test_table_shows_every_parameter(tiny):
     layout = sharding.make_layout(MeshConfig("fsdp_tp", data=2, model=2))
     program = step.build(tiny, 64, layout, 1)
-    header, *lines = sharding.table(program.parameters())
+    header, *lines = parameters.table(parameters.of_program(program))
     assert re.split("  +", header) == ["parameter", "shape", "logical axes", "sharded over", "bytes a device"]
     cells = {line.split()[0]: re.split("  +", line)[1:] for line in lines}
     assert cells["token_embedding/embedding"] == ["64 × 32", "vocab, embed", "model, fsdp", "2,048"]
     assert cells["block_*/mlp/up/kernel"] == ["32 × 128", "embed, mlp", "fsdp, model", "2 × 4,096"]
     total = sum(math.prod(int(n.replace(",", "")) for n in row[-1].split(" × ")) for row in cells.values())
     assert total == sharding.bytes_per_device(program.abstract_state.params)
+
+
+UNEVEN = {"num_heads": 6, "embed_dim": 36}  # fsdp=8 divides neither, but it divides the MLP (144) and the vocabulary
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig("fsdp"), MeshConfig("sp", fsdp=4, sequence=2, zero1=True)], ids=["fsdp", "sp"]
+)
+def test_a_width_that_the_mesh_does_not_divide_trains_the_same(tiny, run_20_steps, mesh):
+    config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, **UNEVEN))
+    (expected, _), (losses, _) = run_20_steps(config, MeshConfig(), 1), run_20_steps(config, mesh, 8)
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "name", "spec", "note"),
+    [
+        (MeshConfig("fsdp"), "mlp/up/kernel", P(None, "fsdp"), "36 is not divisible by fsdp=8"),
+        (MeshConfig("fsdp"), "attention/qkv/kernel", P(), "whole over fsdp: 36 is not divisible by fsdp=8"),
+        (MeshConfig("fsdp"), "attention/qkv/bias", P(), ""),
+        (
+            MeshConfig("sp", fsdp=4, sequence=2),
+            "mlp/up/kernel",
+            P("fsdp", ("model", "sequence")),
+            "36 is not divisible by fsdp=4 × sequence=2",
+        ),
+        (
+            MeshConfig("sp", fsdp=4, sequence=2),
+            "norm_1/scale",
+            P("fsdp"),
+            "whole over sequence: 36 is not divisible by fsdp=4 × sequence=2",
+        ),
+    ],
+)
+def test_what_does_not_divide_the_width_shards_another_axis(tiny, mesh, name, spec, note):
+    config = dataclasses.replace(tiny, model=dataclasses.replace(tiny.model, scan_layers=True, **UNEVEN))
+    program = step.build(config, 64, sharding.make_layout(mesh), 1)
+    found = {p.name: p for p in parameters.of_program(program)}["blocks/" + name]
+    axes = [axes if isinstance(axes, tuple) else (axes,) if axes else () for axes in spec]
+    assert list(found.over[1:]) == axes + [()] * (len(found.shape) - 1 - len(axes))
+    assert (found.over[0], found.note) == ((), note)  # never over the axis of layers
+    assert any(line.startswith(found.name) and line.endswith(note) for line in parameters.table([found]))
+
+
+def test_the_largest_gpt_2_is_sharded_over_256_devices():
+    config = config_files.read("configs/pretrain.py:gpt2-1558m")
+    program = step.build(config, 50_257, sharding.make_layout(config.mesh, [Chip(i, 0) for i in range(256)]), 1)
+    over = {p.name: p.over for p in parameters.of_program(program)}
+    assert over["blocks/mlp/down/kernel"] == ((), ("fsdp",), ())
+    assert over["blocks/attention/qkv/kernel"] == ((), (), (), ())
+
+
+def without_dropout(config, **train_options):
+    model = dataclasses.replace(config.model, embed_dropout=0.0, residual_dropout=0.0, attention_dropout=0.0)
+    return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, **train_options))
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig("dp"),
+        pytest.param(MeshConfig("fsdp_tp", data=2, model=2, zero1=True), marks=pytest.mark.slow),
+        pytest.param(MeshConfig("sp", data=2, sequence=2), marks=pytest.mark.slow),
+    ],
+    ids=name_of,
+)
+def test_micro_batches_give_the_losses_of_one_batch(tiny, run_20_steps, mesh):
+    expected, _ = run_20_steps(without_dropout(tiny), MeshConfig(), 1)
+    losses, _ = run_20_steps(without_dropout(tiny, micro_batches=2), mesh, 8)
+    np.testing.assert_allclose(losses, expected, rtol=2e-5)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig("dp"), MeshConfig("fsdp", data=2)], ids=name_of)
+def test_micro_batches_sum_gradients_over_replicas_once(tiny, mesh):
+    config = without_dropout(tiny, micro_batches=2)
+    program = step.build(config, 64, sharding.make_layout(mesh), 1)
+    with program.layout.use():
+        lowered = program.train_step.lower(program.abstract_state, compiling.batch(config, program))
+    found = hlo.collectives(lowered.compile().as_text(), program.layout.mesh)
+    gradients = sharding.bytes_per_device(program.abstract_state.params)
+    assert gradients <= sum(c.bytes for c in found if c.axes == ("data",)) < 1.1 * gradients
 
 
 def test_what_the_mesh_does_not_divide_is_refused_by_name(tiny):

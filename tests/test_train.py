@@ -208,6 +208,18 @@ def test_resuming_on_another_mesh_gives_the_same_losses(tiny, whole, tmp_path, m
     np.testing.assert_allclose(list(found.values()), list(expected.values()), rtol=1e-4)
 
 
+def test_resuming_on_meshes_that_do_not_divide_the_width(tiny, tmp_path):
+    """Parameters that are sharded over other axes than the rules name are restored on another such mesh to the bit."""
+    config = change(change(tiny, "model", num_heads=6, embed_dim=36), "mesh", rules="fsdp")
+    workdir = Workdir(tmp_path)
+    train.train(change(config, "train", steps=5), workdir)
+    other = change(config, "mesh", rules="sp", fsdp=4, sequence=2)
+    program = step.build(other, workdir.read().tokenizer.vocab_size, sharding.make_layout(other.mesh), 5)
+    after = train.restore(workdir.checkpoints(), 5, program)
+    for x, y in zip(jax.tree.leaves(after), checkpoint_arrays(workdir, 5).values(), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), y)
+
+
 @pytest.mark.parametrize("scan_first", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_run_may_change_to_scanned_layers_and_back(tiny, tmp_path, scan_first):
     """Both layouts give the same losses without dropout, whose masks differ."""

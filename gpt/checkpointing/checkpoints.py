@@ -139,8 +139,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        params: Any,
-        optimizer: Any,
+        items: dict[str, Any],
         validation_loss: float | None = None,
         mean_loss: float | None = None,
         frozen: Any = None,
@@ -151,14 +150,14 @@ class Checkpoints:
         printed, and training can continue. A job of several processes ends with an error instead.
 
         Args:
+          items: trees of arrays by name, see `gpt.step.TrainState.items`.
           frozen: frozen weights of LoRA; they are not saved, but compared with those of `keep_frozen`.
 
         Raises:
           UserError: devices that have to hold the same values differ, or frozen weights changed; nothing is saved.
         """
         self.wait()
-        trees = {"params": params, "optimizer": optimizer}
-        stacked = jax.jit(stack_layers, out_shardings=shardings(stacked_shapes(trees)))(trees)
+        stacked = jax.jit(stack_layers, out_shardings=shardings(stacked_shapes(items)))(items)
         try:
             digests = integrity.digests(stacked)
             if frozen and integrity.digests(frozen) != self._frozen:

@@ -30,10 +30,10 @@ from gpt.step import Program, build
 
 
 class Weights:
-    """The model parameters of a checkpoint, with adapters merged.
+    """The model parameters of a checkpoint, with adapters merged: their moving average if the run kept one.
 
     Args:
-      checkpoint: "best", "last" or a step.
+      checkpoint: "best", "last" or a step; followed by ",raw", the parameters of the last step and not their average.
 
     Attributes:
       run: the record of the workdir.
@@ -46,8 +46,9 @@ class Weights:
     def __init__(self, workdir: Workdir, checkpoint: str):
         self.workdir, self.run = workdir, workdir.read()
         checkpoints = workdir.checkpoints(run=self.run)
-        self.step = checkpoints.find(checkpoint)
+        self.step = checkpoints.find(checkpoint.removesuffix(",raw"))
         self._checkpoint = checkpoints[self.step]
+        self._item = "ema" if self._checkpoint.digest("ema") and not checkpoint.endswith(",raw") else "params"
         self._base = Weights.of_base(self.run.base, workdir) if self.run.base else None
 
     @classmethod
@@ -66,7 +67,7 @@ class Weights:
             weights = cls(Workdir(base.path), str(base.step))
         except UserError as error:
             raise UserError(f"Cannot open the base of the adapters in {workdir.path}: {error}") from None
-        if weights._checkpoint.digest != base.digest:
+        if weights.as_base().digest != base.digest:
             raise UserError(
                 f"Step {base.step} of {base.path} has other weights than the base of the adapters in {workdir.path}: "
                 "restore the weights, or set base.path in run.json to a workdir that has them."
@@ -75,7 +76,7 @@ class Weights:
 
     def as_base(self) -> Base:
         """Returns the record of these weights as the base of adapters."""
-        return Base(str(self.workdir.path), self.step, self._checkpoint.digest)
+        return Base(str(self.workdir.path), self.step, self._checkpoint.digest(self._item))
 
     def restore(self, program: Program) -> Any:
         """Returns the parameters as a tree, sharded for a program.
@@ -84,11 +85,11 @@ class Weights:
           UserError: a parameter is missing or has another shape, or the checkpoint is damaged.
         """
         if not self._base:
-            return self._checkpoint.restore(params=program.abstract_params)["params"]
+            return self._checkpoint.restore(**{self._item: program.abstract_params})[self._item]
         model = dataclasses.replace(self.run.config.model, scan_layers=program.model.config.scan_layers)
         config = dataclasses.replace(with_batch(self.run.config, program.layout.batch_shards), model=model)
         own = build(config, self.run.tokenizer.vocab_size, program.layout, total_steps=1)
-        adapters = self._checkpoint.restore(params=own.abstract_state.params)["params"]
+        adapters = self._checkpoint.restore(**{self._item: own.abstract_state.params})[self._item]
         return own.merge(self._base.restore(program), adapters)
 
     def restore_each(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, int, np.ndarray]]:
@@ -101,7 +102,8 @@ class Weights:
           UserError: see `restore`.
         """
         adapters = self.adapters()
-        for name, start, part in (self._base or self._checkpoint).restore_each(shapes):
+        parts = self._base.restore_each(shapes) if self._base else self._checkpoint.restore_each(self._item, shapes)
+        for name, start, part in parts:
             if name in adapters:
                 adapter = {matrix: array[start : start + len(part)] for matrix, array in adapters[name].items()}
                 part = part + self.run.config.model.lora_scale * lora.product(adapter, part.shape)
@@ -116,7 +118,7 @@ class Weights:
         variables = jax.eval_shape(lambda: config.module().init(jax.random.key(0), config.blank(1)))
         shapes = flatten_dict(jax.tree.map(lambda leaf: leaf.shape, nn.unbox(variables["lora"])), sep="/")
         arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
-        for name, start, part in self._checkpoint.restore_each(shapes):
+        for name, start, part in self._checkpoint.restore_each(self._item, shapes):
             arrays[name][start : start + len(part)] = part
         adapters: dict[str, dict[str, np.ndarray]] = {}
         for name, array in arrays.items():
@@ -174,7 +176,7 @@ def load(workdir: Workdir, checkpoint: str, batch_size: int | None = None) -> Lo
     """Returns the model of a workdir, on the mesh of its training if there are enough devices, else on all devices.
 
     Args:
-      checkpoint: "best", "last" or a step.
+      checkpoint: see `Weights`.
       batch_size: examples in a batch, rounded up to a multiple of the mesh's batch axes; None: as in training.
 
     Raises:

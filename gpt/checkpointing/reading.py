@@ -41,7 +41,7 @@ class Checkpoint:
     """A saved checkpoint. Its layers are stacked, whether or not the model that was saved scans over its layers.
 
     Attributes:
-      folder: holds the items (`params`, `optimizer`) in orbax's format, and the record.
+      folder: holds the items (`params`, `optimizer`, `ema`) in orbax's format, and the record.
     """
 
     folder: epath.Path
@@ -66,10 +66,9 @@ class Checkpoint:
             raise Damaged(folder, f"{RECORD}: {reason(error)}") from None
         return cls(folder, record)
 
-    @property
-    def digest(self) -> int:
-        """One digest of all parameters (or adapters), which does not depend on the mesh."""
-        return sum(digest for name, digest in self.record.arrays.items() if name.startswith("params/")) % 2**32
+    def digest(self, item: str) -> int:
+        """Returns one digest of all arrays of an item, which does not depend on the mesh; 0 if it is missing."""
+        return sum(digest for name, digest in self.record.arrays.items() if name.startswith(f"{item}/")) % 2**32
 
     def check_fits(self, **abstract: Any) -> None:
         """Raises UserError unless the items have the arrays of these trees; see `restore`."""
@@ -77,7 +76,7 @@ class Checkpoint:
             self._check_shapes(item, _shapes(tree))
 
     def restore(self, **abstract: Any) -> dict[str, Any]:
-        """Returns the named items (`params`, `optimizer`). Every process calls this.
+        """Returns the named items (`params`, `optimizer`, `ema`). Every process calls this.
 
         Args:
           abstract: for each item, a tree of jax.ShapeDtypeStruct with the shardings to restore to, which may differ
@@ -109,8 +108,8 @@ class Checkpoint:
             return restored
         return jax.jit(unstack_layers, out_shardings=shardings(abstract))(restored)
 
-    def restore_each(self, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, int, np.ndarray]]:
-        """Yields the parameters with these names on the host, one after the other.
+    def restore_each(self, item: str, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Yields the parameters of an item with these names on the host, one after the other.
 
         Yields:
           A name, and a part of the parameter after the index of its first row: one layer of a parameter in "blocks/",
@@ -120,17 +119,17 @@ class Checkpoint:
           Damaged: the checkpoint differs from what was saved.
           UserError: a parameter is missing or has another shape, or the storage does not answer.
         """
-        self._check_shapes("params", shapes)
+        self._check_shapes(item, shapes)
         for name, shape in shapes.items():
             digest, rows = 0, 1 if name.startswith("blocks/") else shape[0]
             for start in range(0, shape[0], rows):
                 try:
-                    part = self._open(f"params/{name}")[start : start + rows].read().result()
+                    part = self._open(f"{item}/{name}")[start : start + rows].read().result()
                 except Exception as error:
                     raise self._explain(error) from error
                 digest += integrity.on_host(part, (start, *(0,) * (len(shape) - 1)), shape)
                 yield name, start, part
-            self.compare({f"params/{name}": digest % 2**32})
+            self.compare({f"{item}/{name}": digest % 2**32})
 
     def compare(self, digests: dict[str, int]) -> None:
         """Raises Damaged if a digest differs from the one in the record."""
@@ -163,6 +162,8 @@ class Checkpoint:
 
     def _check_shapes(self, item: str, expected: dict[str, tuple[int, ...]]) -> None:
         """Raises an error unless an item has arrays of exactly these names and shapes."""
+        if item == "ema" and not self.digest(item):
+            raise UserError(f"{self.folder} has no moving average (optimizer.ema); start a new run by train.init_from.")
         try:
             saved = ocp.PyTreeCheckpointHandler().metadata(self.folder / item)
             shapes = _shapes(saved.tree)

@@ -3,8 +3,9 @@
     run.json         the resolved config, the fingerprint of the data, the batches that are left out, the base of LoRA's
                      adapters, and the versions and devices that an exact resume depends on
     tokenizer.json   the tokenizer, or the names of the classes
-    checkpoints/     one folder for each saved step: the items `params` (all parameters, or LoRA's adapters) and
-                     `optimizer` in orbax's format, and the checkpoint's own record (`gpt.checkpointing.run.Record`)
+    checkpoints/     one folder for each saved step: the items `params` (all parameters, or LoRA's adapters), their
+                     moving average `ema` if the run has one, and `optimizer`, in orbax's format, and the checkpoint's
+                     own record (`gpt.checkpointing.run.Record`)
     events.out.*     TensorBoard's events
     .lock            held by the process that trains
 

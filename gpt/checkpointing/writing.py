@@ -113,7 +113,7 @@ def make_writer(folder: epath.Path, record: Callable[[], Record], **handlers: An
         (partial / RECORD).write_text(record().to_json())
 
     return ocp.AsyncCheckpointer(
-        ocp.CompositeCheckpointHandler("params", "optimizer", **handlers),
+        ocp.CompositeCheckpointHandler("params", "optimizer", "ema", **handlers),
         async_options=ocp.options.AsyncOptions(post_finalization_callback=add_record),
         temporary_path_class=_DurableFolder if files.is_local(folder) else None,
     )

@@ -117,7 +117,7 @@ def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[BlockConfig,
     """Converts a checkpoint of a workdir to a folder of transformers, and returns the model's config and the step.
 
     Args:
-      checkpoint: "best", "last" or a step.
+      checkpoint: "best", "last" or a step, with or without ",raw".
 
     Raises:
       UserError: there is no such checkpoint, transformers has no such model, or the folder is not empty.

@@ -63,6 +63,11 @@ class ModelConfig:
         raise NotImplementedError
 
     @property
+    def width_ratio(self) -> float:
+        """Width relative to that for which learning rates and initial values were found; see `optimizer`."""
+        return 1.0
+
+    @property
     def num_targets(self) -> int:
         """Number of tokens at the end of an example that have a target."""
         return self.length

@@ -295,7 +295,8 @@ def splash(
     starts = jax.P(batch_axes, length_axes), jax.P(batch_axes, None)
     kernel_spec = None
     if sizes:
-        mask_sharding = jax.NamedSharding(jax.sharding.get_abstract_mesh(), jax.P(heads_axes, length_axes))
+        mesh = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))  # without axes of an outer `shard_map`
+        mask_sharding = jax.NamedSharding(mesh, jax.P(heads_axes, length_axes))
         kernel_spec = kernel.manual_sharding_spec(mask_sharding)
     mapped = _on_each_device(attend, (kernel_spec, queries, keys, keys, *starts), queries)
 
@@ -313,9 +314,11 @@ def _refuse_dropout(rate: float, key: jax.Array | None) -> None:
 
 def _on_each_device(attend: Callable, in_specs: tuple, out_specs: jax.P) -> Callable:
     """Returns `attend` mapped over the shards of the current mesh: the compiler cannot partition a kernel."""
-    if not jax.sharding.get_abstract_mesh().shape:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.shape:
         return attend
-    return jax.shard_map(attend, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    axes = set(mesh.auto_axes)  # those that a surrounding `jax.shard_map` does not map over
+    return jax.shard_map(attend, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
 ATTENTION: dict[str, Callable[..., jax.Array]] = {

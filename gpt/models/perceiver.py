@@ -25,7 +25,8 @@ from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_fraction, check_positive
 
 # What the cross-attention does not have.
-UNAVAILABLE = ("num_kv_heads", "parallel_block", "rotary_base_local", "attention_scale", "attention_softcap", "window")
+ATTENTION = ("num_kv_heads", "rotary_base_local", "attention_scale", "attention_softcap", "window", "base_width")
+UNAVAILABLE = ("parallel_block", *ATTENTION)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,6 +44,7 @@ class BlockConfig(ModelConfig):
     )
     embed_dim: int = 512  # width of the residual stream
     head_size: int = 0  # size of an attention head; 0: embed_dim/num_heads
+    base_width: int = 0  # width whose learning rate and initial values µP scales to embed_dim (arXiv 2203.03466); 0: no
     mlp_size: int = 0  # hidden width of the MLP; 0: 4·embed_dim
     gated_mlp: bool = False  # multiply the activation of one projection by another: SwiGLU, GeGLU (arXiv 2002.05202)
     parallel_block: bool = False  # add attention and MLP of the same input, as in GPT-NeoX (arXiv 2204.06745)
@@ -58,7 +59,7 @@ class BlockConfig(ModelConfig):
     rotary_fraction: float = 1.0  # rotary: fraction of each head that is rotated
     rotary_scaling: str = ""  # rotary: for longer contexts, linear, llama3 or yarn with numbers; see models/rotary.py
     qk_norm: str = "none"  # normalize queries and keys: none, unit (root mean square 1), head or all (learned scales)
-    attention_scale: float = 0.0  # factor of the attention scores; 0: 1/√(head size)
+    attention_scale: float = 0.0  # factor of the attention scores; 0: 1/√(head size), or with µP 8/(head size)
     attention_softcap: float = 0.0  # limit attention scores by c·tanh(x/c), as in Gemma 2 (arXiv 2408.00118); 0: no
     window: int = 0  # number of tokens that a token of a local layer attends to, itself included; 0: no local layers
     window_pattern: str = "L"  # which layers are local (L) or global (G), repeated over all layers
@@ -80,7 +81,7 @@ class BlockConfig(ModelConfig):
 
     def __post_init__(self):
         check_positive("model", self, "num_layers", "num_heads", "embed_dim", "norm_epsilon", "lora_alpha")
-        check_not_negative("model", self, "num_kv_heads", "head_size", "mlp_size", "window", "lora_rank")
+        check_not_negative("model", self, "num_kv_heads", "head_size", "mlp_size", "window", "lora_rank", "base_width")
         check_not_negative("model", self, "attention_scale", "attention_softcap", "rotary_base_local")
         check_fraction("model", self, "embed_dropout", "residual_dropout", "attention_dropout")
         check_choice("model.norm", self.norm, ("layernorm", "rmsnorm", "rmsnorm_plus1"))
@@ -139,8 +140,12 @@ class BlockConfig(ModelConfig):
 
     @property
     def kernel_scale(self) -> float:
-        """Standard deviation of the initial kernels: GPT-2's."""
-        return 0.02
+        """Standard deviation of the initial kernels: GPT-2's, at µP's base width."""
+        return 0.02 / self.width_ratio**0.5
+
+    @property
+    def width_ratio(self) -> float:
+        return self.embed_dim / (self.base_width or self.embed_dim)
 
     @property
     def lora_scale(self) -> float:
@@ -272,7 +277,7 @@ def apply_blocks(
     else:
         for i, window in enumerate(windows):
             x_BxTxD = block(c, deterministic, window, name=f"block_{i}")(x_BxTxD, positions, starts_BxT)
-    return norm(c, "final_norm")(x_BxTxD)
+    return norm(c, "final_norm")(x_BxTxD) / c.width_ratio  # so that logits do not grow with the width under µP
 
 
 class Block(nn.Module):
@@ -408,8 +413,9 @@ class SelfAttention(nn.Module):
                 angles = jax.tree.map(functools.partial(jnp.where, is_local), local, angles)
             q_BxTxHxK = rotary.rotary(q_BxTxHxK, positions, *angles)
             k_BxTxGxK = rotary.rotary(k_BxTxGxK, positions, *angles)
-        if c.attention_scale:  # every implementation of attention divides by the root of the head size
-            q_BxTxHxK = q_BxTxHxK * (c.attention_scale * kv**0.5)
+        # Under µP, scores are divided by the head size, with a factor that gives the usual scores for heads of 64.
+        if scale := c.attention_scale or (8 / kv if c.base_width else 0):
+            q_BxTxHxK = q_BxTxHxK * (scale * kv**0.5)  # every implementation of attention divides by this root
         return q_BxTxHxK, k_BxTxGxK, v_BxTxGxK
 
 

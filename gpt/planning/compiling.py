@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt import sharding, step
+from gpt import parameters, sharding, step
 from gpt.config import Config
 from gpt.planning import hlo, roofline
 from gpt.runtime import hardware
@@ -112,7 +112,7 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
     state, mesh = program.abstract_state, program.layout.mesh
     memory = report["memory"]
     memory["parameters"] = sharding.bytes_per_device((state.params, state.frozen))
-    memory["optimizer"] = sharding.bytes_per_device(state.opt_state)
+    memory["optimizer"] = sharding.bytes_per_device((state.opt_state, state.ema))
     memory["batch"] = sharding.bytes_per_device(batch(config, program))
     model_flops = config.train.batch_size * config.model.length * program.model.config.flops_per_token()
     report["model_flops"] = model_flops / len(devices)
@@ -159,7 +159,7 @@ def placement(config: Config, topology: str) -> dict[str, Any]:
     Returns:
       {"devices": for each device in the order of the mesh, its position in the topology: [slice, x, y, z] or
       [host, index], "batch_axes", "length_axes": the mesh axes that shard the examples of a batch and the length of
-      activations, "parameters": `Program.parameters` as dictionaries}.
+      activations, "parameters": `parameters.of_program` as dictionaries}.
     """
     program = build(config, hardware.topology_devices(topology))
     rules = dict(program.layout.rules)
@@ -167,7 +167,7 @@ def placement(config: Config, topology: str) -> dict[str, Any]:
         "devices": [hardware.place(device) for device in program.layout.mesh.devices.flat],
         "batch_axes": rules["batch"],
         "length_axes": rules.get("length", ()),
-        "parameters": [dataclasses.asdict(parameter) for parameter in program.parameters()],
+        "parameters": [dataclasses.asdict(parameter) for parameter in parameters.of_program(program)],
     }
 
 

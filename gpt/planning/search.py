@@ -69,7 +69,6 @@ def candidates(config: Config, devices: list[jax.Device], chip: Chip) -> list[Ca
         shards = [
             (batch_size, data * fsdp),
             (model.length, sequence),
-            (model.embed_dim, fsdp * sequence),
             *((size, tensor) for size in (model.kv_heads, model.mlp_dim, vocabulary)),
         ]
         if any(size % number for size, number in shards):

@@ -23,9 +23,9 @@ from gpt.runtime.errors import UserError
 if TYPE_CHECKING:
     import jax
 
-# YNNPACK's matrix products, the default of jaxlib 0.10, are slower than Eigen's for few rows.
+# YNNPACK's matrix products, the default since jaxlib 0.10, are slower than Eigen's for few rows.
 XLA_OPTIONS = {"--xla_cpu_experimental_ynn_fusion_type": ""}
-OPTIONS_KNOWN_TO = "0.10."  # versions of jaxlib; XLA ends the process if it does not know an option
+OPTIONS_KNOWN_TO = ("0.10.", "0.11.")  # versions of jaxlib; XLA ends the process if it does not know an option
 LIBTPU_KNOWN = "0.0.52"  # the version of libtpu that knows the options of TPUs
 MAX_CPU_DEVICES = 8  # each device holds all parameters, and more devices gain little
 PARAMETERS_PER_TOKEN = 5_000  # limit for a step on one device; above it, a single device for all cores is as fast

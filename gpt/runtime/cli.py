@@ -101,7 +101,7 @@ def define_config_flag(text: str, keys: Callable[[], list[str]]) -> flags.FlagHo
 
 def define_checkpoint_flag() -> flags.FlagHolder:
     """Defines --checkpoint; returns its holder."""
-    text = 'Checkpoint to load: "best" (lowest validation loss), "last", or a step.'
+    text = 'Checkpoint to load: "best" (lowest validation loss), "last", or a step. "best,raw": no moving average.'
     return flags.DEFINE_string("checkpoint", "best", text)
 
 

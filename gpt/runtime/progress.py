@@ -101,6 +101,7 @@ class Progress:
         """Shows the result of an evaluation: the loss, and accuracy and exact match if `measures` has them."""
         self._validation_loss = measures["loss"]
         parts = [f"step {step:,}/{self.total_steps:,}", f"validation loss {measures['loss']:.4f}"]
+        parts += [f"without averaging {measures['raw_loss']:.4f}"] if "raw_loss" in measures else []
         parts += [f"{n.replace('_', ' ')} {measures[n]:.2%}" for n in ("accuracy", "exact_match") if n in measures]
         self._write("  ".join([*parts, *(["(best)"] if best else [])]))
 

@@ -2,9 +2,9 @@
 
 python tests/benchmarks/decoding.py   (needs torch and transformers, beside what the project needs)
 
-Random weights, greedy, float32 on the CPU, the same prompts and numbers of new tokens for all. The contestants take
-turns, and the best run of each counts, after one to warm up (compile). `uncached` runs the model on all tokens for
-each new one, as text was made before there was a cache.
+Random weights, greedy, the same prompts and numbers of new tokens for all; float32 on a CPU, bfloat16 on a GPU. The
+contestants take turns, and the best run of each counts, after one to warm up (compile). `uncached` runs the model on
+all tokens for each new one, as text was made before there was a cache.
 """
 
 import argparse
@@ -17,8 +17,6 @@ from collections.abc import Callable, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-import torch
-import transformers
 from flax import linen as nn
 
 import gpt
@@ -39,7 +37,7 @@ Run = Callable[[np.ndarray, int], Iterator[int]]
 
 
 def module(config: GPTConfig) -> GPT:
-    return GPT(dataclasses.replace(config, scan_layers=False).resolve(config.vocab_size, "cpu"))
+    return GPT(dataclasses.replace(config, scan_layers=False).resolve(config.vocab_size, jax.default_backend()))
 
 
 def ours(config: GPTConfig) -> Run:
@@ -80,19 +78,24 @@ def uncached(config: GPTConfig) -> Run:
 
 
 def hugging_face(config: GPTConfig) -> Callable[[np.ndarray, int], tuple[float, float]]:
+    import torch
+    import transformers
+
+    on_gpu = torch.cuda.is_available()
     known = [kind for kind in huggingface.ARCHITECTURES.values() if kind.config_class is GPTConfig]
     architecture = min(known, key=lambda kind: len(kind.differences(config)))
     keys = architecture.write_config(config) | {"bos_token_id": 0, "eos_token_id": None}
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**keys)).eval()
+    model = model.to("cuda", torch.bfloat16) if on_gpu else model
 
     def seconds(prompts: np.ndarray, num_tokens: int) -> tuple[float, float]:
-        inputs = torch.from_numpy(prompts.astype(np.int64))
+        inputs = torch.from_numpy(prompts.astype(np.int64)).to(model.device)
         how = {"do_sample": False, "use_cache": True, "pad_token_id": 0, "attention_mask": torch.ones_like(inputs)}
 
         def generate(count: int) -> float:
             began = time.perf_counter()
             with torch.inference_mode():
-                made = model.generate(inputs, max_new_tokens=count, min_new_tokens=count, **how)
+                made = model.generate(inputs, max_new_tokens=count, min_new_tokens=count, **how).cpu()
             assert made.shape[1] == prompts.shape[1] + count
             return time.perf_counter() - began
 
@@ -114,6 +117,21 @@ def timed(run: Run) -> Callable[[np.ndarray, int], tuple[float, float]]:
     return seconds
 
 
+def compare(
+    config: GPTConfig, prompts: np.ndarray, num_tokens: int, repeats: int, peers: dict[str, Callable]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Returns the seconds to the first token, and the tokens per second, of ours and of the peers, by name."""
+    contestants = {"ours": timed(ours(config))} | {name: make(config) for name, make in peers.items()}
+    measured = {who: [] for who in contestants}
+    for repeat in range(repeats + 1):
+        for who, seconds in contestants.items():
+            taken = seconds(prompts, num_tokens)
+            if repeat:
+                measured[who].append(taken)
+    firsts = {who: min(first for first, _ in runs) for who, runs in measured.items()}
+    return firsts, {who: num_tokens * len(prompts) / min(total for _, total in runs) for who, runs in measured.items()}
+
+
 def main() -> None:
     backend.set_xla_options()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,6 +144,9 @@ def main() -> None:
     parser.add_argument("--without", nargs="*", default=[], choices=["transformers", "uncached"])
     parser.add_argument("--torch_threads", type=int, help="default: torch's own choice, the cores")
     args = parser.parse_args()
+    import torch
+    import transformers
+
     if args.torch_threads:
         torch.set_num_threads(args.torch_threads)
     versions = f"jax {jax.__version__}, torch {torch.__version__}, transformers {transformers.__version__}"
@@ -137,17 +158,8 @@ def main() -> None:
         cache = module(config).config.init_cache(jnp.zeros(rows, jnp.int32), args.prompt + args.tokens)
         print(f"{name:8} {rows:4}  cache {sum(leaf.nbytes for leaf in jax.tree.leaves(cache)) / 1e6:,.1f} MB")
         prompts = np.random.default_rng(0).integers(0, config.vocab_size, (rows, args.prompt), np.int32)
-        contestants = {"ours": timed(ours(config))}
-        if "transformers" not in args.without:
-            contestants["transformers"] = hugging_face(config)
-        measured = {who: [] for who in contestants}
-        for repeat in range(args.repeats + 1):
-            for who, seconds in contestants.items():
-                taken = seconds(prompts, args.tokens)
-                if repeat:
-                    measured[who].append(taken)
-        speeds = {who: args.tokens * rows / min(total for _, total in runs) for who, runs in measured.items()}
-        firsts = {who: min(first for first, _ in runs) for who, runs in measured.items()}
+        peers = {"transformers": hugging_face} if "transformers" not in args.without else {}
+        firsts, speeds = compare(config, prompts, args.tokens, args.repeats, peers)
         if "uncached" not in args.without:
             count = args.uncached_tokens or args.tokens
             seconds = timed(uncached(config))

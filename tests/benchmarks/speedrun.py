@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/char_speedrun.py")
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
-    eager = Contestant("eager", "--size=4/4/128")
+    eager = Contestant("eager", "--size=4/4/128").wait_until_ready()
     ours, recipe = [], []
     for seed in range(arguments.runs):
         seconds, loss = cold_run(arguments.config, str(Path(arguments.data).absolute()), seed)
