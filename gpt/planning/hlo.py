@@ -6,6 +6,7 @@ a loop by its trip count.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -48,8 +49,8 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> str:
-        """Name of the computation that a fusion, a call or a loop runs, or ""."""
-        return self.get(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+        """Name of the computation that a fusion, a call, a loop or a kernel on the SparseCores runs, or ""."""
+        return self.get(r"(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 
     def get(self, pattern: str) -> str:
         """Returns the first group of a pattern that is searched for in the attributes, or ""."""
@@ -164,12 +165,22 @@ class Module:
             yield computation, instruction, times
             if instruction.opcode == "while":
                 yield from self.walk(instruction.called, times * self.trips(computation, instruction), fusions)
-            elif instruction.opcode in ("call", "async-start") or (fusions and instruction.opcode == "fusion"):
+            elif instruction.opcode in ("call", "async-start", *("fusion",) * fusions) or _is_wrapper(instruction):
                 yield from self.walk(instruction.called, times, fusions)
             elif instruction.opcode == "conditional":
                 branches = r"(?:_computation=|branch_computations=\{|, )%([\w.\-]+)"
                 for name in re.findall(branches, instruction.attributes):
                     yield from self.walk(name, times, fusions)
+
+    @functools.cached_property
+    def asynchronous(self) -> set[str]:
+        """Names of the computations that run at the same time as kernels, like those on the SparseCores of a TPU."""
+        names = set[str]()
+        for computation, instruction, _ in self.walk():
+            is_start = instruction.opcode == "async-start" and _overlaps(self.computations[computation], instruction)
+            if instruction.called and (is_start or computation in names):
+                names.add(instruction.called)
+        return names
 
     def trips(self, computation: str, loop: Instruction) -> int:
         """Returns the trip count of a loop.
@@ -274,11 +285,9 @@ def operations(text: str) -> list[Operation]:
     """
     module, result = parse(text), []
     for computation, instruction, times in module.walk(fusions=False):
+        if not _is_kernel(instruction):
+            continue
         opcode = instruction.opcode
-        if opcode in _FREE or opcode.endswith(("-done", "-update")) or opcode.removesuffix("-start") in COLLECTIVES:
-            continue
-        if opcode in ("send", "recv") or instruction.get(r'custom_call_target="(AllocateBuffer)"'):
-            continue
         if opcode == "fusion":
             inside = module.walk(instruction.called)
             flops = sum(runs * _flops(module, fused, product) for fused, product, runs in inside)
@@ -292,11 +301,25 @@ def operations(text: str) -> list[Operation]:
                 flops,
                 module.traffic(computation, instruction),
                 cycles if cycles < _NO_ESTIMATE else None,
-                overlaps=opcode.endswith("-start"),
+                overlaps=opcode.endswith("-start") or computation in module.asynchronous,
                 opaque=_attention_products(instruction) > 0,
             )
         )
     return result
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    """Returns whether an instruction runs on a device and is no collective. A loop itself is no kernel."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith(("-done", "-update")) or opcode.removesuffix("-start") in COLLECTIVES:
+        return False
+    is_buffer = instruction.get(r'custom_call_target="(AllocateBuffer)"')
+    return not (is_buffer or opcode in ("send", "recv") or _is_wrapper(instruction))
+
+
+def _is_wrapper(instruction: Instruction) -> bool:
+    """Returns whether an instruction calls a computation that runs on the SparseCores."""
+    return instruction.opcode == "custom-call" and bool(instruction.get(r"(called_computations=\{%called_computation)"))
 
 
 def _flops(module: Module, computation: str, product: Instruction) -> int:
@@ -364,7 +387,9 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     totals: dict[tuple[str, tuple[str, ...], int, bool], tuple[int, int]] = {}
     for computation, instruction, times in module.walk():
         kind = instruction.opcode.removesuffix("-start")
-        overlaps = instruction.opcode.endswith("-start")
+        overlaps = computation in module.asynchronous
+        if instruction.opcode.endswith("-start"):
+            overlaps = _overlaps(module.computations[computation], instruction)
         if kind in COLLECTIVES:
             axes, group = _axes(instruction, mesh)
             operands = module.shapes(computation, instruction)
@@ -387,6 +412,18 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
         count, total = totals.get((kind, axes, group, overlaps), (0, 0))
         totals[kind, axes, group, overlaps] = count + times, total + times * size
     return sorted((Collective(*key, *sums) for key, sums in totals.items()), key=lambda c: -c.bytes)
+
+
+def _overlaps(scheduled: dict[str, Instruction], start: Instruction) -> bool:
+    """Returns whether kernels are scheduled between the start of an asynchronous collective and its end."""
+    users = [instruction for instruction in scheduled.values() if start.name in instruction.operands]
+    start = next((user for user in users if user.opcode == "async-update"), start)  # only then it has its operands
+    for instruction in itertools.dropwhile(lambda other: other is not start, scheduled.values()):
+        if start.name in instruction.operands:
+            return False
+        if instruction.opcode in ("while", "call", "conditional") or _is_kernel(instruction):
+            return True
+    return True  # it ends in another computation
 
 
 def _axes(collective: Instruction, mesh: jax.sharding.Mesh) -> tuple[tuple[str, ...], int]:
