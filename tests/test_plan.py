@@ -39,6 +39,7 @@ MODEL = GPTConfig(
     num_heads=4,
     embed_dim=128,
     block_size=128,
+    attention="dense",
     embed_dropout=0.0,
     residual_dropout=0.0,
     attention_dropout=0.0,
