@@ -50,9 +50,9 @@ LOGICAL_AXES = ("batch", "length", "keys", "embed", "heads", "kv", "mlp", "vocab
 class MeshConfig:
     """The sharding rules, and the number of devices along each mesh axis.
 
-    One size may be -1: that axis takes the remaining devices. If none is, an `fsdp` of 0 becomes the largest number of at
-    most `MAX_FSDP` that divides them (with the rules `dp`: 1), and the others go to `data` if its size is 0. If `data` has
-    a size, they all go to `fsdp`. Every other size of 0 means 1.
+    One size may be -1: that axis takes the remaining devices. If none is, an `fsdp` of 0 becomes the largest number of
+    at most `MAX_FSDP` that divides them (with the rules `dp`: 1), and the others go to `data` if its size is 0. If
+    `data` has a size, they all go to `fsdp`. Every other size of 0 means 1.
     """
 
     rules: str = harmless("dp")  # dp, fsdp, fsdp_tp or sp; may be followed by changes: "fsdp,embed=fsdp+data,vocab="
