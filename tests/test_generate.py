@@ -377,7 +377,8 @@ def test_likeliest_token_alone(sampling):
 def test_greedy_takes_the_first_of_equal_logits():
     logits_BxV = jnp.array([[0.0, 2.0, 1.0, 2.0], [3.0, 3.0, 3.0, 3.0], [-5.0, MASKED, MASKED, -4.0]])
     token_B = sample_token(logits_BxV, jax.random.split(jax.random.key(0), 3), Sampling(0.0))
-    assert token_B.dtype == jnp.int32 and token_B.tolist() == [1, 0, 3]
+    assert token_B.dtype == jnp.int32
+    assert token_B.tolist() == [1, 0, 3]
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-50])
