@@ -23,6 +23,8 @@ from gpt.runtime import hardware
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import harmless
 
+# With more shards, the memory of a device hardly shrinks, and collectives take longer (launch/SCALING.md).
+MAX_FSDP = 64
 # The mesh axes, from the slowest links between devices to the fastest.
 AXES = ("data", "fsdp", "sequence", "model")
 
@@ -48,8 +50,9 @@ LOGICAL_AXES = ("batch", "length", "keys", "embed", "heads", "kv", "mlp", "vocab
 class MeshConfig:
     """The sharding rules, and the number of devices along each mesh axis.
 
-    One size may be -1: that axis takes the remaining devices. If none is, the remaining devices go to `fsdp` (with the
-    rules `dp`: to `data`) if its size is 0, otherwise to `data` if its size is 0. Every other size of 0 means 1.
+    One size may be -1: that axis takes the remaining devices. If none is, an `fsdp` of 0 becomes the largest number of
+    at most `MAX_FSDP` that divides them (with the rules `dp`: 1), and the others go to `data` if its size is 0. If
+    `data` has a size, they all go to `fsdp`. Every other size of 0 means 1.
     """
 
     rules: str = harmless("dp")  # dp, fsdp, fsdp_tp or sp; may be followed by changes: "fsdp,embed=fsdp+data,vocab="
@@ -100,10 +103,13 @@ class MeshConfig:
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
         if -1 not in sizes.values():
-            main = "data" if self.rules.split(",")[0] == "dp" else "fsdp"
-            free = next((axis for axis in (main, "data") if sizes[axis] == 0), None)
-            if free:
-                sizes[free] = -1
+            is_free = sizes["fsdp"] == 0 and self.rules.split(",")[0] != "dp"
+            if is_free and sizes["data"]:
+                sizes["fsdp"] = -1
+            elif is_free:
+                rest = max(1, num_devices // math.prod(size or 1 for size in sizes.values()))
+                sizes["fsdp"] = max(size for size in range(1, MAX_FSDP + 1) if rest % size == 0)
+            sizes["data"] = sizes["data"] or (1 if -1 in sizes.values() else -1)
         sizes = {axis: size or 1 for axis, size in sizes.items()}
         known = math.prod(size for size in sizes.values() if size != -1)
         product = " × ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())

@@ -19,7 +19,7 @@ from gpt.data import pipeline
 from gpt.data.base import IGNORED, Source
 from gpt.losses import fused_loss, token_losses
 from gpt.models import lora
-from gpt.runtime import hardware
+from gpt.runtime import backend, hardware
 from gpt.runtime.errors import UserError
 
 HISTOGRAM_POSITIONS, HISTOGRAM_BINS = 64, 64
@@ -239,6 +239,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
             in_shardings=(shardings, batch),
             out_shardings=(shardings, everywhere),
             donate_argnums=0,
+            compiler_options=backend.compiler_options(layout.mesh.devices.flat[0]),
         ),
         merge=jax.jit(merge, out_shardings=shardings.frozen or shardings.params),
         eval_step=jax.jit(

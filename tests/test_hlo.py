@@ -127,9 +127,11 @@ def test_asynchronous_collectives_count_once():
     text = entry(
         "%a = f32[4]{0} parameter(0)",
         f"%s = (f32[4]{{0}}, f32[16]{{0}}) all-gather-start(%a), channel_id=1, {groups}",
+        "%k = f32[4]{0} negate(%a)",
         "%d = f32[16]{0} all-gather-done(%s)",
         "%p = (f32[4]{0}, f32[4]{0}, u32[]{:S(2)}) collective-permute-start(%a), "
         "source_target_pairs={{0,1},{1,2},{2,3},{3,0},{4,5},{5,6},{6,7},{7,4}}",
+        "%l = f32[4]{0} negate(%a)",
         "%e = f32[4]{0} collective-permute-done(%p)",
         *(
             f'%c{i} = f32[16]{{0}} all-gather(%a), channel_id=7, {groups}, frontend_attributes={{chain_id="0"}}'
@@ -141,6 +143,34 @@ def test_asynchronous_collectives_count_once():
     assert gathers == Collective("all-gather", ("model",), 4, True, count=3, bytes=3 * 64)
     assert permute == Collective("collective-permute", ("model",), 4, True, count=1, bytes=16)
     assert (gathers.sent, permute.sent) == (144, 16)
+
+
+def test_asynchronous_collectives_overlap_only_if_kernels_are_scheduled_before_their_end():
+    start = "%s = f32[16]{0} all-reduce-start(%a), replica_groups=[2,4]<=[8], to_apply=%add"
+    end = "%d = f32[16]{0} all-reduce-done(%s)"
+    free, kernel = "%b = f32[4,4]{1,0} bitcast(%a)", "%k = f32[16]{0} negate(%a)"
+    for lines, overlaps in [((start, free, end, kernel), False), ((start, kernel, end), True), ((start, free), True)]:
+        text = entry("%a = f32[16]{0} parameter(0)", *lines)
+        assert [collective.overlaps for collective in hlo.collectives(text, MESH)] == [overlaps]
+
+
+def test_a_collective_of_the_sparsecores_overlaps_from_the_update_on_that_gives_it_its_operands():
+    offloaded = (
+        "%called_computation.1 (p: f32[4]) -> f32[16] {\n"
+        "  %p = f32[4]{0} parameter(0)\n"
+        "  ROOT %g = f32[16]{0} all-gather(%p), replica_groups=[2,4]<=[8], dimensions={0}\n"
+        '}, execution_thread="sparsecore"\n\n'
+        "%async_computation (q: f32[4]) -> f32[16] {\n"
+        "  %q = f32[4]{0} parameter(0)\n"
+        "  ROOT %c = f32[16]{0} custom-call(%q), called_computations={%called_computation.1}\n"
+        '}, execution_thread="sparsecore"\n\n'
+    )
+    start, end = "%s = ((), ()) async-start(), calls=%async_computation", "%d = f32[16]{0} async-done(%u)"
+    update, kernel = "%u = ((f32[4]{0}), f32[16]{0}) async-update(%s, %a)", "%k = f32[4]{0} negate(%a)"
+    for lines, overlaps in [((start, kernel, update, end), False), ((start, update, kernel, end), True)]:
+        text = offloaded + entry("%a = f32[4]{0} parameter(0)", *lines)
+        assert hlo.collectives(text, MESH) == [Collective("all-gather", ("model",), 4, overlaps, 1, 64)]
+        assert [(operation.name, operation.overlaps) for operation in hlo.operations(text)] == [("k", False)]
 
 
 def test_both_forms_of_a_reduce_scatter_are_recognised():

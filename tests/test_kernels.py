@@ -192,7 +192,7 @@ def test_a_run_with_a_kernel_is_evaluated_and_converted_anywhere(tiny, tmp_path)
     workdir = Workdir(tmp_path / "run")
     assert train.train(config, workdir) == 0
     (record,) = (path for path in (tmp_path / "run").glob("*.json") if '"attention"' in path.read_text())
-    record.write_text(record.read_text().replace('"attention": "dense"', '"attention": "splash"'))
+    record.write_text(record.read_text().replace('"attention": "auto"', '"attention": "splash"'))
     assert workdir.read().config.model.attention == "splash"
     assert loading.load(workdir, "last").model_config.attention == "dense"
     assert huggingface.to_hf(workdir, "last", tmp_path / "hf")[0].attention == "dense"

@@ -9,6 +9,8 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 from model_options import FAMILIES
 
@@ -16,7 +18,7 @@ from gpt import config_files
 from gpt.config import Config, TrainConfig
 from gpt.models.gpt import GPTConfig
 from gpt.planning import compiling, report
-from gpt.runtime import hardware
+from gpt.runtime import backend, hardware
 from gpt.runtime.cache import Cache
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
@@ -37,6 +39,7 @@ MODEL = GPTConfig(
     num_heads=4,
     embed_dim=128,
     block_size=128,
+    attention="dense",
     embed_dropout=0.0,
     residual_dropout=0.0,
     attention_dropout=0.0,
@@ -91,6 +94,20 @@ def test_figures_of_a_plan_are_consistent(planned, mesh):
     assert plan["model_flops"] / peak <= seconds["roofline"] <= seconds["compiler"] < 100 * seconds["roofline"]
     assert seconds["mfu"] == pytest.approx(plan["model_flops"] / peak / seconds["step"])
     assert all(c["seconds"] > 0 and c["bandwidth"] < math.inf for c in plan["collectives"])
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_the_compiler_accepts_the_options_of_a_chip_unless_the_user_sets_them(topology, monkeypatch):
+    device = hardware.topology_devices(topology)[0]
+    options = backend.compiler_options(device)
+    array = jax.ShapeDtypeStruct((8, 128), jnp.float32, sharding=jax.sharding.SingleDeviceSharding(device))
+    jax.jit(jnp.negative, compiler_options=options).lower(array).compile()
+    for name in options:
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", f"--{name}=false")
+        assert backend.compiler_options(device) == {key: value for key, value in options.items() if key != name}
+    monkeypatch.setattr(backend, "LIBTPU_KNOWN", "another version")
+    assert backend.compiler_options(device) == backend.compiler_options(jax.devices()[0]) == {}
 
 
 RELEASED = {

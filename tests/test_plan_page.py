@@ -68,7 +68,14 @@ def plan(**changes) -> dict[str, Any]:
 
 def collective(kind: str, seconds: float, overlaps: bool = False) -> dict[str, Any]:
     sizes = {"group": 4, "count": 12, "bytes": 4e9, "sent": 3e9, "bandwidth": 1e11}
-    return {"kind": kind, "axes": ["fsdp"], "overlaps": overlaps, "seconds": seconds, **sizes}
+    return {
+        "kind": kind,
+        "axes": ["fsdp"],
+        "overlaps": overlaps,
+        "seconds": seconds,
+        "exposed": (not overlaps) * seconds,
+        **sizes,
+    }
 
 
 def does_not_compile(**changes) -> dict[str, Any]:

@@ -10,8 +10,6 @@ Shape suffixes: B batch, T query length, S key length, H heads of queries, G hea
 queries in a group, K head size.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -31,10 +29,10 @@ def dense(
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Computes softmax(q·kᵀ/√K + mask)·v with the softmax in float32 (arXiv 1706.03762).
+    """Computes softmax(q·kᵀ + mask)·v with the softmax in float32 (arXiv 1706.03762).
 
     Args:
-      q_BxTxHxK: queries.
+      q_BxTxHxK: queries, which are divided by √K already.
       k_BxTxGxK: keys.
       v_BxTxGxK: values.
       starts_BxT: for each token, the index of the first token of its document. A token attends to its own document
@@ -64,7 +62,7 @@ def attention_weights(
     """Returns the attention weights of `dense` before dropout, float32 [B, H, T, S]."""
     batch, length, heads, kv = q_BxTxHxK.shape
     groups, positions = k_BxTxGxK.shape[2], jnp.arange(length)
-    q_BxTxGxRxK = (q_BxTxHxK / math.sqrt(kv)).reshape(batch, length, groups, heads // groups, kv)
+    q_BxTxGxRxK = q_BxTxHxK.reshape(batch, length, groups, heads // groups, kv)
     scores = jnp.einsum("btgrk,bsgk->bgrts", q_BxTxGxRxK, k_BxTxGxK, preferred_element_type=jnp.float32)
     scores_BxHxTxS = soft_cap(scores.reshape(batch, heads, length, -1), softcap)
     mask = causal_mask(positions, positions, window) if causal else 0.0

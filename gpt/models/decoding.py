@@ -4,7 +4,6 @@ Shape suffixes: B batch, T length of the prompt, S capacity of the cache, H head
 values, R heads of queries in a group, K head size.
 """
 
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -85,8 +84,8 @@ def decode(
         values_GxSxK = jax.lax.dynamic_update_slice(values_GxSxK, v_GxK[:, None].astype(values_GxSxK.dtype), start)
         # Without the barrier, XLA repeats the update for each use, into a copy of the whole cache.
         keys_GxSxK, values_GxSxK = jax.lax.optimization_barrier((keys_GxSxK, values_GxSxK))
-        scaled_GxRxK = (q_HxK / math.sqrt(q_HxK.shape[-1])).reshape(len(k_GxK), -1, q_HxK.shape[-1])
-        scores_GxRxS = jnp.einsum("grk,gsk->grs", scaled_GxRxK, keys_GxSxK, preferred_element_type=jnp.float32)
+        q_GxRxK = q_HxK.reshape(len(k_GxK), -1, q_HxK.shape[-1])
+        scores_GxRxS = jnp.einsum("grk,gsk->grs", q_GxRxK, keys_GxSxK, preferred_element_type=jnp.float32)
         mask_1xS = causal_mask(position[None], jnp.arange(keys_GxSxK.shape[1]), window)
         weights_GxRxS = jax.nn.softmax(soft_cap(scores_GxRxS, softcap) + mask_1xS, axis=-1).astype(v_GxK.dtype)
         out_GxRxK = jnp.einsum("grs,gsk->grk", weights_GxRxS, values_GxSxK)

@@ -168,7 +168,7 @@ def _chunked_shard(
         )
         return (numerator / denominator).astype(v_BxSxHxK.dtype)
 
-    q_blocks = blocks(q_BxTxHxK / math.sqrt(kv), query_chunk).swapaxes(2, 3)
+    q_blocks = blocks(q_BxTxHxK, query_chunk).swapaxes(2, 3)
     q_positions = first_query + jnp.arange(len(q_blocks)) * query_chunk
     q_block_starts = None if starts_BxT is None else blocks(starts_BxT, query_chunk)
     out = jax.lax.map(lambda block: one_query_block(*block), (q_blocks, q_positions, q_block_starts))
@@ -224,7 +224,7 @@ def cudnn(
     if softcap:
         raise ValueError("cuDNN's attention has no softcap; choose another implementation")
     batch_axes, heads_axes = mesh_axes("batch", "heads")
-    options: Any = {"implementation": "cudnn", "local_window_size": (window - 1, 0) if window else None}
+    options: Any = {"implementation": "cudnn", "scale": 1.0, "local_window_size": (window - 1, 0) if window else None}
 
     def attend(q, k, v, starts):
         mask = None if starts is None else starts[:, None, :, None] == starts[:, None, None, :]
@@ -263,7 +263,7 @@ def splash(
     batch_axes, length_axes, heads_axes = mesh_axes("batch", "length", "heads")
     sizes = jax.sharding.get_abstract_mesh().shape
     length_shards, head_shards = (math.prod(sizes[axis] for axis in axes) for axes in (length_axes, heads_axes))
-    real_length, heads, kv = q_BxTxHxK.shape[1:]
+    real_length, heads = q_BxTxHxK.shape[1:3]
     length = -(-real_length // LANES) * LANES
     block = next((size for size in (512, 256, 128) if length % (length_shards * size) == 0), None)
     if block is None:
@@ -287,7 +287,7 @@ def splash(
     )
 
     def attend(kernel, q, k, v, q_starts, k_starts):
-        q, k, v = (x.swapaxes(1, 2) for x in (q / math.sqrt(kv), k, v))
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         documents = None if q_starts is None else splash_attention.SegmentIds(q_starts, k_starts)
         return jax.vmap(kernel)(q, k, v, documents).swapaxes(1, 2)
 

@@ -295,11 +295,11 @@ class CrossAttention(nn.Module):
             angles = rotary.frequencies(c.rotary_size, c.rotary_base, c.rotary_scaling)
             q_BxLxHxK = rotary.rotary(q_BxLxHxK, positions, *angles)
             k_BxSxHxK = rotary.rotary(k_BxSxHxK, context_positions, *angles)
+        q_BxLxHxK = q_BxLxHxK / math.sqrt(c.head_dim)
         if self.has_variable("cache", "keys") and context_positions.ndim == 2:
             out_BxLxHxK = decoding.decode_with_cache(self, q_BxLxHxK, k_BxSxHxK, v_BxSxHxK, positions)
         else:
             decoding.fill_cache(self, k_BxSxHxK, v_BxSxHxK)
-            q_BxLxHxK = q_BxLxHxK / math.sqrt(c.head_dim)
             scores_BxHxLxS = jnp.einsum("blhk,bshk->bhls", q_BxLxHxK, k_BxSxHxK, preferred_element_type=jnp.float32)
             weights_BxHxLxS = jax.nn.softmax(scores_BxHxLxS if mask is None else scores_BxHxLxS + mask, axis=-1)
             weights_BxHxLxS = nn.Dropout(c.attention_dropout, deterministic=self.deterministic)(weights_BxHxLxS)

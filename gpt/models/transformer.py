@@ -414,9 +414,11 @@ class SelfAttention(nn.Module):
             q_BxTxHxK = rotary.rotary(q_BxTxHxK, positions, *angles)
             k_BxTxGxK = rotary.rotary(k_BxTxGxK, positions, *angles)
         # Under µP, scores are divided by the head size, with a factor that gives the usual scores for heads of 64.
-        if scale := c.attention_scale or (8 / kv if c.base_width else 0):
-            q_BxTxHxK = q_BxTxHxK * (scale * kv**0.5)  # every implementation of attention divides by this root
-        return q_BxTxHxK, k_BxTxGxK, v_BxTxGxK
+        scale = c.attention_scale or (8 / kv if c.base_width else 0)
+        q_BxTxHxK = q_BxTxHxK * scale if scale else q_BxTxHxK / kv**0.5
+        operands = q_BxTxHxK, k_BxTxGxK, v_BxTxGxK
+        # What attention reads is kept, rather than the products; but the backward pass of a norm needs the products.
+        return operands if c.qk_norm != "none" else tuple(checkpoint_name(x, "qkv") for x in operands)
 
 
 class MLP(nn.Module):

@@ -140,11 +140,12 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
         "hardware_flops": sum(operation.times * operation.flops for operation in operations),
         "memory_traffic": sum(operation.times * operation.bytes for operation in operations),
         "collectives": [
-            dataclasses.asdict(collective)
+            {name: getattr(collective, name) for name in ("kind", "axes", "group", "overlaps", "count", "bytes")}
             | {
                 "sent": collective.sent,
                 "bandwidth": roofline.ring_bandwidth(collective.axes, collective.group, mesh, chip),
                 "seconds": roofline.network_seconds(collective, mesh, chip),
+                "exposed": roofline.exposed_seconds(collective, mesh, chip),
             }
             for collective in collectives
         ],

@@ -6,9 +6,10 @@ a loop by its trip count.
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -48,8 +49,8 @@ class Instruction:
 
     @functools.cached_property
     def called(self) -> str:
-        """Name of the computation that a fusion, a call or a loop runs, or ""."""
-        return self.get(r"(?:calls|to_apply|body)=%?([\w.\-]+)")
+        """Name of the computation that a fusion, a call, a loop or a kernel on the SparseCores runs, or ""."""
+        return self.get(r"(?:calls|to_apply|body|called_computations)=\{?%?([\w.\-]+)")
 
     def get(self, pattern: str) -> str:
         """Returns the first group of a pattern that is searched for in the attributes, or ""."""
@@ -92,10 +93,12 @@ class Collective:
       kind: one of `COLLECTIVES`.
       axes: mesh axes along which the devices of a group differ.
       group: number of devices in a group, which can be less than the product of the axes.
-      overlaps: other operations run at the same time.
+      overlaps: kernels run at the same time.
       count: how often a step runs such a collective; the start and the end of an asynchronous one count once.
       bytes: total size of the operands (all-gather: of the results) in a step. For example, the all-reduce of a
         gradient counts the bytes of the gradient, and the all-gather of a parameter those of the whole parameter.
+      beside: for each instruction, if they overlap: how often a step runs it, its bytes in one run, and the kernels
+        between its start and its end; None: it is part of a kernel, or a loop runs meanwhile.
     """
 
     kind: str
@@ -104,6 +107,7 @@ class Collective:
     overlaps: bool
     count: int
     bytes: int
+    beside: tuple[tuple[int, int, Sequence[Operation] | None], ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def sent(self) -> float:
@@ -164,12 +168,35 @@ class Module:
             yield computation, instruction, times
             if instruction.opcode == "while":
                 yield from self.walk(instruction.called, times * self.trips(computation, instruction), fusions)
-            elif instruction.opcode in ("call", "async-start") or (fusions and instruction.opcode == "fusion"):
+            elif instruction.opcode in ("call", "async-start", *("fusion",) * fusions) or _is_wrapper(instruction):
                 yield from self.walk(instruction.called, times, fusions)
             elif instruction.opcode == "conditional":
                 branches = r"(?:_computation=|branch_computations=\{|, )%([\w.\-]+)"
                 for name in re.findall(branches, instruction.attributes):
                     yield from self.walk(name, times, fusions)
+
+    @functools.cached_property
+    def asynchronous(self) -> dict[str, tuple[str, Instruction]]:
+        """The computations that run beside kernels, as on the SparseCores of a TPU: where and what starts each."""
+        starts: dict[str, tuple[str, Instruction]] = {}
+        for computation, instruction, _ in self.walk():
+            if instruction.called and (instruction.opcode == "async-start" or computation in starts):
+                starts[instruction.called] = starts.get(computation, (computation, instruction))
+        return starts
+
+    def beside(self, computation: str, start: Instruction) -> list[Instruction] | None:
+        """Returns the kernels between the start of an asynchronous operation and its end; None: a loop or a call."""
+        scheduled, kernels = self.computations[computation], list[Instruction]()
+        users = [instruction for instruction in scheduled.values() if start.name in instruction.operands]
+        start = next((user for user in users if user.opcode == "async-update"), start)  # only then it has its operands
+        for instruction in itertools.dropwhile(lambda other: other is not start, scheduled.values()):
+            if start.name in instruction.operands:
+                return kernels
+            if instruction.opcode in ("while", "call", "conditional"):
+                return None
+            if _is_kernel(instruction):
+                kernels.append(instruction)
+        return None  # it ends in another computation
 
     def trips(self, computation: str, loop: Instruction) -> int:
         """Returns the trip count of a loop.
@@ -274,16 +301,15 @@ def operations(text: str) -> list[Operation]:
     """
     module, result = parse(text), []
     for computation, instruction, times in module.walk(fusions=False):
+        if not _is_kernel(instruction):
+            continue
         opcode = instruction.opcode
-        if opcode in _FREE or opcode.endswith(("-done", "-update")) or opcode.removesuffix("-start") in COLLECTIVES:
-            continue
-        if opcode in ("send", "recv") or instruction.get(r'custom_call_target="(AllocateBuffer)"'):
-            continue
         if opcode == "fusion":
             inside = module.walk(instruction.called)
             flops = sum(runs * _flops(module, fused, product) for fused, product, runs in inside)
         else:
             flops = _flops(module, computation, instruction)
+        start = module.asynchronous.get(computation)
         cycles = int(instruction.get(r'"estimated_cycles":"(\d+)"') or _NO_ESTIMATE)
         result.append(
             Operation(
@@ -292,11 +318,25 @@ def operations(text: str) -> list[Operation]:
                 flops,
                 module.traffic(computation, instruction),
                 cycles if cycles < _NO_ESTIMATE else None,
-                overlaps=opcode.endswith("-start"),
+                overlaps=opcode.endswith("-start") or (start is not None and module.beside(*start) != []),
                 opaque=_attention_products(instruction) > 0,
             )
         )
     return result
+
+
+def _is_kernel(instruction: Instruction) -> bool:
+    """Returns whether an instruction runs on a device and is no collective. A loop itself is no kernel."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith(("-done", "-update")) or opcode.removesuffix("-start") in COLLECTIVES:
+        return False
+    is_buffer = instruction.get(r'custom_call_target="(AllocateBuffer)"')
+    return not (is_buffer or opcode in ("send", "recv") or _is_wrapper(instruction))
+
+
+def _is_wrapper(instruction: Instruction) -> bool:
+    """Returns whether an instruction calls a computation that runs on the SparseCores."""
+    return instruction.opcode == "custom-call" and bool(instruction.get(r"(called_computations=\{%called_computation)"))
 
 
 def _flops(module: Module, computation: str, product: Instruction) -> int:
@@ -324,8 +364,9 @@ def _attention_flops(kernel: Instruction, shapes: list[str]) -> int:
     The queries are taken as the last T of S tokens, so each head has T·(S - T/2) scores. Masked scores that a kernel
     computes in the blocks on the diagonal are not counted.
     """
-    q, k = [sizes for sizes in map(_sizes, shapes) if len(sizes) == 4][:2]
-    length = 2 if kernel.name.startswith("splash") else 1  # splash: [B, H, T, K]; cuDNN: [B, T, H, K]
+    # Among indices and masks, the queries and the keys are the first two arrays of numbers.
+    q, k = [_sizes(shape) for shape in shapes if re.match(r"(?:bf16|f16|f32)\[(?:\d+,){2,3}\d+\]", shape)][:2]
+    length = -2 if kernel.name.startswith("splash") else 1  # splash: [B, H, T, K] or [H, T, K]; cuDNN: [B, T, H, K]
     return math.prod(q) * (2 * k[length] - q[length])
 
 
@@ -361,15 +402,20 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
       ValueError: the trip count of a loop is not known.
     """
     module, seen = parse(text), set()
-    totals: dict[tuple[str, tuple[str, ...], int, bool], tuple[int, int]] = {}
+    kernels = functools.cache(lambda: {operation.name: operation for operation in operations(text)})
+    totals: dict[tuple[str, tuple[str, ...], int, bool], list[tuple[int, int, list[Operation] | None]]] = {}
     for computation, instruction, times in module.walk():
         kind = instruction.opcode.removesuffix("-start")
-        overlaps = instruction.opcode.endswith("-start")
+        beside: list[Operation] | None = []
+        start = (computation, instruction) if instruction.opcode.endswith("-start") else None
+        if start := module.asynchronous.get(computation, start):
+            found = module.beside(*start)
+            beside = None if found is None else [kernels()[each.name] for each in found]
         if kind in COLLECTIVES:
             axes, group = _axes(instruction, mesh)
             operands = module.shapes(computation, instruction)
         elif kind == "send" and (between_slices := instruction.get(r'_megascale_transfer_type="(\w+)"')):
-            kind, overlaps = between_slices.lower().replace("_", "-"), True
+            kind, beside = between_slices.lower().replace("_", "-"), None
             axes, group = _slice_axes(mesh)
             operands = module.shapes(computation, instruction)[:1]  # the second operand is a token
         else:
@@ -380,13 +426,18 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
             if (chain, channel := instruction.get(r"channel_id=(\d+)")) in seen:
                 continue
             seen.add((chain, channel))
-            overlaps = True
+            beside = None
         if computation.startswith("all-reduce-scatter"):  # a reduce-scatter, written as an all-reduce and a slice
             kind = "reduce-scatter"
         size = sum(map(_bytes, operands)) * (group if kind == "all-gather" else 1)
-        count, total = totals.get((kind, axes, group, overlaps), (0, 0))
-        totals[kind, axes, group, overlaps] = count + times, total + times * size
-    return sorted((Collective(*key, *sums) for key, sums in totals.items()), key=lambda c: -c.bytes)
+        totals.setdefault((kind, axes, group, beside != []), []).append((times, size, beside))
+    merged = (
+        Collective(
+            *key, sum(run[0] for run in runs), sum(run[0] * run[1] for run in runs), tuple(runs) if key[-1] else ()
+        )
+        for key, runs in totals.items()
+    )
+    return sorted(merged, key=lambda collective: -collective.bytes)
 
 
 def _axes(collective: Instruction, mesh: jax.sharding.Mesh) -> tuple[tuple[str, ...], int]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from gpt.config import Config, from_tree
 from gpt.planning import compiling, report, search
-from gpt.runtime import cache, hardware, progress
+from gpt.runtime import backend, cache, hardware, progress
 from gpt.runtime.errors import UsageError, UserError
 from gpt.runtime.files import new_file
 from gpt.runtime.versions import code_digest
@@ -100,10 +100,10 @@ def plan(config: Config, topology: str) -> report.Report:
     Raises:
       UserError: the config or the topology does not allow it, or the compiler rejects the program.
     """
-    hardware.topology_devices(topology)  # raises UserError if the compiler is not installed
+    options = backend.compiler_options(hardware.topology_devices(topology)[0])
     packages = ("jax", "jaxlib", "flax", "optax", hardware.of_topology(topology).compiler)
     versions = {name: importlib.metadata.version(name) for name in packages}
-    name = f"plan-{cache.digest(dataclasses.asdict(config), topology, versions, code_digest())}"
+    name = f"plan-{cache.digest(dataclasses.asdict(config), topology, versions, options, code_digest())}"
     stored = cache.Cache(say=functools.partial(print, file=sys.stderr))
     return stored.entry(name, lambda create: compiling.measure(config, topology)).value
 

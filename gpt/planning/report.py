@@ -27,8 +27,9 @@ MEMORY_PARTS = {
 ASSUMPTIONS = """\
 Assumptions: Kernels run one after another. A kernel takes as long as its matrix products at the chip's peak, or as
 its bytes at the peak bandwidth of the main memory, whichever is longer. Collectives use a ring over every link that
-their group spans, at public bandwidth; those marked * overlap with kernels. Both branches of a conditional run. The
-input arrives in time. If the compiler's estimate of its kernels is longer, it counts instead. Published runs of such
+their group spans, at public bandwidth; those marked * overlap with the kernels that are scheduled beside them, and
+the rest of their time is exposed. Both branches of a conditional run. The input arrives in time. If the compiler's
+estimate of its kernels is longer, it counts instead. Published runs of such
 programs took 1.2 to 1.8 times as long as the roofline (launch/PLANNING.md)."""
 
 
@@ -91,11 +92,13 @@ def _collectives(report: Report) -> Iterator[str]:
     if not report["collectives"]:
         yield "  none"
         return
-    yield f"  {'kind':20}{'mesh axes':20}{'group':>6}{'count':>7}{'GB':>10}{'sent GB':>10}{'GB/s':>8}{'ms':>10}"
+    figures = f"{'group':>6}{'count':>7}{'GB':>10}{'sent GB':>10}{'GB/s':>8}{'ms':>10}{'exposed':>9}"
+    yield f"  {'kind':20}{'mesh axes':20}{figures}"
     for c in report["collectives"]:
         yield (
             f"  {c['kind'] + ('*' if c['overlaps'] else ''):20}{'+'.join(c['axes']):20}{c['group']:6,}{c['count']:7,}"
             f"{c['bytes'] / 1e9:10.4f}{c['sent'] / 1e9:10.4f}{c['bandwidth'] / 1e9:8.0f}{c['seconds'] * 1e3:10.2f}"
+            f"{c['exposed'] * 1e3:9.2f}"
         )
 
 

@@ -5,8 +5,9 @@ The assumptions, nearly all of which make the estimate too short:
   main memory, whichever is longer. Kernels run one after another. Vector operations take no time.
 - A collective uses a ring along each direction of each axis of the torus that its group spans (TPU), or NVLink and, if
   the group spans hosts, the network card of each GPU. Links reach their public bandwidth.
-- A collective that the compiler made asynchronous, or fused with matrix products, overlaps with the kernels: it costs
-  only the time by which all such collectives exceed all kernels. Any other collective is exposed: kernels wait for it.
+- A collective that the compiler made asynchronous overlaps with the kernels that it scheduled between the start and
+  the end; kernels wait for the rest. One that is fused with matrix products overlaps as a whole. Together, those that
+  overlap cost the time by which they exceed all kernels. Any other collective is exposed: kernels wait for it.
 - Attention kernels compute what the causal mask leaves, and read and write their operands and results once.
 - Both branches of a conditional run (chunked attention skips future chunks with conditionals).
 - The input arrives in time, and the step includes no evaluation and no checkpoint.
@@ -54,9 +55,9 @@ def estimate(
     # Overlapping copies share the bandwidth of the main memory with the kernels.
     traffic = sum(operation.times * operation.bytes for operation in operations) / chip.bandwidth
     memory = max(memory, traffic - compute)
-    times = [(collective.overlaps, network_seconds(collective, mesh, chip)) for collective in collectives]
-    overlapped = sum(time for overlaps, time in times if overlaps)
-    exposed = sum(time for overlaps, time in times if not overlaps)
+    network = sum(network_seconds(collective, mesh, chip) for collective in collectives)
+    exposed = sum(exposed_seconds(collective, mesh, chip) for collective in collectives)
+    overlapped = network - exposed
     kernels, estimated = compute + memory, compiler_seconds(operations, chip)
     roofline = max(kernels, overlapped) + exposed
     compiler = max(estimated, overlapped) + exposed if estimated else None
@@ -90,6 +91,25 @@ def compiler_seconds(operations: list[Operation], chip: Chip) -> float | None:
     if roofline(known) < 0.95 * roofline(operations):
         return None
     return sum(o.times * (o.cycles or 0) for o in known) / chip.clock + roofline([o for o in known if o.opaque])
+
+
+def exposed_seconds(collective: Collective, mesh: jax.sharding.Mesh, chip: Chip) -> float:
+    """Returns the seconds for which kernels wait for the collectives."""
+    seconds = network_seconds(collective, mesh, chip)
+    if not collective.overlaps:
+        return seconds
+    exposed = 0.0
+    for times, size, kernels in collective.beside:
+        if kernels is not None:
+            run = seconds * size / max(collective.bytes, 1)
+            exposed += times * max(0.0, run - sum(_kernel_seconds(kernel, chip) for kernel in kernels))
+    return exposed
+
+
+def _kernel_seconds(kernel: Operation, chip: Chip) -> float:
+    """Returns the longer of the times of one run of a kernel by the roofline and by the compiler; 0 if it overlaps."""
+    roofline = max(kernel.flops / chip.flops, kernel.bytes / chip.bandwidth)
+    return 0.0 if kernel.overlaps else max(roofline, (kernel.cycles or 0) / (chip.clock or 1))
 
 
 def network_seconds(collective: Collective, mesh: jax.sharding.Mesh, chip: Chip) -> float:

@@ -5,19 +5,28 @@
 - The cores of a CPU become several JAX devices, over which the mesh shards a step, because XLA runs a large part of a
   step on a single core of a device. XLA_FLAGS=--xla_force_host_platform_device_count=N sets another number.
 - XLA_OPTIONS are XLA flags that make training faster. Flags that XLA_FLAGS contains already keep their value.
+- `compiler_options` are further ones for the training step on a TPU. An option that LIBTPU_INIT_ARGS contains keeps its
+  value: LIBTPU_INIT_ARGS=--xla_tpu_enable_sparse_core_collective_offload_all_gather=false turns that option off.
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import os
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from gpt.runtime import cache, cluster
 from gpt.runtime.errors import UserError
 
+if TYPE_CHECKING:
+    import jax
+
 # YNNPACK's matrix products, the default since jaxlib 0.10, are slower than Eigen's for few rows.
 XLA_OPTIONS = {"--xla_cpu_experimental_ynn_fusion_type": ""}
 OPTIONS_KNOWN_TO = ("0.10.", "0.11.")  # versions of jaxlib; XLA ends the process if it does not know an option
+LIBTPU_KNOWN = "0.0.52"  # the version of libtpu that knows the options of TPUs
 MAX_CPU_DEVICES = 8  # each device holds all parameters, and more devices gain little
 PARAMETERS_PER_TOKEN = 5_000  # limit for a step on one device; above it, a single device for all cores is as fast
 STATE_BYTES = 16  # of each parameter: its value, its gradient and Adam's two moments, in float32
@@ -84,6 +93,21 @@ def set_xla_options() -> None:
     if jaxlib.__version__.startswith(OPTIONS_KNOWN_TO):
         options = (f"{name}={value}" for name, value in XLA_OPTIONS.items() if name not in user_flags)
         os.environ["XLA_FLAGS"] = " ".join([user_flags, *options]).strip()
+
+
+def compiler_options(device: "jax.Device") -> dict[str, Any]:
+    """Returns the options of the compiler with which the training step is faster on a device: those in `chips.toml`.
+
+    Returns none for another version of the compiler, because it could refuse them, and none of an option that the
+    environment variable LIBTPU_INIT_ARGS sets.
+    """
+    from gpt.runtime import hardware
+
+    chip, user_flags = hardware.of_device(device), os.environ.get("LIBTPU_INIT_ARGS", "")
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        if chip and chip.options and importlib.metadata.version(chip.compiler) == LIBTPU_KNOWN:
+            return {name: value for name, value in chip.options.items() if name not in user_flags}
+    return {}
 
 
 def divide_cpu(work: Work) -> None:

@@ -35,6 +35,7 @@ class Chip:
       clock: clock rate in Hz, which converts the TPU compiler's cycles to seconds; 0 for GPUs.
       ring: a torus axis of this length, or a multiple of it, has wraparound links; 0 for GPUs.
       largest: largest topology without a slow network.
+      options: options of the compiler with which the training step is faster; see `backend.compiler_options`.
       gpu: what XLA needs to compile for the GPU; empty for TPUs.
     """
 
@@ -48,6 +49,7 @@ class Chip:
     clock: float = 0.0
     ring: int = 0
     largest: str = ""
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     gpu: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
