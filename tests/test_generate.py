@@ -136,6 +136,8 @@ def test_greedy_text_and_logprobs_are_those_of_the_naive_loop(length):
         (FAMILIES["neox"], 3),
         ({"scan_layers": True, "remat": "full"}, 1),
         ({"scan_layers": True}, 3),
+        ({"tie_embeddings": True}, 1),
+        ({"tie_embeddings": True}, 3),
     ],
     ids=str,
 )
@@ -370,6 +372,13 @@ def test_likeliest_token_alone(sampling):
     found = sample_token(rows, jax.random.split(jax.random.key(0), 200), sampling)
     np.testing.assert_array_equal(found, rows.argmax(axis=1))
     assert found.dtype == jnp.int32
+
+
+def test_greedy_takes_the_first_of_equal_logits():
+    logits_BxV = jnp.array([[0.0, 2.0, 1.0, 2.0], [3.0, 3.0, 3.0, 3.0], [-5.0, MASKED, MASKED, -4.0]])
+    token_B = sample_token(logits_BxV, jax.random.split(jax.random.key(0), 3), Sampling(0.0))
+    assert token_B.dtype == jnp.int32
+    assert token_B.tolist() == [1, 0, 3]
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-38, 1e-50])

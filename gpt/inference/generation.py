@@ -78,7 +78,10 @@ def penalise(logits_BxV: jax.Array, seen_BxV: jax.Array, penalty: float) -> jax.
 def sample_token(logits_BxV: jax.Array, key_B: jax.Array, sampling: Sampling) -> jax.Array:
     """Returns a token id, int32 [B], for each row of logits, sampled with the row's random key."""
     if sampling.temperature == 0:
-        return logits_BxV.argmax(axis=-1).astype(jnp.int32)
+        # The same as `argmax`, which is slow on a CPU: XLA reduces pairs of a value and an index one by one.
+        is_greatest_BxV = logits_BxV == logits_BxV.max(axis=-1, keepdims=True)
+        last = logits_BxV.shape[-1] - 1
+        return jnp.where(is_greatest_BxV, jnp.arange(last + 1, dtype=jnp.int32), last).min(axis=-1)
     # The greatest logit becomes 0, so that dividing by a tiny temperature gives no infinities of both signs.
     logits_BxV = (logits_BxV - logits_BxV.max(axis=-1, keepdims=True)) / sampling.temperature
     if sampling.top_k is None and sampling.top_p is None:
@@ -137,10 +140,11 @@ class Generator:
     ):
         self.config, self.layout, self.sampling, self.segment = model.config, layout, sampling, segment
         config = model.config
+        untied = model.clone(config=dataclasses.replace(config, tie_embeddings=False))
 
         def run(params, cache, tokens_BxT, position_B=None):
-            variables = {"params": params, "cache": cache}
-            logits_BxTxV, changed = model.apply(variables, tokens_BxT, position_B=position_B, mutable=["cache"])
+            variables, network = {"params": params, "cache": cache}, untied if "head" in params else model
+            logits_BxTxV, changed = network.apply(variables, tokens_BxT, position_B=position_B, mutable=["cache"])
             return logits_BxTxV, changed["cache"]
 
         def empty(rows, capacity):
@@ -201,6 +205,7 @@ class Generator:
                 seen_BxV = jax.lax.with_sharding_constraint(seen_BxV, by_row)
             return self._constrain(cache, rows), seen_BxV, jax.lax.with_sharding_constraint(rest, layout.replicated)
 
+        self.transpose = jax.jit(jnp.transpose)
         self.empty = jax.jit(empty, static_argnums=(0, 1))
         self.grow = jax.jit(grow, static_argnums=(1, 2))
         self.fill = jax.jit(fill, static_argnums=(5, 6), donate_argnums=1)
@@ -228,6 +233,10 @@ class Generator:
           first_prompt: number of the first prompt, if earlier calls with the same seed used the numbers below it.
         """
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
+        if len(rows) > 1 and self.config.tie_embeddings and self.layout.mesh.devices.flat[0].platform == "cpu":
+            # XLA's CPU backend takes many times as long for the product of a few rows with a transposed table.
+            kernel = self.transpose(params["token_embedding"]["embedding"])
+            params = {**params, "head": {"kernel": kernel}}
         first_numbers = (first_prompt + np.arange(len(prompts))) * MAX_SAMPLES
         numbers = np.add.outer(first_numbers, np.arange(num_samples)).ravel().astype(np.uint32)
         # NumPy arrays, because a jax.Array on this process's devices alone cannot be moved to all processes.
