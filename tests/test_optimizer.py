@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from gpt import optimizer, sharding
+from gpt import muon, optimizer, sharding
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.optimizer import OptimizerConfig
 from gpt.planning import hlo
@@ -276,7 +276,7 @@ def newton_schulz(x):
 @pytest.mark.parametrize("shape", [(8, 24), (24, 8), (16, 16)])
 def test_orthogonalized_is_near_the_nearest_orthogonal_matrix(shape):
     x = np.random.default_rng(0).normal(size=(3, *shape))
-    actual = np.asarray(optimizer.orthogonalize(jnp.asarray(x, jnp.float32)))
+    actual = np.asarray(muon.orthogonalize(jnp.asarray(x, jnp.float32)))
     for one, result in zip(x, actual, strict=True):
         np.testing.assert_allclose(result, newton_schulz(one), atol=1e-4)
         u, _, v = np.linalg.svd(one, full_matrices=False)
@@ -339,7 +339,7 @@ def test_muon_exchanges_shards_and_gathers_no_sharded_axis(rules, mesh, layers):
     """The compiled update has all-to-alls, and gathers only what each group of replicas computed a part of."""
     layout = sharding.make_layout(sharding.MeshConfig(rules, **mesh))
     boxed = {"blocks": boxed_params(scan_layers=True, num_layers=layers)["blocks"]}
-    tx = optimizer.scale_by_muon(0.95, {"up": nn.get_partition_spec(boxed)["blocks"]["mlp"]["up"]["kernel"]})
+    tx = muon.scale_by_muon(0.95, {"up": nn.get_partition_spec(boxed)["blocks"]["mlp"]["up"]["kernel"]})
     up = nn.unbox(boxed)["blocks"]["mlp"]["up"]["kernel"]
     sharded = layout.state_shardings(boxed)["blocks"]["mlp"]["up"]["kernel"]
     with layout.use():

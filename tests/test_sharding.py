@@ -439,7 +439,9 @@ def test_what_does_not_divide_the_width_shards_another_axis(tiny, mesh, name, sp
 
 def test_the_largest_gpt_2_is_sharded_over_256_devices():
     config = config_files.read("configs/pretrain.py:gpt2-1558m")
-    program = step.build(config, 50_257, sharding.make_layout(config.mesh, [Chip(i, 0) for i in range(256)]), 1)
+    assert config.mesh.shape(256) == {"data": 4, "fsdp": 64, "sequence": 1, "model": 1}  # 64 divides its width of 1,600
+    layout = sharding.make_layout(MeshConfig("fsdp", fsdp=256), [Chip(i, 0) for i in range(256)])
+    program = step.build(config, 50_257, layout, 1)
     over = {p.name: p.over for p in parameters.of_program(program)}
     assert over["blocks/mlp/down/kernel"] == ((), ("fsdp",), ())
     assert over["blocks/attention/qkv/kernel"] == ((), (), (), ())
