@@ -22,7 +22,7 @@ flags.DEFINE_integer(
     lower_bound=1,
     upper_bound=2**20,
 )
-flags.DEFINE_bool("search", False, "Search for the mesh, remat policy and micro-batches of the fastest step.")
+flags.DEFINE_bool("search", False, "Search for the mesh, attention, remat and micro-batches of the fastest step.")
 flags.DEFINE_integer("compilations", 8, "Number of candidates that --search compiles.", lower_bound=1)
 flags.DEFINE_float("price", None, "Price of one device for an hour, in any currency.", lower_bound=0)
 flags.DEFINE_string("html", None, "File to write an HTML page of the report to. The file must not exist.")

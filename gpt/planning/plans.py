@@ -24,7 +24,7 @@ class Options:
 
     Attributes:
       batch_per_device: examples per device and step; None: `train.batch_size` over all devices.
-      search: search for the mesh, remat policy and micro-batches of the shortest step.
+      search: search for the mesh, attention, remat policy and micro-batches of the shortest step.
       compilations: number of candidates that a search compiles.
       price: price of one device for an hour.
       html: file to write a page of the same report to.
