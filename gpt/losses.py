@@ -1,7 +1,7 @@
 """The loss of the tokens of a batch, from the logits or from the last activations.
 
-Shape suffixes: B batch, T sequence length, D width, V padded vocabulary; P and Q shards of batch and length, R tokens
-of a shard.
+Shape suffixes: B batch, T sequence length, D width, V padded vocabulary, P shards of the batch, Q shards of the length,
+R tokens in a shard.
 """
 
 import functools
@@ -83,9 +83,9 @@ def _loss_and_gradients(
         return total, jnp.einsum("pqrv,vd->pqrd", slope, gathered_VxD)
 
     # Each shard adds up its own gradient of the head; they are added to each other at the end, not for each chunk.
-    zeros = jnp.zeros(()), jnp.zeros((p, q, *head_VxD.shape), dtype if chunks == 1 else jnp.float32)
-    zeros = zeros[0], nn.with_logical_constraint(zeros[1], ("batch", "length", "vocab", None))
-    (loss, head_PxQxVxD), x_gradient = jax.lax.scan(add, zeros, (divided(x_BxTxD), divided(targets_BxT)))
+    head_PxQxVxD = jnp.zeros((p, q, *head_VxD.shape), dtype if chunks == 1 else jnp.float32)
+    total = jnp.zeros(()), nn.with_logical_constraint(head_PxQxVxD, ("batch", "length", "vocab", None))
+    (loss, head_PxQxVxD), x_gradient = jax.lax.scan(add, total, (divided(x_BxTxD), divided(targets_BxT)))
     x_gradient = x_gradient.reshape(chunks, p, q, batch // p, length // (q * chunks), width)
     x_gradient = jnp.moveaxis(x_gradient, (0, 2), (3, 2)).reshape(x_BxTxD.shape)
     return loss, (x_gradient, head_PxQxVxD.astype(dtype).sum(axis=(0, 1)).astype(head_VxD.dtype))

@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
+
+from gpt.models.layers import mesh_axes
 
 
 def scale_by_muon(momentum: float, logical_axes: Any) -> optax.GradientTransformation:
@@ -85,7 +86,7 @@ def spread_over_devices(
     sizes = jax.sharding.get_abstract_mesh().shape
     if not sizes:
         return function(x)
-    over = [(axes,) if isinstance(axes, str) else axes or () for axes in nn.logical_to_mesh_axes(axes) or P()]
+    over = mesh_axes(*axes)
     sharding = [axis for axes in over for axis in reversed(axes)]
     used: list[str] = []
     for axis in dict.fromkeys([*sharding, *sizes]):

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from gpt.runtime.progress import columns
-from gpt.sharding import bytes_per_device, mesh_axes, path_name
+from gpt.sharding import axes_of_entry, bytes_per_device, path_name
 from gpt.step import Program, variables
 
 
@@ -44,11 +44,11 @@ def of_program(program: Program) -> list[Parameter]:
         for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(tree), names, strict=True):
             name = re.sub(r"block_\d+", "block_*", path_name(path))
             count = parameters[name].count + 1 if name in parameters else 1
-            over = tuple(mesh_axes(each) for each in leaf.sharding.spec)
+            over = tuple(axes_of_entry(each) for each in leaf.sharding.spec)
             notes = []
             for size, ruled in zip(leaf.shape, layout.spec(*axes), strict=False):
                 if size % layout.size(ruled):
-                    whole = "+".join(axis for axis in mesh_axes(ruled) if axis not in itertools.chain(*over))
+                    whole = "+".join(axis for axis in axes_of_entry(ruled) if axis not in itertools.chain(*over))
                     reason = f"{size:,} is not divisible by {layout.named_sizes(ruled)}"
                     notes.append(f"whole over {whole}: {reason}" if whole else reason)
             parameter = Parameter(name, leaf.shape, tuple(axes), over, count, bytes_per_device(leaf), "; ".join(notes))

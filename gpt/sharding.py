@@ -208,7 +208,7 @@ class Layout:
             over: list[tuple[str, ...]] = [()] * len(leaf.shape)
             moved = [axis for axis in extra if axis not in self._axes_of(*names)]
             for i, (size, axes) in enumerate(zip(leaf.shape, self.spec(*names), strict=False)):
-                for axis in mesh_axes(axes):
+                for axis in axes_of_entry(axes):
                     if size % self.size((*over[i], axis)) == 0:
                         over[i] += (axis,)
                     elif axis in movable:
@@ -235,13 +235,13 @@ class Layout:
             raise UserError(f"{self.named_sizes(axes, 'mesh.')} does not divide {what}.")
 
     def named_sizes(self, axes: str | tuple[str, ...] | None, prefix: str = "") -> str:
-        return " × ".join(f"{prefix}{axis}={self.mesh.shape[axis]}" for axis in mesh_axes(axes))
+        return " × ".join(f"{prefix}{axis}={self.mesh.shape[axis]}" for axis in axes_of_entry(axes))
 
     def _axes_of(self, *names: str | None) -> tuple[str, ...]:
-        return tuple(itertools.chain(*map(mesh_axes, self.spec(*names))))
+        return tuple(itertools.chain(*map(axes_of_entry, self.spec(*names))))
 
     def size(self, axes: str | tuple[str, ...] | None) -> int:
-        return math.prod(self.mesh.shape[axis] for axis in mesh_axes(axes))
+        return math.prod(self.mesh.shape[axis] for axis in axes_of_entry(axes))
 
 
 def make_layout(config: MeshConfig, devices: list[jax.Device] | None = None) -> Layout:
@@ -293,7 +293,7 @@ def _parameter_axes(rules: Rules) -> set[str]:
     return {axis for name, axes in rules for axis in axes if name != "batch"}
 
 
-def mesh_axes(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def axes_of_entry(axes: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """Returns an entry of a PartitionSpec as a tuple."""
     return (axes,) if isinstance(axes, str) else tuple(axes or ())
 

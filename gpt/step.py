@@ -179,7 +179,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         weight = 1 / jnp.maximum(jnp.sum(batch["targets"] != IGNORED), 1)
         loss, grads = jax.tree.map(lambda total: weight * total, (loss, grads))
         if layout.zero1:  # each device updates the parameters whose optimizer state it holds
-            grads = jax.lax.with_sharding_constraint(grads, zero1_shardings.params)
+            grads = jax.lax.with_sharding_constraint(grads, spread.params)
         gradient_norm = optimizer.global_norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params, count = optax.apply_updates(state.params, updates), state.opt_state[-1].count
@@ -221,9 +221,8 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
     abstract_boxed = jax.eval_shape(init_boxed)
     abstract = nn.unbox(abstract_boxed)
     shardings = layout.state_shardings(abstract_boxed)
-    zero1_shardings = layout.state_shardings(abstract_boxed, ("data",))
-    if layout.zero1:
-        shardings = shardings.replace(opt_state=zero1_shardings.opt_state, ema=zero1_shardings.ema)
+    spread = layout.state_shardings(abstract_boxed, ("data",)) if layout.zero1 else shardings
+    shardings = shardings.replace(opt_state=spread.opt_state, ema=spread.ema)
     batch, everywhere = layout.batch, layout.replicated
     return Program(
         layout=layout,

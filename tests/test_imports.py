@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 # From the ground up. A module may import from the floors below its own, and from its own folder.
 FLOORS = (
     ("gpt.runtime",),
-    ("gpt.models", "gpt.muon", "gpt.sharding"),
+    ("gpt.models", "gpt.sharding"),
+    ("gpt.muon",),
     ("gpt.optimizer",),
     ("gpt.data",),
     ("gpt.losses",),

@@ -168,7 +168,11 @@ class Module:
             yield computation, instruction, times
             if instruction.opcode == "while":
                 yield from self.walk(instruction.called, times * self.trips(computation, instruction), fusions)
-            elif instruction.opcode in ("call", "async-start", *("fusion",) * fusions) or _is_wrapper(instruction):
+            elif (
+                instruction.opcode in ("call", "async-start")
+                or (fusions and instruction.opcode == "fusion")
+                or _is_wrapper(instruction)
+            ):
                 yield from self.walk(instruction.called, times, fusions)
             elif instruction.opcode == "conditional":
                 branches = r"(?:_computation=|branch_computations=\{|, )%([\w.\-]+)"

@@ -86,7 +86,7 @@ def compiler_seconds(operations: list[Operation], chip: Chip) -> float | None:
     known = [o for o in operations if o.cycles is not None or o.overlaps or o.opaque]
 
     def roofline(chosen: list[Operation]) -> float:
-        return sum(o.times * max(o.flops / chip.flops, o.bytes / chip.bandwidth) for o in chosen)
+        return sum(o.times * _roofline_seconds(o, chip) for o in chosen)
 
     if roofline(known) < 0.95 * roofline(operations):
         return None
@@ -108,8 +108,12 @@ def exposed_seconds(collective: Collective, mesh: jax.sharding.Mesh, chip: Chip)
 
 def _kernel_seconds(kernel: Operation, chip: Chip) -> float:
     """Returns the longer of the times of one run of a kernel by the roofline and by the compiler; 0 if it overlaps."""
-    roofline = max(kernel.flops / chip.flops, kernel.bytes / chip.bandwidth)
-    return 0.0 if kernel.overlaps else max(roofline, (kernel.cycles or 0) / (chip.clock or 1))
+    return 0.0 if kernel.overlaps else max(_roofline_seconds(kernel, chip), (kernel.cycles or 0) / (chip.clock or 1))
+
+
+def _roofline_seconds(operation: Operation, chip: Chip) -> float:
+    """Returns the seconds of one run: those of its FLOPs or of its bytes, whichever is longer."""
+    return max(operation.flops / chip.flops, operation.bytes / chip.bandwidth)
 
 
 def network_seconds(collective: Collective, mesh: jax.sharding.Mesh, chip: Chip) -> float:

@@ -136,7 +136,7 @@ def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
 
     # Activations that a layer saves for the backward pass, and the temporaries of one layer.
     scores = 0 if model.attention in ("chunked", *KERNELS) else tokens * model.num_heads / tensor * model.length
-    layer_sizes = dict(model.layer_weights)
+    layer_sizes = model.layer_weights
     outputs = {name: size / (1 if name in ("out", "down") else tensor) for name, (_, size) in layer_sizes.items()}
     outputs["attention"] = model.num_heads * model.head_dim / tensor if model.attention in KERNELS else 0
     wide = sum(outputs.values()) + width
