@@ -233,10 +233,6 @@ class Generator:
           first_prompt: number of the first prompt, if earlier calls with the same seed used the numbers below it.
         """
         rows = [prompt for prompt in prompts for _ in range(num_samples)]
-        if len(rows) > 1 and self.config.tie_embeddings and self.layout.mesh.devices.flat[0].platform == "cpu":
-            # XLA's CPU backend takes many times as long for the product of a few rows with a transposed table.
-            kernel = self.transpose(params["token_embedding"]["embedding"])
-            params = {**params, "head": {"kernel": kernel}}
         first_numbers = (first_prompt + np.arange(len(prompts))) * MAX_SAMPLES
         numbers = np.add.outer(first_numbers, np.arange(num_samples)).ravel().astype(np.uint32)
         # NumPy arrays, because a jax.Array on this process's devices alone cannot be moved to all processes.
@@ -283,6 +279,10 @@ class Decoding:
         self._position_B = np.array([len(window) - 1 for window in windows], np.int32)
         self._limit_B = np.zeros(rows, np.int32)  # the first position that is beyond a row's window
         layout = generator.layout.for_decoding(rows)
+        if rows > 1 and self._config.tie_embeddings and layout.mesh.devices.flat[0].platform == "cpu":
+            # XLA's CPU backend takes many times as long for the product of a few rows with a transposed table.
+            kernel = generator.transpose(params["token_embedding"]["embedding"])
+            self._params = {**params, "head": {"kernel": kernel}}
         self._key_B, self._seen_BxV = key_B, None
         if generator.sampling.repetition_penalty != 1:
             seen_BxV = np.zeros((rows, generator.config.padded_vocab_size), bool)
