@@ -364,8 +364,8 @@ def loss(config, variables, dropout_key=None):
 
 
 @pytest.mark.parametrize("options", [{}, *FAMILIES.values()], ids=["gpt2", *FAMILIES])
-@pytest.mark.parametrize("lora_rank", [0, 2])
-def test_the_layout_of_accelerators_computes_the_same(options, lora_rank, monkeypatch):
+@pytest.mark.parametrize(("platform", "lora_rank"), [("tpu", 0), ("gpu", 0), ("tpu", 2)])
+def test_the_layout_of_accelerators_computes_the_same(options, platform, lora_rank, monkeypatch):
     """The layers have one form for CPUs and one for accelerators, with the same parameters."""
     config = make(**options, lora_rank=lora_rank, lora_targets="qkv,up")
     variables = random_variables(config)
@@ -374,7 +374,7 @@ def test_the_layout_of_accelerators_computes_the_same(options, lora_rank, monkey
         return jax.value_and_grad(functools.partial(loss, config))(variables, jax.random.key(4))
 
     expected = loss_and_gradients()
-    monkeypatch.setattr(layers, "on_cpu", lambda: False)
+    monkeypatch.setattr(layers, "platform", lambda: platform)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), loss_and_gradients(), expected)
 
 

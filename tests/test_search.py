@@ -106,6 +106,17 @@ def test_search_compiles_the_config_first_and_ranks_all():
     assert out.getvalue().count("MFU 50.0%") == 7
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_deep_model_is_searched_with_scanned_layers(scan_layers):
+    """Only the best is compiled unrolled, and only if the config is."""
+    model = dataclasses.replace(MODEL, num_layers=search.LARGEST_UNROLLED + 1, scan_layers=scan_layers)
+    compiler = Compiler(lambda config: expected(config).memory)
+    found = run_search(compiler, 3, dataclasses.replace(CONFIG, model=model))
+    assert len(found) == len(compiler.asked) == 4 + (not scan_layers)
+    assert [config.model.scan_layers for config in compiler.asked[:4]] == [True] * 4
+    assert compiler.asked[-1].model.scan_layers is scan_layers
+
+
 def test_search_learns_from_what_does_not_fit():
     """A search finds configs that fit even if the compiler needs twenty times the expected memory."""
     compiler = Compiler(lambda config: 20 * expected(config).memory)
