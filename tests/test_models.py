@@ -15,8 +15,10 @@ from model_options import FAMILIES
 
 from gpt.models import kernels, layers, rotary
 from gpt.models.gpt import GPT, GPTConfig
+from gpt.models.perceiver import PerceiverIOConfig
 from gpt.models.sizes import GPT as SIZES
 from gpt.models.sizes import named_size
+from gpt.models.vit import ViTConfig
 from gpt.runtime.errors import UserError
 
 # Skipping LLVM's optimizations takes a third of the compilation time and changes results by rounding only.
@@ -376,6 +378,27 @@ def test_the_layout_of_accelerators_computes_the_same(options, platform, lora_ra
     expected = loss_and_gradients()
     monkeypatch.setattr(layers, "platform", lambda: platform)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), loss_and_gradients(), expected)
+
+
+IMAGES = {"num_layers": 1, "num_heads": 2, "embed_dim": 16, "image_size": 4, "patch_size": 2}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize(
+    "config", [TINY, ViTConfig(**IMAGES, pooling="class_token"), PerceiverIOConfig(**IMAGES, num_latents=3)]
+)
+def test_gradients_in_bfloat16_are_summed_in_float32(config, platform, monkeypatch):
+    """A sum of ones in bfloat16 ends at 256, because 256 + 1 is rounded to 256. Here, 1,024 rows are equal."""
+    monkeypatch.setattr(layers, "platform", lambda: platform)
+    config = dataclasses.replace(config, **NO_DROPOUT, dtype="bfloat16").resolve(VOCAB, "cpu")
+    model, row, rng = config.module(), config.blank(1), np.random.default_rng(0)
+    row = rng.integers(0, VOCAB, row.shape, row.dtype)
+    variables = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), row))
+    variables = jax.tree.map(lambda x: rng.normal(0, 0.3, x.shape).astype(np.float32), variables)
+    of_sum = jax.grad(lambda variables, inputs: model.apply(variables, inputs)[..., :3].sum())
+    single, summed = (by_path(quick_jit(of_sum)(variables, np.repeat(row, rows, axis=0))) for rows in (1, 1024))
+    for name, gradient in single.items():
+        assert np.linalg.norm(summed[name] - 1024 * gradient) <= 0.01 * np.linalg.norm(1024 * gradient), name
 
 
 @pytest.mark.parametrize("scan_layers", [False, True], ids=["unrolled", "scanned"])

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt.models import attention, decoding, kernels, lora
-from gpt.models.layers import Embedding, Linear
+from gpt.models.layers import Embedding, Linear, add_bias
 from gpt.models.transformer import BlockConfig, apply_blocks
 from gpt.runtime.fields import check_not_negative, check_positive, harmless
 
@@ -152,7 +152,7 @@ def embed(
         x_BxTxD = x_BxTxD * jnp.asarray(c.embed_multiplier, dtype)
     if c.positions == "learned":
         position_embedding = Embedding(c.block_size, c.embed_dim, "length", init, dtype, name="position_embedding")
-        x_BxTxD = x_BxTxD + position_embedding(positions)
+        x_BxTxD = add_bias(x_BxTxD, position_embedding(positions))
     x_BxTxD = nn.Dropout(c.embed_dropout, deterministic=deterministic)(x_BxTxD)
     return nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed")), token_embedding
 

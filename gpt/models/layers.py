@@ -53,12 +53,11 @@ class Linear(nn.Module):
         if on_cpu():
             rows, width = x.shape[: x.ndim - inputs], math.prod(self.in_shape)
             y = product(merged_rows(x.reshape(*rows, width)), kernel.reshape(width, -1))
-            y = y if bias is None else y + bias.reshape(-1)
+            y = y if bias is None else add_bias(y, bias.reshape(-1))
             ys = split(y.reshape(*rows, *self.out_shape), parts)
         else:  # a product for each part, which the compiler writes in the memory layout that the next operation reads
             ys = [jnp.tensordot(x, part, inputs) for part in split(kernel, parts)]
-            add = add_to_heads if parts and platform() == "tpu" else jnp.add
-            ys = ys if bias is None else [add(y, part) for y, part in zip(ys, split(bias, parts), strict=True)]
+            ys = ys if bias is None else [add_bias(y, part) for y, part in zip(ys, split(bias, parts), strict=True)]
         ys = [checkpoint_name(y, self.name) for y in ys]
         return ys if parts else ys[0]
 
@@ -134,7 +133,7 @@ class Embedding(nn.Module):
         """Returns the vectors [..., width] of the integer `indices` [...]."""
         # The partitioner cannot look up in a table that is sharded over its width, so the width is gathered first.
         table = nn.with_logical_constraint(self.embedding.astype(self.dtype), (self.axis, None))
-        return jnp.take(table, indices, axis=0)
+        return lookup(table, indices)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Returns the products [..., size] of x [..., width] with every vector, for a tied output head."""
@@ -190,20 +189,39 @@ product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
 
 
 @jax.custom_vjp
-def add_to_heads(y: jax.Array, bias: jax.Array) -> jax.Array:
-    """Returns y [..., heads, head size] + bias [heads, head size], with the gradient of the bias as a matrix product.
+def lookup(table: jax.Array, indices: jax.Array) -> jax.Array:
+    """Returns table[indices]. Its gradient is summed in float32: in bfloat16, sums of more than 256 equal terms stop.
 
-    The heads are narrower than the vectors of a TPU, which makes sums over the tokens slow.
+    Args:
+      table: [size, width].
+      indices: integers of any shape, at least 0 and less than `size`.
     """
-    return y + bias
+    return jnp.take(table, indices, axis=0)
 
 
-def _add_to_heads_backward(_, dy):
-    ones = jnp.ones((8, *dy.shape[:-2]), dy.dtype)  # of fewer rows than 8, the compiler makes a sum again
-    return dy, jnp.tensordot(ones, dy, dy.ndim - 2)[0]
+def _lookup_backward(saved, dy):
+    table, indices = saved
+    return jnp.zeros(table.shape, jnp.float32).at[indices].add(dy).astype(table.dtype), None
 
 
-add_to_heads.defvjp(lambda y, bias: (y + bias, None), _add_to_heads_backward)
+lookup.defvjp(lambda table, indices: (lookup(table, indices), (table, indices)), _lookup_backward)
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns x + bias for a bias of the last axes of x. As in `lookup`, the gradient is summed in float32."""
+    return x + bias
+
+
+def _add_bias_backward(axes, dy):
+    rows = dy.ndim - axes
+    if platform() == "tpu" and axes > 1 < rows:  # a TPU is slow at sums over the tokens that leave the heads
+        ones = jnp.ones((8, *dy.shape[:rows]), dy.dtype)  # of fewer rows than 8, the compiler makes a sum again
+        return dy, jnp.tensordot(ones, dy, rows)[0]
+    return dy, dy.sum(range(rows), dtype=jnp.float32).astype(dy.dtype)
+
+
+add_bias.defvjp(lambda x, bias: (x + bias, bias.ndim), _add_bias_backward)
 
 
 def platform() -> str:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from gpt.models import attention, decoding, gpt, lora, remat, rotary
 from gpt.models.gpt import GPTConfig
-from gpt.models.layers import parameter, unit_rms
+from gpt.models.layers import add_bias, parameter, unit_rms
 from gpt.models.transformer import BlockConfig, add_mlp, apply_blocks, branch, linear, norm
 from gpt.models.vit import ViT, ViTConfig
 from gpt.runtime.errors import UserError
@@ -226,7 +226,7 @@ class PerceiverIO(ViT):
 
         def learned(name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
             value = parameter(self, name, nn.initializers.normal(0.02), axes, shape)
-            x = jnp.broadcast_to(value.astype(x_BxTxD.dtype), (batch, *shape))
+            x = add_bias(jnp.zeros((batch, *shape), x_BxTxD.dtype), value.astype(x_BxTxD.dtype))
             return nn.with_logical_constraint(x, ("batch", *axes))
 
         patches, latents = jnp.arange(x_BxTxD.shape[1]), jnp.arange(c.num_latents)

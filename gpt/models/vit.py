@@ -16,7 +16,7 @@ import numpy as np
 
 from gpt.models import lora
 from gpt.models.attention import dense
-from gpt.models.layers import Linear, parameter
+from gpt.models.layers import Linear, add_bias, parameter
 from gpt.models.transformer import BlockConfig, apply_blocks
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_positive
@@ -158,12 +158,13 @@ class ViT(nn.Module):
         x_BxTxD = Linear(*embed, name="patch_embedding")(patches_BxNxP)
         normal = nn.initializers.normal(0.02)
         if c.pooling == "class_token":
-            token_D = parameter(self, "class_token", normal, ("embed",), (c.embed_dim,))
-            first_Bx1xD = jnp.broadcast_to(token_D.astype(dtype), (len(x_BxTxD), 1, c.embed_dim))
+            token_D = parameter(self, "class_token", normal, ("embed",), (c.embed_dim,)).astype(dtype)
+            first_Bx1xD = add_bias(jnp.zeros((len(x_BxTxD), 1, c.embed_dim), dtype), token_D)
             x_BxTxD = jnp.concatenate([first_Bx1xD, x_BxTxD], axis=1)
         if c.positions == "learned":
             shape = c.length, c.embed_dim
-            x_BxTxD = x_BxTxD + parameter(self, "position_embedding", normal, ("length", "embed"), shape).astype(dtype)
+            positions = parameter(self, "position_embedding", normal, ("length", "embed"), shape)
+            x_BxTxD = add_bias(x_BxTxD, positions.astype(dtype))
         else:
             positions_NxD = sincos_positions(c.image_size // c.patch_size, c.embed_dim)
             before = c.length - len(positions_NxD)  # the class token has no position

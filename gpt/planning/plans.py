@@ -15,7 +15,7 @@ from gpt.planning import compiling, report, search
 from gpt.runtime import backend, cache, hardware, progress
 from gpt.runtime.errors import UsageError, UserError
 from gpt.runtime.files import new_file
-from gpt.runtime.versions import code_digest
+from gpt.runtime.versions import FLAG_VARIABLES, code_digest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,7 @@ def run(config: Config, topologies: Sequence[str], options: Options) -> int:
 def _use_no_accelerator() -> None:
     import jax
 
+    backend.set_xla_options()  # those of a training
     jax.config.update("jax_platforms", "cpu")  # compilation for absent devices uses no accelerator of this machine
     jax.config.update("jax_enable_compilation_cache", False)  # JAX can read such a program back only on a TPU
 
@@ -101,6 +102,7 @@ def plan(config: Config, topology: str) -> report.Report:
       UserError: the config or the topology does not allow it, or the compiler rejects the program.
     """
     options = backend.compiler_options(hardware.topology_devices(topology)[0])
+    options |= {variable: os.environ.get(variable) for variable in FLAG_VARIABLES}
     packages = ("jax", "jaxlib", "flax", "optax", hardware.of_topology(topology).compiler)
     versions = {name: importlib.metadata.version(name) for name in packages}
     name = f"plan-{cache.digest(dataclasses.asdict(config), topology, versions, options, code_digest())}"

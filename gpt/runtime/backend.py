@@ -4,7 +4,8 @@
   JAX_COMPILATION_CACHE_DIR selects another folder; JAX_ENABLE_COMPILATION_CACHE=0 turns this off.
 - The cores of a CPU become several JAX devices, over which the mesh shards a step, because XLA runs a large part of a
   step on a single core of a device. XLA_FLAGS=--xla_force_host_platform_device_count=N sets another number.
-- XLA_OPTIONS are XLA flags that make training faster. Flags that XLA_FLAGS contains already keep their value.
+- XLA_OPTIONS are XLA flags for speed and for equal results of equal runs. A flag that XLA_FLAGS contains already keeps
+  its value: XLA_FLAGS=--xla_gpu_exclude_nondeterministic_ops=false gives up the second on GPUs.
 - `compiler_options` are further ones for the training step on a TPU. An option that LIBTPU_INIT_ARGS contains keeps its
   value: LIBTPU_INIT_ARGS=--xla_tpu_enable_sparse_core_collective_offload_all_gather=false turns that option off.
 """
@@ -23,8 +24,12 @@ from gpt.runtime.errors import UserError
 if TYPE_CHECKING:
     import jax
 
-# YNNPACK's matrix products, the default since jaxlib 0.10, are slower than Eigen's for few rows.
-XLA_OPTIONS = {"--xla_cpu_experimental_ynn_fusion_type": ""}
+XLA_OPTIONS = {
+    # YNNPACK's matrix products, the default since jaxlib 0.10, are slower than Eigen's for few rows.
+    "--xla_cpu_experimental_ynn_fusion_type": "",
+    # Otherwise GPUs sum the gradients of embeddings and attention in any order, and no run is repeated to the bit.
+    "--xla_gpu_exclude_nondeterministic_ops": "true",
+}
 OPTIONS_KNOWN_TO = ("0.10.", "0.11.")  # versions of jaxlib; XLA ends the process if it does not know an option
 LIBTPU_KNOWN = "0.0.52"  # the version of libtpu that knows the options of TPUs
 MAX_CPU_DEVICES = 8  # each device holds all parameters, and more devices gain little
