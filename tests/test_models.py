@@ -170,6 +170,17 @@ def test_the_share_of_scores_within_windows(scan_layers):
     assert config.flops_per_token() == dataclasses.replace(config, window=0).flops_per_token() - 12 * 16 * 4 * 54
 
 
+@pytest.mark.parametrize(("length", "window"), [(1024, 0), (2048, 600), (8192, 0), (8192, 3000)])
+def test_splash_computes_whole_blocks(length, window):
+    """Counted block by block from the mask."""
+    config = dataclasses.replace(TINY, block_size=length, window=window, attention="splash")
+    side = {1024: 512, 2048: 512, 8192: 1024}[length]
+    mask = np.tri(length, dtype=bool) & ~np.tri(length, k=-(window or length), dtype=bool)
+    blocks = mask.reshape(length // side, side, -1, side).any(axis=(1, 3)).sum()
+    assert kernels.splash_block(length) == side
+    assert config.attention_share == pytest.approx(blocks * side**2 / np.tri(length, dtype=bool).sum())
+
+
 # Values.
 
 

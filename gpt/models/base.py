@@ -94,7 +94,7 @@ class ModelConfig:
 
     @property
     def attention_share(self) -> float:
-        """Fraction of the scores under a causal mask that the attention kernels of a program compute, on average."""
+        """Average number of scores that the attention kernels of a program compute, per score under a causal mask."""
         return 1.0
 
     @property

@@ -249,8 +249,7 @@ def splash(
 ) -> jax.Array:
     """Computes `attention.dense` with JAX's splash attention, a flash attention (arXiv 2307.08691) for TPUs in Pallas.
 
-    Memory is linear in the length. The length is padded to a multiple of 128; the causal mask hides the padding. The
-    block size is the largest of 512, 256 and 128 tokens that divides a device's shard of the length.
+    Memory is linear in the length. The length is padded to a multiple of 128; the causal mask hides the padding.
 
     Args:
       q_BxTxHxK: queries; the arguments before `interpret` are those of `attention.dense`.
@@ -265,8 +264,8 @@ def splash(
     length_shards, head_shards = (math.prod(sizes[axis] for axis in axes) for axes in (length_axes, heads_axes))
     real_length, heads = q_BxTxHxK.shape[1:3]
     length = -(-real_length // LANES) * LANES
-    block = next((size for size in (512, 256, 128) if length % (length_shards * size) == 0), None)
-    if block is None:
+    block = splash_block(length, length_shards)
+    if not block:
         raise ValueError(
             f"splash attention needs a multiple of {LANES} tokens on each device, not {length} / {length_shards}"
         )
@@ -305,6 +304,28 @@ def splash(
 
     q, k, v, starts_BxT = map(padded, (q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT))
     return mapped(kernel, q, k, v, starts_BxT, starts_BxT)[:, :real_length]
+
+
+def splash_block(length: int, shards: int = 1) -> int:
+    """Returns the number of queries, and of keys, of a block of `splash`, which divides a shard of the length; or 0.
+
+    Large blocks are faster, but compute more masked scores. 1,024 for 4,096 tokens are in MaxText's tuned configs
+    (benchmarks/maxtext_trillium_model_configs.py); 2,048 exceed the vector memory that v5e and v5p give by default.
+    """
+    sizes = (1024,) * (length >= 4096) + (512, 256, LANES)
+    return next((size for size in sizes if length % (shards * size) == 0), 0)
+
+
+def computed_scores(length: int, window: int, block: int) -> int:
+    """Returns how many scores of queries and keys a kernel computes: those of all blocks that the mask does not hide.
+
+    Args:
+      length: number of tokens.
+      window: number of tokens that a token attends to, itself included.
+      block: tokens of a block; 1 for the number of visible scores.
+    """
+    firsts = (max(0, (i * block - window + 1) // block) for i in range(-(-length // block)))
+    return block**2 * sum(i - first + 1 for i, first in enumerate(firsts))
 
 
 def _refuse_dropout(rate: float, key: jax.Array | None) -> None:

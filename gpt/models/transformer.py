@@ -160,10 +160,11 @@ class BlockConfig(ModelConfig):
     @property
     def attention_share(self) -> float:
         lengths = [min(window or self.length, self.length) for window in self.windows]
-        scores = sum(window * (self.length - window / 2) for window in lengths)
+        block = kernels.splash_block(self.length) if self.attention == "splash" else 0
+        scores = sum(kernels.computed_scores(self.length, window, block or 1) for window in lengths)
         # If windows differ between scanned layers, each iteration of the program has a kernel of each of the two kinds.
         kernels_ = 2 if self.scan_layers and len(set(lengths)) > 1 else 1
-        return scores / (self.num_layers * kernels_ * self.length**2 / 2)
+        return scores / (self.num_layers * kernels_ * kernels.computed_scores(self.length, self.length, 1))
 
     def has_bias(self, place: str) -> bool:
         """Returns whether a linear layer, by its name, or the norms ("norm") have a bias."""

@@ -366,7 +366,7 @@ def _attention_flops(kernel: Instruction, shapes: list[str]) -> int:
     """Returns the FLOPs of one product of queries and keys under a causal mask.
 
     The queries are taken as the last T of S tokens, so each head has T·(S - T/2) scores. Masked scores that a kernel
-    computes in the blocks on the diagonal are not counted.
+    computes are not counted; see `ModelConfig.attention_share`.
     """
     # Among indices and masks, the queries and the keys are the first two arrays of numbers.
     q, k = [_sizes(shape) for shape in shapes if re.match(r"(?:bf16|f16|f32)\[(?:\d+,){2,3}\d+\]", shape)][:2]

@@ -60,7 +60,7 @@ def text(report: Report, price: float | None = None) -> Iterator[str]:
         f"with recomputation in the backward pass (remat={report['remat']})"
     )
     if report["attention"] in KERNELS:
-        yield f"{'':36}and only the causal half of {report['attention']} attention"
+        yield f"{'':36}and only the causal part of {report['attention']} attention"
     yield f"  memory traffic  {report['memory_traffic'] / 1e9:10.1f} GB"
     yield ""
     yield "COMMUNICATION per device and step"

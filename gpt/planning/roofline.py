@@ -8,7 +8,8 @@ The assumptions, nearly all of which make the estimate too short:
 - A collective that the compiler made asynchronous overlaps with the kernels that it scheduled between the start and
   the end; kernels wait for the rest. One that is fused with matrix products overlaps as a whole. Together, those that
   overlap cost the time by which they exceed all kernels. Any other collective is exposed: kernels wait for it.
-- Attention kernels compute what the causal mask leaves, and read and write their operands and results once.
+- Attention kernels compute what the causal mask leaves (on TPUs, whole blocks of it), and read and write their operands
+  and results once.
 - Both branches of a conditional run (chunked attention skips future chunks with conditionals).
 - The input arrives in time, and the step includes no evaluation and no checkpoint.
 """
