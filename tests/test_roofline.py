@@ -54,6 +54,13 @@ def test_a_kernel_is_compute_bound_or_memory_bound():
     assert seconds["compiler"] is None
 
 
+def test_products_of_8_bits_have_their_own_peak():
+    chip = dataclasses.replace(CHIP, flops_8bit=2 * CHIP.flops)
+    operations = [Operation("product", 1, 500, 10, flops_8bit=300)]  # 2 s and 1.5 s
+    assert roofline.estimate(operations, [], LINE, chip, 1)["compute"] == 3.5
+    assert roofline.estimate(operations, [], LINE, CHIP, 1)["compute"] == 5
+
+
 def test_overlapping_copies_share_the_memory_bandwidth():
     operations = [Operation("product", 1, 500, 10), Operation("copy-start", 1, 0, 90, overlaps=True)]
     seconds = roofline.estimate(operations, [], LINE, CHIP, 1)

@@ -93,11 +93,6 @@ class ModelConfig:
         raise NotImplementedError
 
     @property
-    def attention_share(self) -> float:
-        """Average number of scores that the attention kernels of a program compute, per score under a causal mask."""
-        return 1.0
-
-    @property
     def padded_vocab_size(self) -> int:
         """Width of the logits, at least `vocab_size`."""
         return self.vocab_size

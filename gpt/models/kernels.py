@@ -316,16 +316,24 @@ def splash_block(length: int, shards: int = 1) -> int:
     return next((size for size in sizes if length % (shards * size) == 0), 0)
 
 
-def computed_scores(length: int, window: int, block: int) -> int:
-    """Returns how many scores of queries and keys a kernel computes: those of all blocks that the mask does not hide.
+def attention_share(config: Any) -> float:
+    """Returns how many scores the kernels of a program compute, on average, per score under a causal mask.
+
+    A kernel computes all blocks that its mask does not hide. If windows differ between scanned layers, each iteration
+    of the program has a kernel of each of the two kinds.
 
     Args:
-      length: number of tokens.
-      window: number of tokens that a token attends to, itself included.
-      block: tokens of a block; 1 for the number of visible scores.
+      config: the resolved `BlockConfig`.
     """
-    firsts = (max(0, (i * block - window + 1) // block) for i in range(-(-length // block)))
-    return block**2 * sum(i - first + 1 for i, first in enumerate(firsts))
+    length, block = config.length, splash_block(config.length) if config.attention == "splash" else 1
+
+    def computed(window: int, block: int) -> int:
+        firsts = (max(0, (i * block - window + 1) // block) for i in range(-(-length // block)))
+        return block**2 * sum(i - first + 1 for i, first in enumerate(firsts))
+
+    windows = [min(window or length, length) for window in config.windows]
+    kinds = 2 if config.scan_layers and len(set(windows)) > 1 else 1
+    return sum(computed(window, block) for window in windows) / (len(windows) * kinds * computed(length, 1))
 
 
 def _refuse_dropout(rate: float, key: jax.Array | None) -> None:

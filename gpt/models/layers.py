@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from gpt.models import quantized
+
 Initializer = Callable[..., jax.Array]
 
 
@@ -27,6 +29,7 @@ class Linear(nn.Module):
       kernel_init: initializer of the kernel, which has the shape (*in_shape, *out_shape).
       use_bias: whether to add a bias of shape `out_shape`, initialized with zeros.
       dtype: dtype of the computation. Parameters are float32.
+      products: "dtype", or the format of the factors, a key of `quantized.FORMATS`.
     """
 
     in_shape: tuple[int, ...]
@@ -35,6 +38,7 @@ class Linear(nn.Module):
     kernel_init: Initializer
     use_bias: bool
     dtype: jnp.dtype
+    products: str = "dtype"
 
     @nn.compact
     def __call__(self, x: jax.Array, parts: tuple[tuple[int, int], ...] = ()) -> Any:
@@ -52,11 +56,11 @@ class Linear(nn.Module):
             bias = parameter(self, "bias", nn.initializers.zeros, self.axes[inputs:], self.out_shape).astype(self.dtype)
         if on_cpu():
             rows, width = x.shape[: x.ndim - inputs], math.prod(self.in_shape)
-            y = product(merged_rows(x.reshape(*rows, width)), kernel.reshape(width, -1))
+            y = multiply(merged_rows(x.reshape(*rows, width)), kernel.reshape(width, -1), 1, self.products)
             y = y if bias is None else add_bias(y, bias.reshape(-1))
             ys = split(y.reshape(*rows, *self.out_shape), parts)
         else:  # a product for each part, which the compiler writes in the memory layout that the next operation reads
-            ys = [jnp.tensordot(x, part, inputs) for part in split(kernel, parts)]
+            ys = [multiply(x, part, inputs, self.products) for part in split(kernel, parts)]
             ys = ys if bias is None else [add_bias(y, part) for y, part in zip(ys, split(bias, parts), strict=True)]
         ys = [checkpoint_name(y, self.name) for y in ys]
         return ys if parts else ys[0]
@@ -168,6 +172,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "relu_squared": lambda x: jnp.square(jax.nn.relu(x)),  # Primer, arXiv 2109.08668
     "silu": jax.nn.silu,
 }
+
+
+def multiply(x: jax.Array, kernel: jax.Array, contracted: int, products: str) -> jax.Array:
+    """Returns the product over the last `contracted` axes of x and the first ones of the kernel; see `Linear`."""
+    if products != "dtype":
+        return quantized.product(x, kernel, contracted, products)
+    return product(x, kernel) if on_cpu() else jnp.tensordot(x, kernel, contracted)
 
 
 @jax.custom_vjp

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from gpt.models import decoding, kernels, remat, rotary
+from gpt.models import decoding, kernels, quantized, remat, rotary
 from gpt.models.base import ModelConfig
 from gpt.models.layers import ACTIVATIONS, Linear, Norm, merged_rows, unit_rms
 from gpt.runtime.errors import UserError
@@ -39,9 +39,7 @@ class BlockConfig(ModelConfig):
 
     num_layers: int = 8  # number of blocks
     num_heads: int = 8  # number of attention heads in a block; divides embed_dim unless head_size is given
-    num_kv_heads: int = (
-        0  # number of heads of keys and values, which divides num_heads (arXiv 2305.13245); 0: num_heads
-    )
+    num_kv_heads: int = 0  # heads of keys and values (arXiv 2305.13245); divides num_heads; 0: num_heads
     embed_dim: int = 512  # width of the residual stream
     head_size: int = 0  # size of an attention head; 0: embed_dim/num_heads
     base_width: int = 0  # width whose learning rate and initial values µP scales to embed_dim (arXiv 2203.03466); 0: no
@@ -71,6 +69,8 @@ class BlockConfig(ModelConfig):
     # the kernel of the platform if it supports the model, else dense.
     attention: str = harmless("auto")
     dtype: str = "auto"  # dtype of the computation: float32, bfloat16, or auto: float32 on a CPU, bfloat16 elsewhere
+    # Factors of the blocks' products with kernels: dtype's, or int8 or fp8, which some accelerators compute faster.
+    products: str = "dtype"
     scan_layers: bool = harmless(False)  # compile one block and loop over the layers: faster to compile if deep
     # What the backward pass recomputes: none, dots (all but linear layers and attention kernels), full, or all but the
     # named outputs; see models/remat.py.
@@ -91,6 +91,7 @@ class BlockConfig(ModelConfig):
         check_choice("model.positions", self.positions, self.position_kinds)
         check_choice("model.attention", self.attention, self.attention_kinds)
         check_choice("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        check_choice("model.products", self.products, ("dtype", *quantized.FORMATS))
         remat.check(self.remat)
         check_names("model.lora_targets", self.lora_targets, [*self.layer_weights])
         if self.bias not in ("all", "none"):
@@ -157,15 +158,6 @@ class BlockConfig(ModelConfig):
         pattern = self.window_pattern
         return tuple(self.window * (pattern[i % len(pattern)] == "L") for i in range(self.num_layers))
 
-    @property
-    def attention_share(self) -> float:
-        lengths = [min(window or self.length, self.length) for window in self.windows]
-        block = kernels.splash_block(self.length) if self.attention == "splash" else 0
-        scores = sum(kernels.computed_scores(self.length, window, block or 1) for window in lengths)
-        # If windows differ between scanned layers, each iteration of the program has a kernel of each of the two kinds.
-        kernels_ = 2 if self.scan_layers and len(set(lengths)) > 1 else 1
-        return scores / (self.num_layers * kernels_ * kernels.computed_scores(self.length, self.length, 1))
-
     def has_bias(self, place: str) -> bool:
         """Returns whether a linear layer, by its name, or the norms ("norm") have a bias."""
         return self.bias == "all" or place in self.bias.split(",")
@@ -179,9 +171,7 @@ class BlockConfig(ModelConfig):
                 f"model.vocab_size={self.vocab_size}, but the {self.vocab_source} has {vocab_size} "
                 f"{'tokens' if is_text else 'classes'}; set 0."
             )
-        dtype = self.dtype
-        if dtype == "auto":
-            dtype = "float32" if platform == "cpu" else "bfloat16"
+        dtype = self.dtype if self.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
         kernel = self.attention
         if kernel == "auto":
             kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "dense")
@@ -449,7 +439,7 @@ def linear(config: BlockConfig, name: str, in_shape: tuple, out_shape: tuple, ax
     if name in ("out", "down"):
         scale = (0.0 if config.zero_init else scale) / (2 * config.num_layers) ** 0.5
     init, dtype = nn.initializers.normal(scale), jnp.dtype(config.dtype)
-    return Linear(in_shape, out_shape, axes, init, config.has_bias(name), dtype, name=name)
+    return Linear(in_shape, out_shape, axes, init, config.has_bias(name), dtype, config.products, name=name)
 
 
 def norm(config: BlockConfig, name: str) -> Norm:

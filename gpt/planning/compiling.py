@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from gpt import parameters, sharding, step
 from gpt.config import Config
+from gpt.models import kernels
 from gpt.planning import hlo, roofline
 from gpt.runtime import hardware
 from gpt.runtime.errors import UserError
@@ -130,7 +131,7 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
     memory["output"] = used.output_size_in_bytes - used.alias_size_in_bytes  # beyond the donated arguments
     memory["total"] = known + memory["padding"] + memory["temporaries"] + memory["output"]
     memory["largest"] = compiled.largest
-    share, collectives = program.model.config.attention_share, hlo.collectives(compiled.hlo_text, mesh)
+    share, collectives = kernels.attention_share(program.model.config), hlo.collectives(compiled.hlo_text, mesh)
     operations = [  # the text of the program does not have the windows of attention kernels
         dataclasses.replace(operation, flops=round(share * operation.flops)) if operation.opaque else operation
         for operation in hlo.operations(compiled.hlo_text)

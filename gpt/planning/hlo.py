@@ -66,6 +66,7 @@ class Operation:
       name: the name of the instruction.
       times: how often a step runs it.
       flops: FLOPs of its matrix products in one run.
+      flops_8bit: those of them whose factors have 8 bits.
       bytes: bytes that one run reads from and writes to the main memory.
       cycles: the compiler's estimate of the clock cycles of one run, or None.
       overlaps: True for a copy that runs at the same time as other operations.
@@ -79,6 +80,7 @@ class Operation:
     cycles: int | None = None
     overlaps: bool = False
     opaque: bool = False
+    flops_8bit: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,23 +309,22 @@ def operations(text: str) -> list[Operation]:
     for computation, instruction, times in module.walk(fusions=False):
         if not _is_kernel(instruction):
             continue
-        opcode = instruction.opcode
+        opcode, inside = instruction.opcode, [(computation, instruction, 1)]
         if opcode == "fusion":
-            inside = module.walk(instruction.called)
-            flops = sum(runs * _flops(module, fused, product) for fused, product, runs in inside)
-        else:
-            flops = _flops(module, computation, instruction)
+            inside = list(module.walk(instruction.called))
+        flops = [(runs * _flops(module, place, each), _is_8bit(module, place, each)) for place, each, runs in inside]
         start = module.asynchronous.get(computation)
         cycles = int(instruction.get(r'"estimated_cycles":"(\d+)"') or _NO_ESTIMATE)
         result.append(
             Operation(
                 instruction.name,
                 times,
-                flops,
+                sum(number for number, _ in flops),
                 module.traffic(computation, instruction),
                 cycles if cycles < _NO_ESTIMATE else None,
                 overlaps=opcode.endswith("-start") or (start is not None and module.beside(*start) != []),
                 opaque=_attention_products(instruction) > 0,
+                flops_8bit=sum(number for number, is_8bit in flops if is_8bit),
             )
         )
     return result
@@ -355,6 +356,12 @@ def _flops(module: Module, computation: str, product: Instruction) -> int:
     return flops(product, left, right, _sizes(product.shape))
 
 
+def _is_8bit(module: Module, computation: str, product: Instruction) -> bool:
+    """Returns whether the factors of a matrix product have 8 bits."""
+    factors = module.shapes(computation, product)[:2] if product.opcode in ("dot", "convolution", "custom-call") else []
+    return bool(factors) and all(re.match(r"[su]8\[|f8", shape) for shape in factors)
+
+
 def _attention_products(kernel: Instruction) -> int:
     """Returns how many matrix products an attention kernel computes; 0 for any other instruction."""
     target = kernel.opcode == "custom-call" and kernel.get(r'custom_call_target="([^"]*)"')
@@ -366,7 +373,7 @@ def _attention_flops(kernel: Instruction, shapes: list[str]) -> int:
     """Returns the FLOPs of one product of queries and keys under a causal mask.
 
     The queries are taken as the last T of S tokens, so each head has T·(S - T/2) scores. Masked scores that a kernel
-    computes are not counted; see `ModelConfig.attention_share`.
+    computes are not counted; see `kernels.attention_share`.
     """
     # Among indices and masks, the queries and the keys are the first two arrays of numbers.
     q, k = [_sizes(shape) for shape in shapes if re.match(r"(?:bf16|f16|f32)\[(?:\d+,){2,3}\d+\]", shape)][:2]

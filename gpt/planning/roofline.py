@@ -1,8 +1,8 @@
 """Estimates the time of a compiled step by a roofline (Williams et al. 2009, doi 10.1145/1498765.1498785).
 
 The assumptions, nearly all of which make the estimate too short:
-- A kernel takes as long as its matrix products at the peak of bfloat16, or as its bytes at the peak bandwidth of the
-  main memory, whichever is longer. Kernels run one after another. Vector operations take no time.
+- A kernel takes as long as its matrix products at the peak of their format, or as its bytes at the peak bandwidth of
+  the main memory, whichever is longer. Kernels run one after another. Vector operations take no time.
 - A collective uses a ring along each direction of each axis of the torus that its group spans (TPU), or NVLink and, if
   the group spans hosts, the network card of each GPU. Links reach their public bandwidth.
 - A collective that the compiler made asynchronous overlaps with the kernels that it scheduled between the start and
@@ -46,7 +46,7 @@ def estimate(
     """
     compute = memory = 0.0
     for operation in operations:
-        by_flops, by_bytes = operation.flops / chip.flops, operation.bytes / chip.bandwidth
+        by_flops, by_bytes = _product_seconds(operation, chip), operation.bytes / chip.bandwidth
         if operation.overlaps:
             continue
         if by_flops > by_bytes:
@@ -114,7 +114,12 @@ def _kernel_seconds(kernel: Operation, chip: Chip) -> float:
 
 def _roofline_seconds(operation: Operation, chip: Chip) -> float:
     """Returns the seconds of one run: those of its FLOPs or of its bytes, whichever is longer."""
-    return max(operation.flops / chip.flops, operation.bytes / chip.bandwidth)
+    return max(_product_seconds(operation, chip), operation.bytes / chip.bandwidth)
+
+
+def _product_seconds(operation: Operation, chip: Chip) -> float:
+    narrow = operation.flops_8bit
+    return (operation.flops - narrow) / chip.flops + narrow / (chip.flops_8bit or chip.flops)
 
 
 def network_seconds(collective: Collective, mesh: jax.sharding.Mesh, chip: Chip) -> float:

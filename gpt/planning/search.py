@@ -190,6 +190,7 @@ def search(
     Returns:
       (config, plan) for each compiled config, the best first: those that fit by the time of a step, then the others.
     """
+
     def with_layers(config: Config, scanned: bool) -> Config:
         return dataclasses.replace(config, model=dataclasses.replace(config.model, scan_layers=scanned))
 

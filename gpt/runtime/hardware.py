@@ -28,6 +28,7 @@ class Chip:
       name: name in a topology, as in v5e:4x4 or h100:8.
       kinds: prefixes of JAX's `device_kind` for this chip.
       flops: peak of dense bfloat16 matrix products, in FLOP/s.
+      flops_8bit: peak of dense products of 8-bit factors (on TPUs, integers), in operations/s; 0 if it is not higher.
       memory: bytes of the main memory (HBM); 0 if plans do not support the chip.
       bandwidth: bandwidth of the main memory, in bytes/s.
       link: bandwidth of a fast link in one direction, in bytes/s: to a neighbor in the torus, or to the NVLink switch.
@@ -42,6 +43,7 @@ class Chip:
     name: str
     kinds: Sequence[str]
     flops: float
+    flops_8bit: float = 0.0
     memory: float = 0.0
     bandwidth: float = 0.0
     link: float = 0.0
