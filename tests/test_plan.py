@@ -17,7 +17,7 @@ from model_options import FAMILIES
 from gpt import config_files
 from gpt.config import Config, TrainConfig
 from gpt.models.gpt import GPTConfig
-from gpt.planning import compiling, report
+from gpt.planning import compiling, hlo, plans, report
 from gpt.runtime import backend, hardware
 from gpt.runtime.cache import Cache
 from gpt.runtime.errors import UserError
@@ -114,6 +114,36 @@ def test_the_compiler_accepts_the_options_of_a_chip_unless_the_user_sets_them(to
         assert backend.compiler_options(device) == {key: value for key, value in options.items() if key != name}
     monkeypatch.setattr(backend, "LIBTPU_KNOWN", "another version")
     assert backend.compiler_options(device) == backend.compiler_options(jax.devices()[0]) == {}
+
+
+@needs_libtpu
+def test_a_stored_plan_is_used_only_with_the_same_flags(monkeypatch):
+    made, config = [], Config(model=MODEL, seed=12345)
+    monkeypatch.setattr(compiling, "measure", lambda config, topology: {"number": made.append(1) or len(made)})
+    assert [plans.plan(config, "v5e:2x2")["number"] for _ in range(2)] == [1, 1]
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--xla_tpu_something=false")
+    assert [plans.plan(config, "v5e:2x2")["number"] for _ in range(2)] == [2, 2]
+
+
+@needs_cuda
+def test_a_plan_for_gpus_has_the_kernels_that_add_in_a_fixed_order(monkeypatch):
+    """They sort the tokens of a batch, unless the user says otherwise."""
+    config = Config(model=dataclasses.replace(MODEL, block_size=1024), train=TrainConfig(batch_size=16))
+    plan = plans.plan_elsewhere(config, "h100:2")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_exclude_nondeterministic_ops=false")
+    assert plans.plan_elsewhere(config, "h100:2")["memory_traffic"] < plan["memory_traffic"]
+
+
+@needs_libtpu
+def test_products_of_8_bits_are_counted_apart():
+    """Those of the forward pass and of the gradients of activations; splash attention has masks of 8 bits."""
+    model = dataclasses.replace(MODEL, attention="auto", products="int8")
+    config = Config(model=model, train=TrainConfig(batch_size=4))
+    devices = hardware.topology_devices("v5e:2x2")
+    operations = hlo.operations(compiling.compile_step(config, compiling.build(config, devices)).hlo_text)
+    assert not any(each.flops_8bit for each in operations if each.opaque)
+    weights = model.num_layers * 12 * model.embed_dim**2
+    assert sum(each.times * each.flops_8bit for each in operations) == 4 * weights * model.block_size
 
 
 RELEASED = {

@@ -357,9 +357,10 @@ def _flops(module: Module, computation: str, product: Instruction) -> int:
 
 
 def _is_8bit(module: Module, computation: str, product: Instruction) -> bool:
-    """Returns whether the factors of a matrix product have 8 bits."""
-    factors = module.shapes(computation, product)[:2] if product.opcode in ("dot", "convolution", "custom-call") else []
-    return bool(factors) and all(re.match(r"[su]8\[|f8", shape) for shape in factors)
+    """Returns whether an instruction is a matrix product of 8-bit factors. Attention kernels only have such masks."""
+    if not _flops(module, computation, product) or _attention_products(product):
+        return False
+    return all(re.match(r"[su]8\[|f8", shape) for shape in module.shapes(computation, product)[:2])
 
 
 def _attention_products(kernel: Instruction) -> int:
