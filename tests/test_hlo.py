@@ -99,6 +99,13 @@ def test_flops_of_convolutions(shapes, attributes, expected):
     assert matmul_flops(text) == expected
 
 
+def test_the_rings_that_the_program_states_are_counted():
+    ring = '{"phase_rings":[{"core_count":"4","ring_type":"ICI_RING_TYPE_UNIDIR_CW"}]}'
+    options = f'replica_groups={{{{0,1,2,3}},{{4,5,6,7}}}}, backend_config={{"color_strategies":[{ring},{ring}]}}'
+    text = entry("%a = f32[4]{0} parameter(0)", f"ROOT %r = f32[16]{{0}} all-gather(%a), {options}")
+    assert hlo.collectives(text, MESH) == [Collective("all-gather", ("model",), 4, False, 1, 64, rings=2)]
+
+
 @pytest.mark.parametrize(
     ("groups", "axes", "size"),
     [

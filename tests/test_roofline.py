@@ -68,6 +68,13 @@ def test_overlapping_copies_share_the_memory_bandwidth():
     assert seconds["roofline"] == 10
 
 
+def test_a_collective_uses_a_link_for_each_ring_that_the_program_states():
+    axes = ("data", "model")
+    mesh = Mesh({"data": 4, "model": 4}, torus(4, 4))  # four links of 2 bytes/s
+    gathers = [Collective("all-gather", axes, 16, True, 1, 9, rings) for rings in range(6)]
+    assert [roofline.bandwidth(each, mesh, CHIP) for each in gathers] == [8, 2, 4, 6, 8, 8]
+
+
 @pytest.mark.parametrize(("size", "step", "bottleneck"), [(6, 10 + 4, "compute"), (60, 20 + 4, "network")])
 def test_only_synchronous_collectives_are_exposed(size, step, bottleneck):
     operations = [Operation("product", 1, 1000, 0)]  # 10 s

@@ -144,7 +144,7 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
             {name: getattr(collective, name) for name in ("kind", "axes", "group", "overlaps", "count", "bytes")}
             | {
                 "sent": collective.sent,
-                "bandwidth": roofline.ring_bandwidth(collective.axes, collective.group, mesh, chip),
+                "bandwidth": roofline.bandwidth(collective, mesh, chip),
                 "seconds": roofline.network_seconds(collective, mesh, chip),
                 "exposed": roofline.exposed_seconds(collective, mesh, chip),
             }

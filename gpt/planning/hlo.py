@@ -99,6 +99,7 @@ class Collective:
       count: how often a step runs such a collective; the start and the end of an asynchronous one count once.
       bytes: total size of the operands (all-gather: of the results) in a step. For example, the all-reduce of a
         gradient counts the bytes of the gradient, and the all-gather of a parameter those of the whole parameter.
+      rings: number of one-way rings that share the data, if the program states it (libtpu for the SparseCores), else 0.
       beside: for each instruction, if they overlap: how often a step runs it, its bytes in one run, and the kernels
         between its start and its end; None: it is part of a kernel, or a loop runs meanwhile.
     """
@@ -109,6 +110,7 @@ class Collective:
     overlaps: bool
     count: int
     bytes: int
+    rings: int = 0
     beside: tuple[tuple[int, int, Sequence[Operation] | None], ...] = dataclasses.field(default=(), compare=False)
 
     @property
@@ -415,7 +417,7 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
     """
     module, seen = parse(text), set()
     kernels = functools.cache(lambda: {operation.name: operation for operation in operations(text)})
-    totals: dict[tuple[str, tuple[str, ...], int, bool], list[tuple[int, int, list[Operation] | None]]] = {}
+    totals: dict[tuple[str, tuple[str, ...], int, bool, int], list[tuple[int, int, list[Operation] | None]]] = {}
     for computation, instruction, times in module.walk():
         kind = instruction.opcode.removesuffix("-start")
         beside: list[Operation] | None = []
@@ -442,13 +444,12 @@ def collectives(text: str, mesh: jax.sharding.Mesh) -> list[Collective]:
         if computation.startswith("all-reduce-scatter"):  # a reduce-scatter, written as an all-reduce and a slice
             kind = "reduce-scatter"
         size = sum(map(_bytes, operands)) * (group if kind == "all-gather" else 1)
-        totals.setdefault((kind, axes, group, beside != []), []).append((times, size, beside))
-    merged = (
-        Collective(
-            *key, sum(run[0] for run in runs), sum(run[0] * run[1] for run in runs), tuple(runs) if key[-1] else ()
-        )
-        for key, runs in totals.items()
-    )
+        rings = instruction.attributes.count('"phase_rings"')
+        totals.setdefault((kind, axes, group, beside != [], rings), []).append((times, size, beside))
+    merged = []
+    for (kind, axes, group, overlaps, rings), runs in totals.items():
+        count, size = sum(run[0] for run in runs), sum(run[0] * run[1] for run in runs)
+        merged.append(Collective(kind, axes, group, overlaps, count, size, rings, tuple(runs) if overlaps else ()))
     return sorted(merged, key=lambda collective: -collective.bytes)
 
 

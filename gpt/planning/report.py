@@ -27,10 +27,11 @@ MEMORY_PARTS = {
 ASSUMPTIONS = """\
 Assumptions: Kernels run one after another. A kernel takes as long as its matrix products at the chip's peak, or as
 its bytes at the peak bandwidth of the main memory, whichever is longer. Collectives use a ring over every link that
-their group spans, at public bandwidth; those marked * overlap with the kernels that are scheduled beside them, and
-the rest of their time is exposed. Both branches of a conditional run. The input arrives in time. If the compiler's
-estimate of its kernels is longer, it counts instead. Published runs of such programs took 0.8 to 1.05 times as long
-as such plans for TPUs, and 1.4 to 3.5 times as long as those for GPUs (launch/PLANNING.md)."""
+their group spans, or the rings that the program states, at public bandwidth; those marked * overlap with the kernels
+that are scheduled beside them, and the rest of their time is exposed. Both branches of a conditional run. The input
+arrives in time. If the compiler's estimate of its kernels is longer, it counts instead. Published runs of such
+programs took 0.8 to 1.05 times as long as such plans for TPUs, and 1.4 to 3.5 times as long as those for GPUs
+(launch/PLANNING.md)."""
 
 
 def text(report: Report, price: float | None = None) -> Iterator[str]:

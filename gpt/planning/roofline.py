@@ -3,8 +3,9 @@
 The assumptions, nearly all of which make the estimate too short:
 - A kernel takes as long as its matrix products at the peak of their format, or as its bytes at the peak bandwidth of
   the main memory, whichever is longer. Kernels run one after another. Vector operations take no time.
-- A collective uses a ring along each direction of each axis of the torus that its group spans (TPU), or NVLink and, if
-  the group spans hosts, the network card of each GPU. Links reach their public bandwidth.
+- A collective uses a ring along each direction of each axis of the torus that its group spans (TPU), or one link for
+  each ring if the program states how many there are; or NVLink and, if the group spans hosts, the network card of each
+  GPU. Links reach their public bandwidth.
 - A collective that the compiler made asynchronous overlaps with the kernels that it scheduled between the start and
   the end; kernels wait for the rest. One that is fused with matrix products overlaps as a whole. Together, those that
   overlap cost the time by which they exceed all kernels. Any other collective is exposed: kernels wait for it.
@@ -124,7 +125,13 @@ def _product_seconds(operation: Operation, chip: Chip) -> float:
 
 def network_seconds(collective: Collective, mesh: jax.sharding.Mesh, chip: Chip) -> float:
     """Returns the seconds that the collectives take if nothing else uses their links."""
-    return collective.sent / ring_bandwidth(collective.axes, collective.group, mesh, chip)
+    return collective.sent / bandwidth(collective, mesh, chip)
+
+
+def bandwidth(collective: Collective, mesh: jax.sharding.Mesh, chip: Chip) -> float:
+    """Returns the bytes per second that a device sends: over a link for each ring that the program states, or all."""
+    most = ring_bandwidth(collective.axes, collective.group, mesh, chip)
+    return min(most, collective.rings * chip.link) if collective.rings else most
 
 
 @functools.lru_cache(maxsize=4096)
