@@ -8,7 +8,7 @@ dropout. gpt2-124m fits on eight chips of 16 GB with --config.train.micro_batche
   the GPT-3 model nearest in size (XL). Its 25 heads are divisible by 5 and 25 only, so `mesh.model` must be 1, 5 or 25.
   If `mesh.fsdp` does not divide 1,600, the kernels of attention are whole on each device (the first table says so).
 - gpt3-7b and gpt3-175b use batches of 2,097,152 tokens. The batch of the published 175B run grew to 3.2 million tokens;
-  the smaller one is divisible by 1,024 devices. gpt3-175b needs a multiple of 256 devices, or another mesh.fsdp.
+  the smaller one is divisible by 1,024 devices. gpt3-175b needs a multiple of 256 devices, or another mesh.
 
 The tokenizer is GPT-2's (`pip install -e ".[bpe]"`, or --config.tokenizer.path=FOLDER). To train the same shape on
 bytes, add --config.tokenizer.name=byte --config.model.vocab_size=0.
@@ -32,14 +32,15 @@ class Size(NamedTuple):
     vocab_multiple: int  # the padded vocabulary fills the tiles of a TPU, and `mesh.model` divides it
     rules: str
     fsdp: int  # devices that shard the parameters; 0: at most 64
+    model: int  # devices that share an example; 0: 1
     scan_layers: bool  # a scan compiles faster, but copies what a layer keeps for the backward pass
 
 
 SIZES = {
-    "gpt2-124m": Size(12, 12, 768, 1024, 512, 6e-4, 2000 * 512 * 1024, 0.0, 128, "dp", 0, False),
-    "gpt2-1558m": Size(48, 25, 1600, 1024, 1024, 2e-4, 375e6, 260e9, 640, "fsdp", 0, False),
-    "gpt3-7b": Size(32, 32, 4096, 2048, 1024, 1.2e-4, 375e6, 260e9, 1024, "fsdp", 0, False),
-    "gpt3-175b": Size(96, 96, 12_288, 2048, 1024, 6e-5, 375e6, 260e9, 1024, "fsdp", 256, True),
+    "gpt2-124m": Size(12, 12, 768, 1024, 512, 6e-4, 2000 * 512 * 1024, 0.0, 128, "dp", 0, 0, False),
+    "gpt2-1558m": Size(48, 25, 1600, 1024, 1024, 2e-4, 375e6, 260e9, 640, "fsdp", 0, 0, False),
+    "gpt3-7b": Size(32, 32, 4096, 2048, 1024, 1.2e-4, 375e6, 260e9, 1024, "fsdp", 0, 0, False),
+    "gpt3-175b": Size(96, 96, 12_288, 2048, 1024, 6e-5, 375e6, 260e9, 1024, "fsdp_tp", 64, 4, True),
 }
 
 
@@ -57,6 +58,7 @@ def get_config(size: str = "gpt2-124m"):
     config.tokenizer.name = "gpt2"
     config.mesh.rules = shape.rules
     config.mesh.fsdp = shape.fsdp
+    config.mesh.model = shape.model
     config.train.batch_size = shape.batch_size
     config.train.steps = 0
     config.train.tokens = 300e9
