@@ -226,7 +226,7 @@ def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
 
 def _add_bias_backward(axes, dy):
     rows = dy.ndim - axes
-    if platform() == "tpu" and axes > 1 < rows:  # a TPU is slow at sums over the tokens that leave the heads
+    if platform() == "tpu" and axes > 1 and rows > 1:  # a TPU is slow at sums over the tokens that leave the heads
         ones = jnp.ones((8, *dy.shape[:rows]), dy.dtype)  # of fewer rows than 8, the compiler makes a sum again
         return dy, jnp.tensordot(ones, dy, rows)[0]
     return dy, dy.sum(range(rows), dtype=jnp.float32).astype(dy.dtype)

@@ -314,19 +314,19 @@ def operations(text: str) -> list[Operation]:
         opcode, inside = instruction.opcode, [(computation, instruction, 1)]
         if opcode == "fusion":
             inside = list(module.walk(instruction.called))
-        flops = [(runs * _flops(module, place, each), _is_8bit(module, place, each)) for place, each, runs in inside]
+        products = [(runs * _flops(module, place, each), place, each) for place, each, runs in inside]
         start = module.asynchronous.get(computation)
         cycles = int(instruction.get(r'"estimated_cycles":"(\d+)"') or _NO_ESTIMATE)
         result.append(
             Operation(
                 instruction.name,
                 times,
-                sum(number for number, _ in flops),
+                sum(flops for flops, _, _ in products),
                 module.traffic(computation, instruction),
                 cycles if cycles < _NO_ESTIMATE else None,
                 overlaps=opcode.endswith("-start") or (start is not None and module.beside(*start) != []),
                 opaque=_attention_products(instruction) > 0,
-                flops_8bit=sum(number for number, is_8bit in flops if is_8bit),
+                flops_8bit=sum(flops for flops, place, each in products if flops and _is_8bit(module, place, each)),
             )
         )
     return result
@@ -359,10 +359,10 @@ def _flops(module: Module, computation: str, product: Instruction) -> int:
 
 
 def _is_8bit(module: Module, computation: str, product: Instruction) -> bool:
-    """Returns whether an instruction is a matrix product of 8-bit factors. Attention kernels only have such masks."""
-    if not _flops(module, computation, product) or _attention_products(product):
-        return False
-    return all(re.match(r"[su]8\[|f8", shape) for shape in module.shapes(computation, product)[:2])
+    """Returns whether the factors of a matrix product have 8 bits. Attention kernels only have such masks."""
+    return not _attention_products(product) and all(
+        re.match(r"[su]8\[|f8", shape) for shape in module.shapes(computation, product)[:2]
+    )
 
 
 def _attention_products(kernel: Instruction) -> int:
