@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gpt.data.base import IGNORED
 from gpt.models.gpt import GPTConfig, finish_logits
-from gpt.models.layers import mesh_axes
+from gpt.models.mesh import mesh_axes
 
 
 def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from gpt.models.layers import mesh_axes
+from gpt.models.mesh import mesh_axes
 
 
 def scale_by_muon(momentum: float, logical_axes: Any) -> optax.GradientTransformation:

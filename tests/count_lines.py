@@ -11,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "gpt"
 CORE = ("main", "train", "step", "sharding", "optimizer", "config", "data/base", "data/pipeline")
-CORE += ("models/base", "models/transformer", "models/attention", "models/layers", "models/gpt")
+CORE += ("models/base", "models/transformer", "models/attention", "models/layers", "models/mesh", "models/gpt")
 MOST_IN_CORE = 1800
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 

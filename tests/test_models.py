@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from model_options import FAMILIES
 
-from gpt.models import kernels, layers, rotary
+from gpt.models import kernels, layers, mesh, rotary
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.models.perceiver import PerceiverIOConfig
 from gpt.models.sizes import GPT as SIZES
@@ -387,7 +387,7 @@ def test_the_layout_of_accelerators_computes_the_same(options, platform, lora_ra
         return jax.value_and_grad(functools.partial(loss, config))(variables, jax.random.key(4))
 
     expected = loss_and_gradients()
-    monkeypatch.setattr(layers, "platform", lambda: platform)
+    monkeypatch.setattr(mesh, "platform", lambda: platform)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), loss_and_gradients(), expected)
 
 
@@ -400,7 +400,7 @@ IMAGES = {"num_layers": 1, "num_heads": 2, "embed_dim": 16, "image_size": 4, "pa
 )
 def test_gradients_in_bfloat16_are_summed_in_float32(config, platform, monkeypatch):
     """A sum of ones in bfloat16 ends at 256, because 256 + 1 is rounded to 256. Here, 1,024 rows are equal."""
-    monkeypatch.setattr(layers, "platform", lambda: platform)
+    monkeypatch.setattr(mesh, "platform", lambda: platform)
     config = dataclasses.replace(config, **NO_DROPOUT, dtype="bfloat16").resolve(VOCAB, "cpu")
     model, row, rng = config.module(), config.blank(1), np.random.default_rng(0)
     row = rng.integers(0, VOCAB, row.shape, row.dtype)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from gpt.models import layers, quantized
+from gpt.models import mesh, quantized
 from gpt.models.gpt import GPT, GPTConfig
 from gpt.runtime.errors import UserError
 
@@ -67,7 +67,7 @@ def variables_of(config):
 @pytest.mark.parametrize("kind", quantized.FORMATS)
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_logits_are_near_those_of_exact_products(kind, platform, monkeypatch):
-    monkeypatch.setattr(layers, "platform", lambda: platform)
+    monkeypatch.setattr(mesh, "platform", lambda: platform)
     config = dataclasses.replace(TINY, scan_layers=True).resolve(50, "cpu")
     variables, tokens = variables_of(config), RNG.integers(0, 50, (2, 32), np.int32)
     exact = GPT(config).apply(variables, tokens)

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from gpt import config_files, parameters, sharding, step
 from gpt.data import pipeline, text
+from gpt.models import mesh
 from gpt.planning import compiling, hlo
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
@@ -253,6 +254,25 @@ def test_constraints_on_activations_are_in_force(tiny, monkeypatch, mesh_config,
         assert spy.seen[key].is_equivalent_to(jax.NamedSharding(layout.mesh, spec), len(key[1])), (key, spy.seen[key])
 
 
+@pytest.mark.parametrize(
+    ("mesh_config", "length", "expected"),
+    [
+        (MeshConfig("fsdp_tp", data=2, model=2), 16, "model"),
+        (MeshConfig("fsdp_tp", data=2, model=2), 1, None),  # a step of decoding
+        (MeshConfig("sp", sequence=2, model=2), 16, ("sequence", "model")),
+        (MeshConfig("sp", sequence=2, model=2), 6, "sequence"),  # which 2 × 2 devices do not divide
+        (MeshConfig("fsdp"), 16, None),
+    ],
+)
+def test_tensor_parallelism_shards_the_residual_stream_over_its_length(mesh_config, length, expected):
+    layout = sharding.make_layout(mesh_config)
+    x_BxTxD = np.arange(8 * length * 32, dtype=np.float32).reshape(8, length, 32)
+    with layout.use():
+        y_BxTxD = jax.jit(lambda x: mesh.shard_residual(2 * x))(x_BxTxD)
+    np.testing.assert_array_equal(y_BxTxD, 2 * x_BxTxD)
+    assert y_BxTxD.sharding.is_equivalent_to(jax.NamedSharding(layout.mesh, P(BATCH, expected, None)), 3)
+
+
 @pytest.mark.parametrize("attention", ["dense", pytest.param("chunked", marks=pytest.mark.slow)])
 def test_memory_of_a_long_block_falls_with_the_sequence_axis(tiny, attention):
     """Activations take most of the memory at this length. Only keys and values are not sharded over it."""
@@ -274,15 +294,16 @@ def test_memory_of_a_long_block_falls_with_the_sequence_axis(tiny, attention):
 )
 def test_big_logits_are_never_gathered(tiny, mesh_config):
     """The loss over a vocabulary that `model` shards exchanges sums, not logits."""
+    vocabulary = 1024  # more than the width, because activations are gathered
     layout = sharding.make_layout(mesh_config)
-    program = step.build(tiny, 64, layout, 1)
+    program = step.build(tiny, vocabulary, layout, 1)
     batch = {name: jax.ShapeDtypeStruct((16, 16), jnp.int32) for name in ("inputs", "targets")}
     with layout.use():
         compiled = program.train_step.lower(program.abstract_state, batch).compile().as_text()
     gathers = re.findall(r" = \w+\[([\d,]*)\]\S* all-gather", compiled)
     assert "all-reduce(" in compiled
     largest = max((math.prod(map(int, filter(None, shape.split(",")))) for shape in gathers), default=0)
-    assert largest < 16 * 16 * 64 / layout.batch_shards / layout.mesh.shape["sequence"]
+    assert largest < 16 * 16 * vocabulary / layout.batch_shards / layout.mesh.shape["sequence"]
 
 
 @pytest.mark.parametrize(

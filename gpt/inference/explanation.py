@@ -98,6 +98,7 @@ def _attention(intermediates: dict[str, Any], config: Any) -> np.ndarray:
             block = intermediates["blocks" if config.scan_layers else f"block_{i}"]["attention"]
             (q,), (k,) = block["queries"], block["keys"]
             q_1xTxHxK, k_1xTxGxK = (jnp.asarray((x[i] if config.scan_layers else x)[:1], jnp.float32) for x in (q, k))
-            options = True, window, config.attention_softcap
-            weights.append(attention.attention_weights(q_1xTxHxK, k_1xTxGxK, None, *options)[0])
+            positions = jnp.arange(q_1xTxHxK.shape[1])
+            mask = attention.causal_mask(positions, positions, window)
+            weights.append(attention.attention_weights(q_1xTxHxK, k_1xTxGxK, mask, config.attention_softcap)[0])
     return np.stack(weights)

@@ -13,6 +13,8 @@ queries in a group, K head size.
 import jax
 import jax.numpy as jnp
 
+from gpt.models.mesh import whole_on_cpu
+
 # Far below any real score, but finite: the softmax of a fully masked row has no NaN.
 MASKED = -1e30
 
@@ -46,29 +48,36 @@ def dense(
     Returns:
       [B, T, H, K] in the dtype of `v_BxTxGxK`.
     """
-    weights_BxHxTxS = attention_weights(q_BxTxHxK, k_BxTxGxK, starts_BxT, causal, window, softcap)
+    batch, length, heads, _ = q_BxTxHxK.shape
+    groups, positions = v_BxTxGxK.shape[2], jnp.arange(length)
+    keep_BxHxTxT = None
     if dropout_key is not None and dropout_rate > 0:
-        keep = jax.random.bernoulli(dropout_key, 1 - dropout_rate, weights_BxHxTxS.shape)
-        weights_BxHxTxS = weights_BxHxTxS * keep / (1 - dropout_rate)
-    batch, heads, length, _ = weights_BxHxTxS.shape
-    groups = v_BxTxGxK.shape[2]
-    weights_BxGxRxTxS = weights_BxHxTxS.astype(v_BxTxGxK.dtype).reshape(batch, groups, heads // groups, length, -1)
-    return jnp.einsum("bgrts,bsgk->btgrk", weights_BxGxRxTxS, v_BxTxGxK).reshape(q_BxTxHxK.shape)
+        keep_BxHxTxT = jax.random.bernoulli(dropout_key, 1 - dropout_rate, (batch, heads, length, length))
+    # On a CPU, each of up to four blocks of queries takes only the keys that one of them may see.
+    size = max(64, -(-length // 4)) if causal and whole_on_cpu() else length
+    outs = []
+    for start in range(0, length, size):
+        queries, keys = slice(start, start + size), slice(max(0, start - window + 1) if window else 0, start + size)
+        mask = causal_mask(positions[queries], positions[keys], window) if causal else 0.0
+        if starts_BxT is not None:
+            mask = mask + document_mask(starts_BxT[:, queries], starts_BxT[:, keys])
+        weights_BxHxTxS = attention_weights(q_BxTxHxK[:, queries], k_BxTxGxK[:, keys], mask, softcap)
+        if keep_BxHxTxT is not None:
+            weights_BxHxTxS = weights_BxHxTxS * keep_BxHxTxT[:, :, queries, keys] / (1 - dropout_rate)
+        *_, rows, columns = weights_BxHxTxS.shape
+        weights_BxHxTxS = weights_BxHxTxS.astype(v_BxTxGxK.dtype)
+        weights_BxGxRxTxS = weights_BxHxTxS.reshape(batch, groups, heads // groups, rows, columns)
+        outs.append(jnp.einsum("bgrts,bsgk->btgrk", weights_BxGxRxTxS, v_BxTxGxK[:, keys]))
+    return jnp.concatenate(outs, axis=1).reshape(q_BxTxHxK.shape)
 
 
-def attention_weights(
-    q_BxTxHxK: jax.Array, k_BxTxGxK: jax.Array, starts_BxT: jax.Array | None, causal: bool, window: int, softcap: float
-) -> jax.Array:
-    """Returns the attention weights of `dense` before dropout, float32 [B, H, T, S]."""
+def attention_weights(q_BxTxHxK: jax.Array, k_BxSxGxK: jax.Array, mask: jax.Array | float, softcap: float) -> jax.Array:
+    """Returns the attention weights of `dense` before dropout, float32 [B, H, T, S], from scores plus the mask."""
     batch, length, heads, kv = q_BxTxHxK.shape
-    groups, positions = k_BxTxGxK.shape[2], jnp.arange(length)
+    groups = k_BxSxGxK.shape[2]
     q_BxTxGxRxK = q_BxTxHxK.reshape(batch, length, groups, heads // groups, kv)
-    scores = jnp.einsum("btgrk,bsgk->bgrts", q_BxTxGxRxK, k_BxTxGxK, preferred_element_type=jnp.float32)
-    scores_BxHxTxS = soft_cap(scores.reshape(batch, heads, length, -1), softcap)
-    mask = causal_mask(positions, positions, window) if causal else 0.0
-    if starts_BxT is not None:
-        mask = mask + document_mask(starts_BxT, starts_BxT)
-    return jax.nn.softmax(scores_BxHxTxS + mask, axis=-1)
+    scores = jnp.einsum("btgrk,bsgk->bgrts", q_BxTxGxRxK, k_BxSxGxK, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(soft_cap(scores.reshape(batch, heads, length, -1), softcap) + mask, axis=-1)
 
 
 def soft_cap(x: jax.Array, cap: float) -> jax.Array:

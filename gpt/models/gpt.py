@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from gpt.models import attention, decoding, kernels, lora
-from gpt.models.layers import Embedding, Linear, add_bias
+from gpt.models.gradients import add_bias
+from gpt.models.layers import Embedding, Linear
 from gpt.models.transformer import BlockConfig, apply_blocks
 from gpt.runtime.fields import check_not_negative, check_positive, harmless
 

@@ -23,7 +23,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 from gpt.models.attention import MASKED, causal_mask, dense, document_mask, soft_cap
 from gpt.models.base import ModelConfig
-from gpt.models.layers import mesh_axes
+from gpt.models.mesh import mesh_axes
 
 LANES = 128  # of a TPU's vector unit: `splash` needs a sequence length that is a multiple of them
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from gpt.models import quantized
+from gpt.models.gradients import add_bias, lookup, product
+from gpt.models.mesh import merged_rows, on_cpu
 
 Initializer = Callable[..., jax.Array]
 
@@ -179,86 +181,3 @@ def multiply(x: jax.Array, kernel: jax.Array, contracted: int, products: str) ->
     if products != "dtype":
         return quantized.product(x, kernel, contracted, products)
     return product(x, kernel) if on_cpu() else jnp.tensordot(x, kernel, contracted)
-
-
-@jax.custom_vjp
-def product(x_RxI: jax.Array, kernel_IxO: jax.Array) -> jax.Array:
-    """Returns x·kernel, with a gradient for the kernel that has the kernel's own memory layout.
-
-    JAX's default gradient is transposed, which makes the optimizer's passes over it slow on a CPU.
-    """
-    return x_RxI @ kernel_IxO
-
-
-def _product_backward(saved, dy):
-    x, kernel = saved
-    rows = tuple(range(x.ndim - 1))
-    return dy @ kernel.T, jax.lax.dot_general(x, dy, ((rows, rows), ((), ())))
-
-
-product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _product_backward)
-
-
-@jax.custom_vjp
-def lookup(table: jax.Array, indices: jax.Array) -> jax.Array:
-    """Returns table[indices]. Its gradient is summed in float32: in bfloat16, sums of more than 256 equal terms stop.
-
-    Args:
-      table: [size, width].
-      indices: integers of any shape, at least 0 and less than `size`.
-    """
-    return jnp.take(table, indices, axis=0)
-
-
-def _lookup_backward(saved, dy):
-    table, indices = saved
-    return jnp.zeros(table.shape, jnp.float32).at[indices].add(dy).astype(table.dtype), None
-
-
-lookup.defvjp(lambda table, indices: (lookup(table, indices), (table, indices)), _lookup_backward)
-
-
-@jax.custom_vjp
-def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
-    """Returns x + bias for a bias of the last axes of x. As in `lookup`, the gradient is summed in float32."""
-    return x + bias
-
-
-def _add_bias_backward(axes, dy):
-    rows = dy.ndim - axes
-    if platform() == "tpu" and axes > 1 and rows > 1:  # a TPU is slow at sums over the tokens that leave the heads
-        ones = jnp.ones((8, *dy.shape[:rows]), dy.dtype)  # of fewer rows than 8, the compiler makes a sum again
-        return dy, jnp.tensordot(ones, dy, rows)[0]
-    return dy, dy.sum(range(rows), dtype=jnp.float32).astype(dy.dtype)
-
-
-add_bias.defvjp(lambda x, bias: (x + bias, bias.ndim), _add_bias_backward)
-
-
-def platform() -> str:
-    """Returns what the program is for: "cpu", "gpu" or "tpu"."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
-
-
-def on_cpu() -> bool:
-    """Returns whether the program is for a CPU. The two forms of a layer compute the same from the same parameters."""
-    return platform() == "cpu"
-
-
-def merged_rows(x: jax.Array) -> jax.Array:
-    """Reshapes [..., width] to [rows, width] on a CPU, unless the mesh shards the length.
-
-    XLA's CPU backend is slow where it contracts or sums over several axes, as in the gradients of kernels and biases.
-    On an accelerator, merged axes cost copies. A sharded length cannot be merged with a sharded batch: the merged axis
-    would have no sharding.
-    """
-    return x.reshape(-1, x.shape[-1]) if on_cpu() and mesh_axes("length") == ((),) else x
-
-
-def mesh_axes(*names: str | None) -> tuple[tuple[str, ...], ...]:
-    """Returns, for each logical axis, the axes of the current mesh that shard it, without those of size 1."""
-    sizes = jax.sharding.get_abstract_mesh().shape
-    spec = (nn.logical_to_mesh_axes(names) if sizes else None) or (None,) * len(names)
-    every = [(axes,) if isinstance(axes, str) else axes if isinstance(axes, tuple) else () for axes in spec]
-    return tuple(tuple(axis for axis in axes if sizes[axis] > 1) for axes in every)

@@ -14,7 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt.models.layers import Linear, merged_rows, split
+from gpt.models.layers import Linear, split
+from gpt.models.mesh import merged_rows
 
 
 def adapted(call: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from gpt.models import attention, decoding, gpt, lora, remat, rotary
 from gpt.models.gpt import GPTConfig
-from gpt.models.layers import add_bias, parameter, unit_rms
+from gpt.models.gradients import add_bias
+from gpt.models.layers import parameter, unit_rms
 from gpt.models.transformer import BlockConfig, add_mlp, apply_blocks, branch, linear, norm
 from gpt.models.vit import ViT, ViTConfig
 from gpt.runtime.errors import UserError

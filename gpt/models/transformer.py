@@ -16,7 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gpt.models import decoding, kernels, quantized, remat, rotary
 from gpt.models.base import ModelConfig
-from gpt.models.layers import ACTIVATIONS, Linear, Norm, merged_rows, unit_rms
+from gpt.models.layers import ACTIVATIONS, Linear, Norm, unit_rms
+from gpt.models.mesh import merged_rows, shard_residual
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_fraction, check_names, check_not_negative, check_positive, harmless
 
@@ -314,10 +315,9 @@ def branch(
 
 def add_mlp(config: BlockConfig, x_BxTxD: jax.Array, y_BxTxD: jax.Array, deterministic: bool) -> jax.Array:
     """Returns the output of a block, [B, T, D], from its input x and the branch y of its attention."""
-    axes = "batch", "length", "embed"
-    mlp, sum_BxTxD = MLP(config, name="mlp"), nn.with_logical_constraint(x_BxTxD + y_BxTxD, axes)
+    mlp, sum_BxTxD = MLP(config, name="mlp"), shard_residual(x_BxTxD + y_BxTxD)
     z_BxTxD = branch(config, 2, x_BxTxD if config.parallel_block else sum_BxTxD, deterministic, mlp)
-    return nn.with_logical_constraint(sum_BxTxD + z_BxTxD, axes)
+    return shard_residual(sum_BxTxD + z_BxTxD)
 
 
 class SelfAttention(nn.Module):

@@ -16,7 +16,8 @@ import numpy as np
 
 from gpt.models import lora
 from gpt.models.attention import dense
-from gpt.models.layers import Linear, add_bias, parameter
+from gpt.models.gradients import add_bias
+from gpt.models.layers import Linear, parameter
 from gpt.models.transformer import BlockConfig, apply_blocks
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_positive

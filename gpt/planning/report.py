@@ -30,7 +30,7 @@ its bytes at the peak bandwidth of the main memory, whichever is longer. Collect
 their group spans, or the rings that the program states, at public bandwidth; those marked * overlap with the kernels
 that are scheduled beside them, and the rest of their time is exposed. Both branches of a conditional run. The input
 arrives in time. If the compiler's estimate of its kernels is longer, it counts instead. Published runs of such
-programs took 0.8 to 1.05 times as long as such plans for TPUs, and 1.4 to 3.5 times as long as those for GPUs
+programs took 0.85 to 1.05 times as long as such plans for TPUs, and 1.4 to 3.5 times as long as those for GPUs
 (launch/PLANNING.md)."""
 
 

@@ -137,14 +137,14 @@ def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
     # Activations that a layer saves for the backward pass, and the temporaries of one layer.
     scores = 0 if model.attention in ("chunked", *KERNELS) else tokens * model.num_heads / tensor * model.length
     layer_sizes = model.layer_weights
-    outputs = {name: size / (1 if name in ("out", "down") else tensor) for name, (_, size) in layer_sizes.items()}
+    outputs = {name: size / tensor for name, (_, size) in layer_sizes.items()}
     outputs["attention"] = model.num_heads * model.head_dim / tensor if model.attention in KERNELS else 0
-    wide = sum(outputs.values()) + width
+    wide = sum(outputs.values()) + width / tensor
     kept = [name for name, on_host in remat.kept(model.remat).items() if not on_host]
     # The backward pass does not need the output of the last layer, "down".
-    saved = 2 * tokens * (width + sum(outputs.get(name, 0) for name in kept if name != "down"))
+    saved = 2 * tokens * (width / tensor + sum(outputs.get(name, 0) for name in kept if name != "down"))
     if model.remat == "none":
-        saved += 6 * scores + 2 * tokens * (2 * outputs["up"] + 2 * outputs.get("gate", 0) + 6 * width)
+        saved += 6 * scores + 2 * tokens * (2 * outputs["up"] + 2 * outputs.get("gate", 0) + 6 * width / tensor)
     temporaries = 10 * scores + 6 * tokens * wide + 6 * tokens * model.padded_vocab_size / tensor
     memory = 4 * shard + optimizer + gradients + gathered + layers * saved + temporaries
 
@@ -168,7 +168,8 @@ def expect(config: Config, layout: sharding.Layout, chip: Chip) -> Candidate:
         is_doubled = chip.name == "v5p" and fsdp * sequence == layout.mesh.size >= 64
         network += micro_batches * collective(("fsdp", "sequence"), 2 * weights / tensor, 6 if is_doubled else 3)
     activations = micro_batches * layers * tokens * width
-    network += collective(("model",), 2 * activations, 2 * (4 + 2 * (again > 0)))
+    # The residual stream is gathered and scattered twice in each pass; its gradient for kernels gathers it again.
+    network += collective(("model",), 2 * activations, 10 + 4 * (again > 0))
     network += collective(("sequence",), 4 * activations * sequence / tensor, 3)
     return Candidate(config, memory, max(compute, traffic / chip.bandwidth) + 0.5 * network)
 
