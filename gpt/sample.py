@@ -63,8 +63,8 @@ def main() -> None:
     if prompts is None and not cluster.share("terminal", lambda: sys.stdin is not None and sys.stdin.isatty()):
         prompts = [cluster.share("piped prompt", cli.read_stdin)]
     options = sampling.Options(Sampling(**cli.values(Sampling)), **cli.values(sampling.Options))
-    rows = len(prompts or [""]) * options.num_samples
-    sampling.run(gpt.load_model(_WORKDIR.value, _CHECKPOINT.value, rows=rows), prompts, options)
+    # One row, so that a CPU is one device: each of several would read all parameters for every token.
+    sampling.run(gpt.load_model(_WORKDIR.value, _CHECKPOINT.value, rows=1), prompts, options)
 
 
 if __name__ == "__main__":
