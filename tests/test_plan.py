@@ -196,11 +196,14 @@ def test_fsdp_gathers_parameters_twice_and_scatters_gradients_once(planned):
 
 
 @needs_libtpu
-def test_tensor_parallelism_reduces_activations_over_model(planned):
+def test_tensor_parallelism_gathers_and_scatters_activations_over_model(planned):
     plan = planned(rules="fsdp_tp", model=2)
-    # After attention and after the MLP, in the forward and the backward pass.
+    # The residual stream, which `model` shards over the length, before and after attention and the MLP in both passes.
     activations = 4 * MODEL.num_layers * 2 * (4 * 2 * MODEL.block_size) * MODEL.embed_dim
-    assert moved(plan, "all-reduce", "model") >= activations
+    assert moved(plan, "all-gather", "model") >= activations
+    scattered = sum(moved(plan, kind, "model") for kind in ("reduce-scatter", "collective-permute"))
+    assert scattered >= activations / 2  # a collective-permute moves a shard
+    assert moved(plan, "all-reduce", "model") < activations / 4
     assert moved(plan, "all-gather", "fsdp") > 0
     assert moved(plan, "all-gather", "fsdp") < moved(planned(rules="fsdp"), "all-gather")
 
