@@ -5,7 +5,6 @@ R tokens in a shard.
 """
 
 import functools
-import math
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 
 from gpt.data.base import IGNORED
 from gpt.models.gpt import GPTConfig, finish_logits
-from gpt.models.mesh import mesh_axes
+from gpt.models.mesh import mesh_axes, num_devices
 
 
 def token_losses(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
@@ -59,9 +58,9 @@ def _loss_and_gradients(
     config: GPTConfig, chunks: int, z_loss: float, x_BxTxD: jax.Array, head_VxD: jax.Array, targets_BxT: jax.Array
 ) -> tuple[jax.Array, Any]:
     """Returns the loss and its gradients for the activations and the head."""
-    sizes, dtype = jax.sharding.get_abstract_mesh().shape, x_BxTxD.dtype
+    dtype = x_BxTxD.dtype
     gathered_VxD = nn.with_logical_constraint(head_VxD.astype(dtype), ("vocab", None))
-    p, q = (math.prod(sizes[axis] for axis in axes) for axes in mesh_axes("batch", "length"))
+    p, q = map(num_devices, mesh_axes("batch", "length"))
     batch, length, width = x_BxTxD.shape
 
     def divided(x: jax.Array) -> jax.Array:  # [B, T, …] -> [chunks, P, Q, R, …]

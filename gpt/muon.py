@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from gpt.models.mesh import mesh_axes
+from gpt.models.mesh import mesh_axes, num_devices
 
 
 def scale_by_muon(momentum: float, logical_axes: Any) -> optax.GradientTransformation:
@@ -90,7 +90,7 @@ def spread_over_devices(
     sharding = [axis for axes in over for axis in reversed(axes)]
     used: list[str] = []
     for axis in dict.fromkeys([*sharding, *sizes]):
-        if math.prod(sizes[axis] for axis in used) < len(x):
+        if num_devices(used) < len(x):
             used.append(axis)
     # The mesh axes move to the number one by one: each is an all-to-all, but several at once would be all-gathers.
     layouts = [[(), *over], [tuple(axis for axis in used if axis not in sharding), *over]]
@@ -99,7 +99,7 @@ def spread_over_devices(
             first, *rest = layouts[-1]
             layouts.append([(*first, axis), *(tuple(a for a in axes if a != axis) for axes in rest)])
     rows = len(x)
-    x = jnp.pad(x, [(0, -rows % math.prod(sizes[axis] for axis in used)), *[(0, 0)] * (x.ndim - 1)])
+    x = jnp.pad(x, [(0, -rows % num_devices(used)), *[(0, 0)] * (x.ndim - 1)])
     for layout in layouts[1:]:
         x = jax.lax.with_sharding_constraint(x, P(*layout))
     x = function(x)

@@ -64,9 +64,8 @@ def dense(
         weights_BxHxTxS = attention_weights(q_BxTxHxK[:, queries], k_BxTxGxK[:, keys], mask, softcap)
         if keep_BxHxTxT is not None:
             weights_BxHxTxS = weights_BxHxTxS * keep_BxHxTxT[:, :, queries, keys] / (1 - dropout_rate)
-        *_, rows, columns = weights_BxHxTxS.shape
-        weights_BxHxTxS = weights_BxHxTxS.astype(v_BxTxGxK.dtype)
-        weights_BxGxRxTxS = weights_BxHxTxS.reshape(batch, groups, heads // groups, rows, columns)
+        shape = batch, groups, heads // groups, *weights_BxHxTxS.shape[2:]
+        weights_BxGxRxTxS = weights_BxHxTxS.astype(v_BxTxGxK.dtype).reshape(shape)
         outs.append(jnp.einsum("bgrts,bsgk->btgrk", weights_BxGxRxTxS, v_BxTxGxK[:, keys]))
     return jnp.concatenate(outs, axis=1).reshape(q_BxTxHxK.shape)
 

@@ -12,7 +12,6 @@ Shape suffixes: B batch, T query length, S key length, H heads of queries, G hea
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +22,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 
 from gpt.models.attention import MASKED, causal_mask, dense, document_mask, soft_cap
 from gpt.models.base import ModelConfig
-from gpt.models.mesh import mesh_axes
+from gpt.models.mesh import mesh_axes, num_devices
 
 LANES = 128  # of a TPU's vector unit: `splash` needs a sequence length that is a multiple of them
 
@@ -261,7 +260,7 @@ def splash(
     _refuse_dropout(dropout_rate, dropout_key)
     batch_axes, length_axes, heads_axes = mesh_axes("batch", "length", "heads")
     sizes = jax.sharding.get_abstract_mesh().shape
-    length_shards, head_shards = (math.prod(sizes[axis] for axis in axes) for axes in (length_axes, heads_axes))
+    length_shards, head_shards = map(num_devices, (length_axes, heads_axes))
     real_length, heads = q_BxTxHxK.shape[1:3]
     length = -(-real_length // LANES) * LANES
     block = splash_block(length, length_shards)

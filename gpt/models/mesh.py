@@ -4,6 +4,7 @@ Shape suffixes: B batch, T sequence length, D width.
 """
 
 import math
+from collections.abc import Iterable
 
 import flax.linen as nn
 import jax
@@ -17,8 +18,7 @@ def shard_residual(x_BxTxD: jax.Array) -> jax.Array:
     these axes do not divide, like the one token of a decoding step, is whole.
     """
     batch, length, embed, tensor = mesh_axes("batch", "length", "embed", "mlp")
-    sizes = jax.sharding.get_abstract_mesh().shape
-    if not tensor or x_BxTxD.shape[1] % math.prod(sizes[axis] for axis in length + tensor):
+    if not tensor or x_BxTxD.shape[1] % num_devices(length + tensor):
         return nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed"))
     return jax.lax.with_sharding_constraint(x_BxTxD, jax.P(batch, length + tensor, embed))
 
@@ -55,3 +55,9 @@ def mesh_axes(*names: str | None) -> tuple[tuple[str, ...], ...]:
     spec = (nn.logical_to_mesh_axes(names) if sizes else None) or (None,) * len(names)
     every = [(axes,) if isinstance(axes, str) else axes if isinstance(axes, tuple) else () for axes in spec]
     return tuple(tuple(axis for axis in axes if sizes[axis] > 1) for axes in every)
+
+
+def num_devices(axes: Iterable[str]) -> int:
+    """Returns the product of the sizes of some axes of the current mesh."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in axes)
