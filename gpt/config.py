@@ -25,6 +25,8 @@ from gpt.runtime.fields import check_choice, check_not_negative, check_positive,
 from gpt.runtime.files import read_json
 from gpt.sharding import MeshConfig
 
+SMALL_EVALUATION = 1 << 17  # tokens that are evaluated even if they take more than 2 % of the time
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -39,7 +41,9 @@ class TrainConfig:
     epochs: float = harmless(0.0)
     tokens: float = harmless(0.0)
     log_every: int = harmless(10)  # steps between points on TensorBoard, and between lines in a log
-    eval_every: int = harmless(500)  # steps between evaluations of the whole validation split; 0: only at the end
+    eval_every: int = harmless(500)  # steps between evaluations; 0: only at the end
+    # tokens of an evaluation, the same ones each time; 0: as many as take about 2 % of the time, 131,072 at least
+    eval_tokens: int = harmless(0)
     checkpoint_every: int = harmless(1000)  # steps; the last step and the best evaluation are saved in any case
     keep_checkpoints: int = harmless(2)  # how many of the newest checkpoints are kept, besides the best
     sample_prompt: str = harmless("")  # text that the sample at each evaluation continues; "": a line feed
@@ -58,7 +62,8 @@ class TrainConfig:
             raise UserError(
                 "train.spike_factor needs train.on_nonfinite=stop or rollback: a spike is known after its update only."
             )
-        check_not_negative("train", self, "steps", "epochs", "tokens", "eval_every", "sample_tokens", "z_loss")
+        check_not_negative("train", self, "steps", "epochs", "tokens", "eval_every", "eval_tokens", "sample_tokens")
+        check_not_negative("train", self, "z_loss")
         lengths = [
             f"train.{name}={getattr(self, name):g}" for name in ("steps", "epochs", "tokens") if getattr(self, name)
         ]
@@ -74,6 +79,11 @@ class TrainConfig:
             return self.steps
         examples = self.epochs * examples_per_epoch if self.epochs else self.tokens / length
         return math.ceil(examples / self.batch_size)
+
+    def most_evaluated(self, length: int, total_steps: int) -> int:
+        """Returns the largest number of examples of an evaluation; a training step costs 3 times as much per token."""
+        between = self.batch_size * length * min(self.eval_every or total_steps, total_steps)
+        return max(1, (self.eval_tokens or max(SMALL_EVALUATION, int(0.02 * 3 * between))) // length)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,8 @@ from gpt import parameters, sharding
 from gpt.checkpointing.run import Run
 from gpt.config import Config
 from gpt.data.base import Dataset, Shown
+from gpt.data.combined import Mixture
+from gpt.data.packing import PackedDocuments
 from gpt.inference import pictures
 from gpt.optimizer import schedule
 from gpt.runtime import hardware
@@ -31,8 +33,9 @@ class Report:
       speed: measures the rates of the steps.
     """
 
-    def __init__(self, config: Config, program: Program, progress: Progress, tensorboard: TensorBoard):
+    def __init__(self, config: Config, program: Program, examples: Any, progress: Progress, tensorboard: TensorBoard):
         self.progress, self.tensorboard, self._settings = progress, tensorboard, config.train
+        self._length, self._examples = config.model.length, examples
         self._tokens_per_step = config.train.batch_size * config.model.length
         mesh = program.layout.mesh
         chip = hardware.of_device(mesh.devices.flat[0])
@@ -51,6 +54,8 @@ class Report:
             totals = {"tokens": step * self._tokens_per_step, "skipped": skipped} | self.speed.rates()
             self.tensorboard.scalars(step, {f"train/{name}": value for name, value in metrics.items()})
             self.tensorboard.scalars(step, {f"progress/{name}": value for name, value in totals.items()})
+            for name, tokens, epochs in sources(self._examples, step, self._settings.batch_size, self._length):
+                self.tensorboard.scalars(step, {f"sources/{name}/tokens": tokens, f"sources/{name}/epochs": epochs})
             self.speed.restart()
         return is_logged
 
@@ -107,16 +112,31 @@ class Tracer:
                 self._say(f"note: cannot write the trace to {self._path}: {error}.")
 
 
+def sources(examples: Any, step: int, batch_size: int, length: int) -> Iterator[tuple[str, int, float]]:
+    """Yields (name, tokens seen, epochs seen) of each source of a mixture after a step."""
+    if isinstance(examples, Mixture):
+        drawn = examples.drawn(step * batch_size, batch_size)
+        for (name, part), count in zip(examples.parts.items(), drawn, strict=True):
+            yield name, int(count) * length, float(count / len(part))
+
+
 def describe(
-    program: Program, config: Config, dataset: Dataset, total_steps: int, examples_per_epoch: int
+    program: Program, config: Config, dataset: Dataset, total_steps: int, examples: Any, evaluated: int
 ) -> Iterator[str]:
-    """Yields lines that tell what is about to be trained, on what data and which devices."""
+    """Yields lines that tell what is about to be trained, on what data and which devices.
+
+    Args:
+      examples: the source of the training examples.
+      evaluated: number of examples of an evaluation.
+    """
     c, mesh, batch_size = program.model.config, program.layout.mesh, config.train.batch_size
     yield f"model  {program.num_parameters():,} parameters: {c.summary()}, {c.dtype}"
     state = program.abstract_state
     if c.lora_rank:
         yield f"lora   {count(state.params):,} parameters are trained: rank {c.lora_rank} at {c.lora_targets}"
     yield f"data   {dataset.describe()}"
+    if isinstance(examples, PackedDocuments):
+        yield f"       {examples.summary}"
     trees = (state.params, state.frozen), (state.opt_state, state.ema)
     held = [sharding.bytes_per_device(tree) / 1e6 for tree in trees]
     whole = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e6 for tree in trees]
@@ -129,8 +149,12 @@ def describe(
     )
     yield from ("       " + line for line in parameters.table(parameters.of_program(program)))
     tokens = batch_size * c.length
-    epochs = total_steps * batch_size / examples_per_epoch
+    epochs = total_steps * batch_size / len(examples)
     yield f"run    {total_steps:,} steps × {tokens:,} tokens = {total_steps * tokens:,} tokens, {epochs:.1f} epochs"
+    for name, seen, epochs in sources(examples, total_steps, batch_size, c.length):
+        yield f"       of them from {name}: {seen:,} ({seen / (total_steps * tokens):.1%}), {epochs:.2f} epochs"
+    if evaluated < (windows := len(dataset.evaluation("val", config.model))):
+        yield f"eval   {evaluated:,} of {windows:,} validation windows, the same at each evaluation"
 
 
 def describe_changes(

@@ -1,5 +1,6 @@
 """The training state, the training step and the evaluation step of a run, compiled over a mesh."""
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable
@@ -205,10 +206,9 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         valid, predictions = targets != IGNORED, logits.argmax(axis=-1)
         within_example = tuple(range(1, targets.ndim))
         return {
-            "loss": token_losses(logits, targets).sum(),
-            "targets": valid.sum(),
-            "correct": jnp.sum(valid & (predictions == targets)),
-            "examples": valid.any(axis=within_example).sum(),
+            "loss": token_losses(logits, targets).sum(axis=within_example),
+            "targets": valid.sum(axis=within_example),
+            "correct": jnp.sum(valid & (predictions == targets), axis=within_example),
             "has_error": jnp.any(valid & (predictions != targets), axis=within_example),
             "predictions": predictions,
             "logits_counts": counts,
@@ -295,25 +295,28 @@ def evaluate(
       targets, examples: how many there are.
       accuracy: fraction of the targets that are the likeliest prediction.
       exact_match: fraction of the examples whose targets all are.
+      groups: {name: (loss, targets)} of the groups of examples, if the source has them.
       mistakes: for the first other examples, pairs of the index and the predictions, [T].
       logits_counts, logits_edges: a histogram of the logits of the first tokens.
     """
     rows = program.layout.local_rows(batch_size)
-    sums: dict[str, Any] = dict.fromkeys(("loss", "targets", "correct", "examples"), 0)
+    sums: dict[str, Any] = collections.defaultdict(lambda: np.zeros(4))  # by group: loss, targets, correct, examples
+    group = getattr(source, "group", lambda index: "")
     mistakes: list[tuple[int, np.ndarray]] = []
     histogram: dict[str, np.ndarray] = {}
     num_mistakes, pending = 0, None
 
     def add(number: int, results: dict[str, jax.Array]) -> None:
         nonlocal num_mistakes, histogram
-        found = jax.device_get(results)
+        found, first = jax.device_get(results), number * batch_size
         wrong = np.flatnonzero(found["has_error"])
         num_mistakes += len(wrong)
         for row in wrong[: MAX_MISTAKES - len(mistakes)]:
-            mistakes.append((number * batch_size + int(row), found["predictions"][row]))
+            mistakes.append((first + int(row), found["predictions"][row]))
         histogram = histogram or {name: found[name] for name in ("logits_counts", "logits_edges")}
-        for name in sums:
-            sums[name] += found[name].item()
+        values = np.stack([*(found[name] for name in ("loss", "targets", "correct")), found["targets"] > 0])
+        for index, value in zip(range(first, len(source)), values.T, strict=False):
+            sums[group(index)] += value
 
     with program.layout.use():
         batches = pipeline.evaluation_batches(source, batch_size, rows)
@@ -326,7 +329,8 @@ def evaluate(
             pending = dispatched
         if pending:
             add(*pending)
-    targets, examples = sums["targets"], sums["examples"]
-    means = {"loss": sums["loss"] / targets, "accuracy": sums["correct"] / targets}
-    counts = {"targets": targets, "examples": examples, "exact_match": 1 - num_mistakes / examples}
+    loss, targets, correct, examples = sum(sums.values())
+    means = {"loss": loss / targets, "accuracy": correct / targets, "exact_match": 1 - num_mistakes / examples}
+    groups = {name: (own[0] / max(1, own[1]), int(own[1])) for name, own in sums.items()}
+    counts = {"targets": int(targets), "examples": int(examples), "groups": groups}
     return means | counts | {"mistakes": mistakes} | histogram

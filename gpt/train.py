@@ -36,7 +36,7 @@ from gpt.checkpointing.loading import Weights
 from gpt.checkpointing.run import ORDER, Run, refuse_changes
 from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config, TrainConfig
-from gpt.data import pipeline
+from gpt.data import combined, pipeline
 from gpt.data.base import Shown
 from gpt.inference import previews
 from gpt.runtime import cluster, files, hardware, versions
@@ -90,6 +90,9 @@ class Training:
                 f"--workdir={workdir.path} holds converted weights; start from them in another --workdir, with "
                 f"--config.train.init_from={workdir.path}."
             )
+        if recorded and allow_config_change:
+            data = config.data.resumed(recorded.config.data, workdir.checkpoints().last() or 0)
+            self.config = config = dataclasses.replace(config, data=data)
         self.initial = initial = initial_weights(config, recorded, workdir)
 
         # The data, and the program for it.
@@ -99,8 +102,9 @@ class Training:
             "data", lambda: config.data.load(tokenizer, config.model, progress.say, progress.status)
         )
         self.examples = self.dataset.training(config.model, config.seed)
-        self.validation = self.dataset.evaluation("val", config.model)
         self.total_steps = progress.total_steps = config.train.total_steps(config.model.length, len(self.examples))
+        most = config.train.most_evaluated(config.model.length, self.total_steps)
+        self.validation = combined.bounded(self.dataset.evaluation("val", config.model), most, config.seed)
         self.program = build(config, self.dataset.tokenizer.vocab_size, self.layout, self.total_steps)
         self.program.check_memory(self.program.abstract_state)
         self.preview = previews.make(self.dataset, self.program, config, self.validation)
@@ -112,12 +116,14 @@ class Training:
             self.dataset.fingerprint,
             recorded.base if recorded else initial.as_base() if initial and config.model.lora_rank else None,
             recorded.skipped if recorded else (),
+            len(self.validation),
             environment(self.layout, pipeline.order_digest(self.examples, config.seed)),
             cluster.share("run", lambda: recorded.id if recorded else secrets.token_hex(8)),
         )
         self.checkpoints = workdir.checkpoints(config.train.keep_checkpoints, progress.say, self.run)
         changes = self._refuse_changes(recorded, allow_config_change) if recorded else {}
-        for line in reporting.describe(self.program, config, self.dataset, self.total_steps, len(self.examples)):
+        about = self.program, config, self.dataset, self.total_steps, self.examples, len(self.validation)
+        for line in reporting.describe(*about):
             progress.say(line)
 
         self.step, self.state, self.batches, self.mean_loss = self._begin()
@@ -126,7 +132,7 @@ class Training:
         for line in reporting.describe_changes(changes, recorded, self.run, len(self.examples), self.step):
             progress.say(line)
         tensorboard = TensorBoard(workdir.path, self.step, cluster.is_first(), progress.say)
-        self.report = reporting.Report(config, self.program, progress, tensorboard)
+        self.report = reporting.Report(config, self.program, self.examples, progress, tensorboard)
 
     def _refuse_changes(self, recorded: Run, allow: bool) -> dict[str, tuple[Any, Any]]:
         """`refuse_changes`, with the reason why the newest checkpoint does not fit the config, if it does not."""

@@ -28,18 +28,24 @@ def _forget_notes(monkeypatch):
 class Computation:
     """Computes an entry with a file, and counts how often."""
 
-    count = 0
+    count, mode = 0, 0o666
 
-    def __call__(self, create):
+    def __call__(self, folder):
         self.count += 1
-        create("txt").write(b"contents of a file " * 100)
+        with cache.create(folder / "a.txt", self.mode) as file:
+            file.write(b"contents of a file " * 100)
         return {"name": "é", "numbers": [1, 0.1]}
 
 
 def get(folder, compute, say=print):
     entry = Cache(str(folder), say).entry("key", compute)
     assert entry.value == {"name": "é", "numbers": [1, 0.1]}
-    assert entry.files["txt"].read_bytes() == b"contents of a file " * 100
+    assert entry.files["a.txt"].read_bytes() == b"contents of a file " * 100
+
+
+def kept(folder) -> list[str]:
+    """Returns the files in a cache, and not the folders for the files of its entries."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def flip(path):
@@ -71,14 +77,14 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("suffix", ["entry", "txt"])
+@pytest.mark.parametrize("name", ["key.entry", "key/a.txt"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_is_not_whole_is_computed_again(tmp_path, suffix, damage):
+def test_what_is_not_whole_is_computed_again(tmp_path, name, damage):
     compute = Computation()
     get(tmp_path, compute)
     get(tmp_path, compute)
     assert compute.count == 1
-    DAMAGE[damage](tmp_path / f"key.{suffix}")
+    DAMAGE[damage](tmp_path / name)
     get(tmp_path, compute)
     get(tmp_path, compute)
     assert compute.count == 2
@@ -112,11 +118,11 @@ def test_a_copy_of_a_cache_serves_as_well(tmp_path, monkeypatch):
 def test_those_who_compute_at_once_do_not_disturb_each_other(tmp_path):
     both = threading.Barrier(4)
 
-    def compute(create):
-        out = create("txt")
-        for _ in range(10):
-            out.write(b"contents of a file " * 10)
-            both.wait()
+    def compute(folder):
+        with cache.create(folder / "a.txt") as out:
+            for _ in range(10):
+                out.write(b"contents of a file " * 10)
+                both.wait()
         return {"name": "é", "numbers": [1, 0.1]}
 
     threads = [threading.Thread(target=get, args=(tmp_path, compute)) for _ in range(4)]
@@ -124,8 +130,8 @@ def test_those_who_compute_at_once_do_not_disturb_each_other(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    get(tmp_path, lambda create: pytest.fail("nobody stored it"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["key.entry", "key.txt"]
+    get(tmp_path, lambda folder: pytest.fail("nobody stored it"))
+    assert kept(tmp_path) == ["key.entry", "key/a.txt"]
 
 
 @pytest.mark.parametrize(
@@ -133,12 +139,14 @@ def test_those_who_compute_at_once_do_not_disturb_each_other(tmp_path):
 )
 def test_nobody_reads_in_the_cache_what_is_closed_elsewhere(tmp_path, umask, source, expected):
     before = os.umask(umask)
+    compute = Computation()
+    compute.mode = source
     try:
-        Cache(str(tmp_path / "cache")).entry("key", Computation(), source)
+        Cache(str(tmp_path / "cache")).entry("key", compute, source)
     finally:
         os.umask(before)
-    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "cache").iterdir()}
-    assert modes == {"key.entry": expected, "key.txt": expected}
+    modes = {name: (tmp_path / "cache" / name).stat().st_mode & 0o777 for name in kept(tmp_path / "cache")}
+    assert modes == {"key.entry": expected, "key/a.txt": expected}
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
 
 
@@ -152,16 +160,30 @@ def test_a_full_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     monkeypatch.setenv(VARIABLE, str(tmp_path))
     full_cache = Cache(say=lines.append)
-    assert [full_cache.entry(name, lambda create: [1]).value for name in "ab"] == [[1], [1]]
+    assert [full_cache.entry(name, lambda folder: [1]).value for name in "ab"] == [[1], [1]]
     (line,) = lines
     assert "cannot be written (No space left on device)" in line
     with pytest.raises(UserError, match=r"Cannot write .*key.*: No space left on device; set GPT_CACHE_DIR to another"):
         full_cache.entry("key", Computation())
-    assert list(tmp_path.iterdir()) == []
+    assert kept(tmp_path) == []
+
+
+def test_a_disk_that_is_full_while_a_file_is_written(tmp_path):
+    """The error of the system then names no file."""
+
+    def compute(folder):
+        with cache.create(folder / "a.txt"):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(
+        UserError, match=r"Cannot write .*key.*: No space left on device; set data\.cache_dir to another"
+    ):
+        Cache(str(tmp_path)).entry("key", compute)
+    assert kept(tmp_path) == []
 
 
 def test_an_error_of_the_computation_is_not_the_caches(tmp_path):
-    def compute(create):
+    def compute(folder):
         raise FileNotFoundError(2, "no compiler")
 
     with pytest.raises(FileNotFoundError, match="no compiler"):

@@ -229,18 +229,22 @@ def test_a_tokenizer_without_a_template_is_named(family):
 
 
 def counted(corpus) -> list[str]:
-    """Returns the texts whose tokens count in the loss."""
-    ids, counts = corpus.split("all")[1:], corpus.counts("all")[1:]  # the first token is no target
+    """Returns the texts whose tokens count in the loss of the training."""
+    stream = corpus.split("train")[""]
+    ids, counts = stream.tokens[1:], stream.counts[1:]  # the first token is no target
     borders = np.flatnonzero(np.diff(counts.astype(int), prepend=0, append=0))
     return [corpus.tokenizer.decode(ids[start:end]) for start, end in borders.reshape(-1, 2)]
 
 
 @pytest.fixture
 def load(tmp_path):
+    """Writes records to a file and loads it, as the training text as a whole and as the validation text."""
+
     def run(tokenizer, records, **options):
         path = tmp_path / "chats.jsonl"
         path.write_text("".join(json.dumps(record) + "\n" for record in records))
-        config = TextConfig(path=str(path), cache_dir=str(tmp_path / "cache"), **options)
+        options = {"validation_path": str(path), "cache_dir": str(tmp_path / "cache")} | options
+        config = TextConfig(path=str(path), **options)
         return config.load(tokenizer, GPTConfig(block_size=16))
 
     return run
@@ -260,9 +264,9 @@ def test_only_answers_and_their_ends_count(name, family, load, transformers, tmp
     assert counted(corpus) == answers * 3
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / name)
     ids = theirs.apply_chat_template(CONVERSATION, return_dict=False)
-    text = "".join(f" {i}" for i in corpus.split("all"))
+    text = "".join(f" {i}" for i in corpus.train[:])
     assert text.count("".join(f" {i}" for i in ids)) == 3
-    marks = [token for token in corpus.split("all") if token in (tokenizer.begin, tokenizer.separator)]
+    marks = [token for token in corpus.train[:] if token in (tokenizer.begin, tokenizer.separator)]
     own = [token for token in ids if token in (tokenizer.begin, tokenizer.separator)] * 3
     # A template that writes the first and last token of a document gets no second ones.
     assert len(marks) - len(own) == {"llama2": 0, "mistral": 0, "zephyr": 6, "gemma": 3, "llama3": 0}.get(name, 4)
@@ -277,19 +281,22 @@ def test_documents_are_those_of_prompts(family, load):
         [*tokenizer.encode_prompt("one cat"), *ends],
         [*tokenizer.encode_prompt("the"), *tokenizer.encode("rat"), *ends],
     ]
-    np.testing.assert_array_equal(corpus.split("all"), np.concatenate(documents * 20))
+    np.testing.assert_array_equal(corpus.train[:], np.concatenate(documents * 20))
     assert corpus.border == tokenizer.begin
-    assert [text.strip() for text in counted(corpus)] == ["one cat</s>", "rat</s>"] * 20
+    found = [text.replace("<s>", "").replace(" ", "") for text in counted(corpus)]
+    assert found == ["onecat</s>", *["rat</s>onecat</s>"] * 19, "rat</s>"]
 
 
 def test_documents_in_a_file_begin_as_prompts_do(family, tmp_path):
     tokenizer = family("mistral")
     (tmp_path / "a.txt").write_text("one cat<|endoftext|>the rat" * 20)
-    corpus = TextConfig(path=str(tmp_path / "a.txt"), cache_dir=str(tmp_path / "cache")).load(tokenizer, None)
+    path = str(tmp_path / "a.txt")
+    config = TextConfig(path=path, validation_path=path, cache_dir=str(tmp_path / "cache"))
+    corpus = config.load(tokenizer, None)
     first = [*tokenizer.encode_prompt("one cat").tolist(), tokenizer.separator]
     second = [*tokenizer.encode_prompt("the ratone cat").tolist(), tokenizer.separator]
-    assert corpus.split("all")[: len(first) + len(second)].tolist() == first + second
-    assert corpus.counts("all") is None
+    assert corpus.train[: len(first) + len(second)].tolist() == first + second
+    assert corpus.split("all")[""].counts is None
 
 
 def test_windows_of_conversations_have_borders(family, load):
@@ -306,7 +313,8 @@ def test_both_forms_of_conversations_are_the_same_data(family, load, tmp_path):
     records = [{"messages": WITH_SYSTEM, "tools": None}] * 9
     first = load(family("smollm"), records)
     parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "chats.parquet")
-    config = TextConfig(path=str(tmp_path / "chats.parquet"), cache_dir=str(tmp_path / "cache"))
+    path = str(tmp_path / "chats.parquet")
+    config = TextConfig(path=path, validation_path=path, cache_dir=str(tmp_path / "cache"))
     assert config.load(family("smollm"), None).fingerprint == first.fingerprint
 
 

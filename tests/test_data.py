@@ -1,7 +1,8 @@
 """Tests of batches, which depend on (seed, step) alone, and of reading, caching, splitting and refusing corpora."""
 
-import hashlib
 import itertools
+import json
+import mmap
 import os
 import re
 import socket
@@ -17,10 +18,14 @@ import pytest
 from gpt import sharding
 from gpt.checkpointing.run import Run, refuse_changes
 from gpt.config import Config
-from gpt.data import pipeline, text, tokens
+from gpt.data import documents, paths, pipeline, text, tokens
 from gpt.data.base import IGNORED
-from gpt.data.text import EvaluationWindows, TextConfig, TrainingWindows
+from gpt.data.documents import Document, Part
+from gpt.data.paths import File
+from gpt.data.shards import Stream, Tokens
+from gpt.data.text import Corpus, EvaluationWindows, TextConfig, TrainingWindows
 from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, TokenizerConfig
+from gpt.runtime import pool
 from gpt.runtime.cache import Cache
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
@@ -240,26 +245,48 @@ def write(tmp_path):
 @pytest.fixture
 def read(monkeypatch):
     """Returns a list of the names of the files that are read, one for each pass."""
-    names, original = [], tokens._read_chunks
+    names, original = [], documents.read
 
-    def spy(path):
-        names.append(path.name)
-        return original(path)
+    def spy(part):
+        names.append(part.file.path.name)
+        return original(part)
 
-    monkeypatch.setattr(tokens, "_read_chunks", spy)
+    monkeypatch.setattr(documents, "read", spy)
     return names
 
 
+def everything(corpus) -> np.ndarray:
+    """Returns the tokens of both splits."""
+    return np.concatenate([stream.tokens[:] for stream in corpus.split("all").values()])
+
+
+def counts(corpus) -> np.ndarray:
+    """Returns for each token of both splits whether it counts in the loss."""
+    streams = corpus.split("all").values()
+    return np.concatenate(
+        [np.ones(len(each.tokens), bool) if each.counts is None else each.counts[:] for each in streams]
+    )
+
+
 def decoded(corpus) -> str:
-    return corpus.tokenizer.decode(np.concatenate([corpus.train, corpus.validation]))
+    return corpus.tokenizer.decode(everything(corpus))
+
+
+def without_separators(corpus) -> str:
+    return decoded(corpus).replace("<|endoftext|>", "")
+
+
+def kept(folder: Path) -> list[Path]:
+    """Returns the files in a cache, and not those in the folders for its entries alone."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def test_last_tenth_is_for_validation(load, write):
     """The split is that of nanoGPT, for comparable losses: 37 tokens give int(37 · 0.9) = 33."""
     content = "the quick brown fox jumps over a dog."
     corpus = load(write("a.txt", content), block_size=3)
-    assert corpus.tokenizer.decode(corpus.train) == content[:33]
-    assert corpus.tokenizer.decode(corpus.validation) == content[33:]
+    assert corpus.tokenizer.decode(corpus.train[:]) == content[:33]
+    assert corpus.tokenizer.decode(corpus.validation[:]) == content[33:]
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5, 0.875])
@@ -271,13 +298,15 @@ def test_fraction_of_the_split(load, write, fraction):
 
 def test_files_joined_by_commas_in_the_order_given(load, write):
     first, second = write("b.txt", "first file. "), write("a.txt", "second one.")
-    assert decoded(load(f"{first}, {second}", validation_fraction=0.5)) == "first file. second one."
+    corpus = load(f"{first}, {second}", validation_path=str(second))
+    assert corpus.tokenizer.decode(corpus.train[:]) == "first file. second one."
 
 
 def test_folder_in_the_order_of_names_without_hidden_files(load, write, tmp_path):
     for name in ("b.txt", "a.txt", "sub/deeper/c.txt", "sub/d.txt", ".hidden", "sub/.DS_Store"):
         write(f"books/{name}", b"\0\xff" if "/." in f"/{name}" else f"<{name}>")
-    assert decoded(load(tmp_path / "books")) == "<a.txt><b.txt><sub/d.txt><sub/deeper/c.txt>"
+    corpus = load(tmp_path / "books", validation_path=str(tmp_path / "books" / "a.txt"))
+    assert corpus.tokenizer.decode(corpus.train[:]) == "<a.txt><b.txt><sub/d.txt><sub/deeper/c.txt>"
 
 
 def test_hidden_folders_are_skipped(load, write, tmp_path):
@@ -313,7 +342,9 @@ def test_links_are_followed_once(load, write, tmp_path):
     for name, target in links.items():
         (tmp_path / "books" / name).symlink_to(target)
     messages = []
-    assert decoded(load(tmp_path / "books", say=messages.append, block_size=1)) == "<e><b><d><f><c>"
+    options = {"validation_path": str(tmp_path / "books" / "b.txt"), "block_size": 1}
+    corpus = load(tmp_path / "books", say=messages.append, **options)
+    assert corpus.tokenizer.decode(corpus.train[:]) == "<e><b><d><f><c>"
     (line,) = messages
     assert line == (
         f"note   left out of data.path={tmp_path}/books: hidden: .store; links to folders that are read anyway: a-sub, "
@@ -375,8 +406,8 @@ def test_comma_at_the_end_adds_nothing(load, write, tmp_path, monkeypatch):
 def test_validation_file_of_its_own(load, write):
     train, validation = write("train.txt", "abcabcabc"), write("val.txt", "cbacba")
     corpus = load(train, validation_path=str(validation))
-    assert corpus.tokenizer.decode(corpus.train) == "abcabcabc"
-    assert corpus.tokenizer.decode(corpus.validation) == "cbacba"
+    assert corpus.tokenizer.decode(corpus.train[:]) == "abcabcabc"
+    assert corpus.tokenizer.decode(corpus.validation[:]) == "cbacba"
 
 
 def test_characters_of_the_validation_text_alone_get_tokens_and_a_note(load, write):
@@ -386,7 +417,7 @@ def test_characters_of_the_validation_text_alone_get_tokens_and_a_note(load, wri
         messages = []
         corpus = load(train, validation_path=str(validation), say=messages.append)
         assert corpus.tokenizer.alphabet == "abcyz"
-        assert corpus.tokenizer.decode(corpus.validation) == "abczay"
+        assert corpus.tokenizer.decode(corpus.validation[:]) == "abczay"
         (note,) = messages
         assert "2 characters" in note
         assert "'y' 'z'" in note
@@ -406,8 +437,9 @@ def test_only_what_takes_long_is_announced_and_only_once(load, write, monkeypatc
 def test_tokens_are_a_memory_map_of_the_smallest_dtype(load, write, distinct):
     content = "".join(chr(0x100 + i) for i in range(distinct)) * 40
     corpus = load(write("a.txt", content))
-    for found in (corpus.train, corpus.validation):
-        assert isinstance(found, np.memmap)
+    for split in (corpus.train, corpus.validation):
+        found = split[:]
+        assert isinstance(found.base, mmap.mmap | np.memmap)
         assert found.dtype == (np.uint8 if distinct <= 256 else np.uint16)
         with pytest.raises(ValueError, match="read-only"):
             found[0] = 0
@@ -416,10 +448,15 @@ def test_tokens_are_a_memory_map_of_the_smallest_dtype(load, write, distinct):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
 @pytest.mark.parametrize("tokenizer", ["char", "byte"])
-def test_pieces_of_any_length_give_the_same_tokens(load, write, monkeypatch, chunk, tokenizer):
-    """Characters of 1 to 4 bytes and line ends of two characters cross the borders of the pieces."""
+@pytest.mark.parametrize("longest", [0, documents.LONG])
+def test_pieces_of_any_length_give_the_same_tokens(load, write, monkeypatch, chunk, tokenizer, longest):
+    """Characters of 1 to 4 bytes and line ends of two characters cross the borders of the pieces.
+
+    Longer documents are encoded in pieces, and others as a whole.
+    """
     content = "aé€😀\r\nb\n\rc\r" * 11 + "😀"
-    monkeypatch.setattr(tokens, "CHUNK", chunk)
+    monkeypatch.setattr(documents, "BLOCK", chunk)
+    monkeypatch.setattr(documents, "LONG", longest)
     corpus = load(write("a.txt", content), TokenizerConfig(tokenizer))
     assert decoded(corpus) == content
 
@@ -437,18 +474,32 @@ def test_existing_tokenizer_is_used_and_returned(load, write):
     np.testing.assert_array_equal(corpus.train[:3], [5, 4, 3])
 
 
-def test_memory_does_not_grow_with_the_file(load, tmp_path, monkeypatch):
-    """The peak of both passes depends on the size of a piece (256 Ki characters), not on the size of the file."""
-    monkeypatch.setattr(tokens, "CHUNK", 1 << 18)
+@pytest.mark.parametrize(
+    ("suffix", "text_of"),
+    [(".txt", str), (".jsonl", lambda line: json.dumps({"text": line}) + "\n")],
+    ids=["one document", "many documents"],
+)
+def test_memory_does_not_grow_with_the_file(load, tmp_path, monkeypatch, suffix, text_of):
+    """The peak of both passes depends on the sizes of blocks, parts and shards, not on the size of the file."""
+    monkeypatch.setattr(pool, "cores", lambda: 1)  # the whole work is done in this process, which is measured
+    for module, name, size in (
+        (documents, "BLOCK", 1 << 18),
+        (documents, "LONG", 1 << 18),
+        (tokens, "PART", 1 << 20),
+        (tokens, "BATCH", 1 << 18),
+        (tokens, "LARGEST_SHARD", 1 << 20),
+    ):
+        monkeypatch.setattr(module, name, size)
     line = "All the world's a stage, and all the men and women merely players; " * 14 + "\n"
     peaks = []
     for megabytes in (4, 16):
-        path = tmp_path / f"{megabytes}.txt"
+        path = tmp_path / f"{megabytes}{suffix}"
         with open(path, "w") as file:
-            file.writelines(line for _ in range(megabytes * 1_000_000 // len(line)))
+            file.writelines(text_of(line) for _ in range(megabytes * 1_000_000 // len(line)))
         tracemalloc.start()
         corpus = load(path)
-        assert len(corpus.train) + len(corpus.validation) == path.stat().st_size
+        expected = path.stat().st_size if suffix == ".txt" else megabytes * 1_000_000 // len(line) * (len(line) + 1)
+        assert len(corpus.train) + len(corpus.validation) == expected
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < 1.1 * peaks[0]
@@ -512,16 +563,16 @@ def test_changed_file_with_the_size_and_time_of_before_is_another_corpus(load, w
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "bpe", "gpt2"])
-def test_text_that_grows_while_it_is_read_is_refused(load, write, monkeypatch, tokenizer):
+def test_text_that_grows_while_it_is_read_is_refused(load, write, tmp_path, monkeypatch, tokenizer):
     """Otherwise the cache would hold the tokens of the longer text under the hash of the shorter text."""
     content = "hello world " * 30
     path, original = write("a.txt", content), tokens.scan
     tokenizer = TokenizerConfig(tokenizer, 257 if tokenizer == "bpe" else 8192)
 
-    def scan(path, *arguments):
-        found = original(path, *arguments)
-        with path.open("a") as file:
-            file.write("hello")
+    def scan(file, *arguments):
+        found = original(file, *arguments)
+        with open(file.place, "a") as out:
+            out.write("hello")
         return found
 
     with monkeypatch.context() as patch:
@@ -531,7 +582,8 @@ def test_text_that_grows_while_it_is_read_is_refused(load, write, monkeypatch, t
     for size in (content + "hello", content):
         path.write_text(size)
         corpus = load(path, tokenizer)
-        assert corpus.tokenizer.byte_lengths[corpus.split("all")].sum() == len(size)
+        assert without_separators(corpus) == size
+        assert corpus.tokenizer == load(path, tokenizer, cache=tmp_path / "fresh").tokenizer
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "garbage", "removed"])
@@ -541,17 +593,15 @@ def test_a_damaged_cache_is_made_again(load, write, tmp_path, damage):
     write("books/b.jsonl", '{"prompt": "1 + 1 = ", "completion": "2"}\n' * 9)
     arguments = tmp_path / "books", TokenizerConfig("bpe", 260)
     whole = load(*arguments)
-    tokens, counts = (
-        np.array(whole.split("all")),
-        np.array(whole.counts("all")),
-    )  # copies, because the mapped files are damaged below
-    for path in sorted((tmp_path / "cache").iterdir()):
+    tokens, counted = everything(whole), counts(whole)  # copies, because the mapped files are damaged below
+    assert 0 < counted.sum() < len(counted)
+    for path in kept(tmp_path / "cache"):
         content = path.read_bytes()
         changed = {"cut": content[:-9], "empty": b"", "garbage": bytes(len(content)), "removed": None}[damage]
         path.unlink() if changed is None else path.write_bytes(changed)
         found = load(*arguments)
-        np.testing.assert_array_equal(found.split("all"), tokens)
-        np.testing.assert_array_equal(found.counts("all"), counts)
+        np.testing.assert_array_equal(everything(found), tokens)
+        np.testing.assert_array_equal(counts(found), counted)
         assert found.fingerprint == whole.fingerprint
 
 
@@ -565,7 +615,7 @@ def test_plays_that_were_cut_off_in_the_cache_are_written_again(tmp_path):
 def test_tokens_of_other_code_are_made_again(load, write, read, monkeypatch):
     path = write("a.txt", "hello world " * 9)
     load(path)
-    monkeypatch.setattr(tokens, "_code", lambda: "that of tomorrow")
+    monkeypatch.setattr(tokens, "code", lambda: "that of tomorrow")
     load(path)
     assert len(read) == 4
 
@@ -578,8 +628,11 @@ def test_what_is_made_of_a_private_text_is_private(load, write, tmp_path):
         load(f"{private},{public}", TokenizerConfig("bpe", 257))
     finally:
         os.umask(before)
-    open_ = {path.name.partition("-")[0] for path in (tmp_path / "cache").iterdir() if path.stat().st_mode & 0o077}
-    assert open_ == {"scan"}  # the entry of the public file
+    files = {path.relative_to(tmp_path / "cache"): path.stat().st_mode & 0o077 for path in kept(tmp_path / "cache")}
+    assert {str(path).partition("-")[0] for path in files} == {"scan", "bpe", "tokens"}
+    readable = [path for path, mode in files.items() if mode]
+    assert {path.parts[0].removesuffix(".entry") for path in readable} == {readable[0].parts[0]}
+    assert readable[0].parts[0].startswith("scan-")  # the entry of the public file
 
 
 def test_fingerprint_tells_texts_tokenizers_and_splits_apart(load, write):
@@ -620,7 +673,8 @@ def failing_midway(error):
 def test_interrupted_tokenising_leaves_nothing(load, write, tmp_path, monkeypatch, error):
     """A partial file in the cache would train on a part of the text without a message."""
     path = write("a.txt", "hello world " * 9)
-    monkeypatch.setattr(tokens, "CHUNK", 10)
+    monkeypatch.setattr(documents, "BLOCK", 10)
+    monkeypatch.setattr(documents, "LONG", 0)
     with monkeypatch.context() as patch:
         patch.setattr(CharTokenizer, "encode", failing_midway(error))
         with pytest.raises(error):
@@ -632,12 +686,12 @@ def test_interrupted_tokenising_leaves_nothing(load, write, tmp_path, monkeypatc
 def test_interrupted_hashing_leaves_nothing(load, write, monkeypatch):
     path = write("a.txt", "hello world " * 9)
 
-    def fails_midway(path):
-        yield "hello"
+    def fails_midway(part):
+        yield Document(part.file, [("hello", True)], 1)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokens, "_read_chunks", fails_midway)
+        patch.setattr(documents, "read", fails_midway)
         with pytest.raises(KeyboardInterrupt):
             load(path)
     assert decoded(load(path)) == "hello world " * 9
@@ -645,16 +699,23 @@ def test_interrupted_hashing_leaves_nothing(load, write, monkeypatch):
 
 def test_what_a_killed_process_leaves_is_not_taken_for_whole(load, write, tmp_path, monkeypatch):
     """SIGKILL and power cuts leave a partial file, which has another name."""
-    path = write("a.txt", "hello world " * 9)
-    monkeypatch.setattr(tokens, "CHUNK", 10)
-    with monkeypatch.context() as patch:
-        patch.setattr(CharTokenizer, "encode", failing_midway(KeyboardInterrupt))
-        patch.setattr(os, "unlink", lambda path: None)
-        with pytest.raises(KeyboardInterrupt):
-            load(path)
-    (left,) = (p for p in (tmp_path / "cache").iterdir() if not p.name.startswith("scan-"))
-    assert left.stat().st_size > 0
-    assert decoded(load(path)) == "hello world " * 9
+    path, original = write("a.txt", "hello world " * 9), os.replace
+    for number in range(7):  # scan and tokens have at least 7 files
+        place, replaced = tmp_path / f"cache {number}", itertools.count()
+
+        def killed(source, target, number=number, replaced=replaced):
+            if next(replaced) == number:
+                raise KeyboardInterrupt
+            original(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed)
+            patch.setattr(os, "unlink", lambda path: None)
+            with pytest.raises(KeyboardInterrupt):
+                load(path, cache=place)
+        (left,) = (p for p in kept(place) if p.suffix == ".partial")
+        assert left.stat().st_size > 0
+        assert decoded(load(path, cache=place)) == "hello world " * 9
 
 
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
@@ -663,8 +724,8 @@ def test_the_cache_is_the_users_unless_another_is_named(write, tmp_path, monkeyp
     monkeypatch.setenv(variable, str(tmp_path / "home"))
     text.load(TextConfig(path=str(write("a.txt", "hello world " * 9))), TokenizerConfig(), BLOCK)
     folder = {"XDG_CACHE_HOME": "gpt", "HOME": ".cache/gpt"}[variable]
-    kept = sorted(path.name.partition("-")[0] for path in (tmp_path / "home" / folder).iterdir())
-    assert kept == ["scan", "tokens", "tokens"]
+    names = sorted(path.name.partition("-")[0] for path in (tmp_path / "home" / folder).iterdir())
+    assert names == ["scan", "scan", "tokens", "tokens"]  # an entry and a folder of each
 
 
 # Refused corpora. The message names the file or the key.
@@ -715,10 +776,11 @@ def test_file_that_is_not_text_is_refused(load, write, content, message):
         (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", r"\(a PNG image\); leave it out, or read images with data\.kind=images\."),
         (b"\xff\xd8\xff\xe0\0\x10JFIF", r"\(a JPEG image\)"),
         (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3", r"\(a PDF document\); leave it out, or extract its text and name that file\."),
-        (b"\x1f\x8b\x08\0", r"\(a gzip archive\)"),
+        (b"\x1f\x8b\x08\0", r"\(a gzip archive whose name does not end in \.gz\)"),
+        (b"\x28\xb5\x2f\xfd", r"\(a Zstandard archive whose name does not end in \.zst\)"),
         (b"PAR1\x15\x04\0", r"\(a Parquet table whose name does not end in \.parquet\)"),
     ],
-    ids=["png", "jpeg", "pdf", "gzip", "parquet"],
+    ids=["png", "jpeg", "pdf", "gzip", "zstd", "parquet"],
 )
 def test_a_file_of_another_format_is_told_what_it_is(load, write, tmp_path, content, what):
     write("books/a.txt", "abc" * 9)
@@ -742,17 +804,20 @@ def test_only_regular_files_are_opened(load, tmp_path, suffix, kind):
     with pytest.raises(UserError, match=rf"a\{suffix} is {kind} and not a regular file; copy its contents"):
         load(path)
     with pytest.raises(UserError, match=r"is .* and not a regular file"):
-        list(tokens._read_file(path, tokens.Marks(), hashlib.sha256()))  # if it replaced a file after the listing
+        list(documents.read(Part(File(str(path), 1, 0))))  # if it replaced a file after the listing
 
 
-@pytest.mark.parametrize("path", ["https://example.org/a.txt", "s3://bucket/a.txt", "hf://datasets/a"])
-def test_an_address_is_not_a_path(load, path):
-    with pytest.raises(UserError, match=rf"data\.path: {path} is an address on the network; download it first"):
+@pytest.mark.parametrize("path", ["https://example.org/a.txt", "ftp://host/a.txt", "hf://datasets/a"])
+def test_an_address_outside_of_buckets_is_refused(load, path):
+    message = rf"data\.path: {path} is not on a disk or in a bucket \(gs:// and s3://\); download it first"
+    with pytest.raises(UserError, match=message):
         load(path)
+    with pytest.raises(UserError, match=rf"tokenizer\.path: {path} is an address on the network; download it first"):
+        paths.located(path, "tokenizer.path")
 
 
 def test_bad_byte_is_found_in_a_later_piece(load, write, monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK", 16)
+    monkeypatch.setattr(documents, "BLOCK", 16)
     with pytest.raises(UserError, match=r"late\.txt is not UTF-8 text: byte 0xff"):
         load(write("late.txt", b"good text " * 5000 + b"\xff"))
 
@@ -816,7 +881,7 @@ def test_full_disk_is_told_from_a_bug(load, write, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", full)
     with pytest.raises(UserError, match=r"No space left on device; set data\.cache_dir"):
         load(path)
-    assert list((tmp_path / "cache").iterdir()) == []
+    assert kept(tmp_path / "cache") == []
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 1.5, float("nan")])
@@ -881,13 +946,13 @@ def test_tiny_shakespeare_is_split_as_everywhere(load):
     corpus = load(TINY_SHAKESPEARE, block_size=256)
     assert corpus.tokenizer.vocab_size == 65
     assert (len(corpus.train), len(corpus.validation)) == (1_003_854, 111_540)
-    assert corpus.train.dtype == np.uint8
+    assert corpus.train[:].dtype == np.uint8
 
 
 def test_byte_corpus_keeps_every_byte(load, write):
     corpus = load(write("a.txt", "naïve café\r\n" * 9), TokenizerConfig("byte"))
     assert isinstance(corpus.tokenizer, ByteTokenizer)
-    assert np.concatenate([corpus.train, corpus.validation]).tobytes() == ("naïve café\r\n" * 9).encode()
+    assert everything(corpus).tobytes() == ("naïve café\r\n" * 9).encode()
 
 
 @pytest.mark.parametrize(("length", "stride"), [(50, 3), (50, 8), (9, 3), (5, 2), (17, 1)])
@@ -904,8 +969,12 @@ def test_every_target_counts_once_with_all_the_context_that_the_stride_leaves(le
 
 
 def test_a_split_of_a_corpus():
-    corpus = text.Corpus(np.arange(6), np.arange(6, 9), None, "", None)
-    assert [corpus.split(name).tolist() for name in ("train", "val", "all")] == [[*range(6)], [6, 7, 8], [*range(9)]]
+    streams = [Stream(Tokens([np.arange(*part)]), None, lambda: np.zeros(0, int), "") for part in ((6,), (6, 9))]
+    corpus = Corpus({"": streams[0]}, {"": streams[1]}, ByteTokenizer(), "", TextConfig())
+    found = [corpus.split(name)[""].tokens[:].tolist() for name in ("train", "val", "all")]
+    assert found == [[*range(6)], [6, 7, 8], [*range(9)]]
+    assert corpus.train[:].tolist() == [*range(6)]
+    assert corpus.validation[:].tolist() == [6, 7, 8]
 
 
 # Unusual texts.
@@ -942,9 +1011,8 @@ def test_texts_of_few_bytes_are_refused_or_long_enough(load, write, tokenizer, m
 def test_line_ends_count_in_bits_per_byte(load, write, tokenizer, content):
     """The tokens represent all bytes of the file, including line ends, except the byte-order mark."""
     corpus = load(write("a.txt", b"\xef\xbb\xbf" + content.encode()), TokenizerConfig(tokenizer, 300))
-    tokens = corpus.split("all")
-    assert corpus.tokenizer.byte_lengths[tokens].sum() == len(content.encode())
-    assert corpus.tokenizer.decode(tokens).removeprefix("<|endoftext|>").removesuffix("<|endoftext|>") == content
+    assert corpus.tokenizer.byte_lengths[everything(corpus)].sum() == len(content.encode())
+    assert without_separators(corpus) == content
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", pytest.param("gpt2", marks=pytest.mark.slow)])
@@ -952,7 +1020,7 @@ def test_a_single_giant_line(load, write, tokenizer):
     """The text has 20 MB without a line end."""
     content = b"the cat sat on the mat " * 870_000
     corpus = load(write("line.txt", content), TokenizerConfig(tokenizer))
-    assert corpus.tokenizer.byte_lengths[corpus.split("all")].sum() == len(content)
+    assert corpus.tokenizer.byte_lengths[everything(corpus)].sum() == len(content)
 
 
 # Input that fails.

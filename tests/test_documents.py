@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ from gpt import sharding, step, train
 from gpt.checkpointing import loading
 from gpt.checkpointing.stacking import stack_layers
 from gpt.checkpointing.workdir import Workdir
-from gpt.data import text, tokens
+from gpt.data import documents, text, tokens
 from gpt.data.base import IGNORED
 from gpt.data.bpe import BPETokenizer
 from gpt.data.text import EvaluationWindows, TextConfig, TrainingWindows
@@ -160,21 +161,25 @@ def test_without_borders_examples_are_unchanged():
 
 @pytest.fixture
 def load(tmp_path):
-    def load_(files: dict[str, str], tokenizer=None, say=print, status=lambda line: None, **options):
+    """Writes files and loads them; with `is_whole` as the training text as a whole and as the validation text."""
+
+    def load_(files: dict[str, str], tokenizer=None, say=print, status=lambda line: None, is_whole=False, **options):
         for name, content in files.items():
             (tmp_path / "texts" / name).parent.mkdir(exist_ok=True)
             (tmp_path / "texts" / name).write_text(content)
-        config = TextConfig(path=str(tmp_path / "texts"), cache_dir=str(tmp_path / "cache"), **options)
+        path = str(tmp_path / "texts")
+        options |= {"path": path, "validation_path": path if is_whole else ""}
+        config = TextConfig(cache_dir=str(tmp_path / "cache"), **options)
         return text.load(config, tokenizer or TokenizerConfig("bpe", 300), 1, say, status)
 
     return load_
 
 
 def test_separators_stand_before_between_and_after_documents(load):
-    corpus = load({"a.txt": "one one", "b.txt": "two<|endoftext|>three"}, validation_fraction=0.5)
-    tokens = np.concatenate([corpus.train, corpus.validation])
+    corpus = load({"a.txt": "one one", "b.txt": "two<|endoftext|>three"}, is_whole=True)
+    tokens = corpus.train[:]
     separated = "<|endoftext|>one one<|endoftext|>two<|endoftext|>three<|endoftext|>"
-    assert corpus.tokenizer.decode(tokens) == separated
+    assert corpus.tokenizer.decode(tokens) == corpus.tokenizer.decode(corpus.validation[:]) == separated
     np.testing.assert_array_equal(tokens, corpus.tokenizer.encode(separated))
     assert corpus.tokenizer.byte_lengths[tokens].sum() == len("one onetwothree")
     assert (tokens.dtype, corpus.border) == (np.uint16, None)
@@ -188,27 +193,38 @@ def test_trained_bpe_and_its_tokens_are_kept(load, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(BPETokenizer, "train", None)
         patch.setattr(BPETokenizer, "encode_stream", None)
+        patch.setattr(BPETokenizer, "encode_batch", None)
         again = load({}, say=messages.append)
     assert (again.tokenizer, again.fingerprint) == (first.tokenizer, first.fingerprint)
     other = load({}, TokenizerConfig("bpe", 265))
     assert other.tokenizer.vocab_size == 265
     assert other.fingerprint != first.fingerprint
     same = load({}, again.tokenizer)
-    np.testing.assert_array_equal(same.train, first.train)
+    np.testing.assert_array_equal(same.train[:], first.train[:])
 
 
-def test_a_long_tokenising_shows_a_bar(load, monkeypatch):
-    monkeypatch.setattr(tokens, "CHUNK", 50)
+@pytest.mark.parametrize(("longest", "between"), [(0, ""), (documents.LONG, "<|endoftext|>")], ids=["long", "many"])
+def test_a_long_tokenising_shows_a_bar(load, monkeypatch, longest, between):
+    """Both of one long document and of many short ones."""
+    monkeypatch.setattr(documents, "BLOCK", 50)
+    monkeypatch.setattr(documents, "LONG", longest)
     monkeypatch.setattr(tokens.time, "perf_counter", iter(np.arange(0.0, 1e4, 0.3)).__next__)
     lines = []
-    load({"a.txt": "the cat sat " * 100}, TokenizerConfig("byte"), status=lines.append)
-    assert lines[-1].startswith("tokenising [####################] 100%  0.0 MB/s  0 s left")
-    assert 5 < len(lines) <= 12
+    load({"a.txt": f"{'the cat sat ' * 10}{between}" * 10}, TokenizerConfig("byte"), status=lines.append)
+    shown = [re.fullmatch(r"tokenising \[(#*)\.*\] (\d+)%  0\.0 MB/s  (\d+)s left", line) for line in lines]
+    percents = [int(match[2]) for match in shown]
+    assert percents == sorted(percents)
+    assert 85 < percents[-1] <= 100
+    assert [len(match[1]) for match in shown] == [round(percent / 5) for percent in percents]
+    assert int(shown[-1][3]) <= 5
+    assert 1 < len(lines) <= 12
 
 
 def test_borders_without_a_separator_are_refused(load):
-    with pytest.raises(UserError, match=r"^data\.document_borders needs .* tokenizer\.name=bpe or gpt2\.$"):
-        load({"a.txt": "one two three"}, TokenizerConfig("byte"), document_borders=True)
+    message = r"^data\.document_borders and data\.whole_documents need .* tokenizer\.name=bpe or gpt2\.$"
+    for option in ("document_borders", "whole_documents"):
+        with pytest.raises(UserError, match=message):
+            load({"a.txt": "one two three"}, TokenizerConfig("byte"), **{option: True})
 
 
 # Sampling.

@@ -37,53 +37,97 @@ WRITERS = {"jsonl": write_jsonl, "parquet": write_parquet}
 
 @pytest.fixture
 def load(tmp_path):
-    def run(path, name="char", **options):
+    def run(path, name="char", model=MODEL, **options):
         config = TextConfig(path=str(path), cache_dir=str(tmp_path / "cache"), **options)
-        return config.load(TokenizerConfig(name, 300), MODEL)
+        return config.load(TokenizerConfig(name, 300), model)
 
     return run
 
 
-def counted(corpus) -> str:
+def texts(corpus) -> dict[str, str]:
+    """Returns the text of each split."""
+    return {name: corpus.tokenizer.decode(corpus.split(name)[""].tokens[:]) for name in ("train", "val", "all")}
+
+
+def in_order(load, path, *arguments, **options):
+    """Loads a file as the training text as a whole, and returns the corpus and that text."""
+    corpus = load(path, *arguments, validation_path=str(path), **options)
+    assert texts(corpus)["train"] == texts(corpus)["val"]
+    return corpus, texts(corpus)["train"]
+
+
+def pair_of(i: int) -> str:
+    """Returns the text of a record."""
+    return f"{PAIRS[i]['prompt']}{PAIRS[i]['completion']}\n"
+
+
+def counted(corpus, split="all") -> str:
     """Returns the text of a corpus that counts in the loss of an evaluation."""
-    source = corpus.evaluation("all", MODEL)
+    source = corpus.evaluation(split, MODEL)
     targets = np.concatenate([source.example(0, i)["targets"] for i in range(len(source))])
     return corpus.tokenizer.decode(targets[targets != IGNORED])
 
 
 @pytest.mark.parametrize("form", WRITERS)
 def test_only_completions_count(load, tmp_path, form):
-    corpus = load(WRITERS[form](tmp_path / f"pairs.{form}", PAIRS))
-    assert corpus.tokenizer.decode(corpus.split("all")) == STREAM
-    completions = "".join(f"{pair['completion']}\n" for pair in PAIRS)
-    assert counted(corpus) == completions
+    """The validation text has some of the records, which are chosen by their content."""
+    assert in_order(load, WRITERS[form](tmp_path / f"pairs.{form}", PAIRS))[1] == STREAM
+    corpus = load(tmp_path / f"pairs.{form}")
+    splits = {
+        name: [i for i in range(60) if f"\n{pair_of(i)}" in f"\n{texts(corpus)[name]}"] for name in ("train", "val")
+    }
+    assert sorted(splits["train"] + splits["val"]) == list(range(60))
+    assert 3 <= len(splits["val"]) <= 12
+    for name, numbers in splits.items():
+        assert texts(corpus)[name] == "".join(map(pair_of, numbers))
+        assert counted(corpus, name) == "".join(f"{2 * i}\n" for i in numbers)
     # In training windows, which begin at another offset in each epoch, the same tokens count.
     source = corpus.training(MODEL, seed=0)
     for epoch in range(3):
         for i in range(len(source)):
             example = source.example(epoch, i)
-            place = "".join(corpus.tokenizer.decode(example["inputs"]))
-            start = STREAM.index(place)
-            expected = corpus.counts("train")[start + 1 : start + 17]
+            start = texts(corpus)["train"].index(corpus.tokenizer.decode(example["inputs"]))
+            expected = corpus.split("train")[""].counts[start + 1 : start + 17]
             np.testing.assert_array_equal(example["targets"] != IGNORED, expected)
     # The same holds for tokens from the cache.
-    assert counted(load(tmp_path / f"pairs.{form}")) == completions
+    assert counted(load(tmp_path / f"pairs.{form}")) == counted(corpus)
 
 
 def test_both_forms_are_the_same_data(load, tmp_path):
     forms = [load(write(tmp_path / f"pairs.{form}", PAIRS)) for form, write in WRITERS.items()]
     assert forms[0].fingerprint == forms[1].fingerprint
     unlike = [*PAIRS[:-1], {"prompt": PAIRS[-1]["prompt"] + "1", "completion": PAIRS[-1]["completion"][1:]}]
-    other = load(write_jsonl(tmp_path / "other.jsonl", unlike))  # the same text with longer prompts
-    assert other.tokenizer.decode(other.split("all")) == STREAM
-    assert other.fingerprint != forms[0].fingerprint
+    path = write_jsonl(tmp_path / "other.jsonl", unlike)  # the same text with longer prompts
+    other, content = in_order(load, path)
+    assert content == STREAM
+    assert other.fingerprint != in_order(load, tmp_path / "pairs.jsonl")[0].fingerprint
+    assert load(path).fingerprint != forms[0].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.jsonl", '{"prompt": "ab", "completion": "cdef"}', "cdef\n"),
+        ("b.jsonl", '{"prompt": "abc", "completion": "def"}', "def\n"),
+        ("c.jsonl", '{"text": "abcdef"}', "bcdef\n"),
+        ("d.jsonl", '{"prompt": "", "completion": "abcdef"}', "bcdef\n"),
+        ("e.txt", "abcdef", "bcdef"),
+    ],
+)
+def test_one_text_in_several_forms_has_tokens_for_each_form(load, tmp_path, name, content, expected):
+    """The cache tells them apart although their text is the same."""
+    for other, text in (("0.jsonl", '{"prompt": "a", "completion": "bcdef"}'), (name, content)):
+        (tmp_path / other).write_text(text)
+        corpus = load(tmp_path / other, "byte", model=None)
+    assert counted(corpus) == expected
 
 
 @pytest.mark.parametrize("form", WRITERS)
 def test_records_of_text_all_count(load, tmp_path, form):
-    corpus = load(WRITERS[form](tmp_path / f"texts.{form}", [{"text": f"line {i}"} for i in range(60)]))
-    assert corpus.counts("all") is None
-    assert corpus.tokenizer.decode(corpus.split("all")) == "".join(f"line {i}\n" for i in range(60))
+    path = WRITERS[form](tmp_path / f"texts.{form}", [{"text": f"line {i}"} for i in range(60)])
+    for corpus in (load(path), in_order(load, path)[0]):
+        assert [corpus.split(name)[""].counts for name in ("train", "val", "all")] == [None] * 3
+    assert texts(corpus)["train"] == "".join(f"line {i}\n" for i in range(60))
 
 
 def test_a_folder_may_hold_all_forms(load, tmp_path):
@@ -92,23 +136,24 @@ def test_a_folder_may_hold_all_forms(load, tmp_path):
     (folder / "a.txt").write_text("plain text, " * 9)
     write_jsonl(folder / "b.jsonl", PAIRS[:9])
     write_parquet(folder / "c.parquet", [{"text": "a table"}])
-    corpus = load(folder)
+    corpus, content = in_order(load, folder)
     expected = "plain text, " * 9 + "".join(f"{p['prompt']}{p['completion']}\n" for p in PAIRS[:9]) + "a table\n"
-    assert corpus.tokenizer.decode(corpus.split("all")) == expected
+    assert content == expected
     answers = "".join(f"{pair['completion']}\n" for pair in PAIRS[:9])
-    assert counted(corpus) == ("plain text, " * 9)[1:] + answers + "a table\n"
+    assert counted(corpus, "train") == ("plain text, " * 9)[1:] + answers + "a table\n"
 
 
 def test_with_bpe_separators_stand_around_records_and_count_after_them(load, tmp_path):
     pytest.importorskip("tokenizers")
-    corpus = load(write_jsonl(tmp_path / "pairs.jsonl", PAIRS), "bpe", document_borders=True)
+    path = write_jsonl(tmp_path / "pairs.jsonl", PAIRS)
+    corpus, content = in_order(load, path, "bpe", document_borders=True)
     end = "<|endoftext|>"
     expected = end + "".join(f"{pair['prompt']}{pair['completion']}{end}" for pair in PAIRS)
-    assert corpus.tokenizer.decode(corpus.split("all")) == expected
-    assert counted(corpus) == "".join(f"{pair['completion']}{end}" for pair in PAIRS)
+    assert content == expected
+    assert counted(corpus, "train") == "".join(f"{pair['completion']}{end}" for pair in PAIRS)
     # A prompt has the same tokens as without its completion.
     prompt = corpus.tokenizer.encode(PAIRS[0]["prompt"])
-    np.testing.assert_array_equal(corpus.split("all")[1 : 1 + len(prompt)], prompt)
+    np.testing.assert_array_equal(corpus.train[1 : 1 + len(prompt)], prompt)
     starts = corpus.training(MODEL, 0).example(0, 0)["starts"]
     assert starts.max() > 0
 
@@ -117,7 +162,7 @@ def test_bits_per_byte_are_those_of_the_text_that_counts(load, tmp_path):
     corpus = load(write_jsonl(tmp_path / "pairs.jsonl", PAIRS))
     source = corpus.evaluation("all", MODEL)
     size = sum(len(pair["completion"]) + 1 for pair in PAIRS)
-    report = corpus.report(source, {"loss": np.log(2.0), "targets": size})
+    report = corpus.report(source, {"loss": np.log(2.0), "targets": size, "groups": {"": (np.log(2.0), size)}})
     assert report["bits_per_byte"] == pytest.approx(1.0)
 
 
@@ -165,16 +210,15 @@ def test_a_wrong_table_is_named(load, tmp_path):
 def test_a_split_of_prompts_alone_is_refused(load, tmp_path):
     validation = write_jsonl(tmp_path / "validation.jsonl", [{"prompt": "0 and 0 is " * 9, "completion": ""}])
     corpus = load(write_jsonl(tmp_path / "pairs.jsonl", PAIRS), validation_path=str(validation))
+    prompt = corpus.held_out[""].between(0, len(corpus.validation) - 1)
     with pytest.raises(UserError, match=r"The val split has no completions.*--split=all"):
-        dataclasses.replace(
-            corpus, validation=corpus.validation[:-1], validation_counts=corpus.validation_counts[:-1]
-        ).evaluation("val", MODEL)
+        dataclasses.replace(corpus, held_out={"": prompt}).evaluation("val", MODEL)
 
 
 def test_plain_text_has_no_mask(load, tmp_path):
     (tmp_path / "a.txt").write_text("abc" * 99)
     corpus = load(tmp_path / "a.txt")
-    assert (corpus.train_counts, corpus.validation_counts) == (None, None)
+    assert [corpus.split(name)[""].counts for name in ("train", "val")] == [None, None]
     assert corpus.training(MODEL, 0).example(0, 0)["targets"].min() >= 0
-    assert not list((tmp_path / "cache").glob("counts-*"))
-    assert tokens.RECORD_END not in corpus.tokenizer.alphabet
+    assert not list((tmp_path / "cache").rglob("*.counts.npy"))
+    assert tokens.DOCUMENT_END not in corpus.tokenizer.alphabet

@@ -40,6 +40,7 @@ class Run:
       fingerprint: identifies the data; None for converted weights, whose data is not known.
       base: set if the run trains adapters.
       skipped: numbers of the batches that are left out; see `train.on_nonfinite`.
+      evaluated: number of examples of an evaluation; 0 for converted weights.
       environment: versions, devices and other facts that an exact resume depends on.
       id: is in every checkpoint of the run, and tells apart two runs of one config.
     """
@@ -49,6 +50,7 @@ class Run:
     fingerprint: str | None
     base: Base | None = None
     skipped: tuple[int, ...] = ()
+    evaluated: int = 0
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8), compare=False)
 
@@ -139,7 +141,7 @@ def validation_data(run: Run) -> str:
     """Returns a hash of the data of a run and its form: only losses measured on the same data can be compared."""
     options = flatten(dataclasses.asdict(run.config.data), "data.")
     form = {key: value for key, value in options.items() if not is_harmless(key)}
-    return hashlib.sha256(json.dumps([run.fingerprint, form], sort_keys=True).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([run.fingerprint, run.evaluated, form], sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _checksum(values: dict[str, Any]) -> int:

@@ -154,6 +154,7 @@ class Workdir:
             "data_fingerprint": run.fingerprint,
             "base": run.base and dataclasses.asdict(run.base),
             "skipped_batches": run.skipped,
+            "evaluated_examples": run.evaluated,
             "environment": run.environment,
         }
         # run.json is written last, because a folder with a run.json counts as complete.
@@ -177,6 +178,7 @@ class Workdir:
                 record["data_fingerprint"],
                 Base(**record["base"]) if record["base"] else None,
                 tuple(map(int, record["skipped_batches"])),
+                int(record["evaluated_examples"]),
                 {str(name): str(value) for name, value in record["environment"].items()},
                 str(record["id"]),
             )

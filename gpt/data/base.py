@@ -31,7 +31,8 @@ Say = Callable[[str], object]
 class Source(Protocol):
     """Examples to train or evaluate on, as a pure function of (epoch, index) that does not use JAX.
 
-    A source may have an attribute `threads`, the number of batches that are worth reading at once. The default is 1.
+    A source may have an attribute `threads`, the number of examples that are worth reading at once (1 by default), and
+    a method `group`, which returns the name of the group of an index: an evaluation reports the loss of each group.
     """
 
     def __len__(self) -> int:
@@ -82,8 +83,11 @@ class Dataset:
     tokenizer: Tokenizer | Labels
     fingerprint: str
 
-    def training(self, model: ModelShape, seed: int) -> Source:
-        """Returns the training examples, shaped as `model.example_shapes`; targets that do not count are `IGNORED`."""
+    def training(self, model: ModelShape, seed: int) -> Any:
+        """Returns the training examples: a `Source`, or a `gpt.data.combined.Mixture` of several.
+
+        They are shaped as `model.example_shapes`; targets that do not count are `IGNORED`.
+        """
         raise NotImplementedError
 
     def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Source:
@@ -182,6 +186,10 @@ class DataConfig:
         """
         if path is not None:
             raise UserError(f"--data={path}: data.kind={self.kind} reads no files; leave out --data.")
+        return self
+
+    def resumed(self, recorded: "DataConfig", step: int) -> Self:
+        """Returns the config of a run that goes on after a step with other options than it `recorded`."""
         return self
 
     @property

@@ -14,7 +14,7 @@ import numpy as np
 
 from gpt.data import paths
 from gpt.data.base import Say
-from gpt.data.tokenizers import SEPARATOR, Tokenizer
+from gpt.data.tokenizers import SEPARATOR, Tokenizer, from_tree
 from gpt.runtime.errors import UserError, one_line
 from gpt.runtime.files import read_bounded, read_json
 
@@ -263,6 +263,11 @@ class BPETokenizer(Tokenizer):
     def encode(self, text: str) -> np.ndarray:
         return np.concatenate([np.zeros(0, self._dtype), *self.encode_stream([_checked(text)])])
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        short = [text for text in texts if len(text) <= WINDOW]
+        ids = iter([self._array(found.ids) for found in self._encodings(short)])
+        return [next(ids) if len(text) <= WINDOW else self.encode(text) for text in texts]
+
     def encode_prompt(self, text: str) -> np.ndarray:
         (found,) = self._encodings([_checked(text)], is_prompt=True)
         return self._array(found.ids) if text else self.opening()
@@ -335,6 +340,29 @@ class BPETokenizer(Tokenizer):
     def from_dict(cls, saved: dict) -> "BPETokenizer":
         files = dict(saved["files"])
         return cls.from_parts(files.pop(TOKENIZER_FILE), files.pop(SETTINGS_FILE), **files)
+
+
+def saved(path: str, key: str) -> Tokenizer:
+    """Reads the tokenizer of a workdir, of token shards, or of a folder of transformers.
+
+    Raises:
+      UserError: the folder has none; the message names the setting `key`.
+    """
+    folder = paths.located(path, key, "folder")
+    try:
+        content = read_json(folder / TOKENIZER_FILE)
+        if "model" not in content:
+            found = from_tree(content)
+            assert isinstance(found, Tokenizer)
+            return found
+    except OSError:
+        pass  # there may be other files
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(f"{key}={path}: {TOKENIZER_FILE} is damaged ({one_line(error)[:100]}).") from None
+    try:
+        return BPETokenizer.from_folder(folder)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def gpt2(path: str = "") -> BPETokenizer:

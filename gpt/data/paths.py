@@ -1,5 +1,6 @@
 """Files of data: the rule, common to all kinds of data, by which a path names files and files are opened.
 
+A path names a file, a folder, or files by a pattern like `shards/*.bin`, on a disk or in a bucket (`gs://`, `s3://`).
 A folder stands for all files in it and its subfolders, in the order of their names; links are followed. These are left
 out:
 
@@ -13,24 +14,128 @@ A line names the files that are left out. A file that cannot be read is an error
 that a path names itself.
 """
 
+import dataclasses
 import errno
+import fnmatch
+import functools
+import glob
+import gzip
 import importlib.util
+import io
+import itertools
 import os
 import re
 import stat
-from pathlib import Path
-from typing import IO
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, cast
 
+from gpt.data import storage
 from gpt.data.base import Say
-from gpt.runtime.errors import UserError
+from gpt.runtime import cache
+from gpt.runtime.errors import UserError, one_line
 
 HIDDEN = re.compile(r"\..*|.*~|__MACOSX|Thumbs\.db|desktop\.ini")
 SHOWN = 3  # number of names to show of the files that are left out for one reason
+COMPRESSIONS = (".gz", ".zst")
+READ_ERRORS = (OSError, EOFError, zlib.error)  # of damaged archives as well
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file of data.
+
+    Attributes:
+      place: its path, or its address in a bucket.
+      size: number of bytes.
+      modified: the time in nanoseconds of its last modification, or what a bucket names its version.
+      mode: its permissions.
+      identity: values that change with each change of a file on a disk, even if its size and time are restored.
+    """
+
+    place: str
+    size: int
+    modified: int | str
+    mode: int = 0o666
+    identity: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, path: Path) -> "File":
+        """Returns the file of a path. Raises OSError if there is none."""
+        found = path.stat()
+        identity = str(path.resolve()), *cache.identity(found)
+        return cls(str(path), found.st_size, found.st_mtime_ns, found.st_mode, identity)
+
+    def __str__(self) -> str:
+        return self.place
+
+    @functools.cached_property
+    def path(self) -> PurePosixPath:
+        """The place as a path, to take apart."""
+        return PurePosixPath(self.place)
+
+    @property
+    def compression(self) -> str:
+        """The suffix that names a compression, or ""."""
+        suffix = self.path.suffix.lower()
+        return suffix if suffix in COMPRESSIONS else ""
+
+    @property
+    def suffix(self) -> str:
+        """The suffix that names the format, such as ".jsonl" of "a.jsonl.gz"."""
+        return PurePosixPath(self.path.stem if self.compression else self.path.name).suffix.lower()
+
+    @property
+    def version(self) -> tuple[Any, ...]:
+        """Values that change with each change of the file."""
+        return self.identity or (self.place, self.size, self.modified)
+
+    def first_bytes(self, count: int) -> bytes:
+        """Returns the first bytes of the file, or all if it has fewer. Raises UserError if they cannot be read."""
+        return self.read(0, min(count, self.size))
+
+    def open(self) -> IO[bytes]:
+        """Opens the file to read its content, uncompressed.
+
+        Raises:
+          UserError: it is not a regular file, or a package is missing.
+          OSError: it cannot be opened.
+        """
+        file = storage.open_file(self.place) if storage.is_address(self.place) else open_regular(Path(self.place))
+        if self.compression == ".gz":
+            return cast(IO[bytes], gzip.open(file))
+        if self.compression == ".zst":
+            try:
+                import pyarrow
+            except ImportError:
+                raise UserError(f'{self} needs the package pyarrow: pip install -e ".[parquet]".') from None
+            return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+        return file
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Returns bytes of the file. Raises UserError if they cannot be read, or if there are fewer."""
+        try:
+            if storage.is_address(self.place):
+                data = storage.read(self.place, start, stop)
+            else:
+                with open_regular(Path(self.place)) as file:
+                    file.seek(start)
+                    data = file.read(stop - start)
+        except OSError as error:
+            raise cannot_read(self, error) from None
+        if len(data) != stop - start:
+            raise UserError(f"{self} changed while it was read: it has fewer than {stop:,} bytes.")
+        return data
+
+
+def cannot_read(file: object, error: Exception) -> UserError:
+    """Returns the error for a file that cannot be read."""
+    return UserError(f"Cannot read {file}: {getattr(error, 'strerror', None) or one_line(error)}.")
 
 
 def located(path: str, key: str, what: str = "file or folder") -> Path:
     """Returns the path of an existing file or folder. Raises UserError, naming the setting `key`, if it is missing."""
-    if re.match(r"\w+://", path):
+    if storage.is_address(path):
         raise UserError(f"{key}: {path} is an address on the network; download it first and name the file or folder.")
     try:
         found = Path(path).expanduser()
@@ -149,29 +254,66 @@ class Listing:
             say(f"note   left out of {self._key}={self._root}: {left_out}")
 
 
-def named(paths: str, key: str, say: Say) -> list[Path]:
-    """Returns the files that a setting names by files and folders, separated by commas.
+def named(paths: str, key: str, say: Say) -> list[tuple[File, PurePosixPath]]:
+    """Returns the files that a setting names by files, folders and patterns, separated by commas.
+
+    Returns:
+      Each file, with its path below the folder or pattern that names it.
 
     Raises:
       UserError: one does not exist or is not a regular file, or there are no files.
     """
     is_one = os.path.exists(os.path.expanduser(paths))  # a name may contain a comma
-    files = []
-    for part in [paths] if is_one else filter(None, map(str.strip, paths.split(","))):
-        path = located(part, key)
-        if not path.is_dir():
-            check_regular(path)
-            files.append(path)
-            continue
-        listing = Listing(path, key)
-        inside = listing.files(path)
-        if not inside:
-            raise UserError(f"{key}: the folder {path} holds no files{f' (left out: {listing})' * bool(str(listing))}.")
-        listing.say(say)
-        files += inside
+    files = [
+        file
+        for part in ([paths] if is_one else filter(None, map(str.strip, paths.split(","))))
+        for file in (_in_bucket if storage.is_address(part) else _on_disk)(part, key, say)
+    ]
     if not files:
         raise UserError(f"{key}={paths!r} names no file.")
     return files
+
+
+def _on_disk(path: str, key: str, say: Say) -> list[tuple[File, PurePosixPath]]:
+    pattern = os.path.expanduser(path)
+    if glob.has_magic(path) and not os.path.exists(pattern):
+        places = [Path(place) for place in sorted(glob.glob(pattern, recursive=True))]
+        base = Path(*itertools.takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts))
+        if not places:
+            raise UserError(f"{key}: no file matches {path}.")
+    else:
+        places = [located(path, key)]
+        base = places[0] if places[0].is_dir() else places[0].parent
+    files: list[Path] = []
+    for place in places:
+        if not place.is_dir():
+            check_regular(place)
+            files.append(place)
+            continue
+        listing = Listing(place, key)
+        inside = listing.files(place)
+        if not inside and len(places) == 1:
+            left_out = f" (left out: {listing})" if str(listing) else ""
+            raise UserError(f"{key}: the folder {place} holds no files{left_out}.")
+        listing.say(say)
+        files += inside
+    return [(File.of(file), PurePosixPath(file.relative_to(base))) for file in files]
+
+
+def _in_bucket(address: str, key: str, say: Say) -> list[tuple[File, PurePosixPath]]:
+    fixed = address.split("*")[0].rpartition("/")[0] if "*" in address else address.rstrip("/")
+    found = [File(place, size, version) for place, size, version in storage.files(fixed, key)]
+    if "*" in address:
+        found = [file for file in found if fnmatch.fnmatchcase(file.place, address)]
+    elif [file.place for file in found] == [address]:
+        fixed = address.rpartition("/")[0]
+    hidden = [file for file in found if any(map(HIDDEN.fullmatch, file.path.relative_to(fixed).parts))]
+    files = [file for file in found if file.size and file not in hidden]
+    if not files:
+        raise UserError(f"{key}: there are no files at {address}.")
+    if len(files) < len(found):
+        say(f"note   left out of {key}={address}: {len(found) - len(files):,} hidden or empty files")
+    return [(file, file.path.relative_to(PurePosixPath(fixed))) for file in files]
 
 
 def _is_read_anyway(target: Path, base: Path) -> bool:

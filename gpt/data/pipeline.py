@@ -8,13 +8,15 @@ and step `s` takes the `s`-th of the other batches.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent import futures
 
 import grain
 import jax
 import numpy as np
 
 from gpt.data.base import IGNORED, Source
+from gpt.data.combined import Mixture
 from gpt.runtime.errors import UserError
 from gpt.sharding import Layout
 
@@ -22,7 +24,7 @@ Batch = dict[str, np.ndarray]
 
 
 def training_batches(
-    source: Source,
+    source: Source | Mixture,
     batch_size: int,
     seed: int,
     positions: Sequence[int] | np.ndarray,
@@ -39,17 +41,36 @@ def training_batches(
       prefetch: number of batches that threads prepare ahead; 0: none.
       skipped: numbers of the global batches to leave out.
     """
-    epoch_length, shuffled = len(source), _shuffled(source, seed)
-    examples = shuffled.map_with_index(lambda place, index: source.example(int(place) // epoch_length, int(index)))
+    example, read = _endless(source, seed, batch_size), _reader(source)
 
     def batch(step: int, _) -> Batch:
         first = batch_number(step, skipped) * batch_size
-        return _stack([examples[first + position] for position in positions])
+        return _stack(read(example, [first + int(position) for position in positions]))
 
     options = grain.ReadOptions(num_threads=min(prefetch, getattr(source, "threads", 1)), prefetch_buffer_size=prefetch)
     batches = iter(grain.MapDataset.range(1).repeat(None).map_with_index(batch).to_iter_dataset(options))
     batches.set_state({"next_index": start})
     return batches
+
+
+def _endless(source: Source | Mixture, seed: int, batch_size: int) -> Callable[[int], Batch]:
+    """Returns the function from a place in the order of training to the example there."""
+    if isinstance(source, Mixture):
+        parts = [_endless(part, seed, batch_size) for part in source.parts.values()]
+
+        def of_mixture(place: int) -> Batch:
+            owner, number = source.locate(place, batch_size)
+            return parts[owner](number)
+
+        return of_mixture
+    epoch_length, shuffled = len(source), _shuffled(source, seed)
+    return lambda place: source.example(place // epoch_length, int(shuffled[place]))
+
+
+def _reader(source: Source | Mixture) -> Callable[..., Iterable[Batch]]:
+    """Returns `map`, or a map on several threads if examples take long to read."""
+    threads = getattr(source, "threads", 1)
+    return map if threads == 1 else futures.ThreadPoolExecutor(threads).map
 
 
 def _shuffled(source: Source, seed: int) -> grain.MapDataset[int]:
@@ -64,8 +85,11 @@ def batch_number(step: int, skipped: Sequence[int]) -> int:
     return step
 
 
-def order_digest(source: Source, seed: int) -> str:
+def order_digest(source: Source | Mixture, seed: int) -> str:
     """Returns a digest of the first indices of two epochs, which reveals that a version of grain changed the order."""
+    if isinstance(source, Mixture):
+        parts = [order_digest(part, seed) for part in source.parts.values()]
+        return hashlib.sha256(json.dumps([parts, *map(source.first_owners, range(2))]).encode()).hexdigest()[:16]
     shuffled, count = _shuffled(source, seed), min(len(source), 256)
     indices = [int(shuffled[start + i]) for start in (0, len(source)) for i in range(count)]
     return hashlib.sha256(json.dumps(indices).encode()).hexdigest()[:16]
@@ -76,15 +100,16 @@ def evaluation_batches(source: Source, batch_size: int, positions: Sequence[int]
 
     Examples whose targets are all `IGNORED` fill the last batch up to `batch_size`.
     """
-    first = source.example(0, 0)
+    first, read = source.example(0, 0), _reader(source)
     blank = {name: np.full_like(array, IGNORED if name == "targets" else 0) for name, array in first.items()}
 
-    def batch(number: int) -> Batch:
-        indices = [number * batch_size + int(position) for position in positions]
-        return _stack([source.example(0, index) if index < len(source) else blank for index in indices])
+    def example(index: int) -> Batch:
+        return source.example(0, index) if index < len(source) else blank
 
-    threads = getattr(source, "threads", 1)
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    def batch(number: int) -> Batch:
+        return _stack(read(example, [number * batch_size + int(position) for position in positions]))
+
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
     return iter(grain.MapDataset.range(-(-len(source) // batch_size)).map(batch).to_iter_dataset(options))
 
 
@@ -100,7 +125,8 @@ def to_devices(batches: Iterator[Batch], layout: Layout, batch_size: int) -> Ite
         yield jax.make_array_from_process_local_data(layout.batch, batch, shapes)
 
 
-def _stack(examples: list[Batch]) -> Batch:
+def _stack(rows: Iterable[Batch]) -> Batch:
+    examples = list(rows)
     return {name: np.stack([example[name] for example in examples]) for name in examples[0]}
 
 

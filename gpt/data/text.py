@@ -2,19 +2,32 @@
 
 import dataclasses
 import functools
+import json
 import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from gpt.data import paths, tokenizers
+from gpt.data import bpe, combined, paths, shards, storage, tokenizers
 from gpt.data.base import IGNORED, DataConfig, Dataset, ModelShape, Say, Source
+from gpt.data.combined import Mixture, Sets
+from gpt.data.packing import PackedDocuments
+from gpt.data.paths import File
+from gpt.data.shards import Stream, Tokens
 from gpt.data.tokenizers import Labels, Tokenizer, TokenizerConfig
-from gpt.data.tokens import make_tokenizer, scan, shakespeare, tokenise
+from gpt.data.tokens import make_tokenizer, scan, shakespeare, threshold, tokenise
 from gpt.runtime import cache
 from gpt.runtime.cache import Cache
-from gpt.runtime.errors import UsageError, UserError
+from gpt.runtime.errors import UsageError, UserError, one_line
 from gpt.runtime.fields import check_part, harmless
+
+VALIDATION, TRAINING, TEST = {"val", "valid", "validation"}, {"train", "training"}, {"test"}  # words in names of files
+FARTHEST = 1 << 24  # tokens before the end of the training text in which the end of a document is looked for
+READERS = 256  # windows to read at a time from a bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,18 +35,24 @@ class TextConfig(DataConfig):
     """Options of a text, which is tokenised and cut into windows of the context length."""
 
     kind: str = "text"  # see gpt/data/base.py
-    # A file (text, .jsonl or .parquet), several files separated by commas, or a folder; "": Shakespeare's plays
+    # Files, folders and patterns of text, records or token shards, separated by commas, on disks or in buckets; "":
+    # Shakespeare's plays. Several sources have names: "plays=PATH,code=PATH"
     path: str = harmless("")
-    # The same for a separate validation text; "": the last part of `path` is for validation
+    # The same for validation; "": what the names of the files tell, or a part of `path`
     validation_path: str = harmless("")
-    validation_fraction: float = 0.1  # fraction of the tokens of `path` that is for validation, between 0 and 1
+    validation_fraction: float = 0.1  # fraction of `path` that is for validation, between 0 and 1
+    weights: str = (
+        ""  # shares of the sources: "plays=0.7,code=0.3"; from step 500 on others: "…;500:plays=1"; "": by size
+    )
     document_borders: bool = False  # attend within a document only, and count positions from its first token
+    whole_documents: bool = False  # document_borders, with windows of whole documents: only longer ones are cut
     # Folder for the cached tokens and vocabulary; "": the common cache folder (GPT_CACHE_DIR)
     cache_dir: str = harmless("")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_part("data", self, "validation_fraction")
+        combined.parse_weights(self.weights)
 
     def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Corpus":
         return load(self, tokenizer, model and model.length, say, status)
@@ -45,13 +64,35 @@ class TextConfig(DataConfig):
         return tokenizer
 
     def opened(self, path: str | None = None) -> "TextConfig":
-        # The author of a workdir must not choose where files are written.
+        # The author of a workdir must not choose where files are written, nor which hosts are asked.
         config = dataclasses.replace(self, cache_dir="")
-        return config if path is None else dataclasses.replace(config, path=path, validation_path="")
+        if path is not None:
+            return dataclasses.replace(config, path=path, validation_path="", weights="")
+        for key in ("path", "validation_path"):
+            if "://" in (setting := getattr(self, key)):
+                raise UserError(
+                    f"data.{key}={setting} of the workdir is an address on the network; name it with --data if you "
+                    "trust its author."
+                )
+        return config
+
+    def resumed(self, recorded: DataConfig, step: int) -> "TextConfig":
+        if not isinstance(recorded, TextConfig) or not recorded.weights or not self.weights:
+            return self
+        old, new = combined.parse_weights(recorded.weights), combined.parse_weights(self.weights)
+        if [stage for stage in old if stage[0] < step] == [stage for stage in new if stage[0] < step]:
+            return self
+        past = ";".join(part for part, (first, _) in zip(recorded.weights.split(";"), old, strict=True) if first < step)
+        return dataclasses.replace(self, weights=f"{past};{step}:{self.weights}")
+
+    @property
+    def has_borders(self) -> bool:
+        """Whether attention stays within documents."""
+        return self.document_borders or self.whole_documents
 
     @property
     def extras(self) -> tuple[str, ...]:
-        return ("starts",) if self.document_borders else ()
+        return ("starts",) if self.has_borders else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,68 +100,142 @@ class Corpus(Dataset):
     """A tokenised corpus.
 
     Attributes:
-      train, validation: token ids of the two splits.
+      sources: the training text by the names of its sources; "" if there is one.
+      held_out: the validation text by the names of its sets; "" if there is one.
       fingerprint: a digest that changes with the text, the tokenizer and the split.
-      border: the first token of documents if attention stays within documents, else None.
-      train_counts, validation_counts: for each token, whether it counts in the loss; None: all tokens count.
+      config: the options of the text.
     """
 
-    train: np.ndarray
-    validation: np.ndarray
+    sources: dict[str, Stream]
+    held_out: dict[str, Stream]
     tokenizer: Tokenizer
     fingerprint: str
-    border: int | None
-    train_counts: np.ndarray | None = None
-    validation_counts: np.ndarray | None = None
+    config: TextConfig
 
-    def split(self, name: str) -> np.ndarray:
-        """Returns the tokens of the split "train" or "val", or of both in this order, "all"."""
-        return _choose(name, self.train, self.validation)
+    @property
+    def train(self) -> Tokens:
+        """The tokens of all sources."""
+        return Tokens([stream.tokens for stream in self.sources.values()])
 
-    def counts(self, name: str) -> np.ndarray | None:
-        """Returns for each token of a split whether it counts in the loss; None: all tokens count."""
-        if self.train_counts is None and self.validation_counts is None:
-            return None
-        sides = (self.train, self.train_counts), (self.validation, self.validation_counts)
-        return _choose(name, *(np.ones(len(tokens), bool) if counts is None else counts for tokens, counts in sides))
+    @property
+    def validation(self) -> Tokens:
+        """The tokens of all validation sets."""
+        return Tokens([stream.tokens for stream in self.held_out.values()])
 
-    def training(self, model: ModelShape, seed: int) -> Source:
-        return TrainingWindows(
-            self.train, model.length, seed, border=self.border, counts=self.train_counts, num_targets=model.num_targets
-        )
+    @property
+    def border(self) -> int | None:
+        """The first token of documents if attention stays within documents, else None."""
+        return self.tokenizer.begin if self.config.has_borders else None
 
-    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> "EvaluationWindows":
+    def training(self, model: ModelShape, seed: int) -> Source | Mixture:
+        parts = {name: self._training(stream, model, seed) for name, stream in self.sources.items()}
+        if len(parts) == 1:
+            return next(iter(parts.values()))
+        by_size = {name: float(len(part)) for name, part in parts.items()}
+        return Mixture(parts, combined.parse_weights(self.config.weights) or ((0, by_size),), seed)
+
+    def _training(self, stream: Stream, model: ModelShape, seed: int) -> Source:
+        if not self.config.whole_documents:
+            return TrainingWindows(
+                stream.tokens,
+                model.length,
+                seed,
+                border=self.border,
+                counts=stream.counts,
+                num_targets=model.num_targets,
+            )
+        if model.num_targets != model.length:
+            raise UserError("data.whole_documents needs a model that predicts all tokens; leave it out.")
+        has_first = self.tokenizer.begin != self.tokenizer.separator
+        return PackedDocuments(stream.tokens, model.length, stream.find_ends(), has_first, stream.counts)
+
+    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Sets:
         if stride and stride > model.num_targets:
             raise UsageError(
                 f"--stride={stride} is more than {model.length_key}={model.num_targets} and would leave gaps; "
                 "choose a smaller stride."
             )
-        tokens, counts = self.split(split), self.counts(split)
-        if len(tokens) < 2:
-            raise UserError(f"The {split} split has {len(tokens)} tokens: too few to predict any; try --split=all.")
-        if counts is not None and not counts[1:].any():
+        found: dict[str, Source] = {}
+        for name, stream in self.split(split).items():
+            if len(stream.tokens) < 2:
+                tokens = len(stream.tokens)
+                raise UserError(f"The {split} split has {tokens} tokens: too few to predict any; try --split=all.")
+            found[name] = EvaluationWindows(
+                stream.tokens,
+                model.length,
+                border=self.border,
+                counts=stream.counts,
+                num_targets=model.num_targets,
+                stride=stride,
+            )
+        sets = Sets(found, self.tokenizer.byte_lengths)
+        if not self._any_counts(split):
             raise UserError(f"The {split} split has no completions, only prompts; try --split=all.")
-        return EvaluationWindows(
-            tokens, model.length, border=self.border, counts=counts, num_targets=model.num_targets, stride=stride
-        )
+        return sets
+
+    def _any_counts(self, split: str) -> bool:
+        """Returns whether a token of a split counts in the loss."""
+        for stream in self.split(split).values():
+            counts = stream.counts
+            if counts is None or any(counts[at : at + shards.SCAN].any() for at in range(1, len(counts), shards.SCAN)):
+                return True
+        return False
+
+    def split(self, name: str) -> dict[str, Stream]:
+        """Returns the streams of the split "train" or "val", or of both, "all"."""
+        if name != "all":
+            return {"train": self.sources, "val": self.held_out}[name]
+        both = {}
+        for name in self.sources | self.held_out:
+            streams = [stream for stream in (self.sources.get(name), self.held_out.get(name)) if stream]
+            ends = [streams[0].tokens[-1:], streams[-1].tokens[:1], np.array([self.tokenizer.separator])]
+            if len(streams) == 2 and ends[0] == ends[1] == ends[2]:  # one separator is enough
+                streams[1] = streams[1].between(1, len(streams[1].tokens))
+            both[name] = _joined(streams)
+        return both
 
     def describe(self) -> str:
         sizes = f"{len(self.train):,} training and {len(self.validation):,} validation tokens"
         return f"{sizes}, vocabulary {self.tokenizer.vocab_size}"
 
     def report(self, source: Any, result: dict[str, Any]) -> dict[str, float]:
-        """Returns the number of targets, the loss in nats per token, its perplexity, and bits per byte of the text."""
-        loss, targets, lengths = result["loss"], source.tokens[1:], self.tokenizer.byte_lengths
-        if source.counts is not None:
-            targets = targets[source.counts[1:]]
-        size = sum(lengths[targets[i : i + 2**20]].sum() for i in range(0, len(targets), 2**20))
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        bits = loss * result["targets"] / math.log(2)
-        return {"tokens": result["targets"], "loss": loss, "perplexity": perplexity, "bits_per_byte": bits / size}
+        """Returns the number of targets, the loss in nats per token, its perplexity, and bits per byte of the text.
+
+        Of several sets, it has the loss and the bits per byte of each as well.
+        """
+
+        def bits_per_byte(loss: float, targets: float, size: int) -> float:
+            return loss * targets / math.log(2) / max(1, size)
+
+        loss, targets, sizes = result["loss"], result["targets"], source.num_bytes
+        measures = {
+            "tokens": targets,
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "bits_per_byte": bits_per_byte(loss, targets, sum(sizes.values())),
+        }
+        for name, (own_loss, own_targets) in result["groups"].items() if len(sizes) > 1 else ():
+            measures[f"loss/{name}"] = own_loss
+            measures[f"bits_per_byte/{name}"] = bits_per_byte(own_loss, own_targets, sizes[name])
+        return measures
 
 
-def _choose(split: str, train: np.ndarray, validation: np.ndarray) -> np.ndarray:
-    return np.concatenate([train, validation]) if split == "all" else {"train": train, "val": validation}[split]
+def _joined(streams: Sequence[Stream]) -> Stream:
+    """Returns streams one after the other."""
+    if len(streams) == 1:
+        return streams[0]
+    counts = [np.broadcast_to(True, len(each.tokens)) if each.counts is None else each.counts for each in streams]
+
+    def find_ends() -> np.ndarray:
+        before = np.cumsum([0, *(len(each.tokens) for each in streams)])
+        return np.concatenate([each.find_ends() + at for each, at in zip(streams, before, strict=False)])
+
+    return Stream(
+        Tokens([each.tokens for each in streams]),
+        None if all(each.counts is None for each in streams) else Tokens(counts),
+        find_ends,
+        [each.fingerprint for each in streams],
+    )
 
 
 def load(
@@ -130,7 +245,7 @@ def load(
     say: Say = lambda line: None,
     status: Say = lambda line: None,
 ) -> Corpus:
-    """Tokenises the corpus that the config names, or reads its tokens from the cache.
+    """Opens the corpus that the config names: token shards, or text, whose tokens the cache keeps.
 
     Args:
       tokenizer: an existing tokenizer, or the options of one to create for this text.
@@ -139,66 +254,240 @@ def load(
       status: receives lines about the progress; each line replaces the previous one.
 
     Raises:
-      UserError: a file is missing, empty, not UTF-8 or too short, or has characters that an existing tokenizer does not
-        know; or the tokenizer cannot be created, or has no separator although `document_borders` needs one.
+      UserError: a file is missing, empty, not UTF-8, damaged or too short, or has characters or tokens that the
+        tokenizer does not have; or the tokenizer cannot be created, or has no separator although borders of documents
+        need one.
     """
-    store = Cache(config.cache_dir, say)
-    train_paths = paths.named(config.path, "data.path", say) if config.path else [shakespeare(store)]
-    val_paths = paths.named(config.validation_path, "data.validation_path", say) if config.validation_path else []
-    train_files = [scan(path, store, say) for path in train_paths]
-    validation_files = [scan(path, store, say) for path in val_paths]
-
-    is_new = isinstance(tokenizer, TokenizerConfig)
+    store, is_new = Cache(config.cache_dir, say), isinstance(tokenizer, TokenizerConfig)
+    named = _sources(config.path, "data.path", say) or {"": _plays(store)}
+    divided = {name: _by_split(files, say) for name, files in named.items()}
+    train = {name: _Files(sides["train"], store, say) for name, sides in divided.items()}
+    found = {
+        group or name: files
+        for name, sides in divided.items()
+        for group, files in ({} if config.validation_path else sides["val"]).items()
+    }
+    for name, inside in _sources(config.validation_path, "data.validation_path", say).items():
+        found |= {group or name: files for group, files in _by_folder(inside).items()}
+    validation = {name: _Files(files, store, say) for name, files in found.items()}
     if isinstance(tokenizer, TokenizerConfig):
-        tokenizer = make_tokenizer(tokenizer, train_files, validation_files, store, say, status)
-    if config.document_borders and tokenizer.begin is None:
+        tokenizer = _new_tokenizer(tokenizer, [*train.values()], [*validation.values()], store, say, status)
+    if config.has_borders and tokenizer.begin is None:
         raise UserError(
-            "data.document_borders needs a tokenizer with a separator of documents: tokenizer.name=bpe or gpt2."
+            "data.document_borders and data.whole_documents need a tokenizer with a separator of documents: "
+            "tokenizer.name=bpe or gpt2."
         )
-
-    train, train_counts = tokenise(train_files, tokenizer, store, status)
-    if validation_files:
-        validation, validation_counts = tokenise(validation_files, tokenizer, store, status)
-    else:
-        end = _training_tokens(len(train), config.validation_fraction)
-        train, validation, validation_counts = train[:end], train[end:], None
-        if train_counts is not None:
-            train_counts, validation_counts = train_counts[:end], train_counts[end:]
+    fraction = 0.0 if validation else config.validation_fraction
+    opened = {name: files.open(tokenizer, fraction, store, status) for name, files in train.items()}
+    sources = {name: stream for name, (stream, _) in opened.items()}
+    held_out = {name: rest for name, (_, rest) in opened.items() if rest}
+    for name, files in validation.items():
+        stream, rest = files.open(tokenizer, 0.0, store, status)
+        held_out[name] = rest or stream
     if block_size is not None:
-        _check_length(config, train, validation, block_size, is_new)
-    digests = [file.sha256 for file in train_files], [file.sha256 for file in validation_files]
-    fingerprint = cache.digest(tokenizer.to_json(), digests, len(train))
-    border = tokenizer.begin if config.document_borders else None
-    return Corpus(train, validation, tokenizer, fingerprint, border, train_counts, validation_counts)
+        _check_length(config, sources, held_out, block_size, is_new)
+    _check_weights(config.weights, sources)
+    prints = [[name, stream.fingerprint] for streams in (sources, held_out) for name, stream in streams.items()]
+    return Corpus(sources, held_out, tokenizer, cache.digest(tokenizer.to_json(), prints), config)
 
 
-def _training_tokens(tokens: int, validation_fraction: float) -> int:
+Named = list[tuple[File, PurePosixPath]]  # files, each with its path below the folder that was named
+
+
+def _plays(store: Cache) -> Named:
+    path = shakespeare(store)
+    return [(File.of(path), PurePosixPath(path.name))]
+
+
+def _sources(setting: str, key: str, say: Say) -> dict[str, Named]:
+    """Returns the files of a setting by the names of sources, or under "" if it has no names."""
+    starts = [] if os.path.exists(setting) else [*re.finditer(r"(?:^|,)\s*(\w+)=", setting)]
+    if not starts:
+        return {"": paths.named(setting, key, say)} if setting else {}
+    ends = [*(match.start() for match in starts[1:]), len(setting)]
+    found = {m[1]: paths.named(setting[m.end() : end], key, say) for m, end in zip(starts, ends, strict=True)}
+    if len(found) < len(starts) or starts[0].start():
+        raise UserError(f"{key}={setting!r} has to be NAME=PATH,NAME=PATH with different names, or paths alone.")
+    return found
+
+
+def _by_split(files: Named, say: Say) -> dict[str, Any]:
+    """Returns the files for training, {"train": [file]}, and the sets for validation, {"val": {name: [file]}}.
+
+    The names of files and folders tell. If none of them is for validation, or all are, all are for training.
+    """
+    words = [
+        set(re.findall("[a-z]+", " ".join([*path.parts[:-1], path.name.split(".")[0]]).lower())) for _, path in files
+    ]
+    is_val, is_test = ([bool(kind & of_file) for of_file in words] for kind in (VALIDATION, TEST))
+    if not any(is_val) or all(is_val) or any(file.path.name == shards.INDEX for file, _ in files):
+        return {"train": [file for file, _ in files], "val": {}}
+    train = [file for (file, _), val, test in zip(files, is_val, is_test, strict=True) if not val and not test]
+    held_out: dict[str, list[File]] = {}
+    for (file, path), val in zip(files, is_val, strict=True):
+        if val:
+            after = next((i + 1 for i, part in enumerate(path.parts) if part.lower() in VALIDATION), len(path.parts))
+            name = path.parts[after] if after < len(path.parts) - 1 else ""
+            held_out.setdefault(name, []).append(file)
+    left_out = f", and {sum(is_test):,} for testing are left out" if any(is_test) else ""
+    say(f"note   by their names, {sum(is_val):,} of {len(files):,} files are for validation{left_out}")
+    return {"train": train, "val": held_out}
+
+
+def _by_folder(files: Named) -> dict[str, list[File]]:
+    """Returns the files by the folder in the folder that was named, or under "" if they are not in one."""
+    found: dict[str, list[File]] = {}
+    for file, path in files:
+        found.setdefault(path.parts[0] if len(path.parts) > 1 else "", []).append(file)
+    return found
+
+
+class _Files:
+    """The files of a source or a set: texts, or token shards.
+
+    Attributes:
+      texts: the results of the first pass over the texts; empty for token shards.
+      index: the index of shards of `gpt.tokenize`, if there is one.
+    """
+
+    def __init__(self, files: list[File], store: Cache, say: Say):
+        shards.refuse_pickle(files)
+        of_shards = [file for file in files if shards.is_for(file)]
+        self.files, self.index = files, next((file for file in files if file.path.name == shards.INDEX), None)
+        self.is_tokens = bool(of_shards)
+        others = [file for file in files if file not in of_shards]
+        if of_shards and others and not self.index:
+            raise UserError(
+                f"{of_shards[0]} holds tokens and {others[0]} text; name one kind of files in a path, or give each "
+                "kind a name: data.path=a=PATH,b=PATH."
+            )
+        self.texts = [] if of_shards else [scan(file, store, say) for file in files]
+
+    def saved_tokenizer(self) -> Tokenizer | None:
+        """Returns the tokenizer beside the index of the shards. Raises UserError if it is missing or damaged."""
+        if not self.index:
+            return None
+        place = f"{storage.folder(self.index.place)}/{shards.TOKENIZER}"
+        file = next((file for file in self.files if file.place == place), None)
+        if file is None:
+            raise UserError(f"{place} is missing, the tokenizer of the shards; copy it again, or tokenise again.")
+        try:
+            saved = tokenizers.from_tree(json.loads(file.read(0, file.size)))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{place} is damaged ({one_line(error)[:100]}); copy it again.") from None
+        return saved if isinstance(saved, Tokenizer) else None
+
+    def open(self, tokenizer: Tokenizer, fraction: float, store: Cache, status: Say) -> tuple[Stream, Stream | None]:
+        """Returns the tokens for training and for validation.
+
+        Args:
+          fraction: part of the tokens that is for validation, unless the index of the shards tells.
+        """
+        separator = tokenizer.separator if tokenizer.begin == tokenizer.separator else None
+        of_index = functools.partial(shards.of_index, vocab_size=tokenizer.vocab_size)
+        if self.index:
+            saved = self.saved_tokenizer()
+            if saved is None or saved.to_json() != tokenizer.to_json():
+                raise UserError(f"{self.index} was written with another tokenizer; tokenise the text again.")
+            stream, rest = of_index(self.index, {file.place: file for file in self.files})
+        elif self.is_tokens:
+            stream, rest = shards.of_files(self.files, tokenizer), None
+        else:
+            below = threshold(self.texts, fraction) if fraction else 0
+            folder = tokenise(self.texts, tokenizer, below, store, status)
+            inside = [File.of(path) for path in sorted(folder.glob("*"))]
+            index = next(file for file in inside if file.path.name == shards.INDEX)
+            stream, rest = of_index(index, {file.place: file for file in inside})
+            hashes = [text.sha256 for text in self.texts]
+            stream = dataclasses.replace(stream, fingerprint=[hashes, below])
+            rest = rest and dataclasses.replace(rest, fingerprint=[hashes, below])
+        stream = shards.with_separator(stream, separator)
+        if rest is None and fraction:
+            stream, rest = _divided(stream, fraction, tokenizer.separator)
+            if stream.tokens[-1:].tolist() != [tokenizer.separator]:  # within a document
+                return stream, rest
+        return stream, rest and shards.with_separator(rest, separator)
+
+
+def _divided(stream: Stream, fraction: float, separator: int | None) -> tuple[Stream, Stream]:
+    """Divides a stream between two documents or, if there is no such place near, within one.
+
+    Args:
+      fraction: the part of the tokens that is for validation; documents may make it twice as much.
+    """
+    size = len(stream.tokens)
+    end = training_tokens(size, fraction)
+    if separator is not None:
+        start = max(1, end - min(FARTHEST, int(size * fraction)))
+        (places,) = np.nonzero(stream.tokens[start - 1 : end] == separator)
+        end = start + int(places[-1]) if len(places) else end
+    return stream.between(0, end), stream.between(end, size)
+
+
+def training_tokens(tokens: int, validation_fraction: float) -> int:
     """Returns how many of the tokens of a text are for training."""
     return int(tokens * (1 - validation_fraction))
 
 
-def _check_length(config: TextConfig, train: np.ndarray, validation: np.ndarray, block_size: int, is_new: bool) -> None:
-    """Raises UserError unless both splits are longer than a window.
+def _new_tokenizer(
+    config: TokenizerConfig, train: list[_Files], validation: list[_Files], store: Cache, say: Say, status: Say
+) -> Tokenizer:
+    """Returns the tokenizer of token shards, or the one that the config selects, created from the texts if needed."""
+    everything = [*train, *validation]
+    if saved := next((files for files in everything if files.index), None):
+        tokenizer = saved.saved_tokenizer()
+        assert tokenizer
+        say(f"note   the tokenizer is that of {saved.index}")
+        return tokenizer
+    of_tokens = [files for files in everything if files.is_tokens]
+    if of_tokens and config.name not in ("gpt2", "byte"):
+        if not all(shards.are_of_gpt2(files.files) for files in of_tokens):
+            raise UserError(
+                f"{of_tokens[0].files[0]} has tokens, but not their tokenizer; name it with tokenizer.name=gpt2, and "
+                "with tokenizer.path=DIR if it is another than GPT-2's, or with tokenizer.name=byte."
+            )
+        say("note   the tokenizer is GPT-2's, as the format of the tokens tells; tokenizer.path=DIR names another")
+        return bpe.gpt2("")
+    texts, others = ([text for files in side for text in files.texts] for side in (train, validation))
+    return make_tokenizer(config, texts, others, store, say, status)
+
+
+def _check_weights(weights: str, sources: dict[str, Stream]) -> None:
+    """Raises UserError unless the weights are for the sources."""
+    for _, stage in combined.parse_weights(weights):
+        if set(stage) - set(sources) or len(sources) == 1:
+            names = ", ".join(filter(None, sources)) or "no names; name them: data.path=a=PATH,b=PATH"
+            raise UserError(f"data.weights={weights!r} is for {', '.join(stage)}, but the sources have {names}.")
+
+
+def _check_length(
+    config: TextConfig, sources: dict[str, Stream], held_out: dict[str, Stream], block_size: int, is_new: bool
+) -> None:
+    """Raises UserError unless all sources and validation sets are longer than a window.
 
     Args:
       is_new: whether the model is new, so that its context length can still be changed.
     """
-    needed, total = block_size + 1, len(train) + len(validation)
-    name, tokens = ("training", train) if len(train) < needed else ("validation", validation)
-    if len(tokens) >= needed:
-        return
-    if config.validation_path:
-        key = "data.path" if name == "training" else "data.validation_path"
-        advice = f"give more text in {key}={config.path if name == 'training' else config.validation_path}"
-    else:
-        fits = [n / 1000 for n in range(1, 1000) if needed <= _training_tokens(total, n / 1000) <= total - needed]
-        nearest = min(fits, key=lambda fraction: abs(fraction - config.validation_fraction), default=None)
-        advice = f"give at least {2 * needed} tokens of text in data.path={config.path}"
-        advice = f"set data.validation_fraction={nearest}" if nearest else advice
-    raise UserError(
-        f"The {name} text has {len(tokens)} tokens, but model.block_size={block_size} needs at least {needed}; "
-        f"{advice}{' or a smaller model.block_size' * is_new}."
-    )
+    needed = block_size + 1
+    total = sum(len(stream.tokens) for stream in [*sources.values(), *held_out.values()])
+    for kind, streams in (("training", sources), ("validation", held_out)):
+        for name, tokens in ((name, len(stream.tokens)) for name, stream in streams.items()):
+            if tokens >= needed:
+                continue
+            key = "data.validation_path" if kind == "validation" and config.validation_path else "data.path"
+            setting = config.validation_path if key == "data.validation_path" else config.path
+            advice = f"give more text in {key}={setting}"
+            if not config.validation_path and len(sources) == 1:
+                fits = [
+                    n / 1000 for n in range(1, 1000) if needed <= training_tokens(total, n / 1000) <= total - needed
+                ]
+                nearest = min(fits, key=lambda fraction: abs(fraction - config.validation_fraction), default=None)
+                advice = f"give at least {2 * needed} tokens of text in data.path={config.path}"
+                advice = f"set data.validation_fraction={nearest}" if nearest else advice
+            raise UserError(
+                f"The {kind} text{f' {name}' * bool(name)} has {tokens} tokens, but model.block_size={block_size} "
+                f"needs at least {needed}; {advice}{' or a smaller model.block_size' * is_new}."
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,15 +502,20 @@ class _Windows:
       num_targets: number of tokens at the end of a window that have a target; None: all.
     """
 
-    tokens: np.ndarray
+    tokens: Tokens | np.ndarray
     block_size: int
     border: int | None = dataclasses.field(default=None, kw_only=True)
-    counts: np.ndarray | None = dataclasses.field(default=None, kw_only=True)
+    counts: Tokens | np.ndarray | None = dataclasses.field(default=None, kw_only=True)
     num_targets: int | None = dataclasses.field(default=None, kw_only=True)
 
     @property
     def _num_targets(self) -> int:
         return self.num_targets or self.block_size
+
+    @property
+    def threads(self) -> int:
+        """The largest number of examples that are worth reading at once."""
+        return READERS if getattr(self.tokens, "is_remote", False) else 1
 
     def _window(self, start: int, has_starts: bool) -> dict[str, np.ndarray]:
         """Returns the window whose first input is token `start`.

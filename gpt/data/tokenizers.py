@@ -103,6 +103,10 @@ class Tokenizer:
         """
         raise NotImplementedError
 
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns the token ids of each of several texts; see `encode`."""
+        return [self.encode(text) for text in texts]
+
     def encode_prompt(self, text: str) -> np.ndarray:
         """Returns the tokens of a text that a model continues, with those that the tokenizer puts around a text."""
         return self.encode(text) if text else self.opening()

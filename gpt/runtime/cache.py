@@ -4,8 +4,9 @@ The environment variable GPT_CACHE_DIR names the cache folder. If it is not set,
 user's cache folder (XDG_CACHE_HOME, or ~/.cache). If that folder cannot be written to, the cache is a private temporary
 folder, and a note reports this.
 
-An entry is a JSON value with optional files, stored with their SHA-256. An entry that is missing, unreadable, truncated
-or damaged is computed again. File permissions of an entry allow no more than the umask and those of its sources.
+An entry is a JSON value with optional files in a folder, stored with their SHA-256. An entry that is missing,
+unreadable, truncated or damaged is computed again. File permissions of an entry allow no more than the umask and those
+of its sources.
 
 JAX stores compiled programs in the folder `xla` of the cache, so that only the first start of a program compiles.
 """
@@ -22,13 +23,14 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from gpt.runtime.errors import UserError
 
 VARIABLE = "GPT_CACHE_DIR"
+PARTIAL = ".partial"  # suffix of a file that is being written
 MAX_COMPILED_SIZE = 4 << 30  # bytes of compiled programs; JAX deletes the least recently used ones
 
 Say = Callable[[str], object]
@@ -41,7 +43,7 @@ class Entry:
 
     Attributes:
       value: a JSON value.
-      files: paths of the entry's files, by suffix.
+      files: paths of the entry's files, by name.
     """
 
     value: Any
@@ -84,15 +86,15 @@ class Cache:
         if problems:
             self._say(f"note   the cache is in {self.path} ({problems[0]}); set {VARIABLE} to choose another folder")
 
-    def entry(self, name: str, compute: Callable[[Callable[[str], IO[bytes]]], Any], mode: int = 0o666) -> Entry:
+    def entry(self, name: str, compute: Callable[[Path], Any], mode: int = 0o666) -> Entry:
         """Returns the entry of a name: the stored entry if it is intact, otherwise a computed one, which is stored.
 
         An entry without files is returned even if it cannot be stored.
 
         Args:
           name: file name of the entry; has to change with everything that the entry depends on.
-          compute: returns the value. Its argument is a function that takes a suffix and returns a new file of the
-            entry, open for writing.
+          compute: returns the value. Its argument is the folder for files of the entry, which it creates if there are
+            any, with `create`. The folder may have files of a computation that was interrupted.
           mode: permissions of the sources, which limit those of the entry.
 
         Raises:
@@ -100,79 +102,88 @@ class Cache:
         """
         if entry := self._find(name):
             return entry
-        files: dict[str, io.BufferedRandom] = {}
-        stored: dict[str, list] = {}
-        with contextlib.ExitStack() as partial:
-
-            def create(suffix: str) -> IO[bytes]:
-                files[suffix] = self._create(name, mode, partial)
-                return files[suffix]
-
-            try:
-                value = json.loads(json.dumps(compute(create)))  # the same value that `_find` returns later
-                for suffix, file in files.items():
-                    file.flush()
-                    os.fsync(file.fileno())  # the content has to be on the disk before the entry that refers to it
-                    os.replace(file.name, self._path(name, suffix))
-                    stored[suffix] = [_sha256(file), identity(os.fstat(file.fileno()))]
-            except OSError as error:
-                if not files:  # the error is from the computation
-                    raise
-                raise UserError(
-                    f"Cannot write {self._path(name)}: {error.strerror}; set {self.setting} to another folder."
-                ) from None
+        folder, files, stored = self.path / name, {}, {}
+        try:
+            value = json.loads(json.dumps(compute(folder)))  # the same value that `_find` returns later
+            for path in _files(folder):
+                with path.open("rb") as file:
+                    stored[path.name] = [_sha256(file), identity(os.fstat(file.fileno()))]
+                files[path.name] = path
+        except OSError as error:
+            if not str(error.filename).startswith(str(self.path)):  # the error is from reading the sources
+                raise
+            raise UserError(f"Cannot write {folder}: {error.strerror}; set {self.setting} to another folder.") from None
         self._store(name, value, stored, mode)
-        return Entry(value, {suffix: self._path(name, suffix) for suffix in files})
+        return Entry(value, files)
 
     def _find(self, name: str) -> Entry | None:
-        """Returns the stored entry, or None if it is missing or damaged."""
+        """Returns the stored entry, or None if it is missing or damaged; then its files are deleted."""
+        folder = self.path / name
         try:
             with self._path(name).open("rb") as file:
                 mode = os.fstat(file.fileno()).st_mode
                 digest, _, text = file.read().partition(b"\n")
+        except OSError:
+            return None  # never stored, or its computation was interrupted
+        try:
             if hashlib.sha256(text).hexdigest().encode() != digest:
-                return None
-            saved = json.loads(text)
-            files = {}
-            for suffix, (sha256, known) in saved["files"].items():
-                with self._path(name, suffix).open("rb") as file:
+                raise OSError("damaged")
+            saved, files = json.loads(text), {}
+            for file_name, (sha256, known) in saved["files"].items():
+                with (folder / file_name).open("rb") as file:
                     found = identity(os.fstat(file.fileno()))
                     # An unchanged file is not read: a large file on a shared disk would take minutes at each start.
                     if found != known and _sha256(file) != sha256:
-                        return None
-                files[suffix] = [sha256, found]
+                        raise OSError("damaged")
+                files[file_name] = [sha256, found]
         except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
             return None
         if files != saved["files"]:
             self._store(name, saved["value"], files, mode)
-        return Entry(saved["value"], {suffix: self._path(name, suffix) for suffix in files})
+        return Entry(saved["value"], {file_name: folder / file_name for file_name in files})
 
     def _store(self, name: str, value: Any, files: dict[str, list], mode: int) -> None:
         text = json.dumps({"value": value, "files": files}).encode()
         try:
-            with contextlib.ExitStack() as partial:
-                file = self._create(name, mode, partial)
+            with create(self._path(name), mode) as file:
                 file.write(hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
-                file.flush()
-                os.replace(file.name, self._path(name))
         except OSError as error:
             self._say(f"note   the cache {self.path} cannot be written ({error.strerror}): the next start takes longer")
 
-    def _create(self, name: str, mode: int, partial: contextlib.ExitStack) -> io.BufferedRandom:
-        """Opens a new file under a temporary name. `partial` deletes the file unless it is renamed before."""
-        path = self.path / f"{name}.{secrets.token_hex(8)}.partial"
-        partial.callback(path.unlink, missing_ok=True)
-        # The umask applies to `os.open`; `tempfile` ignores it.
-        opener = lambda path, flags: os.open(path, flags, mode & 0o666 | 0o600)  # noqa: E731
-        return partial.enter_context(open(path, "x+b", opener=opener))
-
-    def _path(self, name: str, suffix: str = "entry") -> Path:
-        return self.path / f"{name}.{suffix}"
+    def _path(self, name: str) -> Path:
+        return self.path / f"{name}.entry"
 
     def _say(self, line: str) -> None:
         if line not in _shown:
             _shown.add(line)
             self._say_always(line)
+
+
+@contextlib.contextmanager
+def create(path: Path, mode: int = 0o666) -> Iterator[IO[bytes]]:
+    """Opens a new file for writing, which gets its name, in place of an earlier file, once its content is on the disk.
+
+    Args:
+      mode: permissions of the sources, which limit those of the file, as the umask does.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+    opener = lambda path, flags: os.open(path, flags, mode & 0o666 | 0o600)  # noqa: E731  `tempfile` ignores the umask
+    try:
+        with open(partial, "xb", opener=opener) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # the error of a full disk names no file
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def keep_compiled(folder: Path) -> None:
@@ -201,9 +212,14 @@ def identity(status: os.stat_result) -> list[int]:
     return [status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
-def _sha256(file: io.BufferedIOBase) -> str:
-    file.seek(0)
+def _sha256(file: io.BufferedReader) -> str:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    """Returns the complete files in a folder, which may be missing."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in found if path.is_file() and path.suffix != PARTIAL]
 
 
 def _writable(find: Callable[[], Path]) -> Path:

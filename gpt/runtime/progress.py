@@ -9,6 +9,8 @@ from typing import TextIO
 
 from gpt.runtime import output
 
+LOG_EVERY = 30  # seconds between two lines about the progress of a long operation in a log
+
 
 class Speed:
     """Measures rates over the steps since the last `restart`, excluding time that was not training.
@@ -77,7 +79,7 @@ class Progress:
         self.total_steps, self._enabled, self._out = total_steps, enabled, out or sys.stdout
         self._is_terminal = self._out.isatty()
         self._line_is_open = False  # whether the cursor is at the end of a line that the next output replaces
-        self._drawn_at = 0.0
+        self._drawn_at, self._logged_at = 0.0, time.perf_counter()
         self._validation_loss: float | None = None
 
     def update(self, step: int, loss: float, rates: dict[str, float], milestone: bool) -> None:
@@ -101,14 +103,18 @@ class Progress:
         """Shows the result of an evaluation: the loss, and accuracy and exact match if `measures` has them."""
         self._validation_loss = measures["loss"]
         parts = [f"step {step:,}/{self.total_steps:,}", f"validation loss {measures['loss']:.4f}"]
+        parts += [f"{n.partition('/')[2]} {value:.4f}" for n, value in measures.items() if n.startswith("loss/")]
         parts += [f"without averaging {measures['raw_loss']:.4f}"] if "raw_loss" in measures else []
         parts += [f"{n.replace('_', ' ')} {measures[n]:.2%}" for n in ("accuracy", "exact_match") if n in measures]
         self._write("  ".join([*parts, *(["(best)"] if best else [])]))
 
     def status(self, text: str) -> None:
-        """Shows a line that the next line replaces, on a terminal only."""
+        """Shows a line that the next line replaces on a terminal; elsewhere, at most a line in `LOG_EVERY` seconds."""
         if self._is_terminal:
             self._write(text, keep=False)
+        elif time.perf_counter() > self._logged_at + LOG_EVERY:
+            self._logged_at = time.perf_counter()
+            self._write(f"{time.strftime('%H:%M:%S')} {text}")
 
     def say(self, text: str) -> None:
         """Prints a line that stays."""

@@ -1,0 +1,236 @@
+"""Documents: the texts of files, read in parts that several processes can take independently of each other.
+
+A file of text holds one document, or several with the text `<|endoftext|>` between them. In JSONL and Parquet files
+(`gpt.data.records`) each record is a document. Files may be compressed (`.gz`, `.zst`), and may be in a bucket.
+
+A part is a range of the bytes of a file, or of the row groups of a Parquet file. It has the documents that begin in
+it, so that each document of a file is in exactly one part. A compressed file is a single part.
+"""
+
+import codecs
+import contextlib
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any, NamedTuple
+
+from gpt.data import paths, records
+from gpt.data.paths import File
+from gpt.data.tokenizers import SEPARATOR
+from gpt.runtime.errors import UserError
+
+MARK = SEPARATOR.encode()
+BLOCK = 1 << 22  # bytes to read at a time
+LONG = 1 << 24  # bytes; a longer document is read in pieces, and is always for training
+FORMATS = {  # {first bytes: format} of files that users take for text
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"RIFF": "a WebP image or a recording",
+    b"II*\0": "a TIFF image",
+    b"MM\0*": "a TIFF image",
+    b"%PDF": "a PDF document",
+    b"PK\x03\x04": "a ZIP archive or an office document",
+    b"\x1f\x8b": "a gzip archive whose name does not end in .gz",
+    b"\x28\xb5\x2f\xfd": "a Zstandard archive whose name does not end in .zst",
+    b"PAR1": "a Parquet table whose name does not end in .parquet",
+}
+
+Spans = tuple[tuple[int, int], ...]  # parts of a text, as pairs of first character and end
+
+
+class Document(NamedTuple):
+    """A document.
+
+    Attributes:
+      where: its file, or the place of a record in it.
+      texts: its text in pieces, each with whether it counts in the loss. Pieces that are not prompts are one text.
+      key: a hash of its content; None for a document that is longer than `LONG`.
+      is_first: whether it is the first in its file.
+      messages: the messages of a conversation, whose text depends on the chat template; None: `texts` has it all.
+    """
+
+    where: object
+    texts: Iterable[tuple[str, bool]]
+    key: int | None
+    is_first: bool = True
+    messages: list[dict[str, Any]] | None = None
+
+    @property
+    def is_record(self) -> bool:
+        """Whether it is a record of a JSONL or Parquet file."""
+        return not isinstance(self.where, File)
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether a part of the document does not count in the loss."""
+        return self.messages is not None or (isinstance(self.texts, list) and not all(c for _, c in self.texts))
+
+
+class Part(NamedTuple):
+    """A part of a file.
+
+    Attributes:
+      start, end: a range of bytes, or of the row groups of a Parquet file; an end of None is that of the file.
+      size: about how many bytes of the file that is.
+    """
+
+    file: File
+    start: int = 0
+    end: int | None = None
+    size: int = 0
+
+
+def parts(files: Sequence[File], size: int) -> list[Part]:
+    """Returns the parts of files, of about `size` bytes each; they depend on nothing else."""
+    found: list[Part] = []
+    for file in files:
+        if records.kind(file) == "parquet":
+            found += (Part(file, *groups) for groups in records.row_groups(file, size))
+        elif file.compression or file.size <= size:
+            found.append(Part(file, size=file.size))
+        else:
+            ends = [*range(size, file.size, size), file.size]
+            found += (Part(file, max(0, end - size), end, size) for end in ends[:-1])
+            found.append(Part(file, ends[-2], file.size, file.size - ends[-2]))
+    return found
+
+
+def read(part: Part) -> Iterator[Document]:
+    """Yields the documents of a part.
+
+    Raises:
+      UserError: the file cannot be read, is not text in UTF-8, or has a damaged record.
+    """
+    file = part.file
+    if records.kind(file):
+        for where, record in records.read(file, part.start, part.end):
+            yield _of_record(where, record)
+        return
+    with _reading(file), file.open() as opened:
+        for is_first, pieces in _texts(opened, part.start, part.end):
+            document = _of_text(file, pieces, is_first)
+            if document.texts:
+                yield document
+
+
+@contextlib.contextmanager
+def _reading(file: File) -> Iterator[None]:
+    """Raises UserError if the file turns out to be unreadable, or not to be text in UTF-8."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        raise UserError(f"{file} is not UTF-8 text: {byte}{_format(file) or '; convert it to UTF-8'}.") from None
+    except paths.READ_ERRORS as error:
+        raise paths.cannot_read(file, error) from None
+
+
+def _of_record(where: object, record: dict[str, Any]) -> Document:
+    key = _key(record["text"] if "text" in record else json.dumps(record, sort_keys=True))
+    if "messages" in record:
+        return Document(where, [(json.dumps(record), False)], key, messages=record["messages"])
+    texts = [(record["prompt"], False)] if record.get("prompt") else []
+    return Document(where, [*texts, (record["text" if "text" in record else "completion"], True)], key)
+
+
+def _of_text(file: File, pieces: Iterator[bytes], is_first: bool) -> Document:
+    """Returns a document of a text file, from its content in pieces, of which about `LONG` bytes are held."""
+    begin, size = [], 0
+    for piece in pieces:
+        begin.append(piece)
+        size += len(piece)
+        if size > LONG:
+            return Document(file, _long(file, itertools.chain(begin, pieces)), None, is_first)
+    text = _checked(file, b"".join(begin).decode())
+    return Document(file, [(text, True)] if text else [], _key(text), is_first)
+
+
+def _long(file: File, pieces: Iterable[bytes]) -> Iterator[tuple[str, bool]]:
+    with _reading(file):
+        for text in codecs.iterdecode(pieces, "utf-8"):
+            yield _checked(file, text), True
+
+
+def _key(text: str) -> int:
+    """Returns a hash of 63 bits, of the text without the white space around it."""
+    return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest()) >> 1
+
+
+def _checked(file: File, text: str) -> str:
+    if "\0" in text:
+        raise UserError(f"{file} is not a text file: it has NUL bytes{_format(file) or '; name another file'}.")
+    return text
+
+
+def _format(file: File) -> str:
+    """Returns the format of a file that is not text, with advice for the user, or "" if the format is not known."""
+    start = file.first_bytes(8)
+    what = next((what for known, what in FORMATS.items() if start.startswith(known)), "")
+    advice = "read images with data.kind=images" if "image" in what else "extract its text and name that file"
+    return f" ({what}); leave it out, or {advice}" if what else ""
+
+
+def _texts(file: IO[bytes], start: int, end: int | None) -> Iterator[tuple[bool, Iterator[bytes]]]:
+    """Yields the documents that begin in a range of the bytes of a text, each as an iterator over its bytes.
+
+    The first value is whether the document is the first of the file.
+    """
+    text = _Separated(file, max(0, start - len(MARK)))
+    if start:
+        for _ in text.until_mark():
+            pass
+    elif text.buffer.startswith(codecs.BOM_UTF8):
+        text.at = len(codecs.BOM_UTF8)
+    while not text.is_finished() and (end is None or text.position < end):
+        pieces = text.until_mark()
+        yield text.position <= len(codecs.BOM_UTF8), pieces
+        for _ in pieces:  # what the caller left
+            pass
+
+
+class _Separated:
+    """Reads a text up to each mark between documents.
+
+    Attributes:
+      buffer: bytes that were read and begin at `place` in the file.
+      at: the next byte in the buffer.
+    """
+
+    def __init__(self, file: IO[bytes], place: int):
+        self._file, self._place, self.at, self._has_more = file, place, 0, True
+        if place:
+            file.seek(place)
+        self.buffer = b""
+        self._fill()
+
+    @property
+    def position(self) -> int:
+        """The place in the file of the next byte."""
+        return self._place + self.at
+
+    def is_finished(self) -> bool:
+        """Returns whether all bytes are read."""
+        if self.at == len(self.buffer) and self._has_more:
+            self._fill()
+        return self.at == len(self.buffer)
+
+    def until_mark(self) -> Iterator[bytes]:
+        """Yields the bytes up to the next mark or the end of the file, and skips the mark."""
+        while (found := self.buffer.find(MARK, self.at)) < 0 and self._has_more:
+            end = max(self.at, len(self.buffer) - len(MARK) + 1)  # a mark may begin in the last bytes
+            piece, self.at = self.buffer[self.at : end], end
+            if piece:
+                yield piece
+            self._fill()
+        end = len(self.buffer) if found < 0 else found
+        piece, self.at = self.buffer[self.at : end], end + (0 if found < 0 else len(MARK))
+        if piece:
+            yield piece
+
+    def _fill(self) -> None:
+        block = self._file.read(BLOCK)
+        self._has_more = bool(block)
+        self._place += self.at
+        self.buffer, self.at = self.buffer[self.at :] + block, 0
