@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec as P
 
 from gpt.models.mesh import mesh_axes, num_devices
 
@@ -31,7 +30,7 @@ def scale_by_muon(momentum: float, logical_axes: Any) -> optax.GradientTransform
     """
 
     def orthogonalized(updates, params=None):
-        names = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, P))
+        names = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, jax.P))
         leaves, structure = jax.tree.flatten(updates)
         groups = collections.defaultdict(list)
         for i, (x, axes) in enumerate(zip(leaves, names, strict=True)):
@@ -101,8 +100,8 @@ def spread_over_devices(
     rows = len(x)
     x = jnp.pad(x, [(0, -rows % num_devices(used)), *[(0, 0)] * (x.ndim - 1)])
     for layout in layouts[1:]:
-        x = jax.lax.with_sharding_constraint(x, P(*layout))
+        x = jax.lax.with_sharding_constraint(x, jax.P(*layout))
     x = function(x)
     for layout in reversed(layouts):
-        x = jax.lax.with_sharding_constraint(x, P(*layout))
+        x = jax.lax.with_sharding_constraint(x, jax.P(*layout))
     return x[:rows]

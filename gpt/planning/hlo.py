@@ -167,21 +167,19 @@ class Module:
         Raises:
           ValueError: the trip count of a loop is not known.
         """
-        computation = computation or self.entry
+        computation, calls = computation or self.entry, ("call", "async-start", *(("fusion",) if fusions else ()))
         for instruction in self.computations[computation].values():
             yield computation, instruction, times
+            called, runs = [instruction.called], times
             if instruction.opcode == "while":
-                yield from self.walk(instruction.called, times * self.trips(computation, instruction), fusions)
-            elif (
-                instruction.opcode in ("call", "async-start")
-                or (fusions and instruction.opcode == "fusion")
-                or _is_wrapper(instruction)
-            ):
-                yield from self.walk(instruction.called, times, fusions)
+                runs *= self.trips(computation, instruction)
             elif instruction.opcode == "conditional":
                 branches = r"(?:_computation=|branch_computations=\{|, )%([\w.\-]+)"
-                for name in re.findall(branches, instruction.attributes):
-                    yield from self.walk(name, times, fusions)
+                called = re.findall(branches, instruction.attributes)
+            elif instruction.opcode not in calls and not _is_wrapper(instruction):
+                continue
+            for name in called:
+                yield from self.walk(name, runs, fusions)
 
     @functools.cached_property
     def asynchronous(self) -> dict[str, tuple[str, Instruction]]:
