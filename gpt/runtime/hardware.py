@@ -134,25 +134,23 @@ def topology_devices(name: str) -> list[jax.Device]:
     count, chip, layout = _parse(name)
     from jax.experimental import topologies
 
-    options: dict[str, Any]
     if chip.ring:
         # Otherwise libtpu queries the cloud about this machine, logs errors, and refuses a second process.
         os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-        options = {"platform": "tpu", "topology_name": f"{chip.name}:{layout}"}
+        options: dict[str, Any] = {"platform": "tpu", "topology_name": f"{chip.name}:{layout}"}
         options |= {"num_slices": count} if count > 1 else {}
         options |= {"chip_config_name": "megacore"} if chip.name == "v4" else {}  # both cores of a chip as one device
-        missing = 'The TPU compiler is not installed: pip install "gpt-spmd[plan]".'
     else:
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # hides XLA's warning about a program that is too large; plans say so
         options = {"platform": "cuda", "topology_name": chip.name, "topology": f"{count}x1x{layout}"}
         options |= {"target_config": _target_config(chip)}
-        missing = 'The GPU compiler is not installed: pip install "gpt-spmd[plan-cuda]".'
     try:
         return topologies.get_topology_desc(**options).devices
     except RuntimeError as error:
         if isinstance(error, NotImplementedError) or "TPU support not installed" in str(error):
-            raise UserError(missing) from error
+            extra = "plan" if chip.ring else "plan-cuda"
+            raise UserError(f'{chip.compiler} is not installed: pip install "gpt-spmd[{extra}]".') from error
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
         raise UsageError(f"--topology={name} is refused by {chip.compiler}: {reason}.") from error
 
@@ -175,15 +173,12 @@ def _parse(name: str) -> tuple[int, Chip, str]:
     count, kind, layout = match.groups()
     known = {chip.name: chip for chip in CHIPS if chip.memory}
     if not (chip := known.get(kind)):
-        raise UsageError(
-            f"--topology={name}: there is no chip {kind!r}; choose one of {', '.join(known)}, or see --list_topologies."
-        )
+        raise UsageError(f"--topology={name}: there is no chip {kind!r}; choose one of {', '.join(known)}.")
     sizes, most = ([int(size) for size in x.split("x")] for x in (layout, chip.largest.split(":")[1]))
     if len(sizes) != len(most) or not 0 < math.prod(sizes) <= math.prod(most):
-        limit = (
-            f"{kind} has {len(most)} sizes, up to {chip.largest}" if chip.ring else f"a host has 1 to {most[0]} GPUs"
+        raise UsageError(
+            f"--topology={name}: {kind} has {len(most)} sizes, up to {chip.largest} (or 4x{chip.largest})."
         )
-        raise UsageError(f"--topology={name}: {limit}; 4x{chip.largest} stands for four of them.")
     return int(count or 1), chip, layout
 
 

@@ -34,7 +34,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from gpt.runtime import versions
 from gpt.runtime.errors import UserError
@@ -122,7 +122,7 @@ class Lifeline:
         """Handles a message of a process."""
         raise NotImplementedError
 
-    def _end(self, text: str, code: int) -> None:
+    def _end(self, text: str, code: int) -> NoReturn:
         """Ends this process. A hub ends all others too."""
         exit_now(text, code)
 
@@ -205,14 +205,13 @@ class Hub(Lifeline):
         self._send_all({"key": key, "value": value})
         return value
 
-    def failed(self, text: str, code: int, own_fault: bool) -> int:
+    def failed(self, text: str, code: int, own_fault: bool) -> NoReturn:
         """Ends all processes after an error in this one; see `cluster.failed`."""
         if not own_fault:
             time.sleep(5)
         self._end(text, code)
-        return code
 
-    def _end(self, text: str, code: int) -> None:
+    def _end(self, text: str, code: int) -> NoReturn:
         with self._changed:
             self._send_all({"end": code})
             super()._end(text, code)
@@ -326,17 +325,15 @@ class Spoke(Lifeline):
             self._changed.wait_for(lambda: key in self._values)
             return self._values.pop(key)
 
-    def failed(self, text: str, code: int, own_fault: bool) -> int:
+    def failed(self, text: str, code: int, own_fault: bool) -> NoReturn:
         # If all processes have the same error, process 0 reports it, and `_receive` ends this process during the sleep.
         time.sleep(1 if own_fault else 5)
         text = f"{self.name}: {text}"
-        with contextlib.suppress(
-            OSError
-        ):  # printed first, because `_receive` ends this process after process 0 answers
+        # Printed first, because `_receive` ends this process after process 0 answers.
+        with contextlib.suppress(OSError):
             print(text, file=sys.stderr, flush=True)
         self._send_all({"error": text, "code": code})
         exit_now("", code)
-        return code
 
     def _receive(self, index: int, message: dict[str, Any]) -> None:
         if "key" in message:
@@ -414,7 +411,7 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def exit_now(text: str, code: int) -> None:
+def exit_now(text: str, code: int) -> NoReturn:
     """Prints a message and ends this process without waiting for other processes or for JAX.
 
     Args:
