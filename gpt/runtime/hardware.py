@@ -176,9 +176,7 @@ def _parse(name: str) -> tuple[int, Chip, str]:
         raise UsageError(f"--topology={name}: there is no chip {kind!r}; choose one of {', '.join(known)}.")
     sizes, most = ([int(size) for size in x.split("x")] for x in (layout, chip.largest.split(":")[1]))
     if len(sizes) != len(most) or not 0 < math.prod(sizes) <= math.prod(most):
-        raise UsageError(
-            f"--topology={name}: {kind} has {len(most)} sizes, up to {chip.largest} (or 4x{chip.largest})."
-        )
+        raise UsageError(f"--topology={name}: {kind} has {len(most)} sizes, up to {chip.largest} or 4x{chip.largest}.")
     return int(count or 1), chip, layout
 
 
