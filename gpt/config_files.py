@@ -55,7 +55,7 @@ def read_file(place: str) -> ml_collections.ConfigDict:
     if not path.is_file():
         stems = {file.stem: file for folder in ("configs", path.parent) for file in sorted(Path(folder).glob("*.py"))}
         near = difflib.get_close_matches(path.stem, stems, n=1)
-        what = "is a folder, not a config file" if path.is_dir() else "there is no such config file"
+        what = "is a folder, not a config file" if name and path.is_dir() else "there is no such config file"
         hint = f"did you mean {stems[near[0]]}{colon}{argument}?" if near else "name one, like configs/char.py."
         raise UsageError(f"--config={place}: {what}; {hint}")
     if path.suffix != ".py":
