@@ -3,10 +3,10 @@
 import difflib
 import inspect
 import re
+import runpy
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import ml_collections
@@ -53,19 +53,15 @@ def read_file(place: str) -> ml_collections.ConfigDict:
     name, colon, argument = place.partition(":")
     path = Path(name).expanduser()
     if not path.is_file():
-        is_folder = name and path.is_dir()
         stems = {file.stem: file for folder in ("configs", path.parent) for file in sorted(Path(folder).glob("*.py"))}
-        near = difflib.get_close_matches(path.stem, stems, n=1) if not is_folder else []
-        what = "is a folder, not a config file" if is_folder else "there is no such config file"
+        near = difflib.get_close_matches(path.stem, stems, n=1)
+        what = "is a folder, not a config file" if name and path.is_dir() else "there is no such config file"
         hint = f"did you mean {stems[near[0]]}{colon}{argument}?" if near else "name one, like configs/char.py."
         raise UsageError(f"--config={place}: {what}; {hint}")
     if path.suffix != ".py":
         raise UsageError(f"--config={place}: a config file is a Python file, like configs/char.py.")
-    module = ModuleType("config_file")
-    module.__file__ = str(path)
     try:
-        exec(compile(path.read_bytes(), str(path), "exec"), vars(module))
-        get_config = getattr(module, "get_config", None)
+        get_config = runpy.run_path(str(path)).get("get_config")
         if not callable(get_config):
             raise UsageError("it defines no function get_config(); see configs/char.py.")
         arguments = [argument] if colon else []
@@ -76,9 +72,7 @@ def read_file(place: str) -> ml_collections.ConfigDict:
             raise UsageError(f"its get_config() {takes} {colon or ':'}{argument or 'ARGUMENT'}.") from None
         tree = get_config(*arguments)
         if not isinstance(tree, ml_collections.ConfigDict) or set(tree) != set(default_config()):
-            raise UsageError(
-                f"its get_config() has to return what default_config() returns, not a {type(tree).__name__}."
-            )
+            raise UsageError(f"get_config() has to return what default_config() returns, not a {type(tree).__name__}.")
     except UserError as error:
         raise UsageError(f"--config={place}: {error}") from None
     except Exception as error:  # an error of the user's code, unless it was raised within this package
@@ -126,23 +120,19 @@ def override(tree: ml_collections.ConfigDict, key: str, text: str | None) -> Non
     Raises:
       UsageError: there is no such key, or the value has another type.
     """
-    *path, name = key.split(".")
-    group: Any = tree
-    for part in path:
-        group = group.get(part) if isinstance(group, ml_collections.ConfigDict) else None
-    if not isinstance(group, ml_collections.ConfigDict) or name not in group:
-        raise UsageError(str(unknown_key(key)))
-    kind, flag = group.get_type(name), f"--config.{key}"
-    if kind not in READERS:
-        example = next(iter(flatten(group[name].to_dict())))
+    values, flag = flatten(tree.to_dict()), f"--config.{key}"
+    if key not in values:
         given = flag if text is None else f"{flag}={text}"
-        raise UsageError(f"{given}: {key} is a group of keys; set one of them, like {flag}.{example}=VALUE.")
-    if key in ("model.family", "data.kind") and text != group[name] and text in (*FAMILIES, *KINDS):
+        for inside in values:
+            if inside.startswith(f"{key}."):
+                raise UsageError(f"{given}: {key} is a group of keys; set one of them, like --config.{inside}=VALUE.")
+        raise UsageError(str(unknown_key(key)))
+    if key in ("model.family", "data.kind") and text != values[key] and text in (*FAMILIES, *KINDS):
         raise UsageError(f"{flag}={text}: other keys depend on it, so start from a config file for {text}.")
-    if text is None and kind is not bool:
+    if text is None and not isinstance(values[key], bool):
         raise UsageError(f"{flag} needs a value: {flag}=VALUE.")
-    read, wanted = READERS[kind]
+    read, wanted = READERS[type(values[key])]
     try:
-        group[name] = read("true" if text is None else text)
+        tree.update_from_flattened_dict({key: read("true" if text is None else text)})
     except (ValueError, KeyError):
         raise UsageError(f"{flag}={text} has to be {wanted}.") from None

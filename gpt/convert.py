@@ -25,9 +25,7 @@ _BASE = flags.DEFINE_string("base", None, "With --from_peft: workdir of the mode
 _TO_PEFT = flags.DEFINE_string("to_peft", None, "New folder to write with the LoRA adapters of a run, for PEFT.")
 _WORKDIR = cli.define_workdir_flag("Folder of the run: a new one with --from_…, an existing one with --to_….")
 _CHECKPOINT = cli.define_checkpoint_flag()
-_VOCAB_MULTIPLE = flags.DEFINE_integer(
-    "vocab_multiple", 128, "model.vocab_multiple of the new workdir, a multiple of mesh.model.", lower_bound=1
-)
+_VOCAB_MULTIPLE = flags.DEFINE_integer("vocab_multiple", 128, "model.vocab_multiple of the new workdir.", lower_bound=1)
 
 
 def main() -> None:

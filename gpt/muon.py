@@ -1,7 +1,4 @@
-"""Muon, an optimizer for matrices, with the work spread over the devices of a mesh.
-
-Shape suffixes: N matrices, I inputs, O outputs.
-"""
+"""Muon, an optimizer for matrices, with the work spread over the devices of a mesh."""
 
 import collections
 import functools
@@ -13,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import PartitionSpec as P
 
 from gpt.models.mesh import mesh_axes, num_devices
 
@@ -31,7 +27,7 @@ def scale_by_muon(momentum: float, logical_axes: Any) -> optax.GradientTransform
     """
 
     def orthogonalized(updates, params=None):
-        names = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, P))
+        names = jax.tree.leaves(logical_axes, is_leaf=lambda x: isinstance(x, jax.P))
         leaves, structure = jax.tree.flatten(updates)
         groups = collections.defaultdict(list)
         for i, (x, axes) in enumerate(zip(leaves, names, strict=True)):
@@ -51,24 +47,16 @@ def scale_by_muon(momentum: float, logical_axes: Any) -> optax.GradientTransform
 def orthogonal_update(axes: tuple[str | None, ...], x: jax.Array) -> jax.Array:
     """Returns Muon's update for stacked kernels, [number, *shape], of which each is orthogonalized as a matrix.
 
+    Optax's Muon has no momentum here: that of `scale_by_muon` is sharded like the parameters.
+
     Args:
       axes: logical names of a kernel's axes. It has `embed` as its inputs or as its outputs.
     """
     middle = 2 if axes[0] == "embed" else x.ndim - 1
-    inputs, outputs = math.prod(x.shape[1:middle]), math.prod(x.shape[middle:])
-    y_NxIxO = 0.2 * max(inputs, outputs) ** 0.5 * orthogonalize(x.reshape(-1, inputs, outputs))
-    return y_NxIxO.reshape(x.shape)
-
-
-def orthogonalize(x_NxIxO: jax.Array) -> jax.Array:
-    """Returns about U·Vᵀ for each matrix U·S·Vᵀ, by five Newton-Schulz iterations with Jordan's coefficients."""
-    transposed = x_NxIxO.shape[1] > x_NxIxO.shape[2]
-    x = x_NxIxO.swapaxes(1, 2) if transposed else x_NxIxO
-    x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-7)
-    for _ in range(5):
-        square = x @ x.swapaxes(1, 2)
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.swapaxes(1, 2) if transposed else x
+    sides = optax.contrib.MuonDimensionNumbers(tuple(range(1, middle)), tuple(range(middle, x.ndim)))
+    muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, eps=1e-7, weight_dimension_numbers=sides)
+    largest = max(math.prod(x.shape[1:middle]), math.prod(x.shape[middle:]))
+    return 0.2 * largest**0.5 * muon.update(x, muon.init(x))[0]
 
 
 def spread_over_devices(
@@ -101,8 +89,8 @@ def spread_over_devices(
     rows = len(x)
     x = jnp.pad(x, [(0, -rows % num_devices(used)), *[(0, 0)] * (x.ndim - 1)])
     for layout in layouts[1:]:
-        x = jax.lax.with_sharding_constraint(x, P(*layout))
+        x = jax.lax.with_sharding_constraint(x, jax.P(*layout))
     x = function(x)
     for layout in reversed(layouts):
-        x = jax.lax.with_sharding_constraint(x, P(*layout))
+        x = jax.lax.with_sharding_constraint(x, jax.P(*layout))
     return x[:rows]

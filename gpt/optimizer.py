@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
 
 from gpt.muon import scale_by_muon
 from gpt.runtime.errors import UserError
@@ -101,7 +100,7 @@ def make_optimizer(
         """Returns whether a parameter is a kernel of a block, whose inputs and outputs both grow with the width."""
         return path[-1].key == "kernel" and not {"vocab", "classes", "patch"} & set(names)
 
-    inner = jax.tree_util.tree_map_with_path(is_inner, logical_axes, is_leaf=lambda x: isinstance(x, P))
+    inner = jax.tree_util.tree_map_with_path(is_inner, logical_axes, is_leaf=lambda x: isinstance(x, jax.P))
     scale = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.epsilon)
     if config.name == "muon":
         masked = jax.tree.map(lambda use, names: names if use else optax.MaskedNode(), inner, logical_axes)

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 
 import jax
-from jax.sharding import PartitionSpec as P
 
 from gpt.runtime.progress import columns
 from gpt.sharding import axes_of_entry, bytes_per_device, path_name
@@ -40,7 +39,7 @@ def of_program(program: Program) -> list[Parameter]:
     """Returns how each parameter of the model and of its adapters is sharded, with one entry for all layers."""
     layout, state, parameters = program.layout, program.abstract_state, dict[str, Parameter]()
     for collection, tree in variables(state.params, state.frozen).items():
-        names = jax.tree.leaves(program.logical_axes[collection], is_leaf=lambda x: isinstance(x, P))
+        names = jax.tree.leaves(program.logical_axes[collection], is_leaf=lambda x: isinstance(x, jax.P))
         for (path, leaf), axes in zip(jax.tree_util.tree_leaves_with_path(tree), names, strict=True):
             name = re.sub(r"block_\d+", "block_*", path_name(path))
             count = parameters[name].count + 1 if name in parameters else 1

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gpt.planning import report
-from gpt.planning.report import ASSUMPTIONS, BOTTLENECKS, MEMORY_PARTS
+from gpt.planning.report import MEMORY_PARTS, TEXTS
 
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
@@ -172,10 +172,8 @@ def test_the_data_of_a_page_is_the_data_of_its_plans():
         "plans": plans,
         "placement": where,
         "price": 2.5,
-        "memory_parts": MEMORY_PARTS,
-        "bottlenecks": BOTTLENECKS,
+        **TEXTS,
         "kernels": ["cudnn", "splash"],
-        "assumptions": ASSUMPTIONS,
     }
     assert list(embedded(written(plans))["memory_parts"]) == list(MEMORY)  # the order of the pieces of a bar
 

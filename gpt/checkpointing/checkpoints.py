@@ -86,18 +86,13 @@ class Checkpoints:
         steps = sorted(self._saved | self._damaged)
         if not steps:
             raise UserError(f"There is no checkpoint in {self._path} yet.")
-        if which in ("best", "last"):
-            best = self.best() if which == "best" else None
-            step = best[0] if best else steps[-1]
-        elif which.isdecimal() and int(which) in steps:
-            step = int(which)
-        else:
+        named = {str(step): step for step in steps} | {"best": (self.best() or steps[-1:])[0], "last": steps[-1]}
+        if which not in named:
             raise UserError(f"--checkpoint={which}: choose best, last or one of {', '.join(map(str, steps))}.")
         # Any damaged checkpoint may have been the best one.
-        damaged = self._damaged if which == "best" else self._damaged.keys() & {step}
-        if damaged:
+        if damaged := self._damaged if which == "best" else self._damaged.keys() & {named[which]}:
             raise self._damaged[max(damaged)]
-        return step
+        return named[which]
 
     def last_whole(self, restore: Callable[[int], Any]) -> tuple[int, Any] | None:
         """Returns the newest step that can be restored and the result of `restore(step)`; None if nothing was saved.
@@ -201,10 +196,8 @@ class Checkpoints:
 
     def poll(self) -> None:
         """Notes the failure or the end of the save in the background, if it has ended."""
-        if self._saving is None or not self._saving[1].done():
-            return
         # Several processes have to call `wait` at the same step, so only a failure, which ends the job, is noted now.
-        if self._saving[1].exception() or not cluster.is_several():
+        if self._saving and self._saving[1].done() and (self._saving[1].exception() or not cluster.is_several()):
             self.wait()
 
     def wait(self) -> None:

@@ -17,11 +17,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from gpt.runtime.errors import UserError
-from gpt.sharding import path_name
+from gpt.sharding import axes_of_entry, path_name
 
 MIX = ((16, 0x85EBCA6B), (13, 0xC2B2AE35))  # shifts and factors of MurmurHash3's finalizer
 BLOCK = 1 << 18  # elements that the host mixes at a time, few enough to stay in a core's cache
@@ -47,7 +45,7 @@ def digests(tree: Any) -> dict[str, int]:
     table = jax.device_get(_digest_on_each_device(mesh, specs)(*arrays)).reshape(*mesh.devices.shape, len(arrays))
     result = {}
     for i, (name, spec) in enumerate(zip(names, specs, strict=True)):
-        sharded = {axis for axes in spec for axis in _axes(axes)}
+        sharded = {axis for axes in spec for axis in axes_of_entry(axes)}
         first = tuple(slice(None if axis in sharded else 1) for axis in mesh.axis_names)
         values = table[..., i]
         if (values != values[first]).any():
@@ -78,13 +76,13 @@ def chunks(shape: Sequence[int], chunk: Any) -> Iterator[tuple[slice, ...]]:
 
 
 @functools.lru_cache(maxsize=8)
-def _digest_on_each_device(mesh: Mesh, specs: tuple[P, ...]):
+def _digest_on_each_device(mesh: jax.sharding.Mesh, specs: tuple[jax.P, ...]):
     """Returns a jitted function (*arrays) -> uint32 [devices, arrays]: the digest of each shard of each array."""
 
     def on_device(*shards: jax.Array) -> jax.Array:
         result = []
         for shard, spec in zip(shards, specs, strict=True):
-            names = [_axes(axes) for axes in spec] + [()] * (shard.ndim - len(spec))
+            names = [axes_of_entry(axes) for axes in spec] + [()] * (shard.ndim - len(spec))
             sizes = list(zip(names, shard.shape, strict=True))
             origin = [jax.lax.axis_index(axes) * size if axes else 0 for axes, size in sizes]
             shape = [size * math.prod(mesh.shape[axis] for axis in axes) for axes, size in sizes]
@@ -92,8 +90,8 @@ def _digest_on_each_device(mesh: Mesh, specs: tuple[P, ...]):
             result.append(_digest(bits, origin, shape, jnp))
         return jnp.stack(result)[None]
 
-    each = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=P(mesh.axis_names), check_vma=False)
-    return jax.jit(each, out_shardings=jax.NamedSharding(mesh, P()))
+    each = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=jax.P(mesh.axis_names), check_vma=False)
+    return jax.jit(each, out_shardings=jax.NamedSharding(mesh, jax.P()))
 
 
 def _digest(bits: Any, origin: Sequence[Any], shape: Sequence[int], numpy: types.ModuleType) -> Any:
@@ -106,7 +104,8 @@ def _digest(bits: Any, origin: Sequence[Any], shape: Sequence[int], numpy: types
       numpy: the module `numpy` or `jax.numpy`.
     """
     for axis, (size, first) in enumerate(zip(bits.shape, origin, strict=True)):
-        positions = (numpy.arange(size, dtype=np.uint32) + numpy.uint32(first)) * _stride(shape, axis)
+        stride = np.uint32(math.prod(shape[axis + 1 :]) * 0x9E3779B9 % 2**32)  # of the number for a position
+        positions = (numpy.arange(size, dtype=np.uint32) + numpy.uint32(first)) * stride
         bits ^= positions.reshape(-1, *(1,) * (bits.ndim - axis - 1))
     for shift, factor in MIX:
         bits ^= bits >> np.uint32(shift)
@@ -115,17 +114,7 @@ def _digest(bits: Any, origin: Sequence[Any], shape: Sequence[int], numpy: types
     return bits.sum(dtype=np.uint32)
 
 
-def _stride(shape: Sequence[int], axis: int) -> np.uint32:
-    """Returns what a step along an axis adds to the number that stands for an element's position."""
-    return np.uint32(math.prod(shape[axis + 1 :]) * 0x9E3779B9 % 2**32)
-
-
-def _axes(axes: Any) -> tuple[str, ...]:
-    """Returns the mesh axes in one entry of a PartitionSpec."""
-    return (axes,) if isinstance(axes, str) else tuple(axes or ())
-
-
-def _describe_differing(mesh: Mesh, digests: np.ndarray, sharded: set[str]) -> str:
+def _describe_differing(mesh: jax.sharding.Mesh, digests: np.ndarray, sharded: set[str]) -> str:
     """Returns which devices hold other values than the majority of the devices with the same part of an array.
 
     Args:

@@ -60,9 +60,7 @@ class Weights:
             workdir is local: opening a local workdir uses no network.
         """
         if files.is_local(workdir.path) and not files.is_local(base.path):
-            raise UserError(
-                f"--workdir={workdir.path}: base.path={base.path} in run.json is on the network; use a local copy."
-            )
+            raise UserError(f"--workdir={workdir.path}: base.path={base.path} is on the network; use a local copy.")
         try:
             weights = cls(Workdir(base.path), str(base.step))
         except UserError as error:
@@ -117,13 +115,11 @@ class Weights:
         config = dataclasses.replace(config, scan_layers=True)
         variables = jax.eval_shape(lambda: config.module().init(jax.random.key(0), config.blank(1)))
         shapes = flatten_dict(jax.tree.map(lambda leaf: leaf.shape, nn.unbox(variables["lora"])), sep="/")
-        arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
-        for name, start, part in self._checkpoint.restore_each(self._item, shapes):
-            arrays[name][start : start + len(part)] = part
         adapters: dict[str, dict[str, np.ndarray]] = {}
-        for name, array in arrays.items():
+        for name, start, part in self._checkpoint.restore_each(self._item, shapes):
             layer, _, matrix = name.rpartition("/")
-            adapters.setdefault(f"{layer}/kernel", {})[matrix] = array
+            matrices = adapters.setdefault(f"{layer}/kernel", {})
+            matrices.setdefault(matrix, np.empty(shapes[name], np.float32))[start : start + len(part)] = part
         return adapters
 
 

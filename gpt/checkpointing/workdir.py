@@ -23,7 +23,6 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from typing import IO
 
 from etils import epath
 
@@ -75,7 +74,10 @@ class Workdir:
         created = self.create()
         if not files.is_local(self.path):
             return
-        file = stack.enter_context(self._open_lock())
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+        file = stack.enter_context(os.fdopen(os.open(self.path / ".lock", flags, 0o644), "r+"))
+        if os.fstat(file.fileno()).st_nlink > 1:
+            raise UserError(f"{self.path}/.lock is a hard link to a file that the lock would overwrite; delete it.")
         stack.callback(self._remove_if_unused, created)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -90,14 +92,6 @@ class Workdir:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-
-    def _open_lock(self) -> IO[str]:
-        path = self.path / ".lock"
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644), "r+")
-        if os.fstat(file.fileno()).st_nlink > 1:
-            file.close()
-            raise UserError(f"{path} is a hard link to a file that the lock would overwrite; delete the link.")
-        return file
 
     def _remove_if_unused(self, created: list[str]) -> None:
         """Removes the lock file and the created folders if nothing else was written."""

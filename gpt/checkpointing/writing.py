@@ -81,10 +81,6 @@ class _DeferredHandler(type_handlers.NumpyHandler):
                 await writing
         self.digests[f"params/{value.name}"] = digest % 2**32
 
-    def memory_size(self, values):
-        sizes = [value.size * value.dtype.itemsize for value in values]
-        return [(size, size) for size in sizes]
-
 
 def write_params(folder: epath.Path, run: Run, params: list[Deferred]) -> None:
     """Writes a checkpoint of step 0 that has parameters, with stacked layers, and no optimizer state."""

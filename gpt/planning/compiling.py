@@ -47,19 +47,14 @@ def build(config: Config, devices: list[jax.Device]) -> step.Program:
     """Returns the program that `gpt.main` would run on the devices.
 
     Raises:
-      UserError: the config does not allow it, or cuDNN is not installed although the config needs it.
+      UserError: the config does not allow it.
     """
     vocab_size = config.model.vocab_size or config.data.vocab_size
     if not vocab_size:
         raise UserError("A plan reads neither data nor tokenizer; set model.vocab_size to the size of the vocabulary.")
     layout = sharding.make_layout(config.mesh, devices)
     # The number of steps only sets constants of the learning rate schedule; it does not affect memory or time.
-    try:
-        return step.build(config, vocab_size, layout, config.train.total_steps(config.model.length, 1))
-    except RuntimeError as error:
-        if "cuDNN not found" in str(error):
-            raise UserError('cuDNN is not installed: pip install "gpt-spmd[plan-cuda]".') from error
-        raise
+    return step.build(config, vocab_size, layout, config.train.total_steps(config.model.length, 1))
 
 
 def compile_step(config: Config, program: step.Program) -> Compiled:

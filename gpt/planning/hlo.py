@@ -4,6 +4,7 @@ XLA's own cost_analysis() counts the body of a loop once and does not support GP
 a loop by its trip count.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -26,8 +27,8 @@ _ATTENTION_PRODUCTS = {
     r"__cudnn\$fmha(ScaleBias)?Softmax$": 2,
     r"__cudnn\$fmha(ScaleBias)?SoftmaxBackward$": 5,
 }
-# Bytes that are read of each operand, or written of each result; None for all of it.
-Accesses = list[int | None]
+# Bytes that are read of each operand, or written of each result; infinite for all of it.
+Accesses = list[float]
 # What the TPU compiler writes as estimated cycles if it has no estimate.
 _NO_ESTIMATE = 2**63 - 1
 
@@ -167,21 +168,19 @@ class Module:
         Raises:
           ValueError: the trip count of a loop is not known.
         """
-        computation = computation or self.entry
+        computation, calls = computation or self.entry, ("call", "async-start", *(("fusion",) if fusions else ()))
         for instruction in self.computations[computation].values():
             yield computation, instruction, times
+            called, runs = [instruction.called], times
             if instruction.opcode == "while":
-                yield from self.walk(instruction.called, times * self.trips(computation, instruction), fusions)
-            elif (
-                instruction.opcode in ("call", "async-start")
-                or (fusions and instruction.opcode == "fusion")
-                or _is_wrapper(instruction)
-            ):
-                yield from self.walk(instruction.called, times, fusions)
+                runs *= self.trips(computation, instruction)
             elif instruction.opcode == "conditional":
                 branches = r"(?:_computation=|branch_computations=\{|, )%([\w.\-]+)"
-                for name in re.findall(branches, instruction.attributes):
-                    yield from self.walk(name, times, fusions)
+                called = re.findall(branches, instruction.attributes)
+            elif instruction.opcode not in calls and not _is_wrapper(instruction):
+                continue
+            for name in called:
+                yield from self.walk(name, runs, fusions)
 
     @functools.cached_property
     def asynchronous(self) -> dict[str, tuple[str, Instruction]]:
@@ -218,18 +217,16 @@ class Module:
         if known := loop.get(r"known_trip_count[^\d]*(\d+)"):
             return int(known)
         condition, body = loop.get(r"condition=%?([\w.\-]+)"), loop.called
-        in_condition, in_body = self.computations[condition], self.computations[body]
-        try:
+        in_body = self.computations[body]
+        with contextlib.suppress(IndexError, StopIteration, ValueError):
             counter, limit = self.roots[condition].operands
-            i = int(in_condition[counter].get(r"index=(\d+)"))
+            i = int(self.computations[condition][counter].get(r"index=(\d+)"))
             start = self._constant(computation, self.computations[computation][loop.operands[0]].operands[i])
             stop = self._constant(condition, limit)
             add = in_body[self.roots[body].operands[i]]
             step = next(self._constant(body, name) for name in add.operands if in_body[name].opcode == "constant")
             if "direction=LT" in self.roots[condition].attributes and add.opcode == "add":
                 return max(0, -(-(stop - start) // step))
-        except (IndexError, StopIteration, ValueError):
-            pass
         raise ValueError(f"the trip count of the loop {loop.name} is not known")
 
     def _constant(self, computation: str, name: str) -> int:
@@ -250,23 +247,21 @@ class Module:
         reads, writes = self._partial_accesses(computation, instruction)
         results = _arrays(instruction.shape)
         if len(writes) != len(results):  # a tuple that is passed through unchanged
-            writes = [None] * len(results)
+            writes = [math.inf] * len(results)
         sizes = [_main_bytes(shape) for shape in [*shapes, *results]]
-        return sum(
-            size if part is None else min(part, size) for part, size in zip([*reads, *writes], sizes, strict=True)
-        )
+        return int(sum(map(min, [*reads, *writes], sizes)))
 
     def _partial_accesses(self, computation: str, instruction: Instruction) -> tuple[Accesses, Accesses]:
-        """Returns the bytes that are read of each operand and written of each result; None for all of them."""
+        """Returns the bytes that are read of each operand and written of each result; infinite for all."""
         if instruction.opcode == "fusion":
             return self._accesses(instruction.called)
         shapes = self.shapes(computation, instruction)
-        whole: Accesses = [None] * len(shapes)
+        whole: Accesses = [math.inf] * len(shapes)
         if instruction.opcode in ("dynamic-slice", "gather", "slice"):
-            return [_bytes(instruction.shape), *whole[1:]], [None]
+            return [_bytes(instruction.shape), *whole[1:]], [math.inf]
         if instruction.opcode == "dynamic-update-slice":  # in place
             return [0, *whole[1:]], [_bytes(shapes[1])]
-        return whole, [None]
+        return whole, [math.inf]
 
     def _uncached_accesses(self, fused: str) -> tuple[Accesses, Accesses]:
         """Returns `_partial_accesses` of the fusion of a computation."""
@@ -276,13 +271,12 @@ class Module:
             for index, operand in enumerate(instruction.operands):
                 users.setdefault(operand, []).append((instruction, index))
 
-        def reads(name: str) -> int | None:
-            total = 0
+        def reads(name: str) -> float:
+            total = 0.0
             for user, index in users.get(name, []):
-                part = reads(user.name) if user.opcode == "bitcast" else self._partial_accesses(fused, user)[0][index]
-                if part is None or (user is root and user.opcode == "tuple"):
-                    return None
-                total += part
+                if user is root and user.opcode == "tuple":
+                    return math.inf
+                total += reads(user.name) if user.opcode == "bitcast" else self._partial_accesses(fused, user)[0][index]
             return total
 
         def writes(name: str) -> Accesses:
@@ -354,8 +348,11 @@ def _flops(module: Module, computation: str, product: Instruction) -> int:
     if not cublas and product.opcode not in ("dot", "convolution"):
         return 0
     left, right = map(_sizes, module.shapes(computation, product)[:2])  # cuBLAS adds a third operand to the product
-    flops = _convolution_flops if product.opcode == "convolution" else _dot_flops
-    return flops(product, left, right, _sizes(product.shape))
+    if product.opcode == "convolution":
+        return _convolution_flops(product, left, right, _sizes(product.shape))
+    # lhs_contracting_dims={1}, or for cuBLAS "lhs_contracting_dimensions":["1"]
+    contracted = product.get(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)')
+    return 2 * math.prod(_sizes(product.shape)) * math.prod(left[axis] for axis in _numbers(contracted))
 
 
 def _is_8bit(module: Module, computation: str, product: Instruction) -> bool:
@@ -382,12 +379,6 @@ def _attention_flops(kernel: Instruction, shapes: list[str]) -> int:
     q, k = [_sizes(shape) for shape in shapes if re.match(r"(?:bf16|f16|f32)\[(?:\d+,){2,3}\d+\]", shape)][:2]
     length = -2 if kernel.name.startswith("splash") else 1  # splash: [B, H, T, K] or [H, T, K]; cuDNN: [B, T, H, K]
     return math.prod(q) * (2 * k[length] - q[length])
-
-
-def _dot_flops(dot: Instruction, left: list[int], _, result: list[int]) -> int:
-    # lhs_contracting_dims={1}, or for cuBLAS "lhs_contracting_dimensions":["1"]
-    contracted = dot.get(r'lhs_contracting_dim(?:s=\{|ensions":\[)([\d,"]*)')
-    return 2 * math.prod(result) * math.prod(left[int(axis)] for axis in re.findall(r"\d+", contracted))
 
 
 def _convolution_flops(convolution: Instruction, left: list[int], right: list[int], result: list[int]) -> int:

@@ -1,6 +1,7 @@
 """Formats plans, which `gpt.planning.compiling.measure` returns, as text or as an HTML page."""
 
 import json
+import tomllib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,8 @@ from gpt.runtime.progress import columns, duration
 
 Report = dict[str, Any]
 
-BOTTLENECKS = {
-    "compute": "compute-bound (matrix products)",
-    "memory": "memory-bound (bandwidth of the main memory)",
-    "network": "network-bound (collectives)",
-}
-MEMORY_PARTS = {
-    "parameters": "parameters",
-    "optimizer": "optimizer state",
-    "batch": "batch",
-    "padding": "padding of the above",
-    "temporaries": "gradients, activations",
-    "output": "outputs",
-}
-ASSUMPTIONS = """\
-Assumptions: Kernels run one after another. A kernel takes as long as its matrix products at the chip's peak, or as
-its bytes at the peak bandwidth of the main memory, whichever is longer. Collectives use a ring over every link that
-their group spans, or the rings that the program states, at public bandwidth; those marked * overlap with the kernels
-that are scheduled beside them, and the rest of their time is exposed. Both branches of a conditional run. The input
-arrives in time. If the compiler's estimate of its kernels is longer, it counts instead. Published runs of such
-programs took 0.85 to 1.05 times as long as such plans for TPUs, and 1.4 to 3.5 times as long as those for GPUs
-(launch/PLANNING.md)."""
+TEXTS = tomllib.loads(Path(__file__).with_name("report.toml").read_text(encoding="utf-8"))
+MEMORY_PARTS = TEXTS["memory_parts"]
 
 
 def text(report: Report, price: float | None = None) -> Iterator[str]:
@@ -107,7 +89,7 @@ def _estimate(report: Report, price: float | None) -> Iterator[str]:
     seconds, tokens = report["seconds"], report["batch_size"] * report["block_size"]
     compute, memory = duration_ms(seconds["compute"]), duration_ms(seconds["memory"])
     exposed, overlapped = (duration_ms(seconds["network"][part]) for part in ("exposed", "overlapped"))
-    yield f"ESTIMATE: {BOTTLENECKS[seconds['bottleneck']]}"
+    yield f"ESTIMATE: {TEXTS['bottlenecks'][seconds['bottleneck']]}"
     yield f"  kernels         {compute:>14} compute-bound, {memory} memory-bound"
     yield f"  collectives     {exposed:>14} exposed, {overlapped} overlapped"
     yield f"  step            {duration_ms(seconds['roofline']):>14} by the roofline"
@@ -132,7 +114,7 @@ def _estimate(report: Report, price: float | None) -> Iterator[str]:
     if report.get("flags"):
         yield f"  flags           {' '.join(report['flags'])}"
     yield ""
-    yield ASSUMPTIONS
+    yield TEXTS["assumptions"]
 
 
 def table(reports: Iterable[Report]) -> Iterator[str]:
@@ -174,8 +156,7 @@ def html(plans: list[Report], placement: dict[str, Any], price: float | None = N
       placement: `compiling.placement` of the first plan.
       price: price of one device for an hour.
     """
-    data: dict[str, Any] = {"plans": plans, "placement": placement, "price": price, "assumptions": ASSUMPTIONS}
-    data |= {"memory_parts": MEMORY_PARTS, "bottlenecks": BOTTLENECKS, "kernels": list(KERNELS)}
+    data = {"plans": plans, "placement": placement, "price": price, "kernels": list(KERNELS)} | TEXTS
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     # A "<" in a text could end the script.
     return template.replace("PLANS", json.dumps(data).replace("<", "\\u003c"))

@@ -45,18 +45,12 @@ def estimate(
       "compiler": of the step with the compiler's estimate of the kernels, or None, "step": the longer of the two,
       "mfu": model FLOPs utilisation, "bottleneck": "compute", "memory" or "network"}.
     """
-    compute = memory = 0.0
-    for operation in operations:
-        by_flops, by_bytes = _product_seconds(operation, chip), operation.bytes / chip.bandwidth
-        if operation.overlaps:
-            continue
-        if by_flops > by_bytes:
-            compute += operation.times * by_flops
-        else:
-            memory += operation.times * by_bytes
+    each = [(o.times * _product_seconds(o, chip), o.times * o.bytes / chip.bandwidth) for o in operations]
+    alone = [times for times, operation in zip(each, operations, strict=True) if not operation.overlaps]
+    compute = sum(by_flops for by_flops, by_bytes in alone if by_flops > by_bytes)
+    memory = sum(by_bytes for by_flops, by_bytes in alone if by_flops <= by_bytes)
     # Overlapping copies share the bandwidth of the main memory with the kernels.
-    traffic = sum(operation.times * operation.bytes for operation in operations) / chip.bandwidth
-    memory = max(memory, traffic - compute)
+    memory = max(memory, sum(by_bytes for _, by_bytes in each) - compute)
     network = sum(network_seconds(collective, mesh, chip) for collective in collectives)
     exposed = sum(exposed_seconds(collective, mesh, chip) for collective in collectives)
     overlapped = network - exposed
@@ -100,12 +94,12 @@ def exposed_seconds(collective: Collective, mesh: jax.sharding.Mesh, chip: Chip)
     seconds = network_seconds(collective, mesh, chip)
     if not collective.overlaps:
         return seconds
-    exposed = 0.0
-    for times, size, kernels in collective.beside:
-        if kernels is not None:
-            run = seconds * size / max(collective.bytes, 1)
-            exposed += times * max(0.0, run - sum(_kernel_seconds(kernel, chip) for kernel in kernels))
-    return exposed
+    per_byte = seconds / max(collective.bytes, 1)
+    return sum(
+        times * max(0.0, per_byte * size - sum(_kernel_seconds(kernel, chip) for kernel in kernels))
+        for times, size, kernels in collective.beside
+        if kernels is not None
+    )
 
 
 def _kernel_seconds(kernel: Operation, chip: Chip) -> float:

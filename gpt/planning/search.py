@@ -66,11 +66,8 @@ def candidates(config: Config, devices: list[jax.Device], chip: Chip) -> list[Ca
     model, batch_size, result = config.model, config.train.batch_size, []
     vocabulary = dataclasses.replace(model, vocab_size=model.vocab_size or config.data.vocab_size).padded_vocab_size
     for data, fsdp, sequence, tensor in factorisations(len(devices), len(AXES)):
-        shards = [
-            (batch_size, data * fsdp),
-            (model.length, sequence),
-            *((size, tensor) for size in (model.kv_heads, model.mlp_dim, vocabulary)),
-        ]
+        shards = [(batch_size, data * fsdp), (model.length, sequence)]
+        shards += [(size, tensor) for size in (model.kv_heads, model.mlp_dim, vocabulary)]
         if any(size % number for size, number in shards):
             continue
         rules = "sp" if sequence > 1 else "fsdp_tp" if tensor > 1 else "fsdp" if fsdp > 1 else "dp"
@@ -198,9 +195,7 @@ def search(
     is_deep = config.model.num_layers > LARGEST_UNROLLED
     first = with_layers(config, True) if is_deep else config
     queue = _Queue([each for each in candidates(first, devices, chip) if each.config != first], chip)
-    progress.say(
-        f"{len(queue.candidates):,} candidates by arithmetic; compiling {compilations} and the unchanged config"
-    )
+    progress.say(f"{len(queue.candidates):,} candidates by arithmetic; compiling {compilations} and the config itself")
     done: list[tuple[Config, Report]] = []
     start = time.perf_counter()
     at_once = max(1, min(os.cpu_count() or 1, int(hardware.host_memory() / 2 // COMPILER_BYTES)))
@@ -213,15 +208,12 @@ def search(
     with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
         unchanged = expect(first, sharding.make_layout(config.mesh, devices), chip)
         running = {pool.submit(plan, first): unchanged}
-        while True:
-            while len(running) < at_once and len(done) + len(running) <= compilations:
-                if not (candidate := queue.next()):
-                    break
-                running[pool.submit(plan, candidate.config)] = candidate
-            if not running:
-                break
+        while running:
             for future in concurrent.futures.wait(running, 1.0, "FIRST_COMPLETED").done:
                 finish(running.pop(future), future.result())
+            wanted = min(at_once, compilations + 1 - len(done)) - len(running)
+            for candidate in filter(None, (queue.next() for _ in range(wanted))):
+                running[pool.submit(plan, candidate.config)] = candidate
             progress.status(f"{len(done)} of {compilations + 1} in {duration(time.perf_counter() - start)}")
     best, report = min(done, key=rank)
     if report["fits"] and not (is_deep and config.model.scan_layers):
@@ -262,8 +254,7 @@ class _Queue:
 
     @staticmethod
     def _kind(candidate: Candidate) -> tuple:
-        mesh = candidate.config.mesh
-        return candidate.config.model.remat, mesh.rules, *(getattr(mesh, axis) for axis in AXES)
+        return candidate.config.model.remat, dataclasses.replace(candidate.config.mesh, zero1=False)
 
 
 def rank(planned: tuple[Config, Report]) -> tuple[bool, float]:

@@ -10,7 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -116,14 +116,11 @@ def define_cluster_flags() -> Callable[[], cluster.Job]:
     coordinator = flags.DEFINE_string(
         "coordinator",
         None,
-        "HOST:PORT: host of process 0 and a free port there. Needed, with --num_processes and --process_id, if the "
-        "launcher is not known; see launch/README.md.",
+        "HOST:PORT of process 0, if the launcher is unknown; needs the next two. See launch/README.md.",
     )
     count = flags.DEFINE_integer("num_processes", None, "Number of processes of the job.", lower_bound=1)
     index = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
-    timeout = flags.DEFINE_float(
-        "cluster_timeout", 300, "Seconds to wait for the other processes to start.", lower_bound=1
-    )
+    timeout = flags.DEFINE_float("cluster_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
     return lambda: cluster.Job(coordinator.value, count.value, index.value, timeout.value)
 
 
@@ -156,14 +153,14 @@ def _parse(argv: list[str]) -> list[str]:
         # absl prints the help text while it parses, and exits with an error code.
         sys.exit(0 if wants_help else 2)
     except flags.UnrecognizedFlagError as error:
-        sys.exit(_fail(f"There is no flag --{error.flagname}; {_hint(error.flagname)}", 2))
+        _refuse(f"There is no flag --{error.flagname}; {_hint(error.flagname)}")
     except flags.Error as error:
-        sys.exit(_fail(_reworded(error), 2))
+        _refuse(_reworded(error))
     if len(rest) > 1:
-        sys.exit(_fail(f"Unexpected argument {rest[1]!r}; flags are written --name=value.", 2))
+        _refuse(f"Unexpected argument {rest[1]!r}; flags are written --name=value.")
     for name in MUST_NOT_BE_EMPTY.intersection(flags.FLAGS):
         if flags.FLAGS[name].value in ("", []):
-            sys.exit(_fail(f"--{name} is empty; give it a value or leave it out.", 2))
+            _refuse(f"--{name} is empty; give it a value or leave it out.")
     return rest
 
 
@@ -213,6 +210,7 @@ def _hint(name: str) -> str:
     return f"did you mean --{near[0]}?" if near else "see --help."
 
 
-def _fail(error: object, code: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return code
+def _refuse(problem: str) -> NoReturn:
+    """Ends the program because of a mistake in its flags."""
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)

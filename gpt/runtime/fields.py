@@ -64,10 +64,8 @@ def check_part(section: str, config: object, *names: str) -> None:
     _check(section, config, names, lambda value: 0 < value < 1, "has to lie between 0 and 1")
 
 
-def _check(
-    section: str, config: object, names: tuple[str, ...], is_valid: Callable[[float], bool], requirement: str
-) -> None:
+def _check(section: str, config: object, names: Iterable[str], is_valid: Callable[[float], bool], what: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not (isinstance(value, int | float) and is_valid(value)):
-            raise UserError(f"{section}.{name}={value!r} {requirement}.")
+            raise UserError(f"{section}.{name}={value!r} {what}.")

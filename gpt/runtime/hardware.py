@@ -17,8 +17,6 @@ import jax
 
 from gpt.runtime.errors import UsageError, UserError, one_line
 
-GPUS_OF_A_HOST = 8  # GPUs in one NVLink domain of a DGX or HGX system
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chip:
@@ -118,17 +116,9 @@ def of_topology(name: str) -> Chip:
     """Returns the chip of a topology like v5e:16x16 or 4xh100:8.
 
     Raises:
-      UsageError: the name is not that of a topology, or there is no such chip.
+      UsageError: the name is not that of a topology, there is no such chip, or the topology is too large.
     """
-    _, kind, layout = _parse(name)
-    for chip in CHIPS:
-        if chip.name == kind and chip.memory:
-            sizes, most = ([int(size) for size in x.split("x")] for x in (layout, chip.largest.split(":")[1]))
-            if chip.ring and (len(sizes) != len(most) or not 0 < math.prod(sizes) <= math.prod(most)):
-                raise UsageError(f"--topology={name}: {kind} has {len(most)} sizes, up to {chip.largest}.")
-            return chip
-    known = ", ".join(chip.name for chip in CHIPS if chip.memory)
-    raise UsageError(f"--topology={name}: there is no chip {kind!r}; choose one of {known}, or see --list_topologies.")
+    return _parse(name)[1]
 
 
 def topology_devices(name: str) -> list[jax.Device]:
@@ -141,31 +131,26 @@ def topology_devices(name: str) -> list[jax.Device]:
       UserError: the compiler is not installed.
       UsageError: the name is not that of a topology, or the compiler does not know the topology.
     """
-    count, kind, layout = _parse(name)
-    chip = of_topology(name)
+    count, chip, layout = _parse(name)
     from jax.experimental import topologies
 
-    options: dict[str, Any]
     if chip.ring:
         # Otherwise libtpu queries the cloud about this machine, logs errors, and refuses a second process.
         os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
         os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-        options = {"platform": "tpu", "topology_name": f"{kind}:{layout}"}
+        options: dict[str, Any] = {"platform": "tpu", "topology_name": f"{chip.name}:{layout}"}
         options |= {"num_slices": count} if count > 1 else {}
-        options |= {"chip_config_name": "megacore"} if kind == "v4" else {}  # both cores of a chip as one device
-        missing = 'The TPU compiler is not installed: pip install "gpt-spmd[plan]".'
+        options |= {"chip_config_name": "megacore"} if chip.name == "v4" else {}  # both cores of a chip as one device
     else:
-        if not layout.isdecimal() or not 1 <= int(layout) <= GPUS_OF_A_HOST:
-            raise UsageError(f"--topology={name}: a host has 1 to {GPUS_OF_A_HOST} GPUs; 4x{kind}:8 are four hosts.")
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"  # hides XLA's warning about a program that is too large; plans say so
-        options = {"platform": "cuda", "topology_name": kind, "topology": f"{count}x1x{layout}"}
+        options = {"platform": "cuda", "topology_name": chip.name, "topology": f"{count}x1x{layout}"}
         options |= {"target_config": _target_config(chip)}
-        missing = 'The GPU compiler is not installed: pip install "gpt-spmd[plan-cuda]".'
     try:
         return topologies.get_topology_desc(**options).devices
     except RuntimeError as error:
         if isinstance(error, NotImplementedError) or "TPU support not installed" in str(error):
-            raise UserError(missing) from error
+            extra = "plan" if chip.ring else "plan-cuda"
+            raise UserError(f'{chip.compiler} is not installed: pip install "gpt-spmd[{extra}]".') from error
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
         raise UsageError(f"--topology={name} is refused by {chip.compiler}: {reason}.") from error
 
@@ -180,12 +165,19 @@ def place(device: jax.Device) -> list[int]:
     return [island(device), *device.coords] if device.platform == "tpu" else [island(device), device.coords[-1]]
 
 
-def _parse(name: str) -> tuple[int, str, str]:
-    """Returns (4, "v5e", "16x16") for 4xv5e:16x16."""
+def _parse(name: str) -> tuple[int, Chip, str]:
+    """Returns the number of slices or hosts, their chip, and their layout: 4, v5e and "16x16" for 4xv5e:16x16."""
     match = re.fullmatch(r"(?:([1-9]\d*)x)?([a-z]\w*):(\d+(?:x\d+)*)", name)
     if not match:
         raise UsageError(f"--topology={name} has to look like v5e:16x16 or h100:8, or 4xv5e:16x16 for four of them.")
-    return int(match[1] or 1), match[2], match[3]
+    count, kind, layout = match.groups()
+    known = {chip.name: chip for chip in CHIPS if chip.memory}
+    if not (chip := known.get(kind)):
+        raise UsageError(f"--topology={name}: there is no chip {kind!r}; choose one of {', '.join(known)}.")
+    sizes, most = ([int(size) for size in x.split("x")] for x in (layout, chip.largest.split(":")[1]))
+    if len(sizes) != len(most) or not 0 < math.prod(sizes) <= math.prod(most):
+        raise UsageError(f"--topology={name}: {kind} has {len(most)} sizes, up to {chip.largest} or 4x{chip.largest}.")
+    return int(count or 1), chip, layout
 
 
 def _target_config(chip: Chip) -> str:

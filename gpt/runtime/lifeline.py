@@ -34,7 +34,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from gpt.runtime import versions
 from gpt.runtime.errors import UserError
@@ -65,6 +65,8 @@ class Lifeline:
         self.address, self.count, self.index, self.timeout, self.facts = address, count, index, timeout, facts
         self.name = f"process {index} on {socket.gethostname()}"
         self._changed = threading.Condition()
+        self._peers: dict[int, _Connection] = {}  # by process number, including processes that ended
+        self._done: set[int] = set()  # numbers of the processes that are about to exit normally
         self._start, self._has_noticed = time.monotonic(), False
         self._join()
 
@@ -93,7 +95,34 @@ class Lifeline:
 
         threading.Thread(target=guarded, name="lifeline", daemon=True).start()
 
-    def _end(self, text: str, code: int) -> None:
+    def finish(self) -> None:
+        """Tells the other processes that this process is about to exit normally."""
+        self._done.add(self.index)
+        self._send_all({"done": True})
+
+    def _send_all(self, message: dict[str, Any]) -> None:
+        with self._changed:
+            for peer in self._peers.values():
+                peer.send(message)
+
+    def _follow(self, index: int) -> None:
+        """Handles the messages of a process until its connection closes."""
+        with contextlib.suppress(OSError):
+            while True:
+                self._receive(index, self._peers[index].receive())
+        with self._changed:
+            if not self._done & {self.index, index}:
+                self._end(
+                    f"error: {self._peers[index].name} ended without a message (killed, out of memory, or its host "
+                    "failed), so all processes end. Run the same command again to resume from the last checkpoint.",
+                    1,
+                )
+
+    def _receive(self, index: int, message: dict[str, Any]) -> None:
+        """Handles a message of a process."""
+        raise NotImplementedError
+
+    def _end(self, text: str, code: int) -> NoReturn:
         """Ends this process. A hub ends all others too."""
         exit_now(text, code)
 
@@ -102,25 +131,21 @@ class Hub(Lifeline):
     """Process 0, with a connection to each other process."""
 
     def _join(self) -> None:
-        _, hard = resource.getrlimit(
-            resource.RLIMIT_NOFILE
-        )  # each connection is an open file; the usual limit is 1,024
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)  # a connection is an open file; often limited to 1,024
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        self._spokes: dict[int, _Connection] = {}  # by process number, including processes that ended
-        self._done: set[int] = set()
         self._refused = ""  # the last connection that was refused, as a sentence for the user
         for server in self._listen():
             self._in_background(self._accept, server)
         with self._changed:
-            while len(self._spokes) < self.count - 1:
-                missing = ", ".join(str(i) for i in range(1, self.count) if i not in self._spokes)
+            while len(self._peers) < self.count - 1:
+                missing = ", ".join(str(i) for i in range(1, self.count) if i not in self._peers)
                 waiting_for = f"at {self.address} for process {missing} of {self.count}"
                 if self._waited_too_long(f"waiting {waiting_for} …{self._refused}"):
                     self._refuse(f"{self.name} waited {self.timeout:.0f} s {waiting_for} to connect.{self._refused}")
                 self._changed.wait(1)
-            differing = [i for i, spoke in self._spokes.items() if versions.differences(self.facts, spoke.facts)]
+            differing = [i for i, spoke in self._peers.items() if versions.differences(self.facts, spoke.facts)]
             if differing:
-                first = self._spokes[min(differing)]
+                first = self._peers[min(differing)]
                 more = f" {len(differing) - 1} other processes differ too." if len(differing) > 1 else ""
                 self._refuse(
                     f"{first.name} differs from {self.name} in {versions.differences(self.facts, first.facts)}.{more} "
@@ -167,7 +192,7 @@ class Hub(Lifeline):
     def service(self) -> tuple[str, str]:
         """Returns two addresses for JAX's coordination service: one to connect to, and one to listen at."""
         with self._changed:
-            hosts = {spoke.address for spoke in self._spokes.values()}
+            hosts = {spoke.address for spoke in self._peers.values()}
         host = hosts.pop() if len(hosts) == 1 else ""  # all addresses if the other processes use different ones
         with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as server:
             port = server.getsockname()[1]
@@ -180,24 +205,13 @@ class Hub(Lifeline):
         self._send_all({"key": key, "value": value})
         return value
 
-    def failed(self, text: str, code: int, own_fault: bool) -> int:
+    def failed(self, text: str, code: int, own_fault: bool) -> NoReturn:
         """Ends all processes after an error in this one; see `cluster.failed`."""
         if not own_fault:
             time.sleep(5)
         self._end(text, code)
-        return code
 
-    def finish(self) -> None:
-        """Tells the other processes that this process is about to exit normally."""
-        self._done.add(0)
-        self._send_all({"done": True})
-
-    def _send_all(self, message: dict[str, Any]) -> None:
-        with self._changed:
-            for spoke in self._spokes.values():
-                spoke.send(message)
-
-    def _end(self, text: str, code: int) -> None:
+    def _end(self, text: str, code: int) -> NoReturn:
         with self._changed:
             self._send_all({"end": code})
             super()._end(text, code)
@@ -211,19 +225,13 @@ class Hub(Lifeline):
                 time.sleep(0.5)
 
     def _serve(self, connection: socket.socket, host: str) -> None:
-        """Receives the messages of one connection until it closes."""
+        """Lets a process join, and follows it."""
         try:
-            spoke = _Connection(connection)
-            index = self._welcome(spoke, host)
+            index = self._welcome(_Connection(connection), host)
         except (OSError, ValueError):  # another program, which must not affect the job
             connection.close()
-            return
-        with contextlib.suppress(OSError):
-            while True:
-                self._receive(index, spoke.receive())
-        with self._changed:
-            if not self._done & {0, index}:
-                self._end(f"error: {_gone(spoke.name)}", 1)
+        else:
+            self._follow(index)
 
     def _welcome(self, connection: "_Connection", host: str) -> int:
         """Lets a process join, and returns its number.
@@ -245,14 +253,14 @@ class Hub(Lifeline):
         with self._changed:
             if count != self.count:
                 refusal = f"{name} was started as one of {count} processes, {self.name} as one of {self.count}."
-            elif index in self._spokes or not 0 < index < self.count:
-                refusal = f"{name} has the same number as {self._spokes.get(index, self).name}."
+            elif index in self._peers or not 0 < index < self.count:
+                refusal = f"{name} has the same number as {self._peers.get(index, self).name}."
             connection.send({"proof": _proof("process 0", nonce, own_nonce), "refusal": refusal})
             if refusal:
                 self._refused = f" {refusal}"
                 raise ValueError
             connection.name, connection.facts = name, facts
-            self._spokes[index] = connection
+            self._peers[index] = connection
             self._changed.notify_all()
         return index
 
@@ -269,11 +277,9 @@ class Spoke(Lifeline):
 
     def _join(self) -> None:
         self._values: dict[str, Any] = {}  # values that process 0 shared and that nobody has taken yet
-        self._done = False
-        while True:
+        while not self._peers:
             try:
-                self._hub = self._connect()
-                break
+                self._peers[0] = self._connect()
             except (OSError, UnicodeError) as error:
                 reason = _reason(error)
                 if self._waited_too_long(f"{self.name} waits for process 0 at {self.address} ({reason}) …"):
@@ -282,7 +288,7 @@ class Spoke(Lifeline):
                         "Check --coordinator and what process 0 prints."
                     ) from None
                 time.sleep(0.5)
-        self._in_background(self._read)
+        self._in_background(self._follow, 0)
 
     def _connect(self) -> "_Connection":
         """Connects to process 0, and checks that it is process 0 of this job.
@@ -310,6 +316,7 @@ class Spoke(Lifeline):
                 raise ConnectionError(0, f"the program there has another {SECRET}")
             if refusal := answer.get("refusal"):
                 raise UserError(refusal)
+            hub.name = f"{self.name}: process 0 at {self.address}"
             on_failure.pop_all()
         return hub
 
@@ -318,35 +325,25 @@ class Spoke(Lifeline):
             self._changed.wait_for(lambda: key in self._values)
             return self._values.pop(key)
 
-    def failed(self, text: str, code: int, own_fault: bool) -> int:
-        # If all processes have the same error, process 0 reports it, and `_read` ends this process during the sleep.
+    def failed(self, text: str, code: int, own_fault: bool) -> NoReturn:
+        # If all processes have the same error, process 0 reports it, and `_receive` ends this process during the sleep.
         time.sleep(1 if own_fault else 5)
         text = f"{self.name}: {text}"
-        with contextlib.suppress(OSError):  # printed first, because `_read` ends this process after process 0 answers
-            print(text, file=sys.stderr, flush=True)
-        self._hub.send({"error": text, "code": code})
-        exit_now("", code)
-        return code
-
-    def finish(self) -> None:
-        self._hub.send({"done": True})
-        self._done = True
-
-    def _read(self) -> None:
-        """Receives the messages of process 0 until the connection closes."""
+        # Printed first, because `_receive` ends this process after process 0 answers.
         with contextlib.suppress(OSError):
-            while True:
-                message = self._hub.receive()
-                if "key" in message:
-                    with self._changed:
-                        self._values[message["key"]] = message["value"]
-                        self._changed.notify_all()
-                elif "done" in message:
-                    self._done = True
-                else:
-                    exit_now("", *_fields(message, end=int))
-        if not self._done:
-            exit_now(f"error: {self.name}: {_gone(f'process 0 at {self.address}')}", 1)
+            print(text, file=sys.stderr, flush=True)
+        self._send_all({"error": text, "code": code})
+        exit_now("", code)
+
+    def _receive(self, index: int, message: dict[str, Any]) -> None:
+        if "key" in message:
+            with self._changed:
+                self._values[message["key"]] = message["value"]
+                self._changed.notify_all()
+        elif "done" in message:
+            self._done.add(index)
+        else:
+            exit_now("", *_fields(message, end=int))
 
 
 class _Malformed(ValueError):
@@ -414,7 +411,7 @@ def host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def exit_now(text: str, code: int) -> None:
+def exit_now(text: str, code: int) -> NoReturn:
     """Prints a message and ends this process without waiting for other processes or for JAX.
 
     Args:
@@ -455,10 +452,3 @@ def _is_proof(proof: str, *args: str) -> bool:
 
 def _reason(error: OSError | UnicodeError) -> str:
     return (getattr(error, "strerror", None) or str(error)).partition(" (while ")[0]  # create_server adds the address
-
-
-def _gone(name: str) -> str:
-    return (
-        f"{name} ended without a message (killed, out of memory, or its host failed), so all processes end. "
-        "Run the same command again to resume from the last checkpoint."
-    )

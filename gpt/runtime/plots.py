@@ -27,9 +27,7 @@ def draw_losses(folders: Sequence[Path], out: str) -> str:
     image_format = Path(out).suffix[1:].lower() or "png"
     with new_file("out", out) as file:
         if image_format not in figure.canvas.get_supported_filetypes():
-            raise UserError(
-                f"--out={out}: there is no picture format {image_format!r}; choose one like .png, .svg or .pdf."
-            )
+            raise UserError(f"--out={out}: there is no picture format {image_format!r}; choose .png, .svg or .pdf.")
         axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)")
         for color, folder in enumerate(folders):
             scalars = read_scalars(folder, ("train/loss", "validation/loss"))

@@ -15,8 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 PATIENCE = 2  # seconds in which the main thread has to handle a signal; during a compilation, it cannot
 _handled_at = 0.0  # time at which the main thread handled the last signal
@@ -82,12 +80,12 @@ class Interrupted:
       mesh: mesh of all devices of all processes.
     """
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self, mesh: jax.sharding.Mesh):
         self._signal, self._wakeup = 0, -1
         self._agreed: jax.Array | int = 0
         self._previous_handlers: dict[int, Any] = {}
-        self._sharded = NamedSharding(mesh, P(mesh.axis_names))
-        self._max = jax.jit(jnp.max, in_shardings=self._sharded, out_shardings=NamedSharding(mesh, P()))
+        self._sharded = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+        self._max = jax.jit(jnp.max, in_shardings=self._sharded, out_shardings=jax.NamedSharding(mesh, jax.P()))
 
     def begin(self) -> None:
         """Records signals from now on instead of raising Stopped."""

@@ -1,11 +1,12 @@
 """What a result depends on besides its config: the code, the libraries, and the settings of JAX and XLA."""
 
 import contextlib
-import hashlib
 import importlib.metadata
 import os
 import platform
 from pathlib import Path
+
+from gpt.runtime import cache
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "jax-cuda13-plugin", "libtpu")
 SUFFIXES = (".py", ".toml", ".textproto")  # of files that decide results
@@ -13,12 +14,9 @@ FLAG_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def code_digest() -> str:
-    """Returns the SHA-256 of the names and contents of the code and data files of the package gpt, in hexadecimal."""
-    digest, root = hashlib.sha256(), Path(__file__).parent.parent
-    for path in sorted(path for path in root.rglob("*") if path.suffix in SUFFIXES):
-        code = path.read_bytes()
-        digest.update(f"{path.relative_to(root)} {len(code)}\n".encode() + code)
-    return digest.hexdigest()
+    """Returns the SHA-256 of the code and data files of the package gpt, in hexadecimal."""
+    files = Path(__file__).parent.parent.rglob("*")
+    return cache.code(sorted(path for path in files if path.suffix in SUFFIXES))
 
 
 def facts() -> dict[str, str]:
