@@ -17,8 +17,8 @@ from gpt.data.tokenizers import Labels, Tokenizer, TokenizerConfig
 from gpt.interop import tokenizer_files
 from gpt.interop.config_file import ConfigFile, tables
 from gpt.models import rotary
+from gpt.models.base import ModelConfig
 from gpt.models.gpt import GPTConfig
-from gpt.models.transformer import BlockConfig
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import harmless_names
 
@@ -125,7 +125,7 @@ class Tensor:
         return math.prod(self.our_shape) != sum(map(math.prod, self.shapes))
 
 
-def norm_tensors(c: BlockConfig, name: str, their_name: str, *shape: int, layers: int = 0) -> dict[str, Tensor]:
+def norm_tensors(c: ModelConfig, name: str, their_name: str, *shape: int, layers: int = 0) -> dict[str, Tensor]:
     """Returns the parameters of a norm, whose scale has this shape, by name."""
     parts = {"scale": "weight"} | ({"bias": "bias"} if c.norm == "layernorm" and c.has_bias("norm") else {})
     return {
@@ -134,7 +134,7 @@ def norm_tensors(c: BlockConfig, name: str, their_name: str, *shape: int, layers
     }
 
 
-C = TypeVar("C", bound=BlockConfig)
+C = TypeVar("C", bound=ModelConfig)
 Vocabulary = Tokenizer | Labels
 
 
@@ -333,7 +333,7 @@ def _merged(inherited: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in (inherited | own | parts).items() if value != "none"}
 
 
-def comparable(config: BlockConfig) -> dict[str, Any]:
+def comparable(config: ModelConfig) -> dict[str, Any]:
     """Returns the fields of a config that determine what a model computes, in the same form for equal models."""
     unrelated = UNRELATED | harmless_names(type(config))
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}

@@ -5,8 +5,8 @@ from typing import Any
 
 from gpt.interop.config_file import ConfigFile
 from gpt.interop.rotary_decoder import RotaryDecoder
+from gpt.models.base import MAX_LAYERS
 from gpt.models.gpt import GPTConfig
-from gpt.models.transformer import MAX_LAYERS
 
 
 class Qwen(RotaryDecoder):

@@ -24,7 +24,7 @@ from gpt.interop.gguf_file import GGUFFile
 from gpt.interop.rotary_decoder import RotaryDecoder
 from gpt.interop.safetensors_folder import SafetensorsFolder
 from gpt.interop.vit import ViT
-from gpt.models.transformer import BlockConfig
+from gpt.models.base import ModelConfig
 from gpt.runtime import files
 from gpt.runtime.errors import UserError
 
@@ -36,7 +36,7 @@ KINDS |= {"olmo2": RotaryDecoder, "gemma2": Gemma, "gemma3_text": Gemma3, "gpt_n
 ARCHITECTURES: dict[str, Architecture[Any]] = {name: kind.load(name) for name, kind in KINDS.items()}
 
 
-def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> BlockConfig:
+def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> ModelConfig:
     """Converts a folder of transformers or a GGUF file to a workdir, see `convert`.
 
     Raises:
@@ -49,7 +49,7 @@ def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> BlockConfig:
     return convert(SafetensorsFolder(folder), workdir, vocab_multiple)
 
 
-def convert(source: Source, workdir: Workdir, vocab_multiple: int) -> BlockConfig:
+def convert(source: Source, workdir: Workdir, vocab_multiple: int) -> ModelConfig:
     """Converts a model to a workdir with a checkpoint of step 0, and returns the model's config.
 
     Args:
@@ -113,7 +113,7 @@ def _deferred(source: Source, names: dict[str, str], our_name: str, tensor: Tens
     return Deferred(our_name, tensor.stacked_shape, parts)
 
 
-def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[BlockConfig, int]:
+def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[ModelConfig, int]:
     """Converts a checkpoint of a workdir to a folder of transformers, and returns the model's config and the step.
 
     Args:

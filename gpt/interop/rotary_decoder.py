@@ -6,8 +6,8 @@ from typing import Any
 from gpt.interop.architecture import Decoder
 from gpt.interop.config_file import ConfigFile
 from gpt.models import rotary
+from gpt.models.base import MAX_LAYERS
 from gpt.models.gpt import GPTConfig
-from gpt.models.transformer import MAX_LAYERS
 from gpt.runtime.errors import UserError
 
 LAYER_TYPES = {"L": "sliding_attention", "G": "full_attention"}

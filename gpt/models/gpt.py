@@ -15,12 +15,12 @@ import jax.numpy as jnp
 from gpt.models import attention, decoding, kernels, lora
 from gpt.models.gradients import add_bias
 from gpt.models.layers import Embedding, Linear
-from gpt.models.transformer import BlockConfig, apply_blocks
+from gpt.models.transformer import ModelConfig, apply_blocks
 from gpt.runtime.fields import check_not_negative, check_positive, harmless
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTConfig(BlockConfig):
+class GPTConfig(ModelConfig):
     """Shape and options of a GPT. The defaults are a small GPT-2 for characters."""
 
     family: str = "gpt"  # model family: gpt, vit, perceiver_ar or perceiver_io

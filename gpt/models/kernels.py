@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from gpt.models.attention import MASKED, causal_mask, dense, document_mask, soft_cap
-from gpt.models.base import ModelConfig
 from gpt.models.mesh import mesh_axes, num_devices
 
 LANES = 128  # of a TPU's vector unit: `splash` needs a sequence length that is a multiple of them
@@ -322,7 +321,7 @@ def attention_share(config: Any) -> float:
     of the program has a kernel of each of the two kinds.
 
     Args:
-      config: the resolved `BlockConfig`.
+      config: the resolved `ModelConfig`.
     """
     length, block = config.length, splash_block(config.length) if config.attention == "splash" else 1
 
@@ -358,12 +357,12 @@ ATTENTION: dict[str, Callable[..., jax.Array]] = {
 KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # the implementations that are compiled kernels, and their platforms
 
 
-def obstacle(name: str, config: ModelConfig, platform: str, length_shards: int) -> str | None:
+def obstacle(name: str, config: Any, platform: str, length_shards: int) -> str | None:
     """Returns why an implementation of attention cannot compute a model, as the predicate of a sentence, or None.
 
     Args:
       name: a key of `ATTENTION`.
-      config: the model, with a resolved dtype.
+      config: the `ModelConfig`, with a resolved dtype.
       platform: JAX's name of the platform, for example "cpu".
       length_shards: the number of shards of the sequence length on the mesh.
     """

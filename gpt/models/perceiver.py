@@ -20,7 +20,7 @@ from gpt.models import attention, decoding, gpt, lora, remat, rotary
 from gpt.models.gpt import GPTConfig
 from gpt.models.gradients import add_bias
 from gpt.models.layers import parameter, unit_rms
-from gpt.models.transformer import BlockConfig, add_mlp, apply_blocks, branch, linear, norm
+from gpt.models.transformer import ModelConfig, add_mlp, apply_blocks, branch, linear, norm
 from gpt.models.vit import ViT, ViTConfig
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_fraction, check_positive
@@ -131,8 +131,8 @@ def check_latents(latents: int, length_shards: int) -> None:
         raise UserError(f"mesh.sequence={length_shards} does not divide model.num_latents={latents}.")
 
 
-def cross_flops(config: BlockConfig, queries: int, keys: int) -> float:
-    """Returns the model FLOPs of the forward and backward pass of a `CrossBlock`, counted as in `BlockConfig.flops`."""
+def cross_flops(config: ModelConfig, queries: int, keys: int) -> float:
+    """Returns the model FLOPs of the forward and backward pass of a `CrossBlock`, counted as in `ModelConfig.flops`."""
     sizes = config.layer_weights
     weights = sum(inputs * outputs for inputs, outputs in sizes.values())
     context, heads = config.embed_dim * 2 * sizes["out"][0], sizes["out"][0]
@@ -242,7 +242,7 @@ class PerceiverIO(ViT):
 class CrossBlock(nn.Module):
     """A block with cross-attention: x + attention(norm(x), norm(context)), then x + mlp(norm(x))."""
 
-    config: BlockConfig
+    config: ModelConfig
     deterministic: bool
 
     @nn.compact
@@ -258,7 +258,7 @@ class CrossBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of some tokens to others, with a packed projection for keys and values."""
 
-    config: BlockConfig
+    config: ModelConfig
     deterministic: bool
 
     @nn.compact

@@ -18,7 +18,7 @@ from gpt.models import lora
 from gpt.models.attention import dense
 from gpt.models.gradients import add_bias
 from gpt.models.layers import Linear, parameter
-from gpt.models.transformer import BlockConfig, apply_blocks
+from gpt.models.transformer import ModelConfig, apply_blocks
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_positive
 
@@ -26,7 +26,7 @@ MAX_SIZE = 1 << 14  # pixels; a larger image is a typing error
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(BlockConfig):
+class ViTConfig(ModelConfig):
     """Shape and options of a vision transformer. The defaults are those of ViT-Ti/16 for photographs."""
 
     family: str = "vit"  # model family: gpt, vit, perceiver_ar or perceiver_io
