@@ -16,9 +16,10 @@ import numpy as np
 
 from gpt.models import lora
 from gpt.models.attention import dense
+from gpt.models.base import ModelConfig
 from gpt.models.gradients import add_bias
 from gpt.models.layers import Linear, parameter
-from gpt.models.transformer import ModelConfig, apply_blocks
+from gpt.models.transformer import apply_blocks
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_positive
 
