@@ -32,12 +32,8 @@ def chunked(
     v_BxTxGxK: jax.Array,
     starts_BxT: jax.Array | None = None,
     *,
-    query_chunk: int,
-    key_chunk: int,
-    window: int = 0,
-    softcap: float = 0.0,
-    dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    **options: Any,
 ) -> jax.Array:
     """Computes `attention.dense` with memory linear in the length (Rabe and Staats, arXiv 2112.05682).
 
@@ -50,12 +46,8 @@ def chunked(
       k_BxTxGxK: keys.
       v_BxTxGxK: values.
       starts_BxT: see `attention.dense`.
-      query_chunk: number of queries in a block. It does not have to divide the length.
-      key_chunk: number of keys in a block, likewise.
-      window: see `attention.dense`.
-      softcap: see `attention.dense`.
-      dropout_rate: see `attention.dense`. The same weights are dropped as there.
-      dropout_key: see `attention.dense`.
+      dropout_key: see `attention.dense`. The same weights are dropped as there.
+      options: `query_chunk`, `key_chunk`, and those of `attention.dense`; see `_chunked_shard`.
 
     Returns:
       [B, T, H, K] in the dtype of `v_BxTxGxK`.
@@ -64,15 +56,8 @@ def chunked(
       ValueError: there is dropout, and the random key is not JAX's default, partitionable threefry.
     """
     batch, length, heads, _ = q_BxTxHxK.shape
-    attend = functools.partial(
-        _chunked_shard,
-        query_chunk=query_chunk,
-        key_chunk=key_chunk,
-        window=window,
-        softcap=softcap,
-        dropout_rate=dropout_rate,
-        full_shape=(batch, heads, length, length),
-    )
+    shape: Any = batch, heads, length, length
+    attend: Callable[..., jax.Array] = functools.partial(_chunked_shard, full_shape=shape, **options)
     batch_axes, length_axes, heads_axes = mesh_axes("batch", "length", "heads")
     if not length_axes:
         return attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT, starts_BxT, dropout_key, offsets=(0, 0, 0))
@@ -102,15 +87,20 @@ def _chunked_shard(
     *,
     query_chunk: int,
     key_chunk: int,
-    window: int,
-    softcap: float,
-    dropout_rate: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    dropout_rate: float = 0.0,
     full_shape: tuple[int, int, int, int],
     offsets: tuple[int | jax.Array, ...],
 ) -> jax.Array:
     """Computes `chunked` for a shard of the batch, heads and queries, and all keys.
 
     Args:
+      query_chunk: number of queries in a block. It does not have to divide the length.
+      key_chunk: number of keys in a block, likewise.
+      window: see `attention.dense`.
+      softcap: see `attention.dense`.
+      dropout_rate: see `attention.dense`.
       full_shape: (B, H, T, S) of the unsharded tensors.
       offsets: the index of the shard's first element along the first three of these axes.
     """
