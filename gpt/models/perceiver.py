@@ -19,8 +19,7 @@ import jax.numpy as jnp
 from gpt.models import attention, decoding, remat, rotary
 from gpt.models.base import ModelConfig
 from gpt.models.gpt import GPT, GPTConfig, since
-from gpt.models.gradients import add_bias
-from gpt.models.layers import parameter, unit_rms
+from gpt.models.layers import unit_rms
 from gpt.models.transformer import add_mlp, apply_blocks, branch, linear, norm
 from gpt.models.vit import ViT, ViTConfig
 from gpt.runtime.errors import UserError
@@ -200,18 +199,12 @@ class PerceiverIO(ViT):
     config: PerceiverIOConfig
 
     def pooled(self, x_BxTxD: jax.Array, deterministic: bool) -> jax.Array:
-        c, batch = self.config, len(x_BxTxD)
-
-        def learned(name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
-            value = parameter(self, name, nn.initializers.normal(0.02), axes, shape)
-            x = add_bias(jnp.zeros((batch, *shape), x_BxTxD.dtype), value.astype(x_BxTxD.dtype))
-            return nn.with_logical_constraint(x, ("batch", *axes))
-
+        c, batch, dtype = self.config, len(x_BxTxD), x_BxTxD.dtype
         patches, latents = jnp.arange(x_BxTxD.shape[1]), jnp.arange(c.num_latents)
-        latents_BxLxD = learned("latents", ("length", "embed"), (c.num_latents, c.embed_dim))
+        latents_BxLxD = self.add_learned("latents", jnp.zeros((batch, c.num_latents, c.embed_dim), dtype))
         latents_BxLxD = CrossBlock(c, deterministic, name="read")(latents_BxLxD, x_BxTxD, latents, patches)
         latents_BxLxD = apply_blocks(c, latents_BxLxD, latents, None, deterministic)
-        query_Bx1xD = learned("query", ("embed",), (c.embed_dim,))[:, None]
+        query_Bx1xD = self.add_learned("query", jnp.zeros((batch, c.embed_dim), dtype))[:, None]
         answer = CrossBlock(c, deterministic, name="answer")
         return answer(query_Bx1xD, latents_BxLxD, jnp.zeros(1, jnp.int32), latents)[:, 0]
 
