@@ -187,44 +187,32 @@ class Palette(Tokenizer):
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Palette":
-        colors, names, size = tuple(map(tuple, saved["colors"])), tuple(saved["names"]), saved["size"]
+        colors, names, size = tuple(map(tuple, saved["colors"])), Labels.from_dict(saved).names, saved["size"]
         lengths = {len(color) for color in colors}
         are_bytes = all(type(x) is int and 0 <= x < 256 for color in colors for x in color)
         if saved["name"] != cls.name or lengths not in ({1}, {3}) or not are_bytes or type(size) is not int or size < 1:
             raise ValueError("the palette has no colours of one or three bytes, or no size")
-        if not all(isinstance(name, str) for name in names):
-            raise ValueError("the names of the classes are not strings")
         return cls(colors, size, names)
 
 
-@dataclasses.dataclass(frozen=True)
-class PixelExamples:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PixelExamples(images.Images):
     """Examples with an image as tokens.
 
     Attributes:
-      images: the images and their classes.
       palette: the tokenizer.
-      class_dropout: fraction of the examples whose class is hidden.
-      seed: seed of the choice of these examples, which is a function of (seed, epoch, index).
+      class_dropout: fraction of the examples whose class is hidden, in training. The choice of these examples is a
+        function of (seed, epoch, index).
     """
 
-    images: images.Images
     palette: Palette
-    class_dropout: float = 0.0
-    seed: int = 0
-
-    @property
-    def threads(self) -> int:
-        return self.images.threads
-
-    def __len__(self) -> int:
-        return len(self.images)
+    class_dropout: float
 
     def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
         """Returns "inputs", a class and all pixels but the last, and "targets", all pixels, as int32 [size²]."""
-        image = self.images.example(epoch, index)
+        image = super().example(epoch, index)
         tokens, first = self.palette.tokens(image["inputs"]), self.palette.any_class
-        if np.random.default_rng((self.seed, epoch, index, 1)).random() >= self.class_dropout:
+        if self.seed is None or np.random.default_rng((self.seed, epoch, index, 1)).random() >= self.class_dropout:
             first += 1 + int(image["targets"])
         return {"inputs": np.concatenate([[first], tokens[:-1]]).astype(np.int32), "targets": tokens}
 
@@ -238,13 +226,16 @@ class Pixels(Dataset):
     tokenizer: Palette
     fingerprint: str
 
+    def _examples(self, split: str, seed: int | None = None) -> PixelExamples:
+        source = self.folders.source(split, self.config.image_size, self.config.channels, seed)
+        return PixelExamples(**vars(source), palette=self.tokenizer, class_dropout=self.config.class_dropout)
+
     def training(self, model: ModelShape, seed: int) -> PixelExamples:
-        source = self.folders.source("train", self.config.image_size, self.config.channels, seed)
-        return PixelExamples(source, self.tokenizer, self.config.class_dropout, seed)
+        return self._examples("train", seed)
 
     def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> PixelExamples:
         refuse_stride(stride, self.config.kind)
-        return PixelExamples(self.folders.source(split, self.config.image_size, self.config.channels), self.tokenizer)
+        return self._examples(split)
 
     def describe(self) -> str:
         return f"{self.folders.describe()}, {len(self.tokenizer.colors)} colours"

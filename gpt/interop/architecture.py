@@ -8,7 +8,7 @@ import json
 import math
 import typing
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from gpt.checkpointing.run import Run
 from gpt.data.tokenizers import Labels, Tokenizer, TokenizerConfig
 from gpt.interop import tokenizer_files
 from gpt.interop.config_file import ConfigFile, tables
+from gpt.interop.gguf_file import GGUFFile
+from gpt.interop.safetensors_folder import SafetensorsFolder
 from gpt.models import rotary
 from gpt.models.base import ModelConfig
 from gpt.models.gpt import GPTConfig
@@ -32,28 +34,9 @@ UNRELATED = {"vocab_multiple", "dtype", "zero_init", "lora_rank", "lora_alpha", 
 UNRELATED |= {"embed_dropout", "residual_dropout", "attention_dropout", "pixel_mean", "pixel_std"}
 
 
-class Source(Protocol):
-    """A model in a format of another library, such as a `SafetensorsFolder`.
-
-    Attributes:
-      path: place of the model, for messages.
-      config: the keys of the model's config.json.
-      shapes: shape of each tensor, by transformers' name.
-    """
-
-    path: Path
-
-    @property
-    def config(self) -> ConfigFile: ...
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-
-    def read(self, name: str) -> np.ndarray:
-        """Returns a tensor, of any float type."""
-
-    def tokenizer(self) -> Tokenizer:
-        """Returns the model's tokenizer."""
+# A model in a format of another library. Both have the path and the config.json of the model, the shape of each tensor
+# by transformers' name, a method that reads a tensor, and one that returns the tokenizer.
+Source = SafetensorsFolder | GGUFFile
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ MOST_PARTS = 1 << 22  # numbers and strings that the header may have
 
 
 class GGUFFile:
-    """A model in a GGUF file, see `architecture.Source`.
+    """A model in a GGUF file; see `SafetensorsFolder`, which has the same interface.
 
     Raises:
       UserError: the file is damaged, or its architecture is not known.
