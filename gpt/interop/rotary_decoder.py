@@ -73,7 +73,8 @@ class RotaryDecoder(Decoder):
             letters = "".join(names[kind] for kind in types)
         if "L" not in letters or not fields["window"]:
             return {"window": 0}
-        return {"window_pattern": next(letters[:n] for n in range(1, layers + 1) if _repeats(letters, n))}
+        repeats = (letters[:n] for n in range(1, layers + 1) if (letters[:n] * layers).startswith(letters))
+        return {"window_pattern": next(repeats)}
 
     def default_pattern(self, file: ConfigFile, layers: int) -> str:
         """Returns which layers are local if there is no `layer_types`; see `GPTConfig.window_pattern`."""
@@ -91,11 +92,6 @@ class RotaryDecoder(Decoder):
             pattern = config.window_pattern if config.window else "G"
             keys["layer_types"] = [LAYER_TYPES[pattern[i % len(pattern)]] for i in range(config.num_layers)]
         return super().write_rest(config) | keys
-
-
-def _repeats(letters: str, size: int) -> bool:
-    """Returns whether letters repeat their first `size` ones."""
-    return (letters[:size] * len(letters))[: len(letters)] == letters
 
 
 def _object(file: ConfigFile, value: Any) -> dict[str, Any]:

@@ -60,11 +60,6 @@ class PerceiverARConfig(GPTConfig):
     def length_key(self) -> str:
         return "model.num_latents"
 
-    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> Self:
-        """Returns this config with concrete values, see `ModelConfig.resolve`. The mesh has to divide the latents."""
-        check_latents(self.num_latents, length_shards)
-        return super().resolve(vocab_size, platform, length_shards)
-
     def module(self) -> nn.Module:
         return PerceiverAR(self)
 
@@ -105,7 +100,8 @@ class PerceiverIOConfig(ViTConfig):
 
     def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> Self:
         """Returns this config with concrete values, see `ModelConfig.resolve`. The mesh has to divide the latents."""
-        check_latents(self.num_latents, length_shards)
+        if self.num_latents % length_shards:
+            raise UserError(f"mesh.sequence={length_shards} does not divide model.num_latents={self.num_latents}.")
         return super().resolve(vocab_size, platform, length_shards)
 
     def module(self) -> nn.Module:
@@ -123,12 +119,6 @@ class PerceiverIOConfig(ViTConfig):
 
     def summary(self) -> str:
         return f"{super().summary()}, {self.num_latents} latents"
-
-
-def check_latents(latents: int, length_shards: int) -> None:
-    """Raises UserError unless the mesh axis that shards the sequence length divides the latents too."""
-    if latents % length_shards:
-        raise UserError(f"mesh.sequence={length_shards} does not divide model.num_latents={latents}.")
 
 
 def cross_flops(config: ModelConfig, queries: int, keys: int) -> float:

@@ -6,6 +6,7 @@ values, K head size, J numbers of a head of keys and values with the queries tha
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -70,19 +71,11 @@ class Block(nn.Module):
     window: int | None  # see `SelfAttention`
 
     @nn.compact
-    def __call__(
-        self,
-        x_BxTxD: jax.Array,
-        positions: jax.Array,
-        starts_BxT: jax.Array | None,
-        window: jax.Array | None = None,
-    ) -> jax.Array:
-        """Returns [B, T, D]. The arguments are those of `SelfAttention`."""
+    def __call__(self, x_BxTxD: jax.Array, *places: Any) -> jax.Array:
+        """Returns [B, T, D]. `places` are the other arguments of `SelfAttention`."""
         c, x_BxTxD = self.config, checkpoint_name(x_BxTxD, "input")
         attend = SelfAttention(c, self.deterministic, self.window, name="attention")
-        y_BxTxD = branch(
-            c, 1, x_BxTxD, self.deterministic, lambda x_BxTxD: attend(x_BxTxD, positions, starts_BxT, window)
-        )
+        y_BxTxD = branch(c, 1, x_BxTxD, self.deterministic, lambda x_BxTxD: attend(x_BxTxD, *places))
         return add_mlp(c, x_BxTxD, y_BxTxD, self.deterministic)
 
 
