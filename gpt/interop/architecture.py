@@ -8,7 +8,7 @@ import json
 import math
 import typing
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -166,11 +166,6 @@ class Architecture(Generic[C]):
     ignored: tuple[str, ...] = ()
     defaults: dict[str, Any]
 
-    @classmethod
-    def load(cls, model_type: str) -> Self:
-        """Returns the architecture that a file of the folder `architectures` declares."""
-        return cls(model_type=model_type, **_declaration(model_type))
-
     def tensors(self, config: C) -> dict[str, Tensor]:
         """Returns all parameters, by their names in a checkpoint."""
         final_norm = norm_tensors(config, "final_norm", self.final_norm, config.embed_dim)
@@ -304,11 +299,11 @@ class Architecture(Generic[C]):
         return {"config.json": json.dumps(self.write_config(config) | keys, indent=2) + "\n", **files}
 
 
-def _declaration(name: str) -> dict[str, Any]:
-    """Returns the keys that an architecture's file has or inherits, see llama.toml."""
+def declaration(name: str) -> dict[str, Any]:
+    """Returns the attributes of an `Architecture` that its file has or inherits, see llama.toml."""
     own = tables(f"architectures/{name}.toml")
     inherited = own.pop("extends", None)
-    return _merged(_declaration(inherited) if inherited else {}, own)
+    return _merged(declaration(inherited) if inherited else {}, own)
 
 
 def _merged(inherited: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
