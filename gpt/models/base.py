@@ -228,8 +228,7 @@ class ModelConfig:
         dtype = self.dtype if self.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
         kernel = self.attention
         if kernel == "auto":
-            kernel = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "dense")
-            kernel = kernel if kernel in self.attention_kinds else "dense"
+            kernel = next((name for name in self.attention_kinds if kernels.KERNELS.get(name) == platform), "dense")
         resolved = dataclasses.replace(self, vocab_size=self.vocab_size or vocab_size, dtype=dtype, attention=kernel)
         if obstacle := kernels.obstacle(kernel, resolved, platform, length_shards):
             if self.attention != "auto":

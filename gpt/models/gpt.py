@@ -48,8 +48,9 @@ class GPTConfig(ModelConfig):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def attention_function(self, window: int) -> Callable[..., jax.Array]:
-        function = kernels.by_name(self.attention, query_chunk=self.query_chunk, key_chunk=self.key_chunk)
-        return functools.partial(function, window=window, softcap=self.attention_softcap)
+        chunks = {"query_chunk": self.query_chunk, "key_chunk": self.key_chunk} if self.attention == "chunked" else {}
+        function = kernels.ATTENTION[self.attention]
+        return functools.partial(function, window=window, softcap=self.attention_softcap, **chunks)
 
     def module(self) -> nn.Module:
         return GPT(self)

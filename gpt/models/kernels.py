@@ -374,10 +374,3 @@ def obstacle(name: str, config: Any, platform: str, length_shards: int) -> str |
     if config.head_dim % 8 or config.head_dim > 128:
         return f"takes head sizes that are multiples of 8 up to 128, not {config.head_dim}"
     return "does not support a sequence length that mesh.sequence shards" if length_shards > 1 else None
-
-
-def by_name(name: str, *, query_chunk: int, key_chunk: int) -> Callable[..., jax.Array]:
-    """Returns the implementation of that name. Only `chunked` uses the sizes of blocks, in tokens."""
-    if name == "chunked":
-        return functools.partial(chunked, query_chunk=query_chunk, key_chunk=key_chunk)
-    return ATTENTION[name]
