@@ -187,11 +187,13 @@ class Palette(Tokenizer):
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Palette":
-        colors, names, size = tuple(map(tuple, saved["colors"])), Labels.from_dict(saved).names, saved["size"]
+        colors, names, size = tuple(map(tuple, saved["colors"])), tuple(saved["names"]), saved["size"]
         lengths = {len(color) for color in colors}
         are_bytes = all(type(x) is int and 0 <= x < 256 for color in colors for x in color)
         if saved["name"] != cls.name or lengths not in ({1}, {3}) or not are_bytes or type(size) is not int or size < 1:
             raise ValueError("the palette has no colours of one or three bytes, or no size")
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("the names of the classes are not strings")
         return cls(colors, size, names)
 
 
