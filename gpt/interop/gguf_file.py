@@ -148,7 +148,14 @@ class GGUFFile:
             settings = {f"{role}_token": tokens[i] for role, i in ids.items() if i is not None}
             # llama.cpp's defaults where the file does not say it.
             adds_bos = values["ggml.model"] == "llama" or values["ggml.pre"] == "llama-bpe"
-            settings["add_bos_token"] = bool(values.get("ggml.add_bos_token", adds_bos))
+            if (bos := settings.get("bos_token")) and values.get("ggml.add_bos_token", adds_bos):
+                single = [{"SpecialToken": {"id": bos, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+                definition["post_processor"] = {
+                    "type": "TemplateProcessing",
+                    "single": single,
+                    "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
+                    "special_tokens": {bos: {"id": bos, "ids": [ids["bos"]], "tokens": [bos]}},
+                }
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
             settings |= {"chat_template": values["chat_template"]} if "chat_template" in values else {}
             tokenizer = BPETokenizer.from_parts(json.dumps(definition), settings)
