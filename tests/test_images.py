@@ -76,7 +76,7 @@ def test_digits():
     ]
     assert not sides[0] & sides[1]
     assert load().fingerprint == digits.fingerprint != load(validation_fraction=0.1).fingerprint
-    shares = np.bincount(digits.validation[1]) / np.bincount(digits.train[1])
+    shares = np.bincount(digits.classes[digits.num_train :]) / np.bincount(digits.classes[: digits.num_train])
     assert shares.min() > 0.15
     assert shares.max() < 0.4
 

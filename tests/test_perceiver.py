@@ -193,7 +193,8 @@ def test_dropout_of_the_prefix_cuts_it_anywhere_before_the_latents_in_that_part_
     rows = 2000
     config = make(prefix_dropout=0.4)
     model = PerceiverAR(config)
-    cut = functools.partial(model.apply, {}, None, (rows, LENGTH), method="_cut", rngs={"dropout": jax.random.key(3)})
+    arguments = {}, None, (rows, LENGTH), False
+    cut = functools.partial(model.apply, *arguments, method="documents", rngs={"dropout": jax.random.key(3)})
     starts = np.asarray(jax.jit(cut)())
     places = starts[:, -1]
     assert abs((places > 0).mean() - 0.4) < 0.04

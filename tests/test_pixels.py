@@ -51,7 +51,7 @@ def test_few_colours_are_all_kept_and_examples_are_the_images(digits):
 
 def test_some_classes_are_hidden_in_training_and_none_in_evaluation(digits):
     images = digits.folders.source("train", 8, 1)
-    examples = PixelExamples(images, digits.tokenizer, class_dropout=0.3, seed=1)
+    examples = PixelExamples(**vars(images) | {"seed": 1}, palette=digits.tokenizer, class_dropout=0.3)
     firsts = np.array([[examples.example(epoch, index)["inputs"][0] for index in range(300)] for epoch in range(2)])
     assert abs((firsts == digits.tokenizer.any_class).mean() - 0.3) < 0.06
     assert (firsts[0] != firsts[1]).any()

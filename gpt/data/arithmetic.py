@@ -261,8 +261,7 @@ class QuestionExamples:
     def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
         """Returns "inputs" and "targets" [length], int32, which are 0 and `IGNORED` after the answer."""
         question, answer = self.pose(epoch, index)
-        ids = {character: i for i, character in enumerate(self.config.alphabet)}
-        tokens = [ids[character] for character in question + answer + END]
+        tokens = [self.config.alphabet.index(character) for character in question + answer + END]
         inputs, targets = np.zeros(self.length, np.int32), np.full(self.length, IGNORED, np.int32)
         inputs[: len(tokens) - 1] = tokens[:-1]
         targets[len(question) - 1 : len(tokens) - 1] = tokens[len(question) :]

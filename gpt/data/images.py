@@ -6,7 +6,6 @@ function of (seed, epoch, index).
 
 import dataclasses
 import hashlib
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -139,8 +138,8 @@ class Images:
         Raises:
           UserError: the file is not an image, or is damaged.
         """
-        exact = self.seed is None or self.config.crop == 1
-        image = decode(self.images[index], self.channels, 0 if exact else self.size, self.config.on_white)
+        is_exact = self.seed is None or self.config.crop == 1
+        image = decode(self.images[index], self.channels, 0 if is_exact else self.size, self.config.on_white)
         if self.seed is None:
             pixels = fit(image, self.size, self.config)
         else:
@@ -232,22 +231,23 @@ class Folders(Dataset):
     """Images and classes in two splits.
 
     Attributes:
-      train, validation: (images, classes) as in `Images`.
+      images, classes: as in `Images`, those for training first.
+      num_train: number of images for training.
       tokenizer: the names of the classes.
       fingerprint: a digest that changes with the names, sizes, classes and split of the files.
     """
 
     config: ImagesConfig
-    train: tuple[np.ndarray, np.ndarray]
-    validation: tuple[np.ndarray, np.ndarray]
+    images: np.ndarray
+    classes: np.ndarray
+    num_train: int
     tokenizer: Labels
     fingerprint: str
 
     def source(self, split: str, size: int, channels: int, seed: int | None = None) -> Images:
         """Returns the examples of a split; see `Images` for size, channels and seed."""
-        parts = {"train": [self.train], "val": [self.validation], "all": [self.train, self.validation]}[split]
-        images, classes = (np.concatenate(both) for both in zip(*parts, strict=True))
-        return Images(images, classes, size, channels, self.config, seed)
+        part = {"train": slice(self.num_train), "val": slice(self.num_train, None), "all": slice(None)}[split]
+        return Images(self.images[part], self.classes[part], size, channels, self.config, seed)
 
     def training(self, model: ModelShape, seed: int) -> Images:
         return self.source("train", *self.config.shape(model), seed)
@@ -257,7 +257,8 @@ class Folders(Dataset):
         return self.source(split, *self.config.shape(model))
 
     def describe(self) -> str:
-        sizes = f"{len(self.train[1]):,} training and {len(self.validation[1]):,} validation images"
+        held_out = len(self.images) - self.num_train
+        sizes = f"{self.num_train:,} training and {held_out:,} validation images"
         return f"{sizes}, {self.tokenizer.vocab_size} classes"
 
     def report(self, source: Any, result: dict[str, Any]) -> dict[str, float]:
@@ -278,8 +279,7 @@ class Folders(Dataset):
 
 def check_installed(package: str, reason: str) -> None:
     """Raises UserError with a reason and a command unless a package of the extra `images` is installed."""
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f'{reason}: pip install -e ".[images]".')
+    paths.of_package(package, f'{reason}: pip install -e ".[images]".')
 
 
 def _load_folder(config: ImagesConfig, labels: Labels | None, say: Say) -> Folders:
@@ -305,8 +305,8 @@ def _load_folder(config: ImagesConfig, labels: Labels | None, say: Say) -> Folde
     digest = hashlib.sha256(json.dumps(listed).encode())
     if len(parts) == 1:
         return _split(config, *parts[0], labels, digest)
-    train, validation = parts
-    return Folders(config, train, validation, labels, digest.hexdigest()[:32])
+    images, classes = (np.concatenate(both) for both in zip(*parts, strict=True))
+    return Folders(config, images, classes, len(parts[0][0]), labels, digest.hexdigest()[:32])
 
 
 def _subfolders(listing: paths.Listing, folder: Path) -> dict[str, Path]:
@@ -345,7 +345,6 @@ def _split(config: ImagesConfig, images: np.ndarray, classes: np.ndarray, labels
         raise UserError(
             f"data.validation_fraction={config.validation_fraction} of {len(images)} images leaves a split empty."
         )
-    validation, train = np.sort(order[:held_out]), np.sort(order[held_out:])
+    order = np.concatenate([np.sort(order[held_out:]), np.sort(order[:held_out])])
     digest.update(f"{held_out}".encode())
-    train_part, validation_part = ((images[part], classes[part]) for part in (train, validation))
-    return Folders(config, train_part, validation_part, labels, digest.hexdigest()[:32])
+    return Folders(config, images[order], classes[order], len(images) - held_out, labels, digest.hexdigest()[:32])

@@ -197,34 +197,24 @@ class Palette(Tokenizer):
         return cls(colors, size, names)
 
 
-@dataclasses.dataclass(frozen=True)
-class PixelExamples:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PixelExamples(images.Images):
     """Examples with an image as tokens.
 
     Attributes:
-      images: the images and their classes.
       palette: the tokenizer.
-      class_dropout: fraction of the examples whose class is hidden.
-      seed: seed of the choice of these examples, which is a function of (seed, epoch, index).
+      class_dropout: fraction of the examples whose class is hidden, in training. The choice of these examples is a
+        function of (seed, epoch, index).
     """
 
-    images: images.Images
     palette: Palette
-    class_dropout: float = 0.0
-    seed: int = 0
-
-    @property
-    def threads(self) -> int:
-        return self.images.threads
-
-    def __len__(self) -> int:
-        return len(self.images)
+    class_dropout: float
 
     def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
         """Returns "inputs", a class and all pixels but the last, and "targets", all pixels, as int32 [size²]."""
-        image = self.images.example(epoch, index)
+        image = super().example(epoch, index)
         tokens, first = self.palette.tokens(image["inputs"]), self.palette.any_class
-        if np.random.default_rng((self.seed, epoch, index, 1)).random() >= self.class_dropout:
+        if self.seed is None or np.random.default_rng((self.seed, epoch, index, 1)).random() >= self.class_dropout:
             first += 1 + int(image["targets"])
         return {"inputs": np.concatenate([[first], tokens[:-1]]).astype(np.int32), "targets": tokens}
 
@@ -238,13 +228,16 @@ class Pixels(Dataset):
     tokenizer: Palette
     fingerprint: str
 
+    def _examples(self, split: str, seed: int | None = None) -> PixelExamples:
+        source = self.folders.source(split, self.config.image_size, self.config.channels, seed)
+        return PixelExamples(**vars(source), palette=self.tokenizer, class_dropout=self.config.class_dropout)
+
     def training(self, model: ModelShape, seed: int) -> PixelExamples:
-        source = self.folders.source("train", self.config.image_size, self.config.channels, seed)
-        return PixelExamples(source, self.tokenizer, self.config.class_dropout, seed)
+        return self._examples("train", seed)
 
     def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> PixelExamples:
         refuse_stride(stride, self.config.kind)
-        return PixelExamples(self.folders.source(split, self.config.image_size, self.config.channels), self.tokenizer)
+        return self._examples(split)
 
     def describe(self) -> str:
         return f"{self.folders.describe()}, {len(self.tokenizer.colors)} colours"

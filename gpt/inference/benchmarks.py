@@ -43,9 +43,6 @@ class Adapter(TemplateLM):
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
         return self._model.tokenizer.encode(string).tolist()
 
-    def loglikelihood(self, requests: list, disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm)
-
     def _loglikelihood_tokens(self, requests: list, **_) -> list[tuple[float, bool]]:
         return scoring.loglikelihoods(self._model, [pair for _, *pair in requests])
 

@@ -8,7 +8,7 @@ import json
 import math
 import typing
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -16,9 +16,11 @@ from gpt.checkpointing.run import Run
 from gpt.data.tokenizers import Labels, Tokenizer, TokenizerConfig
 from gpt.interop import tokenizer_files
 from gpt.interop.config_file import ConfigFile, tables
+from gpt.interop.gguf_file import GGUFFile
+from gpt.interop.safetensors_folder import SafetensorsFolder
 from gpt.models import rotary
+from gpt.models.base import ModelConfig
 from gpt.models.gpt import GPTConfig
-from gpt.models.transformer import BlockConfig
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import harmless_names
 
@@ -32,28 +34,9 @@ UNRELATED = {"vocab_multiple", "dtype", "zero_init", "lora_rank", "lora_alpha", 
 UNRELATED |= {"embed_dropout", "residual_dropout", "attention_dropout", "pixel_mean", "pixel_std"}
 
 
-class Source(Protocol):
-    """A model in a format of another library, such as a `SafetensorsFolder`.
-
-    Attributes:
-      path: place of the model, for messages.
-      config: the keys of the model's config.json.
-      shapes: shape of each tensor, by transformers' name.
-    """
-
-    path: Path
-
-    @property
-    def config(self) -> ConfigFile: ...
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]: ...
-
-    def read(self, name: str) -> np.ndarray:
-        """Returns a tensor, of any float type."""
-
-    def tokenizer(self) -> Tokenizer:
-        """Returns the model's tokenizer."""
+# A model in a format of another library. Both have the path and the config.json of the model, the shape of each tensor
+# by transformers' name, a method that reads a tensor, and one that returns the tokenizer.
+Source = SafetensorsFolder | GGUFFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +108,7 @@ class Tensor:
         return math.prod(self.our_shape) != sum(map(math.prod, self.shapes))
 
 
-def norm_tensors(c: BlockConfig, name: str, their_name: str, *shape: int, layers: int = 0) -> dict[str, Tensor]:
+def norm_tensors(c: ModelConfig, name: str, their_name: str, *shape: int, layers: int = 0) -> dict[str, Tensor]:
     """Returns the parameters of a norm, whose scale has this shape, by name."""
     parts = {"scale": "weight"} | ({"bias": "bias"} if c.norm == "layernorm" and c.has_bias("norm") else {})
     return {
@@ -134,7 +117,7 @@ def norm_tensors(c: BlockConfig, name: str, their_name: str, *shape: int, layers
     }
 
 
-C = TypeVar("C", bound=BlockConfig)
+C = TypeVar("C", bound=ModelConfig)
 Vocabulary = Tokenizer | Labels
 
 
@@ -182,11 +165,6 @@ class Architecture(Generic[C]):
     repeated: dict[str, str] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     defaults: dict[str, Any]
-
-    @classmethod
-    def load(cls, model_type: str) -> Self:
-        """Returns the architecture that a file of the folder `architectures` declares."""
-        return cls(model_type=model_type, **_declaration(model_type))
 
     def tensors(self, config: C) -> dict[str, Tensor]:
         """Returns all parameters, by their names in a checkpoint."""
@@ -321,11 +299,11 @@ class Architecture(Generic[C]):
         return {"config.json": json.dumps(self.write_config(config) | keys, indent=2) + "\n", **files}
 
 
-def _declaration(name: str) -> dict[str, Any]:
-    """Returns the keys that an architecture's file has or inherits, see llama.toml."""
+def declaration(name: str) -> dict[str, Any]:
+    """Returns the attributes of an `Architecture` that its file has or inherits, see llama.toml."""
     own = tables(f"architectures/{name}.toml")
     inherited = own.pop("extends", None)
-    return _merged(_declaration(inherited) if inherited else {}, own)
+    return _merged(declaration(inherited) if inherited else {}, own)
 
 
 def _merged(inherited: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
@@ -333,7 +311,7 @@ def _merged(inherited: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in (inherited | own | parts).items() if value != "none"}
 
 
-def comparable(config: BlockConfig) -> dict[str, Any]:
+def comparable(config: ModelConfig) -> dict[str, Any]:
     """Returns the fields of a config that determine what a model computes, in the same form for equal models."""
     unrelated = UNRELATED | harmless_names(type(config))
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}

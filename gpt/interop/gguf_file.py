@@ -6,7 +6,6 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 
 import functools
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from gpt.data.bpe import LONGEST_WORD, BPETokenizer
 from gpt.data.tokenizers import Tokenizer
 from gpt.interop import tokenizer_files
 from gpt.interop.config_file import ConfigFile, tables
+from gpt.models import rotary
 from gpt.runtime.errors import UserError, one_line
 
 _NAMES = tables("gguf.toml")
@@ -32,7 +32,7 @@ MOST_PARTS = 1 << 22  # numbers and strings that the header may have
 
 
 class GGUFFile:
-    """A model in a GGUF file, see `architecture.Source`.
+    """A model in a GGUF file; see `SafetensorsFolder`, which has the same interface.
 
     Raises:
       UserError: the file is damaged, or its architecture is not known.
@@ -105,12 +105,12 @@ class GGUFFile:
             return scaling if kind != "none" else None
         found = np.ravel(self._frequencies.data).astype(np.float64)
         base = ConfigFile(self.path, {"rope_theta": 1e4} | config).number("rope_theta", float)
-        turns = 8192 / (2 * math.pi) * base ** (-np.arange(len(found)) / len(found))
-        kept = np.clip((turns - 1) / 3, 0, 1)
         for factor in (8.0, 32.0):
-            if np.allclose(found, 1 / (kept + (1 - kept) / factor), rtol=1e-4):
-                numbers = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-                return {"rope_type": "llama3", "factor": factor} | numbers
+            numbers = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, rotary.LENGTH: 8192}
+            forms = "", rotary.format("llama3", numbers)
+            plain, stretched = (rotary.frequencies(2 * len(found), base, form)[0] for form in forms)
+            if np.allclose(found, plain / stretched, rtol=1e-4):
+                return {"rope_type": "llama3"} | numbers
         raise UserError(f"{self.path}: rope_freqs.weight is not that of Llama 3.1 or 3.2.")
 
     def read(self, name: str) -> np.ndarray:

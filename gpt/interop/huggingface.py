@@ -18,13 +18,12 @@ from gpt.checkpointing.workdir import Workdir
 from gpt.checkpointing.writing import Deferred, write_params
 from gpt.config import Config
 from gpt.interop import safetensors_folder
-from gpt.interop.architecture import Architecture, Decoder, Source, Tensor
-from gpt.interop.families import Gemma, Gemma3, Qwen
+from gpt.interop.architecture import Architecture, Decoder, Source, Tensor, declaration
 from gpt.interop.gguf_file import GGUFFile
-from gpt.interop.rotary_decoder import RotaryDecoder
+from gpt.interop.rotary_decoder import Gemma, Gemma3, Qwen, RotaryDecoder
 from gpt.interop.safetensors_folder import SafetensorsFolder
 from gpt.interop.vit import ViT
-from gpt.models.transformer import BlockConfig
+from gpt.models.base import ModelConfig
 from gpt.runtime import files
 from gpt.runtime.errors import UserError
 
@@ -33,31 +32,25 @@ KINDS: dict[str, type[Architecture[Any]]] = {"gpt2": Decoder}
 KINDS |= dict.fromkeys(("llama", "mistral"), RotaryDecoder) | dict.fromkeys(("qwen2", "qwen3"), Qwen)
 KINDS |= {"olmo2": RotaryDecoder, "gemma2": Gemma, "gemma3_text": Gemma3, "gpt_neox": RotaryDecoder, "vit": ViT}
 # Any: each architecture has its own config class.
-ARCHITECTURES: dict[str, Architecture[Any]] = {name: kind.load(name) for name, kind in KINDS.items()}
+ARCHITECTURES: dict[str, Architecture[Any]] = {
+    name: kind(model_type=name, **declaration(name)) for name, kind in KINDS.items()
+}
 
 
-def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> BlockConfig:
-    """Converts a folder of transformers or a GGUF file to a workdir, see `convert`.
-
-    Raises:
-      UserError: there is no such folder or file, or see `convert`.
-    """
-    if folder.suffix == ".gguf" and folder.is_file():
-        return convert(GGUFFile(folder), workdir, vocab_multiple)
-    if not folder.is_dir():
-        raise UserError(f"--from_hf={folder}: there is no such folder or GGUF file.")
-    return convert(SafetensorsFolder(folder), workdir, vocab_multiple)
-
-
-def convert(source: Source, workdir: Workdir, vocab_multiple: int) -> BlockConfig:
-    """Converts a model to a workdir with a checkpoint of step 0, and returns the model's config.
+def from_hf(folder: Path, workdir: Workdir, vocab_multiple: int) -> ModelConfig:
+    """Converts a folder of transformers or a GGUF file to a workdir with a checkpoint of step 0; returns the config.
 
     Args:
       vocab_multiple: `model.vocab_multiple` of the workdir, for a language model.
 
     Raises:
-      UserError: the source holds no whole model of a known architecture, or the workdir is not empty.
+      UserError: there is no such folder or file, it holds no whole model of a known architecture, or the workdir is not
+        empty.
     """
+    is_gguf = folder.suffix == ".gguf" and folder.is_file()
+    if not is_gguf and not folder.is_dir():
+        raise UserError(f"--from_hf={folder}: there is no such folder or GGUF file.")
+    source = GGUFFile(folder) if is_gguf else SafetensorsFolder(folder)
     refuse_to_overwrite("workdir", workdir.path)
     model_type = source.config.values.get("model_type")
     source.config.check("model_type", model_type in [*ARCHITECTURES], ", ".join(map(repr, ARCHITECTURES)))
@@ -113,7 +106,7 @@ def _deferred(source: Source, names: dict[str, str], our_name: str, tensor: Tens
     return Deferred(our_name, tensor.stacked_shape, parts)
 
 
-def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[BlockConfig, int]:
+def to_hf(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[ModelConfig, int]:
     """Converts a checkpoint of a workdir to a folder of transformers, and returns the model's config and the step.
 
     Args:

@@ -20,7 +20,7 @@ from gpt.interop import huggingface
 from gpt.interop.architecture import Architecture, Tensor
 from gpt.interop.config_file import ConfigFile
 from gpt.interop.safetensors_folder import SafetensorsFolder
-from gpt.models.transformer import BlockConfig
+from gpt.models.base import ModelConfig
 from gpt.runtime.errors import UserError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -34,7 +34,7 @@ FIXED |= {"alora_invocation_tokens": None, "trainable_token_indices": None, "tar
 Pair = tuple[np.ndarray, np.ndarray]
 
 
-def to_peft(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[BlockConfig, int]:
+def to_peft(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[ModelConfig, int]:
     """Writes the adapters of a checkpoint to a folder that `peft` loads, and returns the model's config and the step.
 
     Raises:
@@ -65,7 +65,7 @@ def to_peft(workdir: Workdir, checkpoint: str, folder: Path) -> tuple[BlockConfi
     return config, weights.step
 
 
-def from_peft(folder: Path, base: Workdir, workdir: Workdir) -> BlockConfig:
+def from_peft(folder: Path, base: Workdir, workdir: Workdir) -> ModelConfig:
     """Makes a workdir of adapters from a folder of PEFT and the workdir of their base; returns the model's config.
 
     Raises:

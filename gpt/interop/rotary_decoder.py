@@ -1,13 +1,17 @@
-"""Decoders with rotary positions and, in some layers, local attention: their keys in transformers 4 and 5."""
+"""Decoders with rotary positions and, in some layers, local attention: their keys in transformers 4 and 5.
+
+The classes of families have hooks for what their files in the folder `architectures` cannot express.
+"""
 
 import dataclasses
+import math
 from typing import Any
 
 from gpt.interop.architecture import Decoder
 from gpt.interop.config_file import ConfigFile
 from gpt.models import rotary
+from gpt.models.base import MAX_LAYERS
 from gpt.models.gpt import GPTConfig
-from gpt.models.transformer import MAX_LAYERS
 from gpt.runtime.errors import UserError
 
 LAYER_TYPES = {"L": "sliding_attention", "G": "full_attention"}
@@ -73,7 +77,8 @@ class RotaryDecoder(Decoder):
             letters = "".join(names[kind] for kind in types)
         if "L" not in letters or not fields["window"]:
             return {"window": 0}
-        return {"window_pattern": next(letters[:n] for n in range(1, layers + 1) if _repeats(letters, n))}
+        repeats = (letters[:n] for n in range(1, layers + 1) if (letters[:n] * layers).startswith(letters))
+        return {"window_pattern": next(repeats)}
 
     def default_pattern(self, file: ConfigFile, layers: int) -> str:
         """Returns which layers are local if there is no `layer_types`; see `GPTConfig.window_pattern`."""
@@ -93,9 +98,41 @@ class RotaryDecoder(Decoder):
         return super().write_rest(config) | keys
 
 
-def _repeats(letters: str, size: int) -> bool:
-    """Returns whether letters repeat their first `size` ones."""
-    return (letters[:size] * len(letters))[: len(letters)] == letters
+class Qwen(RotaryDecoder):
+    """Qwen2, Qwen2.5 and Qwen3, whose local attention a key switches on for the layers after the first ones."""
+
+    def read_window(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
+        found = super().read_window(file, fields)
+        return found if file.get("use_sliding_window") else {"window": 0}
+
+    def default_pattern(self, file: ConfigFile, layers: int) -> str:
+        return ("G" * min(int(file.number("max_window_layers", int)), layers)).ljust(layers, "L")
+
+    def write_rest(self, config: GPTConfig) -> dict[str, Any]:
+        return super().write_rest(config) | {"use_sliding_window": config.window > 0}
+
+
+class Gemma(RotaryDecoder):
+    """Gemma 2 and the text models of Gemma 3, with a scale of attention, and embeddings multiplied by √width."""
+
+    def read_rest(self, file: ConfigFile, fields: dict[str, Any]) -> dict[str, Any]:
+        scalar = file.number("query_pre_attn_scalar", float)
+        file.check("query_pre_attn_scalar", scalar > 0, "a number greater than 0")
+        multiplier = math.sqrt(max(fields["embed_dim"], 0))
+        return super().read_rest(file, fields) | {"attention_scale": scalar**-0.5, "embed_multiplier": multiplier}
+
+    def write_rest(self, config: GPTConfig) -> dict[str, Any]:
+        scale = config.attention_scale or config.head_dim**-0.5
+        return super().write_rest(config) | {"query_pre_attn_scalar": round(scale**-2)}
+
+
+class Gemma3(Gemma):
+    """Gemma 3, where a key says how many layers there are from one global layer to the next."""
+
+    def default_pattern(self, file: ConfigFile, layers: int) -> str:
+        size = int(file.number("sliding_window_pattern", int))
+        file.check("sliding_window_pattern", 0 < size <= MAX_LAYERS, f"1 to {MAX_LAYERS}")
+        return "L" * (size - 1) + "G"
 
 
 def _object(file: ConfigFile, value: Any) -> dict[str, Any]:

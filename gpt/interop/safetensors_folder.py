@@ -1,4 +1,4 @@
-"""A folder of safetensors: its tensors are mapped into memory and read where they are used, and one can be written."""
+"""A folder of safetensors: its tensors are read where they are used, and one can be written."""
 
 import functools
 import json
@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from gpt.data.tokenizers import Tokenizer
@@ -19,14 +18,14 @@ from gpt.runtime.errors import UserError
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
-DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = ("F32", "F16", "BF16")
 # Tensors in old files that are no parameters: causal masks, and the frequencies of rotary positions.
 BUFFERS = re.compile(r".*\.(attn|attention)\.(bias|masked_bias)|(.*\.)?rotary_emb\.inv_freq")
 BLOCK = 1 << 24  # elements to write at a time
 
 
 class SafetensorsFolder:
-    """A model as transformers saves it, see `architecture.Source`. Its properties are read when they are used.
+    """A model as transformers saves it. Its properties are read when they are used.
 
     Args:
       path: the folder.
@@ -49,33 +48,37 @@ class SafetensorsFolder:
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of each tensor, by its name."""
-        return {name: tuple(tensor["shape"]) for name, (_, tensor, _) in self._tensors.items()}
+        return {name: tuple(opened.get_slice(name).get_shape()) for name, (_, opened) in self._tensors.items()}
 
     def read(self, name: str) -> np.ndarray:
-        """Returns a tensor as float32, float16 or bfloat16; only the parts that are used are read from the disk."""
-        file, tensor, start = self._tensors[name]
-        offset = start + tensor["data_offsets"][0]
-        return np.memmap(self.path / file, DTYPES[tensor["dtype"]], "r", offset, self.shapes[name])
+        """Returns a tensor as float32, float16 or bfloat16."""
+        return self._tensors[name][1].get_tensor(name)
 
     def tokenizer(self) -> Tokenizer:
         """Returns the folder's tokenizer."""
         return tokenizer_files.read(self.path)
 
     @functools.cached_property
-    def _tensors(self) -> dict[str, tuple[str, dict[str, Any], int]]:
-        """The file of each tensor, its entry in the file's header, and where the data of the file begins."""
-        tensors: dict[str, tuple[str, dict[str, Any], int]] = {}
+    def _tensors(self) -> dict[str, tuple[str, Any]]:
+        """The file of each tensor: its name, and the library's reader."""
+        from safetensors import SafetensorError, safe_open
+
+        tensors: dict[str, tuple[str, Any]] = {}
         for file in self._files():
-            header, start = self._header(file)
-            for name, tensor in header.items():
-                if name == "__metadata__" or BUFFERS.fullmatch(name):
+            try:
+                # pread: the pages of mapped files would count as memory of the process beside the arrays.
+                opened = safe_open(self.path / file, framework="numpy", backend="pread")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{self.path / file} is damaged or cut off ({error}).") from None
+            for name in opened.keys():  # noqa: SIM118  it is no dictionary
+                if BUFFERS.fullmatch(name):
                     continue
                 if name in tensors:
                     raise UserError(f"{self.path / file}: {name} is also in {tensors[name][0]}.")
-                if (dtype := tensor["dtype"]) not in DTYPES:
+                if (dtype := opened.get_slice(name).get_dtype()) not in DTYPES:
                     problem = f"{name} is of type {dtype}; only {', '.join(DTYPES)} can be read"
                     raise UserError(f"{self.path / file}: {problem}.")
-                tensors[name] = file, tensor, start
+                tensors[name] = file, opened
         return tensors
 
     def _files(self) -> list[str]:
@@ -96,18 +99,6 @@ class SafetensorsFolder:
                 f"the file, load it with transformers' from_pretrained, and save it with save_pretrained as {WEIGHTS}."
             )
         raise UserError(f"{self.path} has no {self._weights}.")
-
-    def _header(self, file: str) -> tuple[dict[str, Any], int]:
-        """Returns the header of a file, and where the data begins: after the header's length and the header."""
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            # The library checks that the tensors are within the file and have the sizes that their shapes say.
-            with safe_open(self.path / file, framework="numpy"), open(self.path / file, "rb") as data:
-                length = int.from_bytes(data.read(8), "little")
-                return json.loads(data.read(length)), 8 + length
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.path / file} is damaged or cut off ({error}).") from None
 
 
 def write(path: Path, shapes: dict[str, tuple[int, ...]], arrays: Iterable[np.ndarray]) -> None:

@@ -1,15 +1,21 @@
-"""The table of model families, and the interface that each of them implements.
+"""The table of model families, and the options and the interface that all of them share.
 
 A family is a module in this folder with a configuration class, a subclass of `ModelConfig`, and the Flax module that
 the configuration creates. Its entry in `FAMILIES` makes it available as `config.model.family`.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from gpt.models import kernels, quantized, remat, rotary
+from gpt.models.layers import ACTIVATIONS
+from gpt.runtime.errors import UserError
+from gpt.runtime.fields import check_choice, check_fraction, check_names, check_not_negative, check_positive, harmless
 
 FAMILIES = {
     "gpt": "gpt.models.gpt:GPTConfig",
@@ -17,6 +23,11 @@ FAMILIES = {
     "perceiver_ar": "gpt.models.perceiver:PerceiverARConfig",
     "perceiver_io": "gpt.models.perceiver:PerceiverIOConfig",
 }
+
+# A larger model is a typing error, or a config that was made to keep the tracer busy indefinitely.
+MAX_LAYERS, MAX_PARAMETERS = 10_000, 1e14
+
+LAYERS = ("qkv", "out", "gate", "up", "down")  # the linear layers of a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,36 +37,102 @@ class ModelConfig:
     Attributes:
       family: the name of the family in `FAMILIES`.
       vocab_size: the number of targets to choose from: tokens or classes. 0 takes the number from the data.
-      num_layers: the number of blocks.
-      num_heads: the number of attention heads in each block.
-      embed_dim: the width of the residual stream.
-      attention: the name of the attention implementation.
-      attention_dropout: the probability of dropping an attention weight.
-      attention_softcap: limit of the attention scores. 0 means no limit.
-      dtype: the dtype of the computation. Parameters are float32.
-      scan_layers: whether one compiled block runs in a loop over the layers.
-      remat: what the backward pass recomputes.
-      lora_rank: the rank of the LoRA adapters. 0 means no adapters.
-      lora_targets: the linear layers that have an adapter.
-      reads: the kind of input: "tokens", int32 [length], or "images", uint8 [height, width, channels].
     """
+
+    # What a family offers: these are not fields of the config.
+    reads: ClassVar[str] = "tokens"  # the input: tokens, int32 [length], or images, uint8 [height, width, channels]
+    position_kinds: ClassVar[tuple[str, ...]] = ("learned", "rotary", "none")
+    attention_kinds: ClassVar[tuple[str, ...]] = ("auto", *kernels.ATTENTION)
+    qk_norm_kinds: ClassVar[tuple[str, ...]] = ("none", "unit", "head", "all")
+    vocab_source: ClassVar[str] = "tokenizer"  # where a `vocab_size` of 0 takes its value from
+    unavailable: ClassVar[tuple[str, ...]] = ()  # fields below that have to keep their defaults
 
     family: str
     vocab_size: int
-    num_layers: int
-    num_heads: int
-    embed_dim: int
-    attention: str
-    attention_dropout: float
-    attention_softcap: float
-    dtype: str
-    scan_layers: bool
-    remat: str
-    lora_rank: int
-    lora_targets: str
+    num_layers: int = 8  # number of blocks
+    num_heads: int = 8  # number of attention heads in a block; divides embed_dim unless head_size is given
+    num_kv_heads: int = 0  # heads of keys and values (arXiv 2305.13245); divides num_heads; 0: num_heads
+    embed_dim: int = 512  # width of the residual stream
+    head_size: int = 0  # size of an attention head; 0: embed_dim/num_heads
+    base_width: int = 0  # width whose learning rate and initial values µP scales to embed_dim (arXiv 2203.03466); 0: no
+    mlp_size: int = 0  # hidden width of the MLP; 0: 4·embed_dim
+    gated_mlp: bool = False  # multiply the activation of one projection by another: SwiGLU, GeGLU (arXiv 2002.05202)
+    parallel_block: bool = False  # add attention and MLP of the same input, as in GPT-NeoX (arXiv 2204.06745)
+    bias: str = "all"  # places that have a bias: all, none, or some of qkv, out, gate, up, down, norm, with commas
+    norm: str = "layernorm"  # normalization: layernorm, rmsnorm, or rmsnorm_plus1 (scale 1 + parameter, as in Gemma)
+    norm_places: str = "pre"  # norms of attention and MLP: pre (on inputs), post (on outputs, as in OLMo 2) or both
+    norm_epsilon: float = 1e-5  # number that a norm adds to the variance
+    activation: str = "gelu_tanh"  # activation of the MLP: gelu_tanh, gelu (exact), relu, relu_squared or silu
+    positions: str = "learned"  # position encoding: learned, rotary or none (not for images), sincos (images only)
+    rotary_base: float = 10_000.0  # rotary: the greatest wavelength in tokens is about 2π times this
+    rotary_base_local: float = 0.0  # rotary: base in local layers, which then have no rotary_scaling; 0: rotary_base
+    rotary_fraction: float = 1.0  # rotary: fraction of each head that is rotated
+    rotary_scaling: str = ""  # rotary: for longer contexts, linear, llama3 or yarn with numbers; see models/rotary.py
+    qk_norm: str = "none"  # normalize queries and keys: none, unit (root mean square 1), head or all (learned scales)
+    attention_scale: float = 0.0  # factor of the attention scores; 0: 1/√(head size), or with µP 8/(head size)
+    attention_softcap: float = 0.0  # limit attention scores by c·tanh(x/c), as in Gemma 2 (arXiv 2408.00118); 0: no
+    window: int = 0  # number of tokens that a token of a local layer attends to, itself included; 0: no local layers
+    window_pattern: str = "L"  # which layers are local (L) or global (G), repeated over all layers
+    zero_init: bool = False  # initialize the projections onto the residual stream with zeros
+    embed_dropout: float = 0.1  # dropout probability of the embeddings
+    residual_dropout: float = 0.1  # dropout probability of the output of attention and MLP
+    attention_dropout: float = 0.1  # dropout probability of the attention weights
+    # Implementation of attention: dense, chunked, cudnn (NVIDIA GPUs, no dropout), splash (TPUs, no dropout), or auto:
+    # the kernel of the platform if it supports the model, else dense.
+    attention: str = harmless("auto")
+    dtype: str = "auto"  # dtype of the computation: float32, bfloat16, or auto: float32 on a CPU, bfloat16 elsewhere
+    # Factors of the blocks' products with kernels: dtype's, or int8 or fp8, which some accelerators compute faster.
+    products: str = "dtype"
+    scan_layers: bool = harmless(False)  # compile one block and loop over the layers: faster to compile if deep
+    # What the backward pass recomputes: none, dots (all but linear layers and attention kernels), full, or all but the
+    # named outputs; see models/remat.py.
+    remat: str = harmless("none")
+    lora_rank: int = 0  # rank of the adapters to train on top of train.init_from's frozen weights; 0: no adapters
+    lora_alpha: float = 16.0  # the output of an adapter is multiplied by lora_alpha/lora_rank
+    lora_targets: str = "qkv"  # linear layers with an adapter, of qkv, out, gate, up and down, separated by commas
 
-    reads: ClassVar[str] = "tokens"
-    attention_kinds: ClassVar[tuple[str, ...]]  # the values that `attention` may have
+    def __post_init__(self):
+        check_positive("model", self, "num_layers", "num_heads", "embed_dim", "norm_epsilon", "lora_alpha")
+        check_not_negative("model", self, "num_kv_heads", "head_size", "mlp_size", "window", "lora_rank", "base_width")
+        check_not_negative("model", self, "attention_scale", "attention_softcap", "rotary_base_local")
+        check_fraction("model", self, "embed_dropout", "residual_dropout", "attention_dropout")
+        check_choice("model.norm", self.norm, ("layernorm", "rmsnorm", "rmsnorm_plus1"))
+        check_choice("model.norm_places", self.norm_places, ("pre", "post", "both"))
+        check_choice("model.qk_norm", self.qk_norm, self.qk_norm_kinds)
+        check_choice("model.activation", self.activation, ACTIVATIONS)
+        check_choice("model.positions", self.positions, self.position_kinds)
+        check_choice("model.attention", self.attention, self.attention_kinds)
+        check_choice("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        check_choice("model.products", self.products, ("dtype", *quantized.FORMATS))
+        remat.check(self.remat)
+        check_names("model.lora_targets", self.lora_targets, [*self.layer_weights])
+        if self.bias not in ("all", "none"):
+            check_names("model.bias", self.bias, [*LAYERS, "norm"], "all, none, or ")
+        for field in dataclasses.fields(self):
+            if field.name in self.unavailable and getattr(self, field.name) != field.default:
+                raise UserError(f"model.{field.name} is not available for model.family={self.family}; leave it out.")
+        if self.vocab_size < 0:
+            raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the {self.vocab_source}'s) or more.")
+        if not self.window_pattern or set(self.window_pattern) - {"L", "G"}:
+            raise UserError(f"model.window_pattern={self.window_pattern!r} has to consist of the letters L and G.")
+        if self.num_layers > MAX_LAYERS or self.num_parameters() > MAX_PARAMETERS:
+            raise UserError(
+                f"model.num_layers={self.num_layers} and model.embed_dim={self.embed_dim}, with the other sizes under "
+                f"model, are beyond {MAX_LAYERS:,} layers or {MAX_PARAMETERS:.0e} parameters."
+            )
+        if not self.head_size and self.embed_dim % self.num_heads:
+            raise UserError(f"model.num_heads={self.num_heads} does not divide model.embed_dim={self.embed_dim}.")
+        if self.num_heads % self.kv_heads:
+            raise UserError(f"model.num_kv_heads={self.kv_heads} does not divide model.num_heads={self.num_heads}.")
+        if self.positions == "rotary":
+            check_positive("model", self, "rotary_base")
+            if not 0 < self.rotary_fraction <= 1 or self.rotary_size % 2:
+                raise UserError(
+                    f"model.rotary_fraction={self.rotary_fraction} of a head size of {self.head_dim} gives "
+                    f"{self.rotary_size} numbers to rotate; this has to be an even number, and the fraction at most 1."
+                )
+            if self.rotary_scaling:
+                rotary.parse(self.rotary_scaling)
 
     @property
     def length(self) -> int:
@@ -63,34 +140,14 @@ class ModelConfig:
         raise NotImplementedError
 
     @property
-    def width_ratio(self) -> float:
-        """Width relative to that for which learning rates and initial values were found; see `optimizer`."""
-        return 1.0
-
-    @property
     def num_targets(self) -> int:
         """Number of tokens at the end of an example that have a target."""
         return self.length
 
     @property
-    def head_dim(self) -> int:
-        """Size of an attention head."""
-        return self.embed_dim // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Number of heads of keys and values."""
-        return self.num_heads
-
-    @property
-    def mlp_dim(self) -> int:
-        """Hidden width of the MLP in a block."""
-        raise NotImplementedError
-
-    @property
-    def layer_weights(self) -> dict[str, tuple[int, int]]:
-        """The sizes (inputs, outputs) of the linear layers of a block, by name."""
-        raise NotImplementedError
+    def length_key(self) -> str:
+        """Config key of the sequence length in the blocks, for messages."""
+        return "model.block_size"
 
     @property
     def padded_vocab_size(self) -> int:
@@ -98,14 +155,57 @@ class ModelConfig:
         return self.vocab_size
 
     @property
-    def lora_scale(self) -> float:
-        """Factor by which the output of an adapter is multiplied."""
-        raise NotImplementedError
+    def head_dim(self) -> int:
+        """Size of an attention head."""
+        return self.head_size or self.embed_dim // self.num_heads
 
     @property
-    def length_key(self) -> str:
-        """Config key of the sequence length in the blocks, for messages."""
-        return "model.block_size"
+    def kv_heads(self) -> int:
+        """Number of heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        """Hidden width of the MLP in a block."""
+        return self.mlp_size or 4 * self.embed_dim
+
+    @property
+    def rotary_size(self) -> int:
+        """Number of rotated numbers of a head."""
+        return int(self.rotary_fraction * self.head_dim)
+
+    @property
+    def kernel_scale(self) -> float:
+        """Standard deviation of the initial kernels: GPT-2's, at µP's base width."""
+        return 0.02 / self.width_ratio**0.5
+
+    @property
+    def width_ratio(self) -> float:
+        """Width relative to that for which learning rates and initial values were found; see `optimizer`."""
+        return self.embed_dim / (self.base_width or self.embed_dim)
+
+    @property
+    def lora_scale(self) -> float:
+        """Factor by which the output of an adapter is multiplied."""
+        return self.lora_alpha / self.lora_rank if self.lora_rank else 0.0
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """For each layer, the number of tokens that a token attends to, or 0: all."""
+        pattern = self.window_pattern
+        return tuple(self.window * (pattern[i % len(pattern)] == "L") for i in range(self.num_layers))
+
+    @property
+    def layer_weights(self) -> dict[str, tuple[int, int]]:
+        """The sizes (inputs, outputs) of the linear layers of a block, by name."""
+        d, f, heads = self.embed_dim, self.mlp_dim, self.num_heads * self.head_dim
+        sizes = {"qkv": (d, heads + 2 * self.kv_heads * self.head_dim), "out": (heads, d)}
+        gate = {"gate": (d, f)} if self.gated_mlp else {}
+        return sizes | gate | {"up": (d, f), "down": (f, d)}
+
+    def has_bias(self, place: str) -> bool:
+        """Returns whether a linear layer, by its name, or the norms ("norm") have a bias."""
+        return self.bias == "all" or place in self.bias.split(",")
 
     def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> Self:
         """Returns this config with concrete values in the place of `0` and `auto`.
@@ -118,11 +218,31 @@ class ModelConfig:
         Raises:
           UserError: the config is for another vocabulary, or its attention is not available for this platform or mesh.
         """
-        raise NotImplementedError
+        # The vocabulary of released models often has unused tokens after those of the tokenizer.
+        is_text = self.reads == "tokens"
+        if self.vocab_size not in (0, vocab_size) and not (is_text and self.vocab_size > vocab_size):
+            raise UserError(
+                f"model.vocab_size={self.vocab_size}, but the {self.vocab_source} has {vocab_size} "
+                f"{'tokens' if is_text else 'classes'}; set 0."
+            )
+        dtype = self.dtype if self.dtype != "auto" else "float32" if platform == "cpu" else "bfloat16"
+        kernel = self.attention
+        if kernel == "auto":
+            kernel = next((name for name in self.attention_kinds if kernels.KERNELS.get(name) == platform), "dense")
+        resolved = dataclasses.replace(self, vocab_size=self.vocab_size or vocab_size, dtype=dtype, attention=kernel)
+        if obstacle := kernels.obstacle(kernel, resolved, platform, length_shards):
+            if self.attention != "auto":
+                raise UserError(f"model.attention={kernel} {obstacle}; choose dense or chunked, or auto.")
+            resolved = dataclasses.replace(resolved, attention="dense")
+        return resolved
 
     def without_kernel(self) -> Self:
         """Returns this config with an attention implementation that works on every platform."""
-        return self
+        return dataclasses.replace(self, attention="auto") if self.attention in kernels.KERNELS else self
+
+    def attention_function(self, window: int) -> Callable[..., jax.Array]:
+        """Returns the attention of a resolved config, with the signature of `attention.dense` up to the softcap."""
+        raise NotImplementedError
 
     def example_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shape and dtype of "inputs" and of "targets" (int32) in one example, without the batch axis.
@@ -153,6 +273,35 @@ class ModelConfig:
         """Returns the model FLOPs of the forward and backward pass for one of the `length` tokens of an example."""
         raise NotImplementedError
 
+    def block_parameters(self, blocks: int) -> int:
+        """Returns the number of parameters of `blocks` blocks and one norm."""
+        linear_ = sum(
+            inputs * outputs + self.has_bias(name) * outputs for name, (inputs, outputs) in self.layer_weights.items()
+        )
+        norm_ = self.embed_dim * (2 if self.has_bias("norm") and self.norm == "layernorm" else 1)
+        scales = {"head": 2, "all": self.num_heads + self.kv_heads}.get(self.qk_norm, 0) * self.head_dim
+        return blocks * (linear_ + scales + (4 if self.norm_places == "both" else 2) * norm_) + norm_
+
+    def flops(self, length: int, other_weights: int) -> float:
+        """Returns the model FLOPs of the forward and backward pass for one token of a sequence of `length` tokens.
+
+        The number is 6 for each weight (4 if it is frozen), plus 12·heads·head size·length in each layer for the
+        products of attention, as in PaLM (arXiv 2204.02311, appendix B), with the window as the length in local layers.
+
+        Args:
+          length: sequence length, in tokens.
+          other_weights: number of weights outside of the blocks that multiply an activation.
+        """
+        sizes = self.layer_weights
+        weights = self.num_layers * sum(inputs * outputs for inputs, outputs in sizes.values()) + other_weights
+        lengths = sum(min(window or length, length) for window in self.windows)
+        scores = 12 * self.num_heads * self.head_dim * lengths
+        if not self.lora_rank:
+            return 6 * weights + scores
+        adapters = self.num_layers * self.lora_rank * sum(sum(sizes[name]) for name in self.lora_targets.split(","))
+        return 4 * weights + 6 * adapters + scores
+
     def summary(self) -> str:
         """Returns a short description of the model's shape for the log."""
-        raise NotImplementedError
+        shared = f" ({self.kv_heads} of keys and values)" if self.kv_heads != self.num_heads else ""
+        return f"{self.num_layers} layers, {self.num_heads} heads{shared}, {self.embed_dim} wide"

@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 
 from gpt.models import attention, decoding, kernels, lora
+from gpt.models.base import ModelConfig
 from gpt.models.gradients import add_bias
 from gpt.models.layers import Embedding, Linear
-from gpt.models.transformer import BlockConfig, apply_blocks
+from gpt.models.transformer import apply_blocks
 from gpt.runtime.fields import check_not_negative, check_positive, harmless
 
 
 @dataclasses.dataclass(frozen=True)
-class GPTConfig(BlockConfig):
+class GPTConfig(ModelConfig):
     """Shape and options of a GPT. The defaults are a small GPT-2 for characters."""
 
     family: str = "gpt"  # model family: gpt, vit, perceiver_ar or perceiver_io
@@ -47,8 +48,9 @@ class GPTConfig(BlockConfig):
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def attention_function(self, window: int) -> Callable[..., jax.Array]:
-        function = kernels.by_name(self.attention, query_chunk=self.query_chunk, key_chunk=self.key_chunk)
-        return functools.partial(function, window=window, softcap=self.attention_softcap)
+        chunks = {"query_chunk": self.query_chunk, "key_chunk": self.key_chunk} if self.attention == "chunked" else {}
+        function = kernels.ATTENTION[self.attention]
+        return functools.partial(function, window=window, softcap=self.attention_softcap, **chunks)
 
     def module(self) -> nn.Module:
         return GPT(self)
@@ -118,58 +120,50 @@ class GPT(nn.Module):
         Raises:
           ValueError: T is greater than `block_size`.
         """
-        c = self.config
-        positions = token_positions(c, tokens_BxT, position_B)
-        if starts_BxT is not None:
-            positions = positions - starts_BxT
-        x_BxTxD, token_embedding = embed(c, tokens_BxT, positions, deterministic)
-        x_BxTxD = apply_blocks(c, x_BxTxD, positions, starts_BxT, deterministic)
-        return token_logits(c, x_BxTxD, token_embedding) if with_head else x_BxTxD
+        c, length = self.config, tokens_BxT.shape[1]
+        if length > c.block_size:
+            raise ValueError(f"{length} tokens are more than block_size={c.block_size}")
+        init, dtype = nn.initializers.normal(0.02), jnp.dtype(c.dtype)
+        indices = jnp.arange(length) if position_B is None else position_B[:, None]
+        starts_BxT = self.documents(starts_BxT, tokens_BxT.shape, deterministic)
+        token_embedding = Embedding(c.padded_vocab_size, c.embed_dim, "vocab", init, dtype, name="token_embedding")
+        x_BxTxD = token_embedding(tokens_BxT)
+        if c.embed_multiplier != 1:
+            x_BxTxD = x_BxTxD * jnp.asarray(c.embed_multiplier, dtype)
+        if c.positions == "learned":
+            position_embedding = Embedding(c.block_size, c.embed_dim, "length", init, dtype, name="position_embedding")
+            x_BxTxD = add_bias(x_BxTxD, position_embedding(since(starts_BxT, indices)))
+        x_BxTxD = nn.Dropout(c.embed_dropout, deterministic=deterministic)(x_BxTxD)
+        x_BxTxD = nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed"))
+        x_BxTxD = self.hidden(x_BxTxD, starts_BxT, indices, deterministic)
+        if not with_head:
+            return x_BxTxD
+        if c.tie_embeddings:
+            logits_BxTxV = token_embedding.attend(x_BxTxD)
+        else:
+            head = (c.embed_dim,), (c.padded_vocab_size,), ("embed", "vocab"), init
+            logits_BxTxV = Linear(*head, False, dtype, name="head")(x_BxTxD)
+        return finish_logits(c, nn.with_logical_constraint(logits_BxTxV, ("batch", "length", "vocab")))
+
+    def documents(self, starts_BxT: jax.Array | None, shape: tuple[int, ...], deterministic: bool) -> jax.Array | None:
+        """Returns the starts of the documents that the model sees; `shape` is that of the tokens."""
+        return starts_BxT
+
+    def hidden(
+        self, x_BxTxD: jax.Array, starts_BxT: jax.Array | None, indices: jax.Array, deterministic: bool
+    ) -> jax.Array:
+        """Returns what the output head reads, [B, T, D], from embeddings [B, T, D].
+
+        Args:
+          starts_BxT, deterministic: see `__call__`.
+          indices: indices of the tokens in their rows: [T], or [B, 1] in decoding.
+        """
+        return apply_blocks(self.config, x_BxTxD, since(starts_BxT, indices), starts_BxT, deterministic)
 
 
-def token_positions(config: GPTConfig, tokens_BxT: jax.Array, position_B: jax.Array | None) -> jax.Array:
-    """Returns the indices of tokens in their rows: [T], or [B, 1] from `position_B` in decoding.
-
-    Raises:
-      ValueError: T is greater than `block_size`.
-    """
-    length = tokens_BxT.shape[1]
-    if length > config.block_size:
-        raise ValueError(f"{length} tokens are more than block_size={config.block_size}")
-    return jnp.arange(length) if position_B is None else position_B[:, None]
-
-
-def embed(
-    config: GPTConfig, tokens_BxT: jax.Array, positions: jax.Array, deterministic: bool
-) -> tuple[jax.Array, Embedding]:
-    """Returns the embeddings [B, T, D] of tokens and positions, and the token embedding, for a tied output head.
-
-    The modules become submodules of the module that calls this function.
-    """
-    c, init, dtype = config, nn.initializers.normal(0.02), jnp.dtype(config.dtype)
-    token_embedding = Embedding(c.padded_vocab_size, c.embed_dim, "vocab", init, dtype, name="token_embedding")
-    x_BxTxD = token_embedding(tokens_BxT)
-    if c.embed_multiplier != 1:
-        x_BxTxD = x_BxTxD * jnp.asarray(c.embed_multiplier, dtype)
-    if c.positions == "learned":
-        position_embedding = Embedding(c.block_size, c.embed_dim, "length", init, dtype, name="position_embedding")
-        x_BxTxD = add_bias(x_BxTxD, position_embedding(positions))
-    x_BxTxD = nn.Dropout(c.embed_dropout, deterministic=deterministic)(x_BxTxD)
-    return nn.with_logical_constraint(x_BxTxD, ("batch", "length", "embed")), token_embedding
-
-
-def token_logits(config: GPTConfig, x_BxTxD: jax.Array, token_embedding: Embedding) -> jax.Array:
-    """Returns the logits [B, T, V] for the output of the blocks, see `GPT`.
-
-    An untied head becomes a submodule of the module that calls this function.
-    """
-    c = config
-    if c.tie_embeddings:
-        logits_BxTxV = token_embedding.attend(x_BxTxD)
-    else:
-        head = (c.embed_dim,), (c.padded_vocab_size,), ("embed", "vocab"), nn.initializers.normal(0.02)
-        logits_BxTxV = Linear(*head, False, jnp.dtype(c.dtype), name="head")(x_BxTxD)
-    return finish_logits(c, nn.with_logical_constraint(logits_BxTxV, ("batch", "length", "vocab")))
+def since(starts_BxT: jax.Array | None, indices: jax.Array) -> jax.Array:
+    """Returns the positions of tokens in their documents, from their indices in their rows."""
+    return indices if starts_BxT is None else indices - starts_BxT
 
 
 def finish_logits(config: GPTConfig, logits: jax.Array) -> jax.Array:

@@ -21,7 +21,6 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention
 
 from gpt.models.attention import MASKED, causal_mask, dense, document_mask, soft_cap
-from gpt.models.base import ModelConfig
 from gpt.models.mesh import mesh_axes, num_devices
 
 LANES = 128  # of a TPU's vector unit: `splash` needs a sequence length that is a multiple of them
@@ -33,12 +32,8 @@ def chunked(
     v_BxTxGxK: jax.Array,
     starts_BxT: jax.Array | None = None,
     *,
-    query_chunk: int,
-    key_chunk: int,
-    window: int = 0,
-    softcap: float = 0.0,
-    dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    **options: Any,
 ) -> jax.Array:
     """Computes `attention.dense` with memory linear in the length (Rabe and Staats, arXiv 2112.05682).
 
@@ -51,12 +46,8 @@ def chunked(
       k_BxTxGxK: keys.
       v_BxTxGxK: values.
       starts_BxT: see `attention.dense`.
-      query_chunk: number of queries in a block. It does not have to divide the length.
-      key_chunk: number of keys in a block, likewise.
-      window: see `attention.dense`.
-      softcap: see `attention.dense`.
-      dropout_rate: see `attention.dense`. The same weights are dropped as there.
-      dropout_key: see `attention.dense`.
+      dropout_key: see `attention.dense`. The same weights are dropped as there.
+      options: `query_chunk`, `key_chunk`, and those of `attention.dense`; see `_chunked_shard`.
 
     Returns:
       [B, T, H, K] in the dtype of `v_BxTxGxK`.
@@ -65,15 +56,8 @@ def chunked(
       ValueError: there is dropout, and the random key is not JAX's default, partitionable threefry.
     """
     batch, length, heads, _ = q_BxTxHxK.shape
-    attend = functools.partial(
-        _chunked_shard,
-        query_chunk=query_chunk,
-        key_chunk=key_chunk,
-        window=window,
-        softcap=softcap,
-        dropout_rate=dropout_rate,
-        full_shape=(batch, heads, length, length),
-    )
+    shape: Any = batch, heads, length, length
+    attend: Callable[..., jax.Array] = functools.partial(_chunked_shard, full_shape=shape, **options)
     batch_axes, length_axes, heads_axes = mesh_axes("batch", "length", "heads")
     if not length_axes:
         return attend(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT, starts_BxT, dropout_key, offsets=(0, 0, 0))
@@ -103,15 +87,20 @@ def _chunked_shard(
     *,
     query_chunk: int,
     key_chunk: int,
-    window: int,
-    softcap: float,
-    dropout_rate: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    dropout_rate: float = 0.0,
     full_shape: tuple[int, int, int, int],
     offsets: tuple[int | jax.Array, ...],
 ) -> jax.Array:
     """Computes `chunked` for a shard of the batch, heads and queries, and all keys.
 
     Args:
+      query_chunk: number of queries in a block. It does not have to divide the length.
+      key_chunk: number of keys in a block, likewise.
+      window: see `attention.dense`.
+      softcap: see `attention.dense`.
+      dropout_rate: see `attention.dense`.
       full_shape: (B, H, T, S) of the unsharded tensors.
       offsets: the index of the shard's first element along the first three of these axes.
     """
@@ -322,7 +311,7 @@ def attention_share(config: Any) -> float:
     of the program has a kernel of each of the two kinds.
 
     Args:
-      config: the resolved `BlockConfig`.
+      config: the resolved `ModelConfig`.
     """
     length, block = config.length, splash_block(config.length) if config.attention == "splash" else 1
 
@@ -358,12 +347,12 @@ ATTENTION: dict[str, Callable[..., jax.Array]] = {
 KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # the implementations that are compiled kernels, and their platforms
 
 
-def obstacle(name: str, config: ModelConfig, platform: str, length_shards: int) -> str | None:
+def obstacle(name: str, config: Any, platform: str, length_shards: int) -> str | None:
     """Returns why an implementation of attention cannot compute a model, as the predicate of a sentence, or None.
 
     Args:
       name: a key of `ATTENTION`.
-      config: the model, with a resolved dtype.
+      config: the `ModelConfig`, with a resolved dtype.
       platform: JAX's name of the platform, for example "cpu".
       length_shards: the number of shards of the sequence length on the mesh.
     """
@@ -385,10 +374,3 @@ def obstacle(name: str, config: ModelConfig, platform: str, length_shards: int) 
     if config.head_dim % 8 or config.head_dim > 128:
         return f"takes head sizes that are multiples of 8 up to 128, not {config.head_dim}"
     return "does not support a sequence length that mesh.sequence shards" if length_shards > 1 else None
-
-
-def by_name(name: str, *, query_chunk: int, key_chunk: int) -> Callable[..., jax.Array]:
-    """Returns the implementation of that name. Only `chunked` uses the sizes of blocks, in tokens."""
-    if name == "chunked":
-        return functools.partial(chunked, query_chunk=query_chunk, key_chunk=key_chunk)
-    return ATTENTION[name]

@@ -16,11 +16,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gpt.models import attention, decoding, gpt, lora, remat, rotary
-from gpt.models.gpt import GPTConfig
-from gpt.models.gradients import add_bias
-from gpt.models.layers import parameter, unit_rms
-from gpt.models.transformer import BlockConfig, add_mlp, apply_blocks, branch, linear, norm
+from gpt.models import attention, decoding, remat, rotary
+from gpt.models.base import ModelConfig
+from gpt.models.gpt import GPT, GPTConfig, since
+from gpt.models.layers import unit_rms
+from gpt.models.transformer import add_mlp, apply_blocks, branch, linear, norm
 from gpt.models.vit import ViT, ViTConfig
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_fraction, check_positive
@@ -59,11 +59,6 @@ class PerceiverARConfig(GPTConfig):
     @property
     def length_key(self) -> str:
         return "model.num_latents"
-
-    def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> Self:
-        """Returns this config with concrete values, see `ModelConfig.resolve`. The mesh has to divide the latents."""
-        check_latents(self.num_latents, length_shards)
-        return super().resolve(vocab_size, platform, length_shards)
 
     def module(self) -> nn.Module:
         return PerceiverAR(self)
@@ -105,7 +100,8 @@ class PerceiverIOConfig(ViTConfig):
 
     def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> Self:
         """Returns this config with concrete values, see `ModelConfig.resolve`. The mesh has to divide the latents."""
-        check_latents(self.num_latents, length_shards)
+        if self.num_latents % length_shards:
+            raise UserError(f"mesh.sequence={length_shards} does not divide model.num_latents={self.num_latents}.")
         return super().resolve(vocab_size, platform, length_shards)
 
     def module(self) -> nn.Module:
@@ -125,22 +121,16 @@ class PerceiverIOConfig(ViTConfig):
         return f"{super().summary()}, {self.num_latents} latents"
 
 
-def check_latents(latents: int, length_shards: int) -> None:
-    """Raises UserError unless the mesh axis that shards the sequence length divides the latents too."""
-    if latents % length_shards:
-        raise UserError(f"mesh.sequence={length_shards} does not divide model.num_latents={latents}.")
-
-
-def cross_flops(config: BlockConfig, queries: int, keys: int) -> float:
-    """Returns the model FLOPs of the forward and backward pass of a `CrossBlock`, counted as in `BlockConfig.flops`."""
+def cross_flops(config: ModelConfig, queries: int, keys: int) -> float:
+    """Returns the model FLOPs of the forward and backward pass of a `CrossBlock`, counted as in `ModelConfig.flops`."""
     sizes = config.layer_weights
     weights = sum(inputs * outputs for inputs, outputs in sizes.values())
     context, heads = config.embed_dim * 2 * sizes["out"][0], sizes["out"][0]
     return 6 * (queries * (weights - context) + keys * context) + 12 * heads * queries * keys
 
 
-class PerceiverAR(nn.Module):
-    """A Perceiver AR with a resolved `config`, see `ModelConfig.resolve`.
+class PerceiverAR(GPT):
+    """A Perceiver AR with a resolved `config`, see `ModelConfig.resolve`: a `GPT` with logits [B, L, V] of latents.
 
     The last `num_latents` tokens (all tokens if there are fewer) attend to the context up to themselves, and then in
     each block to the latents up to themselves. With `num_latents` equal to `block_size` this is a GPT with one more
@@ -152,34 +142,25 @@ class PerceiverAR(nn.Module):
 
     config: PerceiverARConfig
 
-    @nn.compact
-    @lora.adapted
-    def __call__(
-        self,
-        tokens_BxT: jax.Array,
-        starts_BxT: jax.Array | None = None,
-        *,
-        deterministic: bool = True,
-        position_B: jax.Array | None = None,
-        with_head: bool = True,
+    def documents(self, starts_BxT: jax.Array | None, shape: tuple[int, ...], deterministic: bool) -> jax.Array | None:
+        """Returns the starts of documents, in training with another start at a random token in some of the rows."""
+        c, (batch, length) = self.config, shape
+        if deterministic or not c.prefix_dropout or length <= c.num_latents:
+            return starts_BxT
+        cut_key, start_key = jax.random.split(self.make_rng("dropout"))
+        start_Bx1 = jax.random.randint(start_key, (batch, 1), 1, length - c.num_latents + 1)
+        start_Bx1 = jnp.where(jax.random.bernoulli(cut_key, c.prefix_dropout, (batch, 1)), start_Bx1, 0)
+        starts_BxT = jnp.zeros(shape, jnp.int32) if starts_BxT is None else starts_BxT
+        return jnp.where(jnp.arange(length) >= start_Bx1, jnp.maximum(starts_BxT, start_Bx1), starts_BxT)
+
+    def hidden(
+        self, x_BxTxD: jax.Array, starts_BxT: jax.Array | None, indices: jax.Array, deterministic: bool
     ) -> jax.Array:
-        """Computes the logits [B, L, V] of the token after each latent. The arguments are those of `GPT`.
-
-        Raises:
-          ValueError: T is greater than `block_size`.
-        """
         c = self.config
-        length = tokens_BxT.shape[1]
-        latents = min(c.num_latents, length)
-        indices = gpt.token_positions(c, tokens_BxT, position_B)
-        if not deterministic and c.prefix_dropout and latents < length:
-            starts_BxT = self._cut(starts_BxT, tokens_BxT.shape)
-        positions = indices if starts_BxT is None else indices - starts_BxT
-        x_BxTxD, token_embedding = gpt.embed(c, tokens_BxT, positions, deterministic)
-
+        latents = min(c.num_latents, x_BxTxD.shape[1])
         # `latent_indices` are the latents' indices in the row, and `numbers` their positions in the blocks.
         numbers = jnp.arange(latents)
-        if position_B is not None:
+        if indices.ndim == 2:
             x_BxLxD, latent_indices = x_BxTxD, indices
             numbers = indices - self.get_variable("cache", "first_latent")[:, None]
         elif self.has_variable("cache", "first_latent"):
@@ -189,29 +170,14 @@ class PerceiverAR(nn.Module):
         else:
             x_BxLxD, latent_indices = x_BxTxD[:, -latents:], indices[-latents:]
         x_BxLxD = nn.with_logical_constraint(x_BxLxD, ("batch", "length", "embed"))
-        latent_positions, latent_starts_BxL = latent_indices, None
+        latent_starts_BxL = None if starts_BxT is None else starts_BxT[:, -latents:]
         mask = jnp.where(latent_indices[..., None, :, None] >= indices, 0.0, attention.MASKED)
-        if starts_BxT is not None:
-            latent_starts_BxL = starts_BxT[:, -latents:]
-            latent_positions = latent_indices - latent_starts_BxL
+        if latent_starts_BxL is not None and starts_BxT is not None:
             mask = mask + attention.document_mask(latent_starts_BxL, starts_BxT)
-
-        cross_block = CrossBlock
-        if c.remat != "none":
-            cross_block = nn.remat(CrossBlock, policy=remat.policy(c.remat))
-        read = cross_block(c, deterministic, name="read")
-        x_BxLxD = read(x_BxLxD, x_BxTxD, latent_positions, positions, mask)
-        x_BxLxD = apply_blocks(c, x_BxLxD, numbers, latent_starts_BxL, deterministic)
-        return gpt.token_logits(c, x_BxLxD, token_embedding) if with_head else x_BxLxD
-
-    def _cut(self, starts_BxT: jax.Array | None, shape: tuple[int, ...]) -> jax.Array:
-        """Returns the starts of documents, with another document start at a random token in some of the rows."""
-        batch, length = shape
-        cut_key, start_key = jax.random.split(self.make_rng("dropout"))
-        start_Bx1 = jax.random.randint(start_key, (batch, 1), 1, length - self.config.num_latents + 1)
-        start_Bx1 = jnp.where(jax.random.bernoulli(cut_key, self.config.prefix_dropout, (batch, 1)), start_Bx1, 0)
-        starts_BxT = jnp.zeros(shape, jnp.int32) if starts_BxT is None else starts_BxT
-        return jnp.where(jnp.arange(length) >= start_Bx1, jnp.maximum(starts_BxT, start_Bx1), starts_BxT)
+        block = CrossBlock if c.remat == "none" else nn.remat(CrossBlock, policy=remat.policy(c.remat))
+        places = since(latent_starts_BxL, latent_indices), since(starts_BxT, indices), mask
+        x_BxLxD = block(c, deterministic, name="read")(x_BxLxD, x_BxTxD, *places)
+        return apply_blocks(c, x_BxLxD, numbers, latent_starts_BxL, deterministic)
 
 
 class PerceiverIO(ViT):
@@ -223,18 +189,12 @@ class PerceiverIO(ViT):
     config: PerceiverIOConfig
 
     def pooled(self, x_BxTxD: jax.Array, deterministic: bool) -> jax.Array:
-        c, batch = self.config, len(x_BxTxD)
-
-        def learned(name: str, axes: tuple[str, ...], shape: tuple[int, ...]) -> jax.Array:
-            value = parameter(self, name, nn.initializers.normal(0.02), axes, shape)
-            x = add_bias(jnp.zeros((batch, *shape), x_BxTxD.dtype), value.astype(x_BxTxD.dtype))
-            return nn.with_logical_constraint(x, ("batch", *axes))
-
+        c, batch, dtype = self.config, len(x_BxTxD), x_BxTxD.dtype
         patches, latents = jnp.arange(x_BxTxD.shape[1]), jnp.arange(c.num_latents)
-        latents_BxLxD = learned("latents", ("length", "embed"), (c.num_latents, c.embed_dim))
+        latents_BxLxD = self.add_learned("latents", jnp.zeros((batch, c.num_latents, c.embed_dim), dtype))
         latents_BxLxD = CrossBlock(c, deterministic, name="read")(latents_BxLxD, x_BxTxD, latents, patches)
         latents_BxLxD = apply_blocks(c, latents_BxLxD, latents, None, deterministic)
-        query_Bx1xD = learned("query", ("embed",), (c.embed_dim,))[:, None]
+        query_Bx1xD = self.add_learned("query", jnp.zeros((batch, c.embed_dim), dtype))[:, None]
         answer = CrossBlock(c, deterministic, name="answer")
         return answer(query_Bx1xD, latents_BxLxD, jnp.zeros(1, jnp.int32), latents)[:, 0]
 
@@ -242,7 +202,7 @@ class PerceiverIO(ViT):
 class CrossBlock(nn.Module):
     """A block with cross-attention: x + attention(norm(x), norm(context)), then x + mlp(norm(x))."""
 
-    config: BlockConfig
+    config: ModelConfig
     deterministic: bool
 
     @nn.compact
@@ -258,7 +218,7 @@ class CrossBlock(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of some tokens to others, with a packed projection for keys and values."""
 
-    config: BlockConfig
+    config: ModelConfig
     deterministic: bool
 
     @nn.compact

@@ -17,10 +17,7 @@ LENGTH = "original_max_position_embeddings"  # context length in tokens of the t
 KINDS: dict[str, tuple[set[str], dict[str, Any]]] = {
     "linear": ({"factor"}, {}),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor", LENGTH}, {}),
-    "yarn": (
-        {"factor", LENGTH},
-        {"beta_fast": 32, "beta_slow": 1, "truncate": 1, "attention_factor": None, "mscale": 0, "mscale_all_dim": 0},
-    ),
+    "yarn": ({"factor", LENGTH}, {"beta_fast": 32, "beta_slow": 1, "truncate": 1, "attention_factor": None}),
 }
 
 
@@ -73,9 +70,6 @@ def frequencies(size: int, base: float, scaling: str) -> tuple[jax.Array, float]
         """Returns the pair that turns so many times within the original context."""
         return half * math.log(length / (2 * math.pi * turns)) / math.log(base)
 
-    def scale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
-
     first, last = pair(numbers["beta_fast"]), pair(numbers["beta_slow"])
     if numbers["truncate"]:
         first, last = math.floor(first), math.ceil(last)
@@ -83,8 +77,7 @@ def frequencies(size: int, base: float, scaling: str) -> tuple[jax.Array, float]
     kept = 1 - jnp.clip((jnp.arange(half) - first) / ((last - first) or 0.001), 0, 1)
     attention = numbers["attention_factor"]
     if attention is None:
-        mscale, mscale_all = numbers["mscale"], numbers["mscale_all_dim"]
-        attention = scale(mscale) / scale(mscale_all) if mscale and mscale_all else scale(1)
+        attention = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
     return angles * (kept + (1 - kept) / factor), attention
 
 

@@ -16,9 +16,10 @@ import numpy as np
 
 from gpt.models import lora
 from gpt.models.attention import dense
+from gpt.models.base import ModelConfig
 from gpt.models.gradients import add_bias
 from gpt.models.layers import Linear, parameter
-from gpt.models.transformer import BlockConfig, apply_blocks
+from gpt.models.transformer import apply_blocks
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_positive
 
@@ -26,7 +27,7 @@ MAX_SIZE = 1 << 14  # pixels; a larger image is a typing error
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig(BlockConfig):
+class ViTConfig(ModelConfig):
     """Shape and options of a vision transformer. The defaults are those of ViT-Ti/16 for photographs."""
 
     family: str = "vit"  # model family: gpt, vit, perceiver_ar or perceiver_io
@@ -148,24 +149,14 @@ class ViT(nn.Module):
         pixels_BxHxWxC = (images_BxHxWxC.astype(jnp.float32) / 255 - mean) / std
         patches_BxNxP = patches(pixels_BxHxWxC, c.patch_size)
         pixels = patches_BxNxP.shape[-1]
-        embed = (
-            (pixels,),
-            (c.embed_dim,),
-            ("patch", "embed"),
-            nn.initializers.normal(pixels**-0.5),
-            c.has_bias("patch"),
-            dtype,
-        )
+        init = nn.initializers.normal(pixels**-0.5)
+        embed = (pixels,), (c.embed_dim,), ("patch", "embed"), init, c.has_bias("patch"), dtype
         x_BxTxD = Linear(*embed, name="patch_embedding")(patches_BxNxP)
-        normal = nn.initializers.normal(0.02)
         if c.pooling == "class_token":
-            token_D = parameter(self, "class_token", normal, ("embed",), (c.embed_dim,)).astype(dtype)
-            first_Bx1xD = add_bias(jnp.zeros((len(x_BxTxD), 1, c.embed_dim), dtype), token_D)
-            x_BxTxD = jnp.concatenate([first_Bx1xD, x_BxTxD], axis=1)
+            first_BxD = self.add_learned("class_token", jnp.zeros((len(x_BxTxD), c.embed_dim), dtype))
+            x_BxTxD = jnp.concatenate([first_BxD[:, None], x_BxTxD], axis=1)
         if c.positions == "learned":
-            shape = c.length, c.embed_dim
-            positions = parameter(self, "position_embedding", normal, ("length", "embed"), shape)
-            x_BxTxD = add_bias(x_BxTxD, positions.astype(dtype))
+            x_BxTxD = self.add_learned("position_embedding", x_BxTxD)
         else:
             positions_NxD = sincos_positions(c.image_size // c.patch_size, c.embed_dim)
             before = c.length - len(positions_NxD)  # the class token has no position
@@ -175,6 +166,12 @@ class ViT(nn.Module):
         x_BxD = self.pooled(x_BxTxD, deterministic)
         head = (c.embed_dim,), (c.vocab_size,), ("embed", "classes"), nn.initializers.zeros, c.has_bias("head"), dtype
         return Linear(*head, name="head")(x_BxD).astype(jnp.float32)
+
+    def add_learned(self, name: str, x: jax.Array) -> jax.Array:
+        """Adds a parameter to x, [B, D] or [B, T, D], that is the same for all images."""
+        axes = ("length", "embed")[3 - x.ndim :]
+        value = parameter(self, name, nn.initializers.normal(0.02), axes, x.shape[1:])
+        return nn.with_logical_constraint(add_bias(x, value.astype(x.dtype)), ("batch", *axes))
 
     def pooled(self, x_BxTxD: jax.Array, deterministic: bool) -> jax.Array:
         """Applies the blocks and returns one vector for each image: [B, D] from the embedded tokens [B, T, D]."""

@@ -23,6 +23,7 @@ as a test of itself.
 import argparse
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -221,7 +222,8 @@ def attention(task: Task) -> None:
 
     platform = jax.default_backend()
     names = ["dense", "chunked", *(name for name, where in kernels.KERNELS.items() if where == platform)]
-    functions = {name: kernels.by_name(name, query_chunk=length // 8, key_chunk=length // 8) for name in names}
+    functions = {name: kernels.ATTENTION[name] for name in names}
+    functions["chunked"] = functools.partial(kernels.chunked, query_chunk=length // 8, key_chunk=length // 8)
     cases = {
         "grouped queries": (True, {}, None),
         "with a window": (True, {"window": length // 4}, None),
