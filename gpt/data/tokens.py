@@ -452,8 +452,8 @@ def tokenise(texts: Sequence[Text], tokenizer: Tokenizer, threshold: int, store:
     def write(folder: Path) -> None:
         work = Work(parts, tokenizer, str(folder), threshold, mode, store.setting, hashes)
         sizes = np.concatenate([text.documents[:, 1] for text in texts])
-        is_one_part = 2 * sizes.max(initial=0) > sizes.sum()  # the library uses all cores for it, if there is one process
-        convert(work, range(len(work.parts)), 1 if is_one_part else pool.cores(), status)
+        is_one = 2 * sizes.max(initial=0) > sizes.sum()  # a single process encodes a long document on all cores
+        convert(work, range(len(work.parts)), 1 if is_one else pool.cores(), status)
         work.finish(work.done())
 
     name = f"tokens-{Work(parts, tokenizer, '', threshold, texts=hashes).digest}"
