@@ -62,6 +62,9 @@ class Report:
     def evaluation(self, step: int, measures: dict[str, float], result: dict[str, Any], is_best: bool) -> None:
         """Shows the result of an evaluation."""
         self.progress.evaluated(step, measures, best=is_best)
+        if seen := [*sources(self._examples, step, self._settings.batch_size, self._length)]:
+            parts = (f"{name} {tokens:,} ({epochs:.2f} epochs)" for name, tokens, epochs in seen)
+            self.progress.say(f"tokens seen of {', '.join(parts)}")
         self.tensorboard.scalars(step, {f"validation/{name}": value for name, value in measures.items()})
         self.tensorboard.histogram(step, "validation/logits", result["logits_counts"], result["logits_edges"])
         self.tensorboard.flush()
@@ -121,13 +124,13 @@ def sources(examples: Any, step: int, batch_size: int, length: int) -> Iterator[
 
 
 def describe(
-    program: Program, config: Config, dataset: Dataset, total_steps: int, examples: Any, evaluated: int
+    program: Program, config: Config, dataset: Dataset, total_steps: int, examples: Any, evaluated: tuple[int, int]
 ) -> Iterator[str]:
     """Yields lines that tell what is about to be trained, on what data and which devices.
 
     Args:
       examples: the source of the training examples.
-      evaluated: number of examples of an evaluation.
+      evaluated: number of examples of an evaluation, and of all that are for validation.
     """
     c, mesh, batch_size = program.model.config, program.layout.mesh, config.train.batch_size
     yield f"model  {program.num_parameters():,} parameters: {c.summary()}, {c.dtype}"
@@ -135,8 +138,9 @@ def describe(
     if c.lora_rank:
         yield f"lora   {count(state.params):,} parameters are trained: rank {c.lora_rank} at {c.lora_targets}"
     yield f"data   {dataset.describe()}"
-    if isinstance(examples, PackedDocuments):
-        yield f"       {examples.summary}"
+    for part in examples.parts.values() if isinstance(examples, Mixture) else [examples]:
+        if isinstance(part, PackedDocuments):
+            yield f"       {part.summary}"
     trees = (state.params, state.frozen), (state.opt_state, state.ema)
     held = [sharding.bytes_per_device(tree) / 1e6 for tree in trees]
     whole = [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e6 for tree in trees]
@@ -153,8 +157,8 @@ def describe(
     yield f"run    {total_steps:,} steps × {tokens:,} tokens = {total_steps * tokens:,} tokens, {epochs:.1f} epochs"
     for name, seen, epochs in sources(examples, total_steps, batch_size, c.length):
         yield f"       of them from {name}: {seen:,} ({seen / (total_steps * tokens):.1%}), {epochs:.2f} epochs"
-    if evaluated < (windows := len(dataset.evaluation("val", config.model))):
-        yield f"eval   {evaluated:,} of {windows:,} validation windows, the same at each evaluation"
+    if evaluated[0] < evaluated[1]:
+        yield f"eval   {evaluated[0]:,} of {evaluated[1]:,} validation examples, the same at each evaluation"
 
 
 def describe_changes(

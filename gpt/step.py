@@ -296,12 +296,13 @@ def evaluate(
       accuracy: fraction of the targets that are the likeliest prediction.
       exact_match: fraction of the examples whose targets all are.
       groups: {name: (loss, targets)} of the groups of examples, if the source has them.
-      mistakes: for the first other examples, pairs of the index and the predictions, [T].
+      mistakes: for the first other examples, pairs of the index and the predictions, [T]; the index is that in the
+        whole source if `source` is a sample of it.
       logits_counts, logits_edges: a histogram of the logits of the first tokens.
     """
     rows = program.layout.local_rows(batch_size)
     sums: dict[str, Any] = collections.defaultdict(lambda: np.zeros(4))  # by group: loss, targets, correct, examples
-    group = getattr(source, "group", lambda index: "")
+    group, place = getattr(source, "group", lambda index: ""), getattr(source, "place", int)
     mistakes: list[tuple[int, np.ndarray]] = []
     histogram: dict[str, np.ndarray] = {}
     num_mistakes, pending = 0, None
@@ -312,7 +313,7 @@ def evaluate(
         wrong = np.flatnonzero(found["has_error"])
         num_mistakes += len(wrong)
         for row in wrong[: MAX_MISTAKES - len(mistakes)]:
-            mistakes.append((first + int(row), found["predictions"][row]))
+            mistakes.append((place(first + row), found["predictions"][row]))
         histogram = histogram or {name: found[name] for name in ("logits_counts", "logits_edges")}
         values = np.stack([*(found[name] for name in ("loss", "targets", "correct")), found["targets"] > 0])
         for index, value in zip(range(first, len(source)), values.T, strict=False):

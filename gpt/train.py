@@ -104,10 +104,11 @@ class Training:
         self.examples = self.dataset.training(config.model, config.seed)
         self.total_steps = progress.total_steps = config.train.total_steps(config.model.length, len(self.examples))
         most = config.train.most_evaluated(config.model.length, self.total_steps)
-        self.validation = combined.bounded(self.dataset.evaluation("val", config.model), most, config.seed)
+        whole = self.dataset.evaluation("val", config.model)
+        self.validation = combined.bounded(whole, most, config.seed)
         self.program = build(config, self.dataset.tokenizer.vocab_size, self.layout, self.total_steps)
         self.program.check_memory(self.program.abstract_state)
-        self.preview = previews.make(self.dataset, self.program, config, self.validation)
+        self.preview = previews.make(self.dataset, self.program, config, whole)
 
         # The record of the run, compared with the one in the workdir.
         self.run = Run(
@@ -122,8 +123,8 @@ class Training:
         )
         self.checkpoints = workdir.checkpoints(config.train.keep_checkpoints, progress.say, self.run)
         changes = self._refuse_changes(recorded, allow_config_change) if recorded else {}
-        about = self.program, config, self.dataset, self.total_steps, self.examples, len(self.validation)
-        for line in reporting.describe(*about):
+        sources = self.examples, (len(self.validation), len(whole))
+        for line in reporting.describe(self.program, config, self.dataset, self.total_steps, *sources):
             progress.say(line)
 
         self.step, self.state, self.batches, self.mean_loss = self._begin()

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 
 import numpy as np
 import pytest
@@ -151,6 +152,7 @@ def test_a_run_shows_its_sources_and_their_losses(tmp_path, sources, command):
     line = next(line for line in found.stdout.splitlines() if "validation loss" in line)
     assert " plays " in line
     assert " code " in line
+    assert re.search(r"tokens seen of plays \d+ \(0\.\d\d epochs\), code \d+ \(0\.\d\d epochs\)", found.stdout)
     tags = [f"sources/{name}/{value}" for name in ("plays", "code") for value in ("tokens", "epochs")]
     tags += [f"validation/{value}/{name}" for name in ("plays", "code") for value in ("loss", "bits_per_byte")]
     events = read_scalars(tmp_path / "run", tags)
@@ -347,3 +349,23 @@ def test_a_run_with_whole_documents(tmp_path, sources, command):
     assert "0 of " in found.stdout
     refused = command("main", *FLAGS, f"--workdir={tmp_path}/other", "--config.data.whole_documents")
     assert "need a tokenizer with a separator" in refused.stderr
+
+
+def test_mistakes_of_a_sample_are_found_in_the_whole():
+    """A kind of data shows the questions or files of wrong predictions by their index in the whole."""
+    whole = EvaluationWindows(np.arange(401) % 64, 4)
+    sample = combined.bounded(whole, 9, 0)
+    for index, predictions in evaluated(sample)["mistakes"]:
+        assert index in sample.indices
+        assert (predictions != whole.example(0, index)["targets"]).any()
+
+
+def test_a_run_on_a_sample_says_so_and_is_the_same_after_a_resume(tmp_path, sources, command):
+    flags = [*FLAGS, f"--config.data.path={tmp_path}/plays.jsonl", "--config.train.eval_tokens=320"]
+    for name, steps in (("a", 4), ("b", 2), ("b", 4)):
+        found = command("main", *flags, f"--workdir={tmp_path}/{name}", f"--config.train.steps={steps}")
+        assert found.returncode == 0, found.stderr
+        assert re.search(r"^eval   20 of \d\d validation examples", found.stdout, re.M)
+    losses = [read_scalars(tmp_path / name, ["validation/loss"])["validation/loss"] for name in "ab"]
+    assert losses[0] == losses[1]
+    assert len(losses[0][0]) == 2

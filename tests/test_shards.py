@@ -283,7 +283,7 @@ DAMAGED = {
     "a vocabulary in a pickle": (with_pickle, r"meta\.pkl is a pickle, .*input\.txt"),
     "an index without tokens": (
         lambda f: (megatron(f / "train", documents()), (f / "train.bin").unlink()),
-        r"train\.bin is not beside it",
+        r"name train\.bin, which has to be beside it",
     ),
     "an index of another format": (broken_index(_0=b"PK"), "does not begin with"),
     "an index of another version": (broken_index(_9=b"\2"), "version 2"),

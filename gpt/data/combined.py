@@ -182,12 +182,18 @@ class Sample:
     def __len__(self) -> int:
         return self.count
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.source, name)
+    @property
+    def threads(self) -> int:
+        """The largest number of examples that are worth reading at once."""
+        return getattr(self.source, "threads", 1)
+
+    def place(self, index: int) -> int:
+        """Returns the index of an example in the source."""
+        return int(self.indices[index])
 
     def example(self, epoch: int, index: int) -> dict[str, np.ndarray]:
         """Returns an example of the source."""
-        return self.source.example(epoch, int(self.indices[index]))
+        return self.source.example(epoch, self.place(index))
 
 
 def bounded(source: Any, count: int, seed: int) -> Any:

@@ -90,6 +90,13 @@ class File:
         """Values that change with each change of the file."""
         return self.identity or (self.place, self.size, self.modified)
 
+    def sibling(self, suffix: str) -> "File | None":
+        """Returns the file beside it that has another suffix, or None if there is none."""
+        place = f"{self.place.removesuffix(self.path.suffix)}{suffix}"
+        if storage.is_address(place):
+            return next((File(*found) for found in storage.files(place, "data.path") if found[0] == place), None)
+        return File.of(Path(place)) if Path(place).is_file() else None
+
     def first_bytes(self, count: int) -> bytes:
         """Returns the first bytes of the file, or all if it has fewer. Raises UserError if they cannot be read."""
         return self.read(0, min(count, self.size))
@@ -301,19 +308,22 @@ def _on_disk(path: str, key: str, say: Say) -> list[tuple[File, PurePosixPath]]:
 
 
 def _in_bucket(address: str, key: str, say: Say) -> list[tuple[File, PurePosixPath]]:
-    fixed = address.split("*")[0].rpartition("/")[0] if "*" in address else address.rstrip("/")
-    found = [File(place, size, version) for place, size, version in storage.files(fixed, key)]
-    if "*" in address:
+    parts, is_pattern = PurePosixPath(address).parts, glob.has_magic(address)
+    fixed = str(PurePosixPath(*itertools.takewhile(lambda part: not glob.has_magic(part), parts)))
+    base = fixed.replace(":/", "://", 1)
+    found = [File(place, size, version) for place, size, version in storage.files(base, key)]
+    if is_pattern:
         found = [file for file in found if fnmatch.fnmatchcase(file.place, address)]
-    elif [file.place for file in found] == [address]:
-        fixed = address.rpartition("/")[0]
+        found = [file for file in found if "**" in address or len(file.path.parts) == len(parts)]
+    elif [file.place for file in found] == [base]:
+        fixed = fixed.rpartition("/")[0]
     hidden = [file for file in found if any(map(HIDDEN.fullmatch, file.path.relative_to(fixed).parts))]
     files = [file for file in found if file.size and file not in hidden]
     if not files:
         raise UserError(f"{key}: there are no files at {address}.")
     if len(files) < len(found):
         say(f"note   left out of {key}={address}: {len(found) - len(files):,} hidden or empty files")
-    return [(file, file.path.relative_to(PurePosixPath(fixed))) for file in files]
+    return [(file, file.path.relative_to(fixed)) for file in files]
 
 
 def _is_read_anyway(target: Path, base: Path) -> bool:

@@ -23,6 +23,7 @@ import itertools
 import json
 import struct
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ ARRAY_RECORD = bytes.fromhex("83af70d10d884a3f")  # the first bytes of a file of
 SAMPLE = 1 << 15  # bytes at the beginning and the end of a file that are looked at when it is opened
 SCAN = 1 << 22  # tokens to read at a time
 MAPPED = 1024  # files that are open at a time
+READERS = 64  # files to open at a time
 
 Array = Any  # an object with a length and slices that are arrays of NumPy
 
@@ -297,37 +299,46 @@ def of_files(files: Sequence[File], tokenizer: Tokenizer) -> Stream:
       UserError: a file is damaged, has no known format, or has tokens that the tokenizer does not have.
     """
     by_place = {file.place: file for file in files}
-    vocab_size, separator = tokenizer.vocab_size, tokenizer.separator
-    parts: list[Array] = []
-    for file in files:
-        sibling = by_place.get(f"{file.place[:-4]}{'.idx' if file.path.suffix == '.bin' else '.bin'}")
+    separator, bins = tokenizer.separator, [file for file in files if file.path.suffix == ".bin"]
+    has_indices = bool(bins) and bins[0].sibling(".idx") is not None  # which a pattern or name may leave out
+
+    def opened(file: File) -> tuple[Array, list] | None:
         if file.path.suffix == ".idx":
-            if sibling is None:
-                raise UserError(f"{file} is an index of tokens, but {file.path.stem}.bin is not beside it.")
-            continue
-        start = file.first_bytes(LLM_C_HEADER)
-        part: Array
-        if file.path.suffix == ".npy":
-            part = _numpy(file, start)
-        elif start.startswith(ARRAY_RECORD):
-            part = _array_record(file, vocab_size)
-        elif sibling is not None:
-            part = _megatron(file, sibling, separator)
-        elif file.path.suffix == ".bin":
-            part = _llm_c(file, start) or _headerless(file, vocab_size)
-        else:
-            raise UserError(f"{file} is among token shards, but has no known format; leave it out.")
-        for place in (slice(0, SAMPLE // 8), slice(max(0, len(part) - SAMPLE // 8), None)):
-            _check_ids(part, part[place], vocab_size)
-        if vocab_size > 1 << 16 and np.dtype(part.dtype if isinstance(part, Shard | Rows) else "i8").itemsize < 4:
-            raise UserError(
-                f"{file} has tokens of type {np.dtype(part.dtype).name}, which cannot be those of a tokenizer with a "
-                f"vocabulary of {vocab_size:,}; choose the tokenizer with which the file was written."
-            )
-        parts.append(part)
-    tokens = Tokens(parts, vocab_size)
-    prints = [[file.path.name, file.size, cache.digest(_sample(file).hex())] for file in files]
-    return Stream(tokens, None, lambda: _find_ends(tokens, separator), prints)
+            if f"{file.place[:-4]}.bin" not in by_place:
+                raise UserError(f"{file} is an index of tokens; name {file.path.stem}.bin, which has to be beside it.")
+            return None
+        index = by_place.get(f"{file.place[:-4]}.idx") or (file.sibling(".idx") if has_indices else None)
+        part = _opened(file, index, tokenizer)
+        return part, [file.path.name, file.size, cache.digest(_sample(file).hex())]
+
+    with futures.ThreadPoolExecutor(READERS) as threads:  # a bucket takes long to answer
+        found = [each for each in threads.map(opened, files) if each]
+    tokens = Tokens([part for part, _ in found], tokenizer.vocab_size)
+    return Stream(tokens, None, lambda: _find_ends(tokens, separator), [fingerprint for _, fingerprint in found])
+
+
+def _opened(file: File, index: File | None, tokenizer: Tokenizer) -> Array:
+    """Returns the tokens of a file, of which the first and last are in the vocabulary."""
+    start, vocab_size = file.first_bytes(LLM_C_HEADER), tokenizer.vocab_size
+    part: Array
+    if file.path.suffix == ".npy":
+        part = _numpy(file, start)
+    elif start.startswith(ARRAY_RECORD):
+        part = _array_record(file, vocab_size)
+    elif index is not None:
+        part = _megatron(file, index, tokenizer.separator)
+    elif file.path.suffix == ".bin":
+        part = _llm_c(file, start) or _headerless(file, vocab_size)
+    else:
+        raise UserError(f"{file} is among token shards, but has no known format; leave it out.")
+    for place in (slice(0, SAMPLE // 8), slice(max(0, len(part) - SAMPLE // 8), None)):
+        _check_ids(part, part[place], vocab_size)
+    if vocab_size > 1 << 16 and np.dtype(part.dtype if isinstance(part, Shard | Rows) else "i8").itemsize < 4:
+        raise UserError(
+            f"{file} has tokens of type {np.dtype(part.dtype).name}, which cannot be those of a tokenizer with a "
+            f"vocabulary of {vocab_size:,}; choose the tokenizer with which the file was written."
+        )
+    return part
 
 
 def refuse_pickle(files: Sequence[File]) -> None:

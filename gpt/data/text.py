@@ -262,13 +262,13 @@ def load(
     named = _sources(config.path, "data.path", say) or {"": _plays(store)}
     divided = {name: _by_split(files, say) for name, files in named.items()}
     train = {name: _Files(sides["train"], store, say) for name, sides in divided.items()}
-    found = {
-        group or name: files
-        for name, sides in divided.items()
-        for group, files in ({} if config.validation_path else sides["val"]).items()
-    }
+    found: dict[str, list[File]] = {}
+    for name, sides in divided.items() if not config.validation_path else ():
+        found |= {_joint_name(name, group): files for group, files in sides["val"].items()}
     for name, inside in _sources(config.validation_path, "data.validation_path", say).items():
-        found |= {group or name: files for group, files in _by_folder(inside).items()}
+        found |= {_joint_name(name, group): files for group, files in _by_folder(inside).items()}
+    if len(found) > 1 and "" in found:
+        found["others"] = found.pop("")
     validation = {name: _Files(files, store, say) for name, files in found.items()}
     if isinstance(tokenizer, TokenizerConfig):
         tokenizer = _new_tokenizer(tokenizer, [*train.values()], [*validation.values()], store, say, status)
@@ -289,6 +289,10 @@ def load(
     _check_weights(config.weights, sources)
     prints = [[name, stream.fingerprint] for streams in (sources, held_out) for name, stream in streams.items()]
     return Corpus(sources, held_out, tokenizer, cache.digest(tokenizer.to_json(), prints), config)
+
+
+def _joint_name(source: str, group: str) -> str:
+    return "/".join(filter(None, (source, group)))
 
 
 Named = list[tuple[File, PurePosixPath]]  # files, each with its path below the folder that was named
