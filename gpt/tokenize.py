@@ -17,6 +17,12 @@ from gpt.runtime import cli, pool
 from gpt.runtime.errors import UsageError
 from gpt.runtime.progress import Progress
 
+
+def _slurm(name: str, default: int) -> int:
+    """Returns a number of the array of Slurm that this process belongs to."""
+    return int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+
+
 _DATA = flags.DEFINE_string("data", None, "Text, JSONL and Parquet, as in data.path of gpt.main.")
 _OUT = flags.DEFINE_string("out", None, "Folder for the shards, on a disk or in a bucket.", required=True)
 _TOKENIZER = flags.DEFINE_string(
@@ -30,11 +36,11 @@ _SHARD_MB = flags.DEFINE_integer("shard_mb", 64, "Megabytes of text in a shard."
 _WORKERS = flags.DEFINE_integer("workers", pool.cores(), "Processes on this machine.", lower_bound=1)
 _ENGINE = flags.DEFINE_enum("engine", "local", ["local", "ray"], "Where to work: here, or on a Ray cluster.")
 _COUNT = flags.DEFINE_integer(
-    "num_processes", int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1)), "Number of commands that share the work."
+    "num_processes", _slurm("COUNT", 1), "Number of commands that share the work. Default: of an array of Slurm, or 1."
 )
 _INDEX = flags.DEFINE_integer(
     "process_id",
-    int(os.environ.get("SLURM_ARRAY_TASK_ID", 0)) - int(os.environ.get("SLURM_ARRAY_TASK_MIN", 0)),
+    (_slurm("ID", 0) - _slurm("MIN", 0)) // _slurm("STEP", 1),
     "Number of this command, from 0.",
 )
 _VERIFY = flags.DEFINE_bool("verify", False, "Compare the shards in --out with their digests instead.")

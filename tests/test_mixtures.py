@@ -264,7 +264,7 @@ def test_sets_share_the_bound():
 @pytest.mark.parametrize("tokens", [1e5, 1e7, 1e9, 1e12])
 def test_an_evaluation_costs_at_most_two_percent_of_the_training_between_two(tokens):
     """The default settings of `TrainConfig`; a forward pass is a third of a training step."""
-    train, length = TrainConfig(), 256
+    train, length = TrainConfig(), GPTConfig().block_size
     windows = int(0.1 * tokens) // length
     share = min(windows, train.most_evaluated(length, train.steps)) * length / 3
     share /= train.eval_every * train.batch_size * length

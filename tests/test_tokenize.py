@@ -286,11 +286,12 @@ def test_an_error_in_a_process_is_a_sentence(tmp_path):
 
 def test_a_slurm_array_shares_the_work(corpus, tmp_path):
     command = [sys.executable, "-m", "gpt.tokenize", f"--data={corpus}", f"--out={tmp_path}/out", "--workers=1"]
-    for task in (3, 4):
-        array = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_ID": str(task), "SLURM_ARRAY_TASK_MIN": "3"}
+    for task in (3, 5):
+        array = {"COUNT": 2, "ID": task, "MIN": 3, "STEP": 2}
+        array = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in array.items()}
         done = subprocess.run(command, cwd=ROOT, env=os.environ | array, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
-        assert ("Done: " in done.stdout) == (task == 4)
+        assert ("Done: " in done.stdout) == (task == 5)
 
 
 def test_ray_does_the_same_work(corpus, shards, tmp_path):

@@ -104,7 +104,9 @@ def contents(place: str, pattern: str = "*") -> dict[str, bytes]:
     """
     files = _file_system(place)
     try:
-        return {name: files.cat_file(f"{place}/{name}") for name in names(place) if fnmatch.fnmatchcase(name, pattern)}
+        wanted = [f"{place}/{name}" for name in names(place) if fnmatch.fnmatchcase(name, pattern)]
+        found = files.cat(wanted) if wanted else {}  # many at a time
+        return {path.rpartition("/")[2]: found[path] for path in sorted(found)}
     except Exception as error:
         raise _failure(f"Cannot read {place}", error) from None
 

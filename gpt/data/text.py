@@ -134,16 +134,12 @@ class Corpus(Dataset):
         by_size = {name: float(len(part)) for name, part in parts.items()}
         return Mixture(parts, combined.parse_weights(self.config.weights) or ((0, by_size),), seed)
 
+    def _options(self, stream: Stream, model: ModelShape) -> dict[str, Any]:
+        return {"border": self.border, "counts": stream.counts, "num_targets": model.num_targets}
+
     def _training(self, stream: Stream, model: ModelShape, seed: int) -> Source:
         if not self.config.whole_documents:
-            return TrainingWindows(
-                stream.tokens,
-                model.length,
-                seed,
-                border=self.border,
-                counts=stream.counts,
-                num_targets=model.num_targets,
-            )
+            return TrainingWindows(stream.tokens, model.length, seed, **self._options(stream, model))
         if model.num_targets != model.length:
             raise UserError("data.whole_documents needs a model that predicts all tokens; leave it out.")
         has_first = self.tokenizer.begin != self.tokenizer.separator
@@ -160,26 +156,11 @@ class Corpus(Dataset):
             if len(stream.tokens) < 2:
                 tokens = len(stream.tokens)
                 raise UserError(f"The {split} split has {tokens} tokens: too few to predict any; try --split=all.")
-            found[name] = EvaluationWindows(
-                stream.tokens,
-                model.length,
-                border=self.border,
-                counts=stream.counts,
-                num_targets=model.num_targets,
-                stride=stride,
-            )
-        sets = Sets(found, self.tokenizer.byte_lengths)
-        if not self._any_counts(split):
+            options = self._options(stream, model)
+            found[name] = EvaluationWindows(stream.tokens, model.length, stride=stride, **options)
+        if not any(map(_any_counts, self.split(split).values())):
             raise UserError(f"The {split} split has no completions, only prompts; try --split=all.")
-        return sets
-
-    def _any_counts(self, split: str) -> bool:
-        """Returns whether a token of a split counts in the loss."""
-        for stream in self.split(split).values():
-            counts = stream.counts
-            if counts is None or any(counts[at : at + shards.SCAN].any() for at in range(1, len(counts), shards.SCAN)):
-                return True
-        return False
+        return Sets(found, self.tokenizer.byte_lengths)
 
     def split(self, name: str) -> dict[str, Stream]:
         """Returns the streams of the split "train" or "val", or of both, "all"."""
@@ -218,6 +199,13 @@ class Corpus(Dataset):
             measures[f"loss/{name}"] = own_loss
             measures[f"bits_per_byte/{name}"] = bits_per_byte(own_loss, own_targets, sizes[name])
         return measures
+
+
+def _any_counts(stream: Stream) -> bool:
+    """Returns whether a token counts in the loss."""
+    counts = stream.counts
+    places = range(1, len(stream.tokens), shards.SCAN)
+    return counts is None or any(counts[at : at + shards.SCAN].any() for at in places)
 
 
 def _joined(streams: Sequence[Stream]) -> Stream:
@@ -262,11 +250,16 @@ def load(
     named = _sources(config.path, "data.path", say) or {"": _plays(store)}
     divided = {name: _by_split(files, say) for name, files in named.items()}
     train = {name: _Files(sides["train"], store, say) for name, sides in divided.items()}
-    found: dict[str, list[File]] = {}
-    for name, sides in divided.items() if not config.validation_path else ():
-        found |= {_joint_name(name, group): files for group, files in sides["val"].items()}
-    for name, inside in _sources(config.validation_path, "data.validation_path", say).items():
-        found |= {_joint_name(name, group): files for group, files in _by_folder(inside).items()}
+    if config.validation_path:
+        named = _sources(config.validation_path, "data.validation_path", say)
+        groups = {name: _by_folder(files) for name, files in named.items()}
+    else:
+        groups = {name: sides["val"] for name, sides in divided.items()}
+    found = {
+        "/".join(filter(None, (name, group))): files
+        for name, inside in groups.items()
+        for group, files in inside.items()
+    }
     if len(found) > 1 and "" in found:
         found["others"] = found.pop("")
     validation = {name: _Files(files, store, say) for name, files in found.items()}
@@ -277,10 +270,13 @@ def load(
             "data.document_borders and data.whole_documents need a tokenizer with a separator of documents: "
             "tokenizer.name=bpe or gpt2."
         )
-    fraction = 0.0 if validation else config.validation_fraction
-    opened = {name: files.open(tokenizer, fraction, store, status) for name, files in train.items()}
-    sources = {name: stream for name, (stream, _) in opened.items()}
-    held_out = {name: rest for name, (_, rest) in opened.items() if rest}
+    sources, held_out = {}, {}
+    for name, files in train.items():
+        is_given = config.validation_path or divided[name]["val"]
+        fraction = 0.0 if is_given else config.validation_fraction
+        sources[name], rest = files.open(tokenizer, fraction, store, status)
+        if rest and not is_given:
+            held_out[name] = rest
     for name, files in validation.items():
         stream, rest = files.open(tokenizer, 0.0, store, status)
         held_out[name] = rest or stream
@@ -289,10 +285,6 @@ def load(
     _check_weights(config.weights, sources)
     prints = [[name, stream.fingerprint] for streams in (sources, held_out) for name, stream in streams.items()]
     return Corpus(sources, held_out, tokenizer, cache.digest(tokenizer.to_json(), prints), config)
-
-
-def _joint_name(source: str, group: str) -> str:
-    return "/".join(filter(None, (source, group)))
 
 
 Named = list[tuple[File, PurePosixPath]]  # files, each with its path below the folder that was named

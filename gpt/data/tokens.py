@@ -1,7 +1,7 @@
 """Text becomes tokens: files of documents are converted to shards of token ids.
 
-Each part of the files (`gpt.data.documents`) is converted alone and gives shards of its own, so that any number of
-processes and hosts can take parts, in any order, and a computation that was interrupted goes on with the parts that
+Each part of the files (`gpt.data.documents`) is converted alone and gives separate shards, so that any number of
+processes and hosts can take parts, in any order, and a conversion that was interrupted continues with the parts that
 are missing. The shards are the same in every case.
 
 A document ends with the separator of the tokenizer, and begins with the tokenizer's first token of a text or, if it
@@ -273,7 +273,7 @@ class Bar:
         """Counts bytes that are finished."""
         self._done += size
         seconds = time.perf_counter() - self._began
-        if seconds > self._shown + 1:
+        if self._done and seconds > self._shown + 1:
             self._shown = seconds
             part, speed = min(1, self._done / self._total), self._done / seconds
             left = duration((self._total - self._done) / max(speed, 1))

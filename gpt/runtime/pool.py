@@ -60,7 +60,7 @@ def run_on_ray(function: Callable[[int, Report], object], items: Sequence[int], 
     """Calls `function(item, …)` for each item, on all machines of a Ray cluster, or on this one if there is none.
 
     Args:
-      report: called with the number of items that are finished since the last call.
+      report: called with each item that is finished.
 
     Raises:
       UserError: Ray is not installed, or `function` raised it.
@@ -71,14 +71,15 @@ def run_on_ray(function: Callable[[int, Report], object], items: Sequence[int], 
         raise UserError('--engine=ray needs the package ray: pip install -e ".[ray]".') from None
     ray.init(ignore_reinit_error=True, log_to_driver=False)
     shared = ray.put(function)
-    waiting = [ray.remote(_do_on_ray).remote(shared, item) for item in items]
+    tasks = {ray.remote(_do_on_ray).remote(shared, item): item for item in items}
+    waiting = [*tasks]
     while waiting:
-        finished, waiting = ray.wait(waiting)
+        (finished,), waiting = ray.wait(waiting)
         try:
             ray.get(finished)
         except ray.exceptions.RayTaskError as error:
             raise UserError(str(error.cause)) if isinstance(error.cause, UserError) else error from None
-        report(len(finished))
+        report(tasks[finished])
 
 
 def _do_on_ray(function: Callable[[int, Report], object], item: int) -> None:
