@@ -112,7 +112,7 @@ def test_a_config_builds(name):
         with jax.numpy_dtype_promotion("strict"):  # the optimizer, which is optax's, relies on promotion
             jax.eval_shape(program.eval_step, program.abstract_state.params, batch)
     assert measured["loss"].shape == ()
-    assert program.model.config.summary() in next(reporting.describe(program, config, None, 1, 1))
+    assert program.model.config.summary() in next(reporting.describe(program, config, None, 1, [], (1, 1)))
 
 
 @pytest.fixture(scope="module", params=one_of_each())
