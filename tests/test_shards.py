@@ -387,3 +387,39 @@ def test_a_run_trains_on_shards_and_resumes_on_a_copy(tmp_path, command):
     found = command("main", *flags, f"--config.data.path={tmp_path}/moved", "--config.train.steps=3")
     assert found.returncode == 0, found.stderr
     assert "resuming after step 2" in found.stdout
+
+
+def test_several_folders_of_shards_follow_each_other(load, tmp_path):
+    docs = [[gpt2().encode(gpt2().decode(doc)) for doc in documents(20, seed)] for seed in (0, 1)]
+    for i, part in enumerate(docs):
+        own(tmp_path / f"part{i}", part)
+    corpus = load(f"{tmp_path}/part0,{tmp_path}/part1", validation_path=str(tmp_path / "part1"))
+    np.testing.assert_array_equal(corpus.train[:], expected([*docs[0], *docs[1]]))
+    np.testing.assert_array_equal(corpus.validation[:], expected(docs[1]))
+    assert {*corpus.held_out} == {""}
+    (stream,) = corpus.sources.values()
+    np.testing.assert_array_equal(stream.find_ends(), np.flatnonzero(corpus.train[1:] == END) + 2)
+    mixed = load(f"a={tmp_path}/part0,b={tmp_path}/part1")
+    assert {*mixed.sources} == {*mixed.held_out} == {"a", "b"}
+
+
+def test_short_validation_shards_have_advice(load, tmp_path):
+    own(tmp_path / "shards", documents(40))
+    index = json.loads((tmp_path / "shards" / "tokens.json").read_text())
+    tokens = np.zeros(5, np.uint16)
+    np.save(tmp_path / "shards" / "val_000000_000.npy", tokens)
+    index["val"] = [{**index["train"][0], "name": "val_000000_000", "tokens": 5, "sha256": {}}]
+    (tmp_path / "shards" / "tokens.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"has 6 tokens, .* larger --validation_fraction of gpt\.tokenize"):
+        load(tmp_path / "shards")
+
+
+def test_an_index_of_megatron_is_found_beside_a_file_that_is_named(load, tmp_path):
+    """The name, or a pattern, may leave it out; the tokens are not those of a file without a header."""
+    for name in ("train", "val"):
+        megatron(tmp_path / name, documents(20), 4, "<i4", end=False)
+    corpus = load(tmp_path / "train.bin", validation_path=str(tmp_path / "val*.bin"))
+    np.testing.assert_array_equal(corpus.train[:], expected(documents(20)))
+    np.testing.assert_array_equal(corpus.validation[:], expected(documents(20)))
+    with pytest.raises(UserError, match=r"name train\.bin, which has to be beside it"):
+        load(tmp_path / "train.idx")

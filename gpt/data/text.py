@@ -281,7 +281,7 @@ def load(
         stream, rest = files.open(tokenizer, 0.0, store, status)
         held_out[name] = rest or stream
     if block_size is not None:
-        _check_length(config, sources, held_out, block_size, is_new)
+        _check_length(config, sources, held_out, block_size, is_new, any(files.indices for files in train.values()))
     _check_weights(config.weights, sources)
     prints = [[name, stream.fingerprint] for streams in (sources, held_out) for name, stream in streams.items()]
     return Corpus(sources, held_out, tokenizer, cache.digest(tokenizer.to_json(), prints), config)
@@ -333,8 +333,9 @@ def _by_split(files: Named, say: Say) -> dict[str, Any]:
 def _by_folder(files: Named) -> dict[str, list[File]]:
     """Returns the files by the folder in the folder that was named, or under "" if they are not in one."""
     found: dict[str, list[File]] = {}
+    has_index = any(path.name == shards.INDEX and len(path.parts) == 1 for _, path in files)
     for file, path in files:
-        found.setdefault(path.parts[0] if len(path.parts) > 1 else "", []).append(file)
+        found.setdefault(path.parts[0] if len(path.parts) > 1 and not has_index else "", []).append(file)
     return found
 
 
@@ -343,35 +344,32 @@ class _Files:
 
     Attributes:
       texts: the results of the first pass over the texts; empty for token shards.
-      index: the index of shards of `gpt.tokenize`, if there is one.
+      indices: the indices of shards of `gpt.tokenize`.
     """
 
     def __init__(self, files: list[File], store: Cache, say: Say):
         shards.refuse_pickle(files)
         of_shards = [file for file in files if shards.is_for(file)]
-        self.files, self.index = files, next((file for file in files if file.path.name == shards.INDEX), None)
-        self.is_tokens = bool(of_shards)
+        self.files, self.is_tokens = files, bool(of_shards)
+        self.indices = [file for file in files if file.path.name == shards.INDEX]
         others = [file for file in files if file not in of_shards]
-        if of_shards and others and not self.index:
+        if of_shards and others and not self.indices:
             raise UserError(
                 f"{of_shards[0]} holds tokens and {others[0]} text; name one kind of files in a path, or give each "
                 "kind a name: data.path=a=PATH,b=PATH."
             )
         self.texts = [] if of_shards else [scan(file, store, say) for file in files]
 
-    def saved_tokenizer(self) -> Tokenizer | None:
-        """Returns the tokenizer beside the index of the shards. Raises UserError if it is missing or damaged."""
-        if not self.index:
-            return None
-        place = f"{storage.folder(self.index.place)}/{shards.TOKENIZER}"
+    def saved_tokenizer(self, index: File) -> Tokenizer:
+        """Returns the tokenizer beside an index of shards. Raises UserError if it is missing or damaged."""
+        place = f"{storage.folder(index.place)}/{shards.TOKENIZER}"
         file = next((file for file in self.files if file.place == place), None)
         if file is None:
             raise UserError(f"{place} is missing, the tokenizer of the shards; copy it again, or tokenise again.")
         try:
-            saved = tokenizers.from_tree(json.loads(file.read(0, file.size)))
+            return TextConfig().tokenizer(json.loads(file.read(0, file.size)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{place} is damaged ({one_line(error)[:100]}); copy it again.") from None
-        return saved if isinstance(saved, Tokenizer) else None
 
     def open(self, tokenizer: Tokenizer, fraction: float, store: Cache, status: Say) -> tuple[Stream, Stream | None]:
         """Returns the tokens for training and for validation.
@@ -380,12 +378,14 @@ class _Files:
           fraction: part of the tokens that is for validation, unless the index of the shards tells.
         """
         separator = tokenizer.separator if tokenizer.begin == tokenizer.separator else None
-        of_index = functools.partial(shards.of_index, vocab_size=tokenizer.vocab_size)
-        if self.index:
-            saved = self.saved_tokenizer()
-            if saved is None or saved.to_json() != tokenizer.to_json():
-                raise UserError(f"{self.index} was written with another tokenizer; tokenise the text again.")
-            stream, rest = of_index(self.index, {file.place: file for file in self.files})
+        if self.indices:
+            for index in self.indices:
+                if self.saved_tokenizer(index).to_json() != tokenizer.to_json():
+                    raise UserError(f"{index} was written with another tokenizer; tokenise the text again.")
+            by_place = {file.place: file for file in self.files}
+            found = [shards.of_index(index, by_place, tokenizer.vocab_size) for index in self.indices]
+            held_out = [rest for _, rest in found if rest]
+            stream, rest = _joined([train for train, _ in found]), _joined(held_out) if held_out else None
         elif self.is_tokens:
             stream, rest = shards.of_files(self.files, tokenizer), None
         else:
@@ -393,7 +393,7 @@ class _Files:
             folder = tokenise(self.texts, tokenizer, below, store, status)
             inside = [File.of(path) for path in sorted(folder.glob("*"))]
             index = next(file for file in inside if file.path.name == shards.INDEX)
-            stream, rest = of_index(index, {file.place: file for file in inside})
+            stream, rest = shards.of_index(index, {file.place: file for file in inside}, tokenizer.vocab_size)
             hashes = [text.sha256 for text in self.texts]
             stream = dataclasses.replace(stream, fingerprint=[hashes, below])
             rest = rest and dataclasses.replace(rest, fingerprint=[hashes, below])
@@ -430,11 +430,9 @@ def _new_tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer of token shards, or the one that the config selects, created from the texts if needed."""
     everything = [*train, *validation]
-    if saved := next((files for files in everything if files.index), None):
-        tokenizer = saved.saved_tokenizer()
-        assert tokenizer
-        say(f"note   the tokenizer is that of {saved.index}")
-        return tokenizer
+    if saved := next((files for files in everything if files.indices), None):
+        say(f"note   the tokenizer is that of {saved.indices[0]}")
+        return saved.saved_tokenizer(saved.indices[0])
     of_tokens = [files for files in everything if files.is_tokens]
     if of_tokens and config.name not in ("gpt2", "byte"):
         if not all(shards.are_of_gpt2(files.files) for files in of_tokens):
@@ -457,33 +455,38 @@ def _check_weights(weights: str, sources: dict[str, Stream]) -> None:
 
 
 def _check_length(
-    config: TextConfig, sources: dict[str, Stream], held_out: dict[str, Stream], block_size: int, is_new: bool
+    config: TextConfig,
+    sources: dict[str, Stream],
+    held_out: dict[str, Stream],
+    block_size: int,
+    is_new: bool,
+    is_divided: bool,
 ) -> None:
     """Raises UserError unless all sources and validation sets are longer than a window.
 
     Args:
       is_new: whether the model is new, so that its context length can still be changed.
+      is_divided: whether `gpt.tokenize` has divided the text.
     """
-    needed = block_size + 1
-    total = sum(len(stream.tokens) for stream in [*sources.values(), *held_out.values()])
-    for kind, streams in (("training", sources), ("validation", held_out)):
-        for name, tokens in ((name, len(stream.tokens)) for name, stream in streams.items()):
-            if tokens >= needed:
-                continue
-            key = "data.validation_path" if kind == "validation" and config.validation_path else "data.path"
-            setting = config.validation_path if key == "data.validation_path" else config.path
-            advice = f"give more text in {key}={setting}"
-            if not config.validation_path and len(sources) == 1:
-                fits = [
-                    n / 1000 for n in range(1, 1000) if needed <= training_tokens(total, n / 1000) <= total - needed
-                ]
-                nearest = min(fits, key=lambda fraction: abs(fraction - config.validation_fraction), default=None)
-                advice = f"give at least {2 * needed} tokens of text in data.path={config.path}"
-                advice = f"set data.validation_fraction={nearest}" if nearest else advice
-            raise UserError(
-                f"The {kind} text{f' {name}' * bool(name)} has {tokens} tokens, but model.block_size={block_size} "
-                f"needs at least {needed}; {advice}{' or a smaller model.block_size' * is_new}."
-            )
+    needed, sides = block_size + 1, (("training", sources), ("validation", held_out))
+    lengths = [(kind, name, len(stream.tokens)) for kind, streams in sides for name, stream in streams.items()]
+    kind, name, tokens = next((each for each in lengths if each[2] < needed), ("", "", needed))
+    if tokens >= needed:
+        return
+    key = "data.validation_path" if kind == "validation" and config.validation_path else "data.path"
+    advice = f"give more text in {key}={getattr(config, key.partition('.')[2])}"
+    if is_divided and kind == "validation" and not config.validation_path:
+        advice = "name other text in data.validation_path, or use a larger --validation_fraction of gpt.tokenize"
+    elif not config.validation_path and len(sources) == 1:
+        total = sum(length for _, _, length in lengths)
+        fits = [n / 1000 for n in range(1, 1000) if needed <= training_tokens(total, n / 1000) <= total - needed]
+        nearest = min(fits, key=lambda fraction: abs(fraction - config.validation_fraction), default=None)
+        advice = f"give at least {2 * needed} tokens of text in data.path={config.path}"
+        advice = f"set data.validation_fraction={nearest}" if nearest else advice
+    raise UserError(
+        f"The {kind} text{f' {name}' * bool(name)} has {tokens} tokens, but model.block_size={block_size} "
+        f"needs at least {needed}; {advice}{' or a smaller model.block_size' * is_new}."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
