@@ -373,7 +373,8 @@ def _marked(document: Document, encoded: Iterable[Encoded], tokenizer: Tokenizer
 def code() -> str:
     """Returns a digest of the code that converts text to tokens."""
     own = cache.code((__file__, bpe.__file__, chat.__file__, documents.__file__, records.__file__))
-    return own + (importlib.metadata.version("tokenizers") if importlib.util.find_spec("tokenizers") else "")
+    libraries = [name for name in ("tokenizers", "tiktoken") if importlib.util.find_spec(name)]
+    return own + "".join(f"{name}{importlib.metadata.version(name)}" for name in libraries)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,6 +24,11 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads() -> int:
+    """Returns the number of threads that a tokenizer may use in this process."""
+    return int(os.environ.get("RAYON_NUM_THREADS", cores()))
+
+
 def run(function: Callable[[int, Report], object], items: Sequence[int], workers: int, report: Report) -> None:
     """Calls `function(item, report)` for each item, in several processes.
 
@@ -109,7 +114,7 @@ def _exit_after(process: Any) -> None:
 
 
 def _limit_threads(count: int) -> None:
-    """Limits the threads of the library `tokenizers`, which has not been used yet."""
+    """Limits the threads of tokenizers, which have not been used yet; the first name is that of `tokenizers`."""
     os.environ.update(RAYON_NUM_THREADS=str(count), TOKENIZERS_PARALLELISM="true" if count > 1 else "false")
 
 
