@@ -281,6 +281,50 @@ def test_a_text_may_be_cut_anywhere(make, seed, monkeypatch):
 
 
 @needs_bpe
+@pytest.mark.parametrize("make", [trained, gpt2])
+def test_both_libraries_encode_alike(make, monkeypatch):
+    """Texts in batches are encoded by tiktoken, and by tokenizers if it is not installed."""
+    pytest.importorskip("tiktoken")
+    tokenizer, texts = make(), [white_space_and_words(seed)[: 7 * seed] for seed in range(300)]
+    texts += ["", "<|endoftext|>", "a<|endoftext|>", "<|endoftex", "x" * 5000, " " * 5000]
+    points = [chr(i) for i in range(0x30000) if not 0xD800 <= i < 0xE000]
+    texts += ["".join(f"a{c}1{c}! {c}\n" for c in points[at : at + 4096]) for at in range(0, len(points), 4096)]
+    expected = [each.ids for each in tokenizer._model.encode_batch(texts, add_special_tokens=False)]
+    assert tokenizer._tiktoken is not None
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == expected
+    monkeypatch.setitem(vars(tokenizer), "_tiktoken", None)
+    assert [ids.tolist() for ids in tokenizer.encode_batch(texts)] == expected
+
+
+@needs_bpe
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"model": {"unk_token": "a"}},
+        {"model": {"ids": "others"}},
+        {"added_tokens": {"lstrip": True}},
+    ],
+)
+def test_tiktoken_is_only_for_tokenizers_that_it_can_represent(change):
+    definition = json.loads(json.dumps(trained().files["tokenizer.json"]))
+    for key, value in change.items():
+        if key == "added_tokens":
+            definition[key][0] |= value
+        elif value == {"ids": "others"}:
+            vocab = definition["model"]["vocab"]
+            first, last = sorted(vocab, key=vocab.get)[-2:]
+            vocab[first], vocab[last] = vocab[last], vocab[first]
+        else:
+            definition[key] = definition[key] | value if key == "model" else value
+    tokenizer = BPETokenizer.from_parts(definition, {})
+    assert tokenizer._tiktoken is None
+    assert tokenizer.encode_batch(["the cat sat"])[0].tolist() == tokenizer.encode("the cat sat").tolist()
+
+
+@needs_bpe
 def test_separator_stands_for_no_bytes():
     for tokenizer in (gpt2(), trained()):
         ids = tokenizer.encode("one<|endoftext|>two")

@@ -296,7 +296,7 @@ class BPETokenizer(Tokenizer):
         merged, others = [vocab.get("".join(pair), -1) for pair in pairs], vocab.keys() - {*texts}
         letters = [vocab.get(letter, -1) for letter in _LETTERS]
         odd = ("unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
-        is_odd = any(model.get(key) for key in odd) or self.settings.get("split_special_tokens")
+        is_odd = any(map(model.get, odd)) or bool(self.settings.get("split_special_tokens"))
         is_odd |= any(token.get(key) for token in added for key in ("lstrip", "rstrip", "single_word"))
         is_odd |= any(second.startswith(first) for first, second in itertools.pairwise(texts))
         if is_odd or merged != sorted({*merged}) or {*merged, *letters} != {vocab[token] for token in others}:
