@@ -25,7 +25,7 @@ from gpt.runtime.fields import check_choice, check_not_negative, check_positive,
 from gpt.runtime.files import read_json
 from gpt.sharding import MeshConfig
 
-SMALL_EVALUATION = 1 << 17  # tokens that are evaluated even if they take more than 2 % of the time
+SMALL_SPLIT = 1 << 19  # tokens of a validation split that is evaluated whole even if that takes long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class TrainConfig:
     tokens: float = harmless(0.0)
     log_every: int = harmless(10)  # steps between points on TensorBoard, and between lines in a log
     eval_every: int = harmless(500)  # steps between evaluations; 0: only at the end
-    # tokens of an evaluation, the same ones each time; 0: as many as take about 2 % of the time, 131,072 at least
+    # tokens of an evaluation, the same ones each time; 0: at most 524,288, or as many as take 2 % of the time
     eval_tokens: int = harmless(0)
     checkpoint_every: int = harmless(1000)  # steps; the last step and the best evaluation are saved in any case
     keep_checkpoints: int = harmless(2)  # how many of the newest checkpoints are kept, besides the best
@@ -80,10 +80,16 @@ class TrainConfig:
         examples = self.epochs * examples_per_epoch if self.epochs else self.tokens / length
         return math.ceil(examples / self.batch_size)
 
-    def most_evaluated(self, length: int, total_steps: int) -> int:
-        """Returns the largest number of examples of an evaluation; a training step costs 3 times as much per token."""
+    def evaluated(self, examples: int, length: int, total_steps: int) -> int:
+        """Returns how many of the validation examples are evaluated.
+
+        Args:
+          length: tokens of an example. Training costs 3 times as much for a token as an evaluation.
+        """
+        if not self.eval_tokens and examples * length <= SMALL_SPLIT:
+            return examples
         between = self.batch_size * length * min(self.eval_every or total_steps, total_steps)
-        return max(1, (self.eval_tokens or max(SMALL_EVALUATION, int(0.02 * 3 * between))) // length)
+        return max(1, (self.eval_tokens or max(SMALL_SPLIT // 4, int(0.02 * 3 * between))) // length)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -261,18 +261,23 @@ def test_sets_share_the_bound():
     assert [bounded.group(i) for i in (0, 47, 48, 52, 53, 99)] == ["a", "a", "b", "b", "c", "c"]
 
 
-@pytest.mark.parametrize("tokens", [1e5, 1e7, 1e9, 1e12])
+@pytest.mark.parametrize("tokens", [1e6, 1e7, 1e9, 1e12])
 def test_an_evaluation_costs_at_most_two_percent_of_the_training_between_two(tokens):
     """The default settings of `TrainConfig`; a forward pass is a third of a training step."""
     train, length = TrainConfig(), GPTConfig().block_size
     windows = int(0.1 * tokens) // length
-    share = min(windows, train.most_evaluated(length, train.steps)) * length / 3
+    share = train.evaluated(windows, length, train.steps) * length / 3
     share /= train.eval_every * train.batch_size * length
     assert share <= 0.02
 
 
 def test_small_splits_are_evaluated_whole():
-    assert TrainConfig(batch_size=1, steps=10).most_evaluated(64, 10) * 64 >= 111_540  # tinyshakespeare's
+    """That of tinyshakespeare and that of the plays are, however short the run is; a larger one is not."""
+    train = TrainConfig(batch_size=1, steps=10)
+    for tokens in (111_540, 498_770):
+        assert train.evaluated(tokens // 64, 64, 10) == tokens // 64
+    assert train.evaluated(600_000 // 64, 64, 10) == 131_072 // 64
+    assert dataclasses.replace(train, eval_tokens=6400).evaluated(1000, 64, 10) == 100
 
 
 def test_bits_per_byte_of_a_sample_are_those_of_its_own_bytes():
