@@ -285,7 +285,7 @@ class BPETokenizer(Tokenizer):
         """The tokenizer in OpenAI's library tiktoken, which is three times as fast; None if it is not installed.
 
         It is None as well unless both libraries encode every text alike. That is so without a normalizer, if the ids of
-        tokens are in the order of the merges that form them, and the added tokens are matched as they are.
+        tokens are in the order of the merges that form them, and added tokens match without conditions.
         """
         definition, added = self.files[TOKENIZER_FILE], self.added
         model, pattern = definition["model"], _pattern(definition.get("pre_tokenizer") or {})
