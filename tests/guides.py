@@ -148,6 +148,7 @@ class Sandbox:
         # Python and its scripts first on the PATH; `launch/` starts `python3`, or $PYTHON.
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         self.environment = os.environ | {"PATH": path, "PYTHONPATH": str(folder), "PYTHON": sys.executable}
+        self.environment["GPT_CACHE_DIR"] = str(folder / ".cache")  # what other tests cached would change the output
         self.environment.pop("XLA_FLAGS", None)  # as many devices as a user has
 
     def run(self, command: str, full: bool = False, timeout: float = 1200) -> str:

@@ -305,7 +305,7 @@ DAMAGED = {
     "a truncated ArrayRecord": (cut("train.arrayrecord", 100, of_lengths(*[32] * 99)), "ArrayRecord"),
     "text among tokens": (
         lambda f: (nanogpt(f / "train.bin", documents()), (f / "a.txt").write_text("hello")),
-        r"train\.bin holds tokens and .*a\.txt text",
+        r"train\.bin belongs to token shards, and .*a\.txt does not",
     ),
     "a missing shard": (
         damage_own("train_000000_000.npy", lambda p: p.unlink()),
@@ -423,3 +423,14 @@ def test_an_index_of_megatron_is_found_beside_a_file_that_is_named(load, tmp_pat
     np.testing.assert_array_equal(corpus.validation[:], expected(documents(20)))
     with pytest.raises(UserError, match=r"name train\.bin, which has to be beside it"):
         load(tmp_path / "train.idx")
+
+
+def test_nothing_beside_an_index_is_left_out_silently(load, tmp_path):
+    own(tmp_path / "shards", documents())
+    (tmp_path / "a.txt").write_text("hello " * 999)
+    nanogpt(tmp_path / "b.bin", documents())
+    for other in ("a.txt", "b.bin"):
+        with pytest.raises(UserError, match=rf"tokens\.json belongs to token shards, and .*{other} does not"):
+            load(f"{tmp_path}/shards,{tmp_path}/{other}")
+    mixed = load(f"a={tmp_path}/shards,b={tmp_path}/a.txt,c={tmp_path}/b.bin")
+    assert {*mixed.sources} == {"a", "b", "c"}

@@ -352,11 +352,13 @@ class _Files:
         of_shards = [file for file in files if shards.is_for(file)]
         self.files, self.is_tokens = files, bool(of_shards)
         self.indices = [file for file in files if file.path.name == shards.INDEX]
-        others = [file for file in files if file not in of_shards]
-        if of_shards and others and not self.indices:
+        folders = tuple(f"{storage.folder(index.place)}/" for index in self.indices)
+        first = self.indices or of_shards
+        others = [file for file in files if not (file.place.startswith(folders) if folders else file in of_shards)]
+        if first and others:
             raise UserError(
-                f"{of_shards[0]} holds tokens and {others[0]} text; name one kind of files in a path, or give each "
-                "kind a name: data.path=a=PATH,b=PATH."
+                f"{first[0]} belongs to token shards, and {others[0]} does not belong to them; name one kind of files "
+                "in a path, or give each kind a name: data.path=a=PATH,b=PATH."
             )
         self.texts = [] if of_shards else [scan(file, store, say) for file in files]
 
