@@ -223,7 +223,7 @@ class Sandbox:
             reads_text = re.match(r"configs/(char|bpe|perceiver_ar|pretrain|finetune)", config)
             if reads_text and not flag(arguments, "config.data.path"):
                 flags.append(f"--config.data.path={TEXT}")
-            if config.startswith("configs/bpe"):
+            if config.startswith("configs/bpe") and not flag(arguments, "config.tokenizer.vocab_size"):
                 flags.append("--config.tokenizer.vocab_size=300")
             return flags
         if program == "gpt.sample" and flag(arguments, "num_tokens"):
