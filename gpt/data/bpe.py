@@ -9,7 +9,6 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent import futures
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -273,8 +272,7 @@ class BPETokenizer(Tokenizer):
         short = [text for text in texts if len(text) <= SHORT]
         if fast := self._tiktoken:
             encode = functools.partial(fast.encode_to_numpy, allowed_special="all", disallowed_special=())
-            with futures.ThreadPoolExecutor(pool.threads()) as threads:
-                found = [ids.astype(self._dtype) for ids in (threads.map if pool.threads() > 1 else map)(encode, short)]
+            found = [ids.astype(self._dtype) for ids in pool.thread_map(pool.threads())(encode, short)]
         else:
             found = [self._array(encoding.ids) for encoding in self._encodings(short)]
         ids = iter(found)

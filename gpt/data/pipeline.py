@@ -9,7 +9,6 @@ and step `s` takes the `s`-th of the other batches.
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent import futures
 
 import grain
 import jax
@@ -17,6 +16,7 @@ import numpy as np
 
 from gpt.data.base import IGNORED, Source
 from gpt.data.combined import Mixture
+from gpt.runtime import pool
 from gpt.runtime.errors import UserError
 from gpt.sharding import Layout
 
@@ -41,7 +41,7 @@ def training_batches(
       prefetch: number of batches that threads prepare ahead; 0: none.
       skipped: numbers of the global batches to leave out.
     """
-    example, read = _endless(source, seed, batch_size), _reader(source)
+    example, read = _endless(source, seed, batch_size), pool.thread_map(getattr(source, "threads", 1))
 
     def batch(step: int, _) -> Batch:
         first = batch_number(step, skipped) * batch_size
@@ -65,12 +65,6 @@ def _endless(source: Source | Mixture, seed: int, batch_size: int) -> Callable[[
         return of_mixture
     epoch_length, shuffled = len(source), _shuffled(source, seed)
     return lambda place: source.example(place // epoch_length, int(shuffled[place]))
-
-
-def _reader(source: Source | Mixture) -> Callable[..., Iterable[Batch]]:
-    """Returns `map`, or a map on several threads if examples take long to read."""
-    threads = getattr(source, "threads", 1)
-    return map if threads == 1 else futures.ThreadPoolExecutor(threads).map
 
 
 def _shuffled(source: Source, seed: int) -> grain.MapDataset[int]:
@@ -100,7 +94,7 @@ def evaluation_batches(source: Source, batch_size: int, positions: Sequence[int]
 
     Examples whose targets are all `IGNORED` fill the last batch up to `batch_size`.
     """
-    first, read = source.example(0, 0), _reader(source)
+    first, read = source.example(0, 0), pool.thread_map(getattr(source, "threads", 1))
     blank = {name: np.full_like(array, IGNORED if name == "targets" else 0) for name, array in first.items()}
 
     def example(index: int) -> Batch:

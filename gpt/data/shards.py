@@ -470,8 +470,7 @@ def _megatron(file: File, index: File, separator: int | None) -> Array:
     dtype = MEGATRON_TYPES.get(code, "")
     if not dtype or "f" in dtype:
         raise UserError(f"{index} has tokens of type {code}, which is not an integer type of Megatron-LM.")
-    sizes = {"<i4": sequences, "<i8": sequences, "": documents}
-    expected = 34 + 12 * sizes["<i4"] + 8 * documents
+    expected = 34 + 12 * sequences + 8 * documents
     if index.size != expected:
         raise UserError(
             f"{index} has {index.size:,} bytes, but {expected:,} are needed for {sequences:,} sequences and "

@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from gpt.runtime import cache
 from gpt.runtime.errors import UserError, one_line
+from gpt.runtime.files import PARTIAL
 
 REQUESTS = 256  # requests to a bucket at a time
 RETRIES = {"max_retries": 12, "initial_delay": "1s", "max_delay": "16s"}  # an outage of about 2 minutes
@@ -125,7 +126,7 @@ def names(place: str) -> list[str]:
         return []
     except Exception as error:
         raise _failure(f"Cannot read {place}", error) from None
-    return sorted(name for name in found if name and not name.endswith(cache.PARTIAL))
+    return sorted(name for name in found if name and not name.endswith(PARTIAL))
 
 
 def _failure(what: str, error: Exception, advice: str = "") -> UserError:

@@ -25,7 +25,7 @@ from gpt.runtime.cache import Cache
 from gpt.runtime.errors import UsageError, UserError, one_line
 from gpt.runtime.fields import check_part, harmless
 
-VALIDATION, TRAINING, TEST = {"val", "valid", "validation"}, {"train", "training"}, {"test"}  # words in names of files
+VALIDATION, TEST = {"val", "valid", "validation"}, {"test"}  # words in names of files
 FARTHEST = 1 << 24  # tokens before the end of the training text in which the end of a document is looked for
 READERS = 256  # windows to read at a time from a bucket
 
@@ -152,13 +152,14 @@ class Corpus(Dataset):
                 "choose a smaller stride."
             )
         found: dict[str, Source] = {}
-        for name, stream in self.split(split).items():
+        streams = self.split(split)
+        for name, stream in streams.items():
             if len(stream.tokens) < 2:
                 tokens = len(stream.tokens)
                 raise UserError(f"The {split} split has {tokens} tokens: too few to predict any; try --split=all.")
             options = self._options(stream, model)
             found[name] = EvaluationWindows(stream.tokens, model.length, stride=stride, **options)
-        if not any(map(_any_counts, self.split(split).values())):
+        if not any(map(_any_counts, streams.values())):
             raise UserError(f"The {split} split has no completions, only prompts; try --split=all.")
         return Sets(found, self.tokenizer.byte_lengths)
 

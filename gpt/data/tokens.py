@@ -388,7 +388,6 @@ class Text:
     file: File
     sha256: str
     alphabet: frozenset[str]
-    has_prompts: bool
     documents: np.ndarray
 
 
@@ -406,7 +405,7 @@ def scan(file: File, store: Cache, say: Say) -> Text:
             say(f"reading and tokenising {file} ({file.size / 1e9:.1f} GB), once …")
         if file.identity and time.time() - file.identity[-1] / 1e9 < TICK:
             time.sleep(TICK)  # so that a change after this pass gives the file another time
-        sha256, form, alphabet, has_prompts = hashlib.sha256(), hashlib.sha256(), set(), False
+        sha256, form, alphabet = hashlib.sha256(), hashlib.sha256(), set()
         found = array.array("q")
         for document in documents.read(Part(file)):
             sizes = [0, 0]  # of what does not count in the loss, and of what does
@@ -420,16 +419,15 @@ def scan(file: File, store: Cache, say: Say) -> Text:
             # Where documents and prompts end, and what stands between them, is not in the text itself.
             kind = document.is_record, document.is_first, document.messages is not None
             form.update(json.dumps([sizes, kind]).encode())
-            has_prompts |= document.has_prompt
             found.extend((EVERY_KEY - 1 if document.key is None else document.key, sum(sizes)))
         sha256.update(form.digest())
         with cache.create(folder / "documents.npy", file.mode) as out:
             np.save(out, np.frombuffer(found, np.int64).reshape(-1, 2))
-        return {"sha256": sha256.hexdigest(), "alphabet": "".join(sorted(alphabet)), "has_prompts": has_prompts}
+        return {"sha256": sha256.hexdigest(), "alphabet": "".join(sorted(alphabet))}
 
     entry = store.entry(f"scan-{cache.digest(code(), file.version)}", read, file.mode)
     value, found = entry.value, np.load(entry.files["documents.npy"])
-    return Text(file, value["sha256"], frozenset(value["alphabet"]), value["has_prompts"], found)
+    return Text(file, value["sha256"], frozenset(value["alphabet"]), found)
 
 
 def threshold(texts: Sequence[Text], fraction: float) -> int:

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from gpt.runtime.errors import UserError
+from gpt.runtime.files import PARTIAL
 
 VARIABLE = "GPT_CACHE_DIR"
-PARTIAL = ".partial"  # suffix of a file that is being written
 MAX_COMPILED_SIZE = 4 << 30  # bytes of compiled programs; JAX deletes the least recently used ones
 
 Say = Callable[[str], object]

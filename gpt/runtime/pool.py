@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -27,6 +27,11 @@ def cores() -> int:
 def threads() -> int:
     """Returns the number of threads that a tokenizer may use in this process."""
     return int(os.environ.get("RAYON_NUM_THREADS", cores()))
+
+
+def thread_map(count: int) -> Callable[..., Iterable[Any]]:
+    """Returns `map`, or a map with the same order on several threads."""
+    return map if count == 1 else futures.ThreadPoolExecutor(count).map
 
 
 def run(function: Callable[[int, Report], object], items: Sequence[int], workers: int, report: Report) -> None:
