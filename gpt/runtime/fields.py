@@ -45,7 +45,7 @@ class Options:
             value, bounds = getattr(self, field.name), declared(type(self), field.name).get("bounds", {})
             is_number = isinstance(value, int | float)
             if not all(is_number and BOUNDS[name][1](value, bound) for name, bound in bounds.items()):
-                wanted = "must not be negative" if bounds == {"least": 0} else f"has to be {in_words(bounds)}"
+                wanted = "must not be negative" if bounds == {"least": 0} else f"has to be {as_text(bounds)}"
                 raise UserError(f"{key}={value!r} {wanted}.")
             if known := choices(type(self), field.name):
                 check_choice(key, value, known)
@@ -63,8 +63,8 @@ def choices(cls: Any, name: str) -> list[object]:
     return list(getattr(cls, known) if isinstance(known, str) else known)
 
 
-def in_words(bounds: Mapping[str, float]) -> str:
-    """Returns the bounds of an option in words, like "at least 0 and less than 1"."""
+def as_text(bounds: Mapping[str, float]) -> str:
+    """Returns the bounds of an option as text, like "at least 0 and less than 1"."""
     return " and ".join(f"{BOUNDS[name][0]} {bound:g}" for name, bound in bounds.items())
 
 
