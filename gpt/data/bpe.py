@@ -290,12 +290,13 @@ class BPETokenizer(Tokenizer):
         tokenizer puts a blank in front of a text, as SentencePiece does, it does so in place of the blank between two
         parts. Other texts are cut anyway after `LONGEST_PART` characters, at the cost of a few other tokens there.
         """
-        whole, *first, b, a_b = (each.ids for each in self._encodings(["a b\nc", "a", " b", "\nc", "b", "a b"]))
+        samples = ["a", " b", "\nc", "a b\nc", "b", "a b"]
+        a, blank_b, feed_c, whole, b, a_b = (each.ids for each in self._encodings(samples))
         seam = "(?!)"
         if not any(re.search(r"([^\W_]|^\ufffd+)[ \n]", token.decode(errors="replace")) for token in self._bytes):
-            if whole == sum(first, []):
+            if whole == a + blank_b + feed_c:
                 seam = r"(?<=[^\W_])(?=[ \n][^\W_])"
-            elif a_b == first[0] + b:
+            elif a_b == a + b:
                 seam = r"(?<=[^\W_]) (?=[^\W_])"
         rest = rf".{{0,{LONGEST_PART}}}?(?={seam}|\Z)|.{{{LONGEST_PART}}}"
         return re.compile(rf"(.{{1,{PART}}}+(?:{rest}))(?:{seam})?", re.DOTALL)
