@@ -279,8 +279,7 @@ class BPETokenizer(Tokenizer):
                 *parts, last = self._parts.finditer(text)
                 yield from self._encoded([part[1] for part in parts])
                 text = text[last.start() :]
-        parts = [part[1] for part in self._parts.finditer(text)] if len(text) > SHORT else [text]
-        yield from self._encoded(parts)
+        yield from self._encoded(self._parts.findall(text) if len(text) > SHORT else [text])
 
     @functools.cached_property
     def _parts(self) -> re.Pattern[str]:

@@ -188,17 +188,14 @@ def _keep_block(key, keep_probability, full_shape, block_shape, starts) -> jax.A
     return uniform < keep_probability
 
 
-def cudnn(
-    q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT=None, *, window=0, softcap=0.0, dropout_rate=0.0, dropout_key=None
-) -> jax.Array:
+def cudnn(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT=None, *, window=0, softcap=0.0) -> jax.Array:
     """Computes `attention.dense` with cuDNN's flash attention (arXiv 2307.08691), in bfloat16 on NVIDIA GPUs.
 
     Memory is linear in the length, except for document borders, which need a [B, 1, T, T] mask.
 
     Raises:
-      ValueError: dropout or a softcap is on.
+      ValueError: a softcap is on.
     """
-    _refuse_dropout(dropout_rate, dropout_key)
     if softcap:
         raise ValueError("cuDNN's attention has no softcap; choose another implementation")
     batch_axes, heads_axes = mesh_axes("batch", "heads")
@@ -214,16 +211,7 @@ def cudnn(
 
 
 def splash(
-    q_BxTxHxK,
-    k_BxTxGxK,
-    v_BxTxGxK,
-    starts_BxT=None,
-    *,
-    window: int = 0,
-    softcap: float = 0.0,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-    interpret: bool = False,
+    q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT=None, *, window=0, softcap=0.0, interpret: bool = False
 ) -> jax.Array:
     """Computes `attention.dense` with JAX's splash attention, a flash attention (arXiv 2307.08691) for TPUs in Pallas.
 
@@ -234,9 +222,8 @@ def splash(
       interpret: whether to interpret the kernel, slowly, on a platform other than TPU.
 
     Raises:
-      ValueError: dropout is on, or a device's shard of the length is not a multiple of 128.
+      ValueError: a device's shard of the length is not a multiple of 128.
     """
-    _refuse_dropout(dropout_rate, dropout_key)
     batch_axes, length_axes, heads_axes = mesh_axes("batch", "length", "heads")
     sizes = jax.sharding.get_abstract_mesh().shape
     length_shards, head_shards = map(num_devices, (length_axes, heads_axes))
@@ -312,11 +299,6 @@ def attention_share(config: Any) -> float:
     windows = [min(window or length, length) for window in config.windows]
     kinds = 2 if config.scan_layers and len(set(windows)) > 1 else 1
     return sum(computed(window, block) for window in windows) / (len(windows) * kinds * computed(length, 1))
-
-
-def _refuse_dropout(rate: float, key: jax.Array | None) -> None:
-    if key is not None and rate > 0:
-        raise ValueError("the attention kernels have no dropout; set the dropout rate to 0")
 
 
 def _on_each_device(attend: Callable, in_specs: tuple, out_specs: jax.P) -> Callable:
