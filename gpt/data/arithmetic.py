@@ -6,7 +6,6 @@ loss.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -16,6 +15,7 @@ import numpy as np
 
 from gpt.data.base import IGNORED, DataConfig, Dataset, ModelShape, Shown, refuse_stride
 from gpt.data.tokenizers import CharTokenizer, TokenizerConfig
+from gpt.runtime import cache
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_positive
 
@@ -99,7 +99,7 @@ class QuestionConfig(DataConfig):
                 f"model.block_size={model.length} is too short for these questions; set model.block_size={self.length}."
             )
         options = {name: value for name, value in dataclasses.asdict(self).items() if name != "prefetch"}
-        return Questions(self, own, hashlib.sha256(json.dumps(options).encode()).hexdigest()[:32])
+        return Questions(self, own, cache.digest(options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +220,9 @@ class QuestionTokenizer(CharTokenizer):
     @property
     def separator(self) -> int:
         return self.alphabet.index(END)
+
+    def to_json(self) -> str:
+        return json.dumps({"name": self.name, "alphabet": self.alphabet})
 
     def opening(self) -> np.ndarray:
         return self.encode("")

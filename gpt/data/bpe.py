@@ -369,13 +369,6 @@ class BPETokenizer(Tokenizer):
         adds_space = any(name in str(self.files[TOKENIZER_FILE].get("decoder")) for name in ("Strip", "Metaspace"))
         return text.removeprefix(" ") if adds_space else text
 
-    def to_json(self) -> str:
-        return self._json
-
-    @functools.cached_property
-    def _json(self) -> str:
-        return self._to_json(files=self.files)
-
     @classmethod
     def from_dict(cls, saved: dict) -> "BPETokenizer":
         files = dict(saved["files"])

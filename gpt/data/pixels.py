@@ -7,8 +7,6 @@ without a given class, and completes a given upper half.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ import numpy as np
 from gpt.data import images, paths
 from gpt.data.base import Dataset, ModelShape, refuse_stride
 from gpt.data.tokenizers import Labels, Tokenizer
+from gpt.runtime import cache
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_fraction, check_positive
 
@@ -71,8 +70,7 @@ class PixelsConfig(images.ImagesConfig):
             pixels = np.concatenate([source.example(0, int(i))["inputs"].reshape(-1, self.channels) for i in chosen])
             colors = fit_palette(pixels, self.palette_size)
             palette = Palette(tuple(map(tuple, colors.tolist())), self.image_size, folders.tokenizer.names)
-        digest = hashlib.sha256((folders.fingerprint + palette.to_json()).encode())
-        return Pixels(self, folders, palette, digest.hexdigest()[:32])
+        return Pixels(self, folders, palette, cache.digest(folders.fingerprint, palette.to_json()))
 
     def tokenizer(self, saved: dict) -> "Palette":
         return Palette.from_dict(saved)
@@ -181,9 +179,6 @@ class Palette(Tokenizer):
 
     def decode(self, ids: np.ndarray) -> str:
         return ""
-
-    def to_json(self) -> str:
-        return json.dumps({"name": self.name, "size": self.size, "names": self.names, "colors": self.colors})
 
     @classmethod
     def from_dict(cls, saved: dict) -> "Palette":
