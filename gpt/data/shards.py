@@ -403,6 +403,8 @@ def _numpy(file: File, start: bytes) -> Shard:
 def _llm_c(file: File, start: bytes) -> Shard | None:
     magic, version, count = struct.unpack("<3i", start[:12]) if len(start) >= 12 else (0, 0, 0)
     if magic not in LLM_C:
+        if struct.unpack(">i", start[:4].ljust(4))[0] in LLM_C:
+            raise UserError(f"{file} has a header of llm.c in the order of bytes of another machine; write it again.")
         return None
     expected, dtype = LLM_C[magic]
     if version != expected:
