@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gpt.data.base import IGNORED, DataConfig, Dataset, ModelShape, Shown, refuse_stride
+from gpt.data.base import IGNORED, DataConfig, Dataset, ModelShape, Shown
 from gpt.data.tokenizers import CharTokenizer, TokenizerConfig
 from gpt.runtime import cache
 from gpt.runtime.errors import UserError
@@ -279,24 +279,17 @@ class Questions(Dataset):
     tokenizer: QuestionTokenizer
     fingerprint: str
 
-    def _examples(self, split: str, length: int, seed: int = 0) -> QuestionExamples:
+    def examples(self, split: str, model: ModelShape, seed: int | None = None) -> QuestionExamples:
         held_out = self.config.validation_rows
         end = min(self.config.num_questions, MOST_EXAMPLES)
         first, last = {"train": (held_out, end), "val": (0, held_out), "all": (0, end)}[split]
-        return QuestionExamples(self.config, first, last - first, length, seed)
-
-    def training(self, model: ModelShape, seed: int) -> QuestionExamples:
-        return self._examples("train", model.length, seed)
-
-    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> QuestionExamples:
-        refuse_stride(stride, self.config.kind)
-        return self._examples(split, model.length)
+        return QuestionExamples(self.config, first, last - first, model.length, seed or 0)
 
     def describe(self) -> str:
-        train, held_out = self._examples("train", 0), self._examples("val", 0)
-        question, answer = held_out.pose(0, 0)
+        held_out, end = self.config.validation_rows, min(self.config.num_questions, MOST_EXAMPLES)
+        question, answer = QuestionExamples(self.config, 0, held_out, 0, 0).pose(0, 0)
         example = f"{question}{self.config.show(answer)}"
-        return f"{len(train):,} training and {len(held_out):,} held-out questions like {example}"
+        return f"{end - held_out:,} training and {held_out:,} held-out questions like {example}"
 
     def mistakes(self, source: Any, result: dict[str, Any]) -> Shown:
         """Returns lines with questions, wrong answers and right answers."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from gpt.data import paths
-from gpt.data.base import DataConfig, Dataset, ModelShape, Say, Shown, refuse_stride
+from gpt.data.base import DataConfig, Dataset, ModelShape, Say, Shown
 from gpt.data.tokenizers import Labels
 from gpt.runtime import cache
 from gpt.runtime.errors import UserError
@@ -248,12 +248,8 @@ class Folders(Dataset):
         part = {"train": slice(self.num_train), "val": slice(self.num_train, None), "all": slice(None)}[split]
         return Images(self.images[part], self.classes[part], size, channels, self.config, seed)
 
-    def training(self, model: ModelShape, seed: int) -> Images:
-        return self.source("train", *self.config.shape(model), seed)
-
-    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Images:
-        refuse_stride(stride, self.config.kind)
-        return self.source(split, *self.config.shape(model))
+    def examples(self, split: str, model: ModelShape, seed: int | None = None) -> Images:
+        return self.source(split, *self.config.shape(model), seed)
 
     def describe(self) -> str:
         held_out = len(self.images) - self.num_train

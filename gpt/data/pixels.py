@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gpt.data import images, paths
-from gpt.data.base import Dataset, ModelShape, refuse_stride
+from gpt.data.base import Dataset, ModelShape
 from gpt.data.tokenizers import Labels, Tokenizer
 from gpt.runtime import cache
 from gpt.runtime.errors import UserError
@@ -223,16 +223,9 @@ class Pixels(Dataset):
     tokenizer: Palette
     fingerprint: str
 
-    def _examples(self, split: str, seed: int | None = None) -> PixelExamples:
+    def examples(self, split: str, model: ModelShape, seed: int | None = None) -> PixelExamples:
         source = self.folders.source(split, self.config.image_size, self.config.channels, seed)
         return PixelExamples(**vars(source), palette=self.tokenizer, class_dropout=self.config.class_dropout)
-
-    def training(self, model: ModelShape, seed: int) -> PixelExamples:
-        return self._examples("train", seed)
-
-    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> PixelExamples:
-        refuse_stride(stride, self.config.kind)
-        return self._examples(split)
 
     def describe(self) -> str:
         return f"{self.folders.describe()}, {len(self.tokenizer.colors)} colours"
