@@ -1,6 +1,6 @@
 """A character model of any text, for an accelerator: 8 layers, 8 heads, 512 wide, context length 128.
 
-Takes a model size as an argument: --config=configs/char.py:gpt-mini (the sizes are in gpt/models/sizes.py).
+Takes a model size as an argument: --config=configs/char.py:gpt-mini (the sizes are in gpt/models/sizes.toml).
 """
 
 from gpt.config import default_config

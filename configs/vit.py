@@ -1,6 +1,6 @@
 """A vision transformer (arXiv 2010.11929) for a folder of images with a subfolder for each class, for an accelerator.
 
-Takes a size as an argument: --config=configs/vit.py:S (the sizes are in gpt/models/sizes.py); the default is Ti.
+Takes a size as an argument: --config=configs/vit.py:S (the sizes are in gpt/models/sizes.toml); the default is Ti.
 Needs `pip install -e ".[images]"` and --config.data.path=FOLDER. `gpt.plan` reads no data, so a plan needs
 --config.model.vocab_size=NUMBER_OF_CLASSES.
 
@@ -10,13 +10,13 @@ horizontal flips, batches of 1,024, 90 epochs. It leaves out RandAugment and Mix
 
 from gpt.config import default_config
 from gpt.data.images import ImagesConfig
-from gpt.models.sizes import VIT, named_size
+from gpt.models.sizes import named_size
 from gpt.models.vit import ViTConfig
 
 
 def get_config(size: str = "Ti"):
     config = default_config(ViTConfig(), ImagesConfig())
-    config.model.update(named_size(size, VIT))
+    config.model.update(named_size(size, "vit"))
     config.model.pooling = "mean"
     config.model.positions = "sincos"
     config.model.embed_dropout = 0.0

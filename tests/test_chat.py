@@ -88,7 +88,7 @@ def test_files_are_kept_as_they_are(name, family, tmp_path):
 
 @every_family
 def test_a_text_may_be_cut_anywhere(name, family, monkeypatch):
-    for constant, value in {"BATCH": 1024, "WINDOW": 256, "OVERLAP": 256, "RUN": 8}.items():
+    for constant, value in {"READ": 1024, "SHORT": 64, "PART": 16, "BATCH": 4}.items():
         monkeypatch.setattr(bpe, constant, value)
     tokenizer = family(name)
     texts = [white_space_and_words(0) * 5, released.TEXT * 20, "".join(random.Random(0).choices(HARD, k=60))]
@@ -97,6 +97,7 @@ def test_a_text_may_be_cut_anywhere(name, family, monkeypatch):
         for size in (50, 10_000):
             parts = tokenizer.encode_stream(text[i : i + size] for i in range(0, len(text), size))
             assert np.concatenate(list(parts)).tolist() == whole
+    assert len([*tokenizer.encode_stream(["the cat sat on the mat and the dog " * 100])]) > 50
 
 
 def test_special_tokens_begin_and_separate_documents(family):

@@ -632,5 +632,5 @@ def test_generation_ends_where_that_of_transformers_does(theirs, tmp_path):
     greedy = generation.Sampling(temperature=0)
     generator = generation.Generator(run.program.model, run.program.layout, greedy, stop_tokens=stop_tokens)
     decoding = generator.start(run.params, [prompt])
-    *_, (sample,) = generation.continuations(decoding, run.tokenizer.decode, 40, stop_tokens=stop_tokens)
+    *_, (sample,) = generation.continuations(decoding, run.tokenizer.decode, 40)
     np.testing.assert_array_equal([*sample.tokens, expected[-1]], expected)

@@ -836,21 +836,6 @@ def test_text_shorter_than_a_block_is_refused(load, write):
         load(path, block_size=10)
     with pytest.raises(UserError, match=r"training text has 90 tokens, but model\.block_size=90"):
         load(path, block_size=90)
-    with pytest.raises(
-        UserError, match=r"give at least 182 tokens of text in data\.path=.*a\.txt or a smaller model\.block_size"
-    ):
-        load(path, block_size=90)
-
-
-@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.9])
-@pytest.mark.parametrize("block_size", [10, 33, 49])
-def test_the_advice_for_a_short_split_helps(load, write, fraction, block_size):
-    """It does not suggest another context length for existing weights."""
-    path, tokenizer = write("a.txt", "abcdefghij" * 10), CharTokenizer.from_text("abcdefghij")
-    with pytest.raises(UserError, match=r"; set data\.validation_fraction=[\d.]+\.$") as error:
-        load(path, tokenizer, block_size=block_size, validation_fraction=fraction)
-    advised = float(re.search(r"fraction=([\d.]+)\.$", str(error.value))[1])
-    load(path, tokenizer, block_size=block_size, validation_fraction=advised)
 
 
 def test_short_validation_file_is_refused_by_its_own_key(load, write):

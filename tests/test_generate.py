@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import re
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -446,8 +447,8 @@ def test_sampling_at_the_limits_is_accepted(sampling):
 class Scripted:
     """Gives character codes as tokens, by segments: those of the texts, and then dots."""
 
-    def __init__(self, *texts: str, size: int = 4):
-        self.finished_B = np.zeros(len(texts), bool)
+    def __init__(self, *texts: str, size: int = 4, stop_tokens: Sequence[int] = ()):
+        self.finished_B, self.stop_tokens = np.zeros(len(texts), bool), stop_tokens
         self.made, self._texts, self._size = 0, texts, size
 
     def advance(self, most: int) -> Segment:
@@ -534,15 +535,16 @@ def test_nothing_is_made_after_all_samples_ended():
 
 
 def test_stop_token_ends_a_sample_before_it():
-    *_, (first, second) = continuations(Scripted("abcde|gh", "|"), decode, 8, stop_tokens=[ord("|")])
+    *_, (first, second) = continuations(Scripted("abcde|gh", "|", stop_tokens=[ord("|")]), decode, 8)
     assert (first.text, second.text) == ("abcde", "")
     assert first.finished
     assert second.finished
 
 
-@pytest.mark.parametrize(("stops", "count"), [({}, 8), ({"stop_texts": ["ef"]}, 4), ({"stop_tokens": [ord("g")]}, 6)])
-def test_tokens_and_logprobs_are_those_of_the_text(stops, count):
-    *_, (row,) = continuations(Scripted("abcdefghij", size=8), decode, 8, **stops)
+@pytest.mark.parametrize(("stop_tokens", "stop_texts", "count"), [([], [], 8), ([], ["ef"], 4), ([ord("g")], [], 6)])
+def test_tokens_and_logprobs_are_those_of_the_text(stop_tokens, stop_texts, count):
+    script = Scripted("abcdefghij", size=8, stop_tokens=stop_tokens)
+    *_, (row,) = continuations(script, decode, 8, stop_texts=stop_texts)
     assert decode(row.tokens) == row.text == "abcdefgh"[:count]
     np.testing.assert_allclose(row.logprobs, -row.tokens / 1000)
 

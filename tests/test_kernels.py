@@ -112,13 +112,6 @@ def test_what_cudnn_is_asked_for_equals_dense(monkeypatch, mesh, borders, groups
     assert set(asked) == {("cudnn", True)}
 
 
-@pytest.mark.parametrize("attend", [kernels.cudnn, kernels.splash])
-def test_kernels_drop_nothing_in_silence(attend):
-    q, k, v, *_ = random_arrays(128)
-    with pytest.raises(ValueError, match="no dropout"):
-        attend(q, k, v, dropout_rate=0.1, dropout_key=jax.random.key(0))
-
-
 KERNEL = GPTConfig(
     num_layers=1,
     num_heads=2,
@@ -164,7 +157,7 @@ def test_auto_is_the_kernel_of_the_platform_and_the_model_runs_it(monkeypatch, p
     called = []
     monkeypatch.setitem(kernels.ATTENTION, name, lambda q, k, v, starts, **options: called.append(options) or v)
     jax.eval_shape(GPT(config).init, jax.random.key(0), jnp.zeros((1, 128), jnp.int32))
-    assert called == [{"window": 0, "softcap": 0.0, "dropout_rate": 0.0, "dropout_key": None}]
+    assert called == [{"window": 0, "softcap": 0.0}]
 
 
 def test_a_mesh_with_parts_of_the_length_is_refused_or_dense(tiny):

@@ -1,5 +1,6 @@
 """Tests of tokenizers: encoding, decoding, unknown characters, and Hugging Face's files."""
 
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -259,10 +260,11 @@ def white_space_and_words(seed: int) -> str:
     return "".join(rng.choice([*parts, tokenizers.SEPARATOR]) for _ in range(400))
 
 
-def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes the windows in which a text is encoded so small that short texts have many of them."""
-    for name, value in {"BATCH": 1024, "WINDOW": 256, "OVERLAP": 256, "RUN": 8}.items():
+def in_parts(tokenizer: BPETokenizer, monkeypatch: pytest.MonkeyPatch) -> BPETokenizer:
+    """Returns a copy of the tokenizer, which encodes short texts in many parts, as others do with long texts."""
+    for name, value in {"READ": 1024, "SHORT": 64, "PART": 16, "BATCH": 4}.items():
         monkeypatch.setattr(bpe, name, value)
+    return dataclasses.replace(tokenizer)
 
 
 @needs_bpe
@@ -270,14 +272,13 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("make", [trained, gpt2])
 def test_a_text_may_be_cut_anywhere(make, seed, monkeypatch):
     """Neither encoding on several cores nor reading a file in pieces changes a token."""
-    small_windows(monkeypatch)
-    tokenizer, text = make(), white_space_and_words(seed) * 5
+    tokenizer, text = in_parts(make(), monkeypatch), white_space_and_words(seed) * 5
     whole = tokenizer._model.encode(text, add_special_tokens=False).ids
     assert tokenizer.encode(text).tolist() == whole
     for size in (1, 3, 50, 10_000):
         parts = list(tokenizer.encode_stream(text[i : i + size] for i in range(0, len(text), size)))
         assert np.concatenate(parts).tolist() == whole
-        assert len(parts) > 9
+        assert len(parts) > 3
 
 
 @needs_bpe
@@ -444,12 +445,23 @@ def without_blanks(length: int) -> dict[str, str]:
 @needs_bpe
 @pytest.mark.parametrize("kind", without_blanks(0))
 def test_a_text_without_blanks_gets_the_same_tokens_in_parts(kind, monkeypatch):
-    small_windows(monkeypatch)
     text = without_blanks(12_000)[kind]
     for tokenizer in (gpt2(), trained(), BPETokenizer.train([text], 300)):
-        parts = list(tokenizer.encode_stream([text]))
-        assert np.concatenate(parts).tolist() == tokenizer._model.encode(text, add_special_tokens=False).ids
-    assert len(list(trained().encode_stream([text]))) > 1
+        ids = in_parts(tokenizer, monkeypatch).encode(text).tolist()
+        assert ids == tokenizer._model.encode(text, add_special_tokens=False).ids
+
+
+@needs_bpe
+@pytest.mark.parametrize("kind", without_blanks(0))
+def test_a_text_without_blanks_is_encoded_in_bounded_parts(kind, monkeypatch):
+    monkeypatch.setattr(bpe, "LONGEST_PART", 200)
+    tokenizer, text = in_parts(gpt2(), monkeypatch), without_blanks(12_000)[kind]
+    parts = list(tokenizer.encode_stream(text[i : i + 7] for i in range(0, len(text), 7)))
+    assert max(len(tokenizer.decode(part)) for part in parts) <= 216
+    assert tokenizer.decode(np.concatenate(parts)) == text
+    assert np.concatenate(parts).tolist() == tokenizer.encode(text).tolist()
+    whole = tokenizer._model.encode(text, add_special_tokens=False).ids
+    assert abs(sum(map(len, parts)) - len(whole)) <= 10 * len(parts)  # a mark that is cut has many tokens
 
 
 @needs_bpe
@@ -655,7 +667,6 @@ def test_added_tokens_are_one_id_each_and_decode_to_their_names(tmp_path):
 
 @needs_bpe
 def test_an_added_token_with_white_space_is_found_wherever_the_text_is_cut(tmp_path, monkeypatch):
-    small_windows(monkeypatch)
     decoder = {f"{SIZE}": hf_token("end of\nturn"), f"{SIZE + 1}": hf_token("<|user|>", rstrip=True)}
     tokenizer = BPETokenizer.from_folder(
         hf_folder(
@@ -664,6 +675,7 @@ def test_an_added_token_with_white_space_is_found_wherever_the_text_is_cut(tmp_p
     )
     rng = random.Random(0)
     text = "".join(rng.choices(["end of\nturn", "end of", "\nturn", "<|user|>", " ", "\n ", "the"], k=2000))
+    tokenizer = in_parts(tokenizer, monkeypatch)
     whole = tokenizer._model.encode(text, add_special_tokens=False).ids
     assert {SIZE, SIZE + 1} <= set(whole)
     assert tokenizer.encode(text).tolist() == whole

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from gpt import sharding
 from gpt.checkpointing.stacking import stack_layers
 from gpt.models import vit
-from gpt.models.sizes import VIT, named_size
+from gpt.models.sizes import named_size
 from gpt.models.vit import ViT, ViTConfig
 from gpt.runtime.errors import UserError
 
@@ -53,7 +53,7 @@ def logits(config, params, images=IMAGES, **options):
     ],
 )
 def test_published_sizes(size, patch_size, expected):
-    config = ViTConfig(patch_size=patch_size, **named_size(size, VIT)).resolve(1000, "cpu")
+    config = ViTConfig(patch_size=patch_size, **named_size(size, "vit")).resolve(1000, "cpu")
     abstract = jax.eval_shape(lambda: ViT(config).init(jax.random.key(0), config.blank(1)))
     assert sum(x.size for x in jax.tree.leaves(abstract)) == config.num_parameters() == expected
 
@@ -67,7 +67,7 @@ def test_number_of_parameters_from_the_config(pooling, positions):
 
 
 def test_flops_of_the_base_model():
-    config = ViTConfig(**named_size("B", VIT)).resolve(1000, "cpu")
+    config = ViTConfig(**named_size("B", "vit")).resolve(1000, "cpu")
     # A forward pass has 17.6 billion multiply-adds per image (arXiv 2012.12877, table 5); training has 3 × that.
     assert config.length * config.flops_per_token() / 6 == pytest.approx(17.6e9, rel=0.02)
 

@@ -1,7 +1,6 @@
 """What a workdir and each of its checkpoints record about a run, and which changes a resumed run may make."""
 
 import dataclasses
-import hashlib
 import json
 import secrets
 import zlib
@@ -12,6 +11,7 @@ from etils import epath
 
 from gpt.config import Config, differences, flatten, is_harmless
 from gpt.data import tokenizers
+from gpt.runtime import cache
 from gpt.runtime.errors import UserError
 
 RECORD = "digests/metadata"  # path in the folder of a checkpoint, where orbax's own handler of JSON would write it
@@ -141,7 +141,7 @@ def validation_data(run: Run) -> str:
     """Returns a hash of the data of a run and its form: only losses measured on the same data can be compared."""
     options = flatten(dataclasses.asdict(run.config.data), "data.")
     form = {key: value for key, value in options.items() if not is_harmless(key)}
-    return hashlib.sha256(json.dumps([run.fingerprint, run.evaluated, form], sort_keys=True).encode()).hexdigest()[:32]
+    return cache.digest(run.fingerprint, run.evaluated, sorted(form.items()))
 
 
 def _checksum(values: dict[str, Any]) -> int:

@@ -6,7 +6,6 @@ loss.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 import re
@@ -14,8 +13,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from gpt.data.base import IGNORED, DataConfig, Dataset, ModelShape, Shown, refuse_stride
+from gpt.data.base import IGNORED, DataConfig, Dataset, ModelShape, Shown
 from gpt.data.tokenizers import CharTokenizer, TokenizerConfig
+from gpt.runtime import cache
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import option
 
@@ -98,7 +98,7 @@ class QuestionConfig(DataConfig):
                 f"model.block_size={model.length} is too short for these questions; set model.block_size={self.length}."
             )
         options = {name: value for name, value in dataclasses.asdict(self).items() if name != "prefetch"}
-        return Questions(self, own, hashlib.sha256(json.dumps(options).encode()).hexdigest()[:32])
+        return Questions(self, own, cache.digest(options))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +207,9 @@ class QuestionTokenizer(CharTokenizer):
     def separator(self) -> int:
         return self.alphabet.index(END)
 
+    def to_json(self) -> str:
+        return json.dumps({"name": self.name, "alphabet": self.alphabet})
+
     def opening(self) -> np.ndarray:
         return self.encode("")
 
@@ -262,24 +265,17 @@ class Questions(Dataset):
     tokenizer: QuestionTokenizer
     fingerprint: str
 
-    def _examples(self, split: str, length: int, seed: int = 0) -> QuestionExamples:
+    def examples(self, split: str, model: ModelShape, seed: int | None = None) -> QuestionExamples:
         held_out = self.config.validation_rows
         end = min(self.config.num_questions, MOST_EXAMPLES)
         first, last = {"train": (held_out, end), "val": (0, held_out), "all": (0, end)}[split]
-        return QuestionExamples(self.config, first, last - first, length, seed)
-
-    def training(self, model: ModelShape, seed: int) -> QuestionExamples:
-        return self._examples("train", model.length, seed)
-
-    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> QuestionExamples:
-        refuse_stride(stride, self.config.kind)
-        return self._examples(split, model.length)
+        return QuestionExamples(self.config, first, last - first, model.length, seed or 0)
 
     def describe(self) -> str:
-        train, held_out = self._examples("train", 0), self._examples("val", 0)
-        question, answer = held_out.pose(0, 0)
+        held_out, end = self.config.validation_rows, min(self.config.num_questions, MOST_EXAMPLES)
+        question, answer = QuestionExamples(self.config, 0, held_out, 0, 0).pose(0, 0)
         example = f"{question}{self.config.show(answer)}"
-        return f"{len(train):,} training and {len(held_out):,} held-out questions like {example}"
+        return f"{end - held_out:,} training and {held_out:,} held-out questions like {example}"
 
     def mistakes(self, source: Any, result: dict[str, Any]) -> Shown:
         """Returns lines with questions, wrong answers and right answers."""

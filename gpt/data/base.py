@@ -65,12 +65,6 @@ class Shown:
     pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
-def refuse_stride(stride: int | None, kind: str) -> None:
-    """Raises UsageError if there is a stride; for kinds of data whose examples are not windows over a text."""
-    if stride:
-        raise UsageError(f"--stride={stride} is for texts; data.kind={kind} has no windows.")
-
-
 class Dataset:
     """Loaded data, which gives out sources of examples.
 
@@ -83,12 +77,20 @@ class Dataset:
     tokenizer: Tokenizer | Labels
     fingerprint: str
 
-    def training(self, model: ModelShape, seed: int) -> Any:
-        """Returns the training examples: a `Source`, or a `gpt.data.combined.Mixture` of several.
+    def examples(self, split: str, model: ModelShape, seed: int | None = None) -> Source:
+        """Returns the examples of a split: "train", "val" or "all".
 
-        They are shaped as `model.example_shapes`; targets that do not count are `IGNORED`.
+        They are shaped as `model.example_shapes`; targets that do not count are `IGNORED`. A text, which has several
+        sources and windows with a stride, has other functions in the place of the two below instead.
+
+        Args:
+          seed: seed of augmentation and other random choices in training; None: without augmentation.
         """
         raise NotImplementedError
+
+    def training(self, model: ModelShape, seed: int) -> Any:
+        """Returns the training examples: a `Source`, or a `gpt.data.combined.Mixture` of several."""
+        return self.examples("train", model, seed)
 
     def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Source:
         """Returns every example of a split once, without augmentation.
@@ -101,7 +103,9 @@ class Dataset:
           UsageError: the kind of data has no windows, or the stride leaves gaps.
           UserError: the split has nothing to evaluate.
         """
-        raise NotImplementedError
+        if stride:
+            raise UsageError(f"--stride={stride} is for texts; this data has no windows.")
+        return self.examples(split, model)
 
     def describe(self) -> str:
         """Returns the size of the data as a short phrase for the log."""

@@ -21,11 +21,10 @@ from gpt.runtime import pool
 from gpt.runtime.errors import UserError, one_line
 from gpt.runtime.files import read_bounded, read_json
 
-BATCH = 1 << 20  # characters to encode in one call, on all cores
-WINDOW = 1 << 14  # characters of a batch to encode on one core
-OVERLAP = 1 << 10  # characters that are also in the next window
+READ = 1 << 20  # characters of a long text to hold at a time
 SHORT = 1 << 16  # characters of a text that is encoded as a whole
-RUN = 32  # number of tokens that two windows have to have in common
+PART, LONGEST_PART = 1 << 14, 1 << 20  # characters of a part of a longer text
+BATCH = 256  # texts or parts to encode in one call, on all cores
 LONGEST_WORD = 256  # bytes: training splits longer words, because its time is quadratic in the length of a word
 GPT2_WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MOST_TOKENS = 1 << 22  # ids that a vocabulary may have
@@ -266,17 +265,49 @@ class BPETokenizer(Tokenizer):
         return model
 
     def encode(self, text: str) -> np.ndarray:
-        return np.concatenate([np.zeros(0, self._dtype), *self.encode_stream([_checked(text)])])
+        return np.concatenate([*self.encode_stream([_checked(text)])])
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        short = [text for text in texts if len(text) <= SHORT]
+        ids = self._encoded([text for text in texts if len(text) <= SHORT])
+        return [next(ids) if len(text) <= SHORT else self.encode(text) for text in texts]
+
+    def encode_stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
+        text = ""
+        for piece in pieces:
+            text += piece
+            if len(text) > READ:
+                *parts, last = self._parts.finditer(text)
+                yield from self._encoded([part[1] for part in parts])
+                text = text[last.start() :]
+        yield from self._encoded(self._parts.findall(text) if len(text) > SHORT else [text])
+
+    @functools.cached_property
+    def _parts(self) -> re.Pattern[str]:
+        """The pattern of parts of a text that are encoded apart, as if they were not: on all cores, in bounded memory.
+
+        If no token has a letter before a blank or a line feed, each of these between two letters begins a part. If the
+        tokenizer puts a blank in front of a text, as SentencePiece does, it does so in place of the blank between two
+        parts. Other texts are cut anyway after `LONGEST_PART` characters, at the cost of a few other tokens there.
+        """
+        samples = ["a", " b", "\nc", "a b\nc", "b", "a b"]
+        a, blank_b, feed_c, whole, b, a_b = (each.ids for each in self._encodings(samples))
+        seam = "(?!)"
+        if not any(re.search(r"([^\W_]|^\ufffd+)[ \n]", token.decode(errors="replace")) for token in self._bytes):
+            if whole == a + blank_b + feed_c:
+                seam = r"(?<=[^\W_])(?=[ \n][^\W_])"
+            elif a_b == a + b:
+                seam = r"(?<=[^\W_]) (?=[^\W_])"
+        rest = rf".{{0,{LONGEST_PART}}}?(?={seam}|\Z)|.{{{LONGEST_PART}}}"
+        return re.compile(rf"(.{{1,{PART}}}+(?:{rest}))(?:{seam})?", re.DOTALL)
+
+    def _encoded(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """Yields the tokens of each text."""
         if fast := self._tiktoken:
             encode = functools.partial(fast.encode_to_numpy, allowed_special="all", disallowed_special=())
-            found = [ids.astype(self._dtype) for ids in pool.thread_map(pool.threads())(encode, short)]
-        else:
-            found = [self._array(encoding.ids) for encoding in self._encodings(short)]
-        ids = iter(found)
-        return [next(ids) if len(text) <= SHORT else self.encode(text) for text in texts]
+            yield from (ids.astype(self._dtype) for ids in pool.thread_map(pool.threads())(encode, texts))
+            return
+        for i in range(0, len(texts), BATCH):
+            yield from (self._array(found.ids) for found in self._encodings(texts[i : i + BATCH]))
 
     @functools.cached_property
     def _tiktoken(self) -> Any:
@@ -316,34 +347,6 @@ class BPETokenizer(Tokenizer):
         inside = [(ends > start) & (starts < end) for start, end in spans]
         return self._array(found.ids), np.any([np.zeros(len(starts), bool), *inside], axis=0)
 
-    def encode_stream(self, pieces: Iterable[str]) -> Iterator[np.ndarray]:
-        """Yields the tokens of the concatenated pieces in parts.
-
-        The text is encoded in windows that overlap. Where two windows have the same tokens within their overlap, the
-        tokens of the first one end and those of the second one go on. BPE allows this: two adjacent tokens that are not
-        merged in one text are not merged in any, as long as each merge comes after the merges that form its parts,
-        which is the order of training. If the windows differ, the second one is encoded again from a border between
-        two tokens of the first or, if none is between two characters, together with the first.
-        """
-        before, last, ids, first = "", None, np.zeros(0, self._dtype), 0
-        for texts in _windows(pieces):
-            for text, found in zip(texts, self._encodings(texts), strict=True):
-                new = self._array(found.ids)
-                if last is not None:
-                    shift = len(before) - OVERLAP
-                    places = _meeting(last, found, ids, new, shift)
-                    if places is None:
-                        borders = ((_token_at(last, i) or 0, i) for i in range(shift + OVERLAP // 2, 0, -1))
-                        border, shift = next((at for at in borders if at[0] > first), (first, 0))
-                        text = before[shift:] + text[OVERLAP:]
-                        (found,) = self._encodings([text])
-                        new = self._array(found.ids)
-                        places = _meeting(last, found, ids, new, shift) or (border, 0 if shift else first)
-                    yield ids[first : places[0]]
-                    first = places[1]
-                before, last, ids = text, found, new
-        yield ids[first:]
-
     def _encodings(self, texts: list[str], is_prompt: bool = False) -> list[Any]:
         model = self._model  # raises UserError if the library is missing or refuses the definition
         try:
@@ -365,13 +368,6 @@ class BPETokenizer(Tokenizer):
         text = self.decode(np.array([i for i in ids if int(i) not in self.special], int))
         adds_space = any(name in str(self.files[TOKENIZER_FILE].get("decoder")) for name in ("Strip", "Metaspace"))
         return text.removeprefix(" ") if adds_space else text
-
-    def to_json(self) -> str:
-        return self._json
-
-    @functools.cached_property
-    def _json(self) -> str:
-        return self._to_json(files=self.files)
 
     @classmethod
     def from_dict(cls, saved: dict) -> "BPETokenizer":
@@ -476,47 +472,6 @@ def _checked(text: str) -> str:
     except UnicodeEncodeError:  # Python represents invalid bytes of a command line by surrogates
         raise UserError("the text has bytes that are not UTF-8.") from None
     return text
-
-
-def _windows(pieces: Iterable[str]) -> Iterator[list[str]]:
-    """Yields the concatenated pieces in batches of windows, each of which overlaps the next one by `OVERLAP`."""
-    buffer, size = [], 0
-    for piece in pieces:
-        buffer.append(piece)
-        size += len(piece)
-        if size < BATCH + OVERLAP:
-            continue
-        text, start = "".join(buffer), 0
-        while size - start >= BATCH + OVERLAP:
-            yield [text[place : place + WINDOW + OVERLAP] for place in range(start, start + BATCH, WINDOW)]
-            start += BATCH
-        buffer, size = [text[start:]], size - start
-    text = "".join(buffer)
-    yield [text[place : place + WINDOW + OVERLAP] for place in range(0, max(1, size - OVERLAP), WINDOW)]
-
-
-def _meeting(first: Any, second: Any, a: np.ndarray, b: np.ndarray, shift: int) -> tuple[int, int] | None:
-    """Returns the numbers of the token from which two encodings have the same tokens, or None.
-
-    Args:
-      a, b: the tokens of the encodings.
-      shift: place in the text of the first encoding at which that of the second one begins.
-    """
-    for place in range(shift + OVERLAP // 4, shift + OVERLAP // 2):
-        old, new = _token_at(first, place), _token_at(second, place - shift)
-        if old is None or new is None or len(b) - new < RUN:
-            continue
-        if np.array_equal(a[old : old + RUN], b[new : new + RUN]):
-            return old, new
-    return None
-
-
-def _token_at(encoding: Any, place: int) -> int | None:
-    """Returns the number of the token that begins with the character at a place, or None."""
-    token = encoding.char_to_token(place)
-    if token is None or encoding.token_to_chars(token)[0] != place:
-        return None
-    return token if token == 0 or encoding.token_to_chars(token - 1)[1] <= place else None
 
 
 def _words() -> Any:

@@ -12,7 +12,9 @@ import contextlib
 import hashlib
 import itertools
 import json
+import tomllib
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from gpt.data import paths, records
@@ -23,19 +25,7 @@ from gpt.runtime.errors import UserError
 MARK = SEPARATOR.encode()
 BLOCK = 1 << 22  # bytes to read at a time
 LONG = 1 << 24  # bytes; a longer document is read in pieces, and is always for training
-FORMATS = {  # {first bytes: format} of files that users take for text
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"GIF8": "a GIF image",
-    b"RIFF": "a WebP image or a recording",
-    b"II*\0": "a TIFF image",
-    b"MM\0*": "a TIFF image",
-    b"%PDF": "a PDF document",
-    b"PK\x03\x04": "a ZIP archive or an office document",
-    b"\x1f\x8b": "a gzip archive whose name does not end in .gz",
-    b"\x28\xb5\x2f\xfd": "a Zstandard archive whose name does not end in .zst",
-    b"PAR1": "a Parquet table whose name does not end in .parquet",
-}
+FORMATS = tomllib.loads(Path(__file__).with_name("formats.toml").read_text(encoding="utf-8"))
 
 Spans = tuple[tuple[int, int], ...]  # parts of a text, as pairs of first character and end
 
@@ -166,7 +156,7 @@ def _checked(file: File, text: str) -> str:
 
 def _format(file: File) -> str:
     """Returns the format of a file that is not text, with advice for the user, or "" if the format is not known."""
-    start = file.first_bytes(8)
+    start = file.first_bytes(8).decode("latin-1")
     what = next((what for known, what in FORMATS.items() if start.startswith(known)), "")
     advice = "read images with data.kind=images" if "image" in what else "extract its text and name that file"
     return f" ({what}); leave it out, or {advice}" if what else ""

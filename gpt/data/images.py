@@ -5,8 +5,6 @@ function of (seed, epoch, index).
 """
 
 import dataclasses
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -14,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from gpt.data import paths
-from gpt.data.base import DataConfig, Dataset, ModelShape, Say, Shown, refuse_stride
+from gpt.data.base import DataConfig, Dataset, ModelShape, Say, Shown
 from gpt.data.tokenizers import Labels
+from gpt.runtime import cache
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import option
 
@@ -69,8 +68,8 @@ class ImagesConfig(DataConfig):
 
         digits = load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-        digest = hashlib.sha256(images.tobytes())
-        return _split(self, images, digits.target.astype(np.int32), labels or Labels(tuple("0123456789")), digest)
+        names = labels or Labels(tuple("0123456789"))
+        return _split(self, images, digits.target.astype(np.int32), names, images.tolist())
 
     def inputs(self, prompt: str, model: ModelShape) -> np.ndarray:
         """Returns the image in a file as uint8 [size, size, channels]."""
@@ -239,12 +238,8 @@ class Folders(Dataset):
         part = {"train": slice(self.num_train), "val": slice(self.num_train, None), "all": slice(None)}[split]
         return Images(self.images[part], self.classes[part], size, channels, self.config, seed)
 
-    def training(self, model: ModelShape, seed: int) -> Images:
-        return self.source("train", *self.config.shape(model), seed)
-
-    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> Images:
-        refuse_stride(stride, self.config.kind)
-        return self.source(split, *self.config.shape(model))
+    def examples(self, split: str, model: ModelShape, seed: int | None = None) -> Images:
+        return self.source(split, *self.config.shape(model), seed)
 
     def describe(self) -> str:
         held_out = len(self.images) - self.num_train
@@ -292,11 +287,10 @@ def _load_folder(config: ImagesConfig, labels: Labels | None, say: Say) -> Folde
     listing.say(say)
     # Names and sizes identify the files, because reading the contents of a large folder would take hours.
     listed = [[str(file.relative_to(root)), file.stat().st_size] for files, _ in parts for file in files]
-    digest = hashlib.sha256(json.dumps(listed).encode())
     if len(parts) == 1:
-        return _split(config, *parts[0], labels, digest)
+        return _split(config, *parts[0], labels, listed)
     images, classes = (np.concatenate(both) for both in zip(*parts, strict=True))
-    return Folders(config, images, classes, len(parts[0][0]), labels, digest.hexdigest()[:32])
+    return Folders(config, images, classes, len(parts[0][0]), labels, cache.digest(listed))
 
 
 def _subfolders(listing: paths.Listing, folder: Path) -> dict[str, Path]:
@@ -327,8 +321,8 @@ def _listed(listing: paths.Listing, folders: dict[str, Path], names: tuple[str, 
     return np.array(files, object), np.array(classes, np.int32)
 
 
-def _split(config: ImagesConfig, images: np.ndarray, classes: np.ndarray, labels: Labels, digest: Any) -> Folders:
-    """Splits the images at random; the split does not depend on the seed of the run."""
+def _split(config: ImagesConfig, images: np.ndarray, classes: np.ndarray, labels: Labels, listed: list) -> Folders:
+    """Splits the images, which `listed` identifies, at random; the split does not depend on the seed of the run."""
     order = np.random.default_rng(0).permutation(len(images))
     held_out = round(config.validation_fraction * len(images))
     if not 0 < held_out < len(images):
@@ -336,5 +330,5 @@ def _split(config: ImagesConfig, images: np.ndarray, classes: np.ndarray, labels
             f"data.validation_fraction={config.validation_fraction} of {len(images)} images leaves a split empty."
         )
     order = np.concatenate([np.sort(order[held_out:]), np.sort(order[:held_out])])
-    digest.update(f"{held_out}".encode())
-    return Folders(config, images[order], classes[order], len(images) - held_out, labels, digest.hexdigest()[:32])
+    fingerprint = cache.digest(listed, held_out)
+    return Folders(config, images[order], classes[order], len(images) - held_out, labels, fingerprint)

@@ -6,8 +6,6 @@ A run may leave out batches, for instance because they made the loss NaN. Their 
 and step `s` takes the `s`-th of the other batches.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import grain
@@ -16,7 +14,7 @@ import numpy as np
 
 from gpt.data.base import IGNORED, Source
 from gpt.data.combined import Mixture
-from gpt.runtime import pool
+from gpt.runtime import cache, pool
 from gpt.runtime.errors import UserError
 from gpt.sharding import Layout
 
@@ -83,10 +81,10 @@ def order_digest(source: Source | Mixture, seed: int) -> str:
     """Returns a digest of the first indices of two epochs, which reveals that a version of grain changed the order."""
     if isinstance(source, Mixture):
         parts = [order_digest(part, seed) for part in source.parts.values()]
-        return hashlib.sha256(json.dumps([parts, *map(source.first_owners, range(2))]).encode()).hexdigest()[:16]
+        return cache.digest(parts, *map(source.first_owners, range(2)))
     shuffled, count = _shuffled(source, seed), min(len(source), 256)
     indices = [int(shuffled[start + i]) for start in (0, len(source)) for i in range(count)]
-    return hashlib.sha256(json.dumps(indices).encode()).hexdigest()[:16]
+    return cache.digest(indices)
 
 
 def evaluation_batches(source: Source, batch_size: int, positions: Sequence[int] | np.ndarray) -> Iterator[Batch]:

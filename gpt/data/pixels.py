@@ -7,8 +7,6 @@ without a given class, and completes a given upper half.
 
 import dataclasses
 import functools
-import hashlib
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -17,8 +15,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gpt.data import images, paths
-from gpt.data.base import Dataset, ModelShape, refuse_stride
+from gpt.data.base import Dataset, ModelShape
 from gpt.data.tokenizers import Labels, Tokenizer
+from gpt.runtime import cache
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, option
 
@@ -68,8 +67,7 @@ class PixelsConfig(images.ImagesConfig):
             pixels = np.concatenate([source.example(0, int(i))["inputs"].reshape(-1, self.channels) for i in chosen])
             colors = fit_palette(pixels, self.palette_size)
             palette = Palette(tuple(map(tuple, colors.tolist())), self.image_size, folders.tokenizer.names)
-        digest = hashlib.sha256((folders.fingerprint + palette.to_json()).encode())
-        return Pixels(self, folders, palette, digest.hexdigest()[:32])
+        return Pixels(self, folders, palette, cache.digest(folders.fingerprint, palette.to_json()))
 
     def tokenizer(self, saved: dict) -> "Palette":
         return Palette.from_dict(saved)
@@ -179,9 +177,6 @@ class Palette(Tokenizer):
     def decode(self, ids: np.ndarray) -> str:
         return ""
 
-    def to_json(self) -> str:
-        return json.dumps({"name": self.name, "size": self.size, "names": self.names, "colors": self.colors})
-
     @classmethod
     def from_dict(cls, saved: dict) -> "Palette":
         colors, names, size = tuple(map(tuple, saved["colors"])), tuple(saved["names"]), saved["size"]
@@ -225,16 +220,9 @@ class Pixels(Dataset):
     tokenizer: Palette
     fingerprint: str
 
-    def _examples(self, split: str, seed: int | None = None) -> PixelExamples:
+    def examples(self, split: str, model: ModelShape, seed: int | None = None) -> PixelExamples:
         source = self.folders.source(split, self.config.image_size, self.config.channels, seed)
         return PixelExamples(**vars(source), palette=self.tokenizer, class_dropout=self.config.class_dropout)
-
-    def training(self, model: ModelShape, seed: int) -> PixelExamples:
-        return self._examples("train", seed)
-
-    def evaluation(self, split: str, model: ModelShape, stride: int | None = None) -> PixelExamples:
-        refuse_stride(stride, self.config.kind)
-        return self._examples(split)
 
     def describe(self) -> str:
         return f"{self.folders.describe()}, {len(self.tokenizer.colors)} colours"

@@ -65,18 +65,20 @@ class Tokens:
     Args:
       parts: the arrays.
       vocab_size: number of tokens of the tokenizer; None: ids are not checked.
+      start, stop: a part of all tokens.
     """
 
-    def __init__(self, parts: Sequence[Array], vocab_size: int | None = None):
+    def __init__(self, parts: Sequence[Array], vocab_size: int | None = None, start: int = 0, stop: int | None = None):
         self.parts, self._vocab_size = [part for part in parts if len(part)], vocab_size
         self._ends = list(itertools.accumulate(map(len, self.parts)))
+        self._places = range(self._ends[-1] if self._ends else 0)[start:stop]
 
     def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
+        return len(self._places)
 
     def __getitem__(self, place: slice) -> np.ndarray:
         """Returns tokens. Raises UserError if they cannot be read, or are not ids of the tokenizer."""
-        start, stop, _ = place.indices(len(self))
+        start, stop = self._places[place].start, self._places[place].stop
         found, number = [], bisect.bisect_right(self._ends, start)
         while start < stop:
             begin, end = self._ends[number - 1] if number else 0, self._ends[number]
@@ -95,32 +97,13 @@ class Tokens:
 
     def between(self, start: int, stop: int) -> "Tokens":
         """Returns a part of the tokens, without reading them."""
-        return Tokens([_View(self, start, max(start, stop))])
+        places = self._places[start:stop]
+        return Tokens(self.parts, self._vocab_size, places.start, max(places.start, places.stop))
 
     @property
     def is_remote(self) -> bool:
         """Whether some are in a bucket."""
         return any(getattr(part, "is_remote", False) for part in self.parts)
-
-
-@dataclasses.dataclass(frozen=True)
-class _View:
-    """A part of an array, from one place to another."""
-
-    array: Tokens
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    def __getitem__(self, place: slice) -> np.ndarray:
-        start, stop, _ = place.indices(len(self))
-        return self.array[self.start + start : self.start + stop]
-
-    @property
-    def is_remote(self) -> bool:
-        return self.array.is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,34 +173,25 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Separated:
+class _Separated(Shard):
     """Tokens with a separator after each document, which their file does not have.
 
     Attributes:
-      ends: the end of each document in the shard.
+      ends: the end of each document in the file.
     """
 
-    shard: Shard
     ends: np.ndarray
     separator: int
 
     def __len__(self) -> int:
-        return len(self.shard) + len(self.ends)
+        return self.size + len(self.ends)
 
     def __getitem__(self, place: slice) -> np.ndarray:
         start, stop, _ = place.indices(len(self))
         numbers = range(len(self.ends))
         before, until = (bisect.bisect_left(numbers, at, key=lambda d: self.ends[d] + d) for at in (start, stop))
-        tokens = self.shard[start - before : stop - until]
+        tokens = super().__getitem__(slice(start - before, stop - until))
         return np.insert(tokens, self.ends[before:until] - (start - before), self.separator)
-
-    @property
-    def file(self) -> File:
-        return self.shard.file
-
-    @property
-    def is_remote(self) -> bool:
-        return self.shard.is_remote
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,8 +282,8 @@ def of_files(files: Sequence[File], tokenizer: Tokenizer) -> Stream:
                 raise UserError(f"{file} is an index of tokens; name {file.path.stem}.bin, which has to be beside it.")
             return None
         index = by_place.get(f"{file.place[:-4]}.idx") or (file.sibling(".idx") if has_indices else None)
-        part = _opened(file, index, tokenizer)
-        return part, [file.path.name, file.size, cache.digest(_sample(file).hex())]
+        sample = file.first_bytes(SAMPLE) + file.read(max(0, file.size - SAMPLE), file.size)
+        return _opened(file, sample, index, tokenizer), [file.path.name, file.size, cache.digest(sample.hex())]
 
     with futures.ThreadPoolExecutor(READERS) as threads:  # a bucket takes long to answer
         found = [each for each in threads.map(opened, files) if each]
@@ -317,9 +291,9 @@ def of_files(files: Sequence[File], tokenizer: Tokenizer) -> Stream:
     return Stream(tokens, None, lambda: _find_ends(tokens, separator), [fingerprint for _, fingerprint in found])
 
 
-def _opened(file: File, index: File | None, tokenizer: Tokenizer) -> Array:
+def _opened(file: File, sample: bytes, index: File | None, tokenizer: Tokenizer) -> Array:
     """Returns the tokens of a file, of which the first and last are in the vocabulary."""
-    start, vocab_size = file.first_bytes(LLM_C_HEADER), tokenizer.vocab_size
+    start, vocab_size = sample[: min(LLM_C_HEADER, file.size)], tokenizer.vocab_size
     part: Array
     if file.path.suffix == ".npy":
         part = _numpy(file, start)
@@ -328,7 +302,7 @@ def _opened(file: File, index: File | None, tokenizer: Tokenizer) -> Array:
     elif index is not None:
         part = _megatron(file, index, tokenizer.separator)
     elif file.path.suffix == ".bin":
-        part = _llm_c(file, start) or _headerless(file, vocab_size)
+        part = _llm_c(file, start) or _shard(file, _guessed(sample, file.size, vocab_size), 0)
     else:
         raise UserError(f"{file} is among token shards, but has no known format; leave it out.")
     for place in (slice(0, SAMPLE // 8), slice(max(0, len(part) - SAMPLE // 8), None)):
@@ -401,10 +375,6 @@ def _find_ends(tokens: Tokens, separator: int | None) -> np.ndarray:
     return ends if len(ends) and ends[-1] == len(tokens) else np.append(ends, len(tokens))
 
 
-def _sample(file: File) -> bytes:
-    return file.first_bytes(SAMPLE) + file.read(max(0, file.size - SAMPLE), file.size)
-
-
 def _shard(file: File, dtype: str, first: int, size: int | None = None) -> Shard:
     """Returns the array of a file, whose size is exactly as it has to be."""
     width, content = np.dtype(dtype).itemsize, file.size - first
@@ -442,18 +412,14 @@ def _llm_c(file: File, start: bytes) -> Shard | None:
     return _shard(file, dtype, LLM_C_HEADER, count)
 
 
-def _headerless(file: File, vocab_size: int) -> Shard:
-    """Returns the tokens of a file without a header, of the widest type by which all tokens are in the vocabulary.
+def _guessed(content: bytes, size: int, vocab_size: int) -> str:
+    """Returns the widest type by which all tokens of a sample of `size` bytes are in the vocabulary.
 
     Tokens of a narrower type, read as those of a wider one, would need a 0 in every second place.
     """
-    return _shard(file, _guessed(_sample(file), file, vocab_size), 0)
-
-
-def _guessed(content: bytes, file: File, vocab_size: int) -> str:
     for dtype in ("<u8", "<u4", "<u2"):
         width = np.dtype(dtype).itemsize
-        if file.size % width == 0 and len(content) % width == 0:
+        if size % width == 0 and len(content) % width == 0:
             tokens = np.frombuffer(content, dtype)
             if len(tokens) and tokens.max() < vocab_size:
                 return dtype
@@ -491,14 +457,14 @@ def _megatron(file: File, index: File, separator: int | None) -> Array:
     some = ends[:: max(1, len(ends) // 16)]
     if separator is None or all(shard[end - 1 : end][0] == separator for end in some):
         return shard
-    return _Separated(shard, ends, separator)
+    return _Separated(**vars(shard), ends=ends, separator=separator)
 
 
 def _array_record(file: File, vocab_size: int) -> Rows:
     if storage.is_address(file.place):
         raise UserError(f"{file}: ArrayRecord is read from disks only; download it first, or use gpt.tokenize.")
     (row,) = _records(file, [0])
-    dtype = _guessed(row, dataclasses.replace(file, size=len(row)), vocab_size)
+    dtype = _guessed(row, len(row), vocab_size)
     width = np.dtype(dtype).itemsize
     if not row or len(row) % width:
         raise UserError(f"{file}: record 0 has {len(row)} bytes, which are no tokens of type {np.dtype(dtype).name}.")

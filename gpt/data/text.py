@@ -242,7 +242,7 @@ def load(
         tokenizer does not have; or the tokenizer cannot be created, or has no separator although borders of documents
         need one.
     """
-    store, is_new = Cache(config.cache_dir, say), isinstance(tokenizer, TokenizerConfig)
+    store = Cache(config.cache_dir, say)
     named = _sources(config.path, "data.path", say) or {"": _plays(store)}
     divided = {name: _by_split(files, say) for name, files in named.items()}
     train = {name: _Files(sides["train"], store, say) for name, sides in divided.items()}
@@ -277,7 +277,7 @@ def load(
         stream, rest = files.open(tokenizer, 0.0, store, status)
         held_out[name] = rest or stream
     if block_size is not None:
-        _check_length(config, sources, held_out, block_size, is_new, any(files.indices for files in train.values()))
+        _check_length(sources, held_out, block_size)
     _check_weights(config.weights, sources)
     prints = [[name, stream.fingerprint] for streams in (sources, held_out) for name, stream in streams.items()]
     return Corpus(sources, held_out, tokenizer, cache.digest(tokenizer.to_json(), prints), config)
@@ -452,39 +452,17 @@ def _check_weights(weights: str, sources: dict[str, Stream]) -> None:
             raise UserError(f"data.weights={weights!r} is for {', '.join(stage)}, but the sources have {names}.")
 
 
-def _check_length(
-    config: TextConfig,
-    sources: dict[str, Stream],
-    held_out: dict[str, Stream],
-    block_size: int,
-    is_new: bool,
-    is_divided: bool,
-) -> None:
-    """Raises UserError unless all sources and validation sets are longer than a window.
-
-    Args:
-      is_new: whether the model is new, so that its context length can still be changed.
-      is_divided: whether `gpt.tokenize` has divided the text.
-    """
-    needed, sides = block_size + 1, (("training", sources), ("validation", held_out))
-    lengths = [(kind, name, len(stream.tokens)) for kind, streams in sides for name, stream in streams.items()]
-    kind, name, tokens = next((each for each in lengths if each[2] < needed), ("", "", needed))
-    if tokens >= needed:
-        return
-    key = "data.validation_path" if kind == "validation" and config.validation_path else "data.path"
-    advice = f"give more text in {key}={getattr(config, key.partition('.')[2])}"
-    if is_divided and kind == "validation" and not config.validation_path:
-        advice = "name other text in data.validation_path, or use a larger --validation_fraction of gpt.tokenize"
-    elif not config.validation_path and len(sources) == 1:
-        total = sum(length for _, _, length in lengths)
-        fits = [n / 1000 for n in range(1, 1000) if needed <= training_tokens(total, n / 1000) <= total - needed]
-        nearest = min(fits, key=lambda fraction: abs(fraction - config.validation_fraction), default=None)
-        advice = f"give at least {2 * needed} tokens of text in data.path={config.path}"
-        advice = f"set data.validation_fraction={nearest}" if nearest else advice
-    raise UserError(
-        f"The {kind} text{f' {name}' * bool(name)} has {tokens} tokens, but model.block_size={block_size} "
-        f"needs at least {needed}; {advice}{' or a smaller model.block_size' * is_new}."
-    )
+def _check_length(sources: dict[str, Stream], held_out: dict[str, Stream], block_size: int) -> None:
+    """Raises UserError unless all sources and validation sets are longer than a window."""
+    for kind, streams in (("training", sources), ("validation", held_out)):
+        for name, stream in streams.items():
+            if len(stream.tokens) <= block_size:
+                raise UserError(
+                    f"The {kind} text{f' {name}' * bool(name)} has {len(stream.tokens)} tokens, but "
+                    f"model.block_size={block_size} needs at least {block_size + 1}; give more text in data.path or "
+                    "data.validation_path, or set another data.validation_fraction (of gpt.tokenize, "
+                    "--validation_fraction) or a smaller model.block_size."
+                )
 
 
 @dataclasses.dataclass(frozen=True)

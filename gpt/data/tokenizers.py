@@ -124,11 +124,12 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """Returns the JSON text from which `from_tree` restores an equal tokenizer."""
-        return self._to_json()
+        return self._json
 
-    def _to_json(self, **content: Any) -> str:
-        stops = {} if self.stops is None else {"stops": self.stops}
-        return json.dumps({"name": self.name} | content | stops, indent=0)
+    @functools.cached_property
+    def _json(self) -> str:
+        values = {"name": self.name} | {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return json.dumps({key: value for key, value in values.items() if value is not None}, indent=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,9 +166,6 @@ class CharTokenizer(Tokenizer):
 
     def decode(self, ids: np.ndarray) -> str:
         return "".join(self.alphabet[i] for i in ids)
-
-    def to_json(self) -> str:
-        return self._to_json(alphabet=self.alphabet)
 
     @classmethod
     def from_dict(cls, saved: dict) -> "CharTokenizer":

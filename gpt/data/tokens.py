@@ -129,9 +129,12 @@ class Work:
             report(size)
 
         writers = {split: _Writer(self, f"{split}_{number:06d}") for split in ("train", "val")}
-        for document, encoded in _encoded(documents.read(part), self.tokenizer):
-            is_held_out = document.key is not None and document.key < self.threshold
-            writers["val" if is_held_out else "train"].add(encoded, advance)
+        try:
+            for document, encoded in _encoded(documents.read(part), self.tokenizer):
+                is_held_out = document.key is not None and document.key < self.threshold
+                writers["val" if is_held_out else "train"].add(encoded, advance)
+        except UnknownCharacters as error:
+            raise UserError(f"{part.file}: {error}") from None
         if reported:
             report(max(0, part.size - reported))
         found = {split: writer.finish() for split, writer in writers.items()}
@@ -285,39 +288,19 @@ def _encoded(found: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[
     """Yields the documents, each with its tokens and marks. Many documents are encoded in one call."""
     for batch in _batches(found):
         if batch[0].key is None:
-            yield batch[0], _marked(batch[0], _streamed(batch[0], tokenizer), tokenizer)
+            pieces = (text for text, _ in itertools.chain(_before(batch[0], tokenizer), batch[0].texts))
+            streamed = ((ids, True) for ids in tokenizer.encode_stream(pieces))
+            yield batch[0], _marked(batch[0], streamed, tokenizer)
             continue
         texts = [_texts(document, tokenizer) for document in batch]
         plain = [text for of_document in texts for text, counts in of_document if isinstance(counts, bool)]
-        try:
-            ids = iter(tokenizer.encode_batch(plain))
-        except UnknownCharacters:  # find the document
-            for document, of_document in zip(batch, texts, strict=True):
-                plain = [text for text, counts in of_document if isinstance(counts, bool)]
-                for _ in _of(document, map(tokenizer.encode, plain)):
-                    pass
-            raise
+        ids = iter(tokenizer.encode_batch(plain))
         for document, of_document in zip(batch, texts, strict=True):
             encoded = (
                 (next(ids), counts) if isinstance(counts, bool) else chat.check(tokenizer).encode_spans(text, counts)
                 for text, counts in of_document
             )
             yield document, _marked(document, encoded, tokenizer)
-
-
-def _streamed(document: Document, tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """Yields the tokens of a document whose text is read in pieces."""
-    texts = (text for text, _ in itertools.chain(_before(document, tokenizer), document.texts))
-    for ids in _of(document, tokenizer.encode_stream(texts)):
-        yield ids, True
-
-
-def _of(document: Document, encoded: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Yields what is encoded. Raises UserError, which names the document, if a character is unknown."""
-    try:
-        yield from encoded
-    except UnknownCharacters as error:
-        raise UserError(f"{document.where}: {error}") from None
 
 
 def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:

@@ -84,12 +84,12 @@ class Adapter(TemplateLM):
         options = {"temperature": 0.0, "top_k": min(50, tokenizer.vocab_size)} | options
         sampling = generation.Sampling(**options if is_random else options | {"temperature": 0.0})
         sampling.check(tokenizer.vocab_size)
-        stops = {"stop_tokens": tokenizer.stop_tokens}
-        generator = generation.Generator(model.program.model, model.program.layout, sampling, **stops)
+        layout, stop_tokens = model.program.layout, tokenizer.stop_tokens
+        generator = generation.Generator(model.program.model, layout, sampling, stop_tokens=stop_tokens)
         for first, part in scoring.parts(model, rows):
             prompts = [np.array(tokens[count - length :]) for _, tokens, _ in part]
             decoding = generator.start(model.params, prompts, first_prompt=first)
-            *_, samples = generation.continuations(decoding, tokenizer.decode, count, stop_texts=stop_texts, **stops)
+            *_, samples = generation.continuations(decoding, tokenizer.decode, count, stop_texts=stop_texts)
             for (*_, i), sample in zip(part, samples, strict=True):
                 texts[i] = sample.text
 

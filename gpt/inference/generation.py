@@ -140,7 +140,7 @@ class Generator:
         segment: int = 16,
     ):
         self.config, self.layout, self.sampling, self.segment = model.config, layout, sampling, segment
-        config = model.config
+        self.stop_tokens, config = stop_tokens, model.config
         untied = model.clone(config=dataclasses.replace(config, tie_embeddings=False))
 
         def run(params, cache, tokens_BxT, position_B=None):
@@ -266,6 +266,7 @@ class Decoding:
 
     Attributes:
       finished_B: which rows are finished. The caller may finish a row by setting its element.
+      stop_tokens: see `Generator`.
     """
 
     def __init__(self, generator: Generator, params: Any, prompts: list[np.ndarray], key_B: np.ndarray):
@@ -273,7 +274,7 @@ class Decoding:
         self._config, self._block_size = generator.config, generator.config.block_size
         self._text = [np.asarray(prompt, np.int32) for prompt in prompts]
         rows = len(prompts)
-        self.finished_B = np.zeros(rows, bool)
+        self.finished_B, self.stop_tokens = np.zeros(rows, bool), generator.stop_tokens
         self._num_generated, self._next_count = 0, 1
         windows = [text[-self._block_size :] for text in self._text]
         # The last token of a window is not in the cache: it is the input that gives the next token.
@@ -380,17 +381,17 @@ def continuations(
     decode: Callable[[np.ndarray], str],
     num_tokens: int,
     *,
-    stop_tokens: Sequence[int] = (),
     stop_texts: Sequence[str] = (),
     stop_newlines: int = 0,
     check: Callable[[], object] = lambda: None,
 ) -> Iterator[list[Continuation]]:
     """Yields the continuation of each row after each segment, until all rows are finished.
 
+    A sample ends before the first stop token of the generator.
+
     Args:
       decode: converts tokens to text.
       num_tokens: greatest number of tokens in a sample.
-      stop_tokens: a sample ends before the first of these; the same as those of the generator.
       stop_texts: a sample ends before the first occurrence of one of these texts; "" never occurs.
       stop_newlines: a sample ends with its n-th line feed; 0: never.
       check: called before each segment; an exception from it ends the generation.
@@ -408,7 +409,7 @@ def continuations(
             if row.finished:
                 continue
             new, logprobs = segment.tokens_BxN[i], row.logprobs
-            is_stop = np.isin(new, stop_tokens)
+            is_stop = np.isin(new, decoding.stop_tokens)
             has_stop = bool(is_stop.any())
             new = new[: np.argmax(is_stop)] if has_stop else new
             if segment.logprobs_BxN is not None:

@@ -80,7 +80,6 @@ class TrainedModel(Loaded):
             generator.start(self.params, [prompt], seed=seed),
             decode,
             num_tokens or tokenizer.sample_length([prompt]),
-            stop_tokens=tokenizer.stop_tokens,
             stop_texts=[stop_text],
         )
         return sample.text

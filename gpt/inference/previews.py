@@ -45,9 +45,7 @@ def _sampled_text(dataset: Corpus, program: Program, config: Config) -> Preview:
         if not settings.sample_tokens:
             return Shown()
         decoding = generator.start(params, [prompt], seed=step)
-        *_, (sample,) = generation.continuations(
-            decoding, tokenizer.decode, settings.sample_tokens, stop_tokens=tokenizer.stop_tokens, check=check
-        )
+        *_, (sample,) = generation.continuations(decoding, tokenizer.decode, settings.sample_tokens, check=check)
         return Shown((settings.sample_prompt or "\n") + sample.text)
 
     return preview

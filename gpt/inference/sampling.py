@@ -93,7 +93,6 @@ def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int],
             generator.start(model.params, tokens, options.num_samples, options.seed, first),
             decode,
             options.num_tokens or tokenizer.sample_length(tokens),
-            stop_tokens=tokenizer.stop_tokens,
             stop_texts=[options.stop],
             stop_newlines=options.stop_newlines,
         )

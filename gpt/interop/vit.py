@@ -19,20 +19,11 @@ from gpt.runtime.errors import UserError
 FILE = "preprocessor_config.json"
 NESTED_FILE = "processor_config.json"  # newer: holds the image processor under the key image_processor
 RESAMPLING = {1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers; its backends differ in other filters
-FLAG = (True, False, None)
-# The values of keys with which our pixels are those of transformers.
-SUPPORTED: dict[str, tuple[Any, ...]] = {
-    "do_resize": (True,),
-    "do_rescale": (True,),
-    "rescale_factor": (1 / 255,),
-    "do_normalize": FLAG,
-    "do_center_crop": FLAG,
-    "do_convert_rgb": FLAG,
-    "do_pad": (False, None),
-    "use_square_size": (False, None),
-    "resample": tuple(RESAMPLING),
-}
 PROCESSORS = tables("image_processors.toml")
+# The values of keys with which our pixels are those of transformers.
+SUPPORTED: dict[str, list[Any]] = {
+    key: [None if value == "none" else value for value in values] for key, values in PROCESSORS.pop("supported").items()
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -177,7 +177,7 @@ def _keep_block(key, keep_probability, full_shape, block_shape, starts) -> jax.A
     for axis, (size, start) in enumerate(zip(full_shape, starts, strict=True)):
         # index = index * size + coordinate, in 64 bits as two 32-bit words.
         coordinate = jax.lax.broadcasted_iota(jnp.uint32, block_shape, axis) + jnp.asarray(start, jnp.uint32)
-        carry, product = _multiply_32(index_lo, size)
+        carry, product = jax.lax.mulhi(index_lo, jnp.full_like(index_lo, size)), index_lo * jnp.uint32(size)
         index_lo = product + coordinate
         index_hi = index_hi * jnp.uint32(size) + carry + (index_lo < product)
     key_hi, key_lo = jax.random.key_data(key)
@@ -188,27 +188,14 @@ def _keep_block(key, keep_probability, full_shape, block_shape, starts) -> jax.A
     return uniform < keep_probability
 
 
-def _multiply_32(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the high and low words of the 64-bit product of a uint32 array and a size below 2³²."""
-    mask = jnp.uint32(0xFFFF)
-    x_hi, x_lo = x >> 16, x & mask
-    s_hi, s_lo = jnp.uint32(size >> 16), jnp.uint32(size & 0xFFFF)
-    middle = x_hi * s_lo + ((x_lo * s_lo) >> 16)
-    middle_2 = x_lo * s_hi + (middle & mask)
-    return x_hi * s_hi + (middle >> 16) + (middle_2 >> 16), x * jnp.uint32(size)
-
-
-def cudnn(
-    q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT=None, *, window=0, softcap=0.0, dropout_rate=0.0, dropout_key=None
-) -> jax.Array:
+def cudnn(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT=None, *, window=0, softcap=0.0) -> jax.Array:
     """Computes `attention.dense` with cuDNN's flash attention (arXiv 2307.08691), in bfloat16 on NVIDIA GPUs.
 
     Memory is linear in the length, except for document borders, which need a [B, 1, T, T] mask.
 
     Raises:
-      ValueError: dropout or a softcap is on.
+      ValueError: a softcap is on.
     """
-    _refuse_dropout(dropout_rate, dropout_key)
     if softcap:
         raise ValueError("cuDNN's attention has no softcap; choose another implementation")
     batch_axes, heads_axes = mesh_axes("batch", "heads")
@@ -224,16 +211,7 @@ def cudnn(
 
 
 def splash(
-    q_BxTxHxK,
-    k_BxTxGxK,
-    v_BxTxGxK,
-    starts_BxT=None,
-    *,
-    window: int = 0,
-    softcap: float = 0.0,
-    dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
-    interpret: bool = False,
+    q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT=None, *, window=0, softcap=0.0, interpret: bool = False
 ) -> jax.Array:
     """Computes `attention.dense` with JAX's splash attention, a flash attention (arXiv 2307.08691) for TPUs in Pallas.
 
@@ -244,9 +222,8 @@ def splash(
       interpret: whether to interpret the kernel, slowly, on a platform other than TPU.
 
     Raises:
-      ValueError: dropout is on, or a device's shard of the length is not a multiple of 128.
+      ValueError: a device's shard of the length is not a multiple of 128.
     """
-    _refuse_dropout(dropout_rate, dropout_key)
     batch_axes, length_axes, heads_axes = mesh_axes("batch", "length", "heads")
     sizes = jax.sharding.get_abstract_mesh().shape
     length_shards, head_shards = map(num_devices, (length_axes, heads_axes))
@@ -322,11 +299,6 @@ def attention_share(config: Any) -> float:
     windows = [min(window or length, length) for window in config.windows]
     kinds = 2 if config.scan_layers and len(set(windows)) > 1 else 1
     return sum(computed(window, block) for window in windows) / (len(windows) * kinds * computed(length, 1))
-
-
-def _refuse_dropout(rate: float, key: jax.Array | None) -> None:
-    if key is not None and rate > 0:
-        raise ValueError("the attention kernels have no dropout; set the dropout rate to 0")
 
 
 def _on_each_device(attend: Callable, in_specs: tuple, out_specs: jax.P) -> Callable:

@@ -145,9 +145,9 @@ class SelfAttention(nn.Module):
             # If the length is sharded, every query still needs the keys and values of all tokens.
             k_BxTxGxK = nn.with_logical_constraint(k_BxTxGxK, ("batch", "keys", "heads", "kv"))
             v_BxTxGxK = nn.with_logical_constraint(v_BxTxGxK, ("batch", "keys", "heads", "kv"))
-            use_dropout = c.attention_dropout > 0 and not self.deterministic
-            dropout_key = self.make_rng("dropout") if use_dropout else None
-            dropout = {"dropout_rate": c.attention_dropout, "dropout_key": dropout_key}
+            dropout: dict[str, Any] = {}  # kernels have none
+            if c.attention_dropout > 0 and not self.deterministic:
+                dropout = {"dropout_rate": c.attention_dropout, "dropout_key": self.make_rng("dropout")}
             local, everywhere = (functools.partial(c.attention_function(size), **dropout) for size in (c.window, 0))
             operands = q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT
             if isinstance(is_local, bool):

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from gpt.runtime import cache, cluster
+from gpt.runtime import cache, cluster, pool
 from gpt.runtime.errors import UserError
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ def divide_cpu(work: Work) -> None:
 
     is_set_by_user = "host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not (cluster.is_several() or is_set_by_user or xla_bridge.backends_are_initialized()):
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        jax.config.update("jax_num_cpu_devices", cpu_devices(work, cores, hardware.host_memory()))
+        jax.config.update("jax_num_cpu_devices", cpu_devices(work, pool.cores(), hardware.host_memory()))
 
 
 def cpu_devices(work: Work, cores: int, memory: float) -> int:
