@@ -82,9 +82,8 @@ def parts(files: Sequence[File], size: int) -> list[Part]:
         elif file.compression or file.size <= size:
             found.append(Part(file, size=file.size))
         else:
-            ends = [*range(size, file.size, size), file.size]
-            found += (Part(file, max(0, end - size), end, size) for end in ends[:-1])
-            found.append(Part(file, ends[-2], file.size, file.size - ends[-2]))
+            ranges = ((start, min(start + size, file.size)) for start in range(0, file.size, size))
+            found += (Part(file, start, end, end - start) for start, end in ranges)
     return found
 
 

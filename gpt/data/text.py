@@ -415,17 +415,12 @@ def _divided(stream: Stream, fraction: float, separator: int | None) -> tuple[St
       fraction: the part of the tokens that is for validation; documents may make it twice as much.
     """
     size = len(stream.tokens)
-    end = training_tokens(size, fraction)
+    end = int(size * (1 - fraction))
     if separator is not None:
         start = max(1, end - min(FARTHEST, int(size * fraction)))
         (places,) = np.nonzero(stream.tokens[start - 1 : end] == separator)
         end = start + int(places[-1]) if len(places) else end
     return stream.between(0, end), stream.between(end, size)
-
-
-def training_tokens(tokens: int, validation_fraction: float) -> int:
-    """Returns how many of the tokens of a text are for training."""
-    return int(tokens * (1 - validation_fraction))
 
 
 def _new_tokenizer(

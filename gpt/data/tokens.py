@@ -83,13 +83,9 @@ class Work:
         ranges = [(start, end) for _, start, end, _ in self.parts]
         return cache.digest(code(), self.tokenizer.to_json(), self.threshold, files, ranges)
 
-    def place(self, name: str) -> str:
-        """Returns the place of a file of the folder."""
-        return f"{self.folder}/{name}"
-
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Writes a file of the folder. Raises UserError if it cannot be written."""
-        storage.write(self.place(name), content, self.mode, self.setting)
+        storage.write(f"{self.folder}/{name}", content, self.mode, self.setting)
 
     def done(self) -> dict[int, dict[str, list]]:
         """Returns the descriptions of the shards of the parts that are finished, by the number of the part.
@@ -98,7 +94,7 @@ class Work:
           UserError: the folder has shards of other texts or another tokenizer.
         """
         found = {}
-        for name, content in storage.contents(self.place("parts")).items():
+        for name, content in storage.contents(f"{self.folder}/parts").items():
             try:
                 saved = json.loads(content)
                 number, work, described = int(Path(name).stem), saved["work"], saved["shards"]
