@@ -92,9 +92,6 @@ class Tokens:
                 _check_ids(part, array, self._vocab_size)
         return tokens
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype)
-
     def between(self, start: int, stop: int) -> "Tokens":
         """Returns a part of the tokens, without reading them."""
         places = self._places[start:stop]

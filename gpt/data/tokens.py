@@ -196,16 +196,12 @@ class _Writer:
     """Writes the tokens of the documents of one split to shards."""
 
     def __init__(self, work: Work, name: str):
-        self._work, self._name = work, name
+        self._work, self._name, self._written = work, name, list[dict[str, Any]]()
         self._dtype = np.min_scalar_type(work.tokenizer.vocab_size - 1)
-        self._written: list[dict[str, Any]] = []
         self._restart()
 
     def _restart(self) -> None:
-        self._tokens: list[np.ndarray] = []
-        self._counts: list[np.ndarray | bool] = []
-        self._ends: list[int] = []
-        self._size = 0
+        self._encoded, self._ends, self._size = list[tuple[np.ndarray, np.ndarray]](), list[int](), 0
 
     def add(self, encoded: Iterable[Encoded], report: Callable[[int], object]) -> None:
         """Adds the tokens of a document; reports for how many bytes of text they stand."""
@@ -213,16 +209,14 @@ class _Writer:
         for tokens, counts in encoded:
             if self._size * self._dtype.itemsize >= LARGEST_SHARD:
                 self._write()
-            self._tokens.append(tokens.astype(self._dtype, copy=False))
-            self._counts.append(np.broadcast_to(counts, len(tokens)))
+            self._encoded.append((tokens.astype(self._dtype, copy=False), np.broadcast_to(counts, len(tokens))))
             self._size += len(tokens)
             report(int(lengths[tokens].sum()))
         self._ends.append(self._size)
 
     def _write(self) -> None:
-        arrays = {"": np.concatenate(self._tokens), ".ends": np.array(self._ends, np.int64)}
-        counts = np.concatenate(self._counts)
-        arrays |= {} if counts.all() else {".counts": counts}
+        tokens, counts = map(np.concatenate, zip(*self._encoded, strict=True))
+        arrays = {"": tokens, ".ends": np.array(self._ends, np.int64)} | ({} if counts.all() else {".counts": counts})
         digests, name = {}, f"{self._name}_{len(self._written):03d}"
         for kind, values in arrays.items():
             content = io.BytesIO()
@@ -301,18 +295,16 @@ def _encoded(found: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[
 
 def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
     """Yields short documents in lists of about `BATCH` characters, and long ones alone."""
-    batch: list[Document] = []
-    size = 0
+    batch, size = list[Document](), 0
     for document in found:
-        if document.key is None or size > BATCH:
-            if batch:
-                yield batch
+        if batch and (document.key is None or size > BATCH):
+            yield batch
             batch, size = [], 0
-        if document.key is None:
+        if document.key is None:  # its texts have to be read before the next document
             yield [document]
-        else:
-            batch.append(document)
-            size += sum(len(text) for text, _ in document.texts)
+            continue
+        batch.append(document)
+        size += sum(len(text) for text, _ in document.texts)
     if batch:
         yield batch
 
