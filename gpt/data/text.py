@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -173,7 +172,7 @@ class Corpus(Dataset):
             ends = [streams[0].tokens[-1:], streams[-1].tokens[:1], np.array([self.tokenizer.separator])]
             if len(streams) == 2 and ends[0] == ends[1] == ends[2]:  # one separator is enough
                 streams[1] = streams[1].between(1, len(streams[1].tokens))
-            both[name] = _joined(streams)
+            both[name] = shards.joined(streams)
         return both
 
     def describe(self) -> str:
@@ -207,24 +206,6 @@ def _any_counts(stream: Stream) -> bool:
     counts = stream.counts
     places = range(1, len(stream.tokens), shards.SCAN)
     return counts is None or any(counts[at : at + shards.SCAN].any() for at in places)
-
-
-def _joined(streams: Sequence[Stream]) -> Stream:
-    """Returns streams one after the other."""
-    if len(streams) == 1:
-        return streams[0]
-    counts = [np.broadcast_to(True, len(each.tokens)) if each.counts is None else each.counts for each in streams]
-
-    def find_ends() -> np.ndarray:
-        before = np.cumsum([0, *(len(each.tokens) for each in streams)])
-        return np.concatenate([each.find_ends() + at for each, at in zip(streams, before, strict=False)])
-
-    return Stream(
-        Tokens([each.tokens for each in streams]),
-        None if all(each.counts is None for each in streams) else Tokens(counts),
-        find_ends,
-        [each.fingerprint for each in streams],
-    )
 
 
 def load(
@@ -388,7 +369,7 @@ class _Files:
             by_place = {file.place: file for file in self.files}
             found = [shards.of_index(index, by_place, tokenizer.vocab_size) for index in self.indices]
             held_out = [rest for _, rest in found if rest]
-            stream, rest = _joined([train for train, _ in found]), _joined(held_out) if held_out else None
+            stream, rest = shards.joined([train for train, _ in found]), shards.joined(held_out) if held_out else None
         elif self.is_tokens:
             stream, rest = shards.of_files(self.files, tokenizer), None
         else:
