@@ -420,7 +420,7 @@ def _new_tokenizer(
                 "with tokenizer.path=DIR if it is another than GPT-2's, or with tokenizer.name=byte."
             )
         say("note   the tokenizer is GPT-2's, as the format of the tokens tells; tokenizer.path=DIR names another")
-        return bpe.gpt2("")
+        return bpe.gpt2()
     texts, others = ([text for files in side for text in files.texts] for side in (train, validation))
     return make_tokenizer(config, texts, others, store, say, status)
 

@@ -448,7 +448,7 @@ def make_tokenizer(
     if config.name == "byte":
         return ByteTokenizer()
     if config.name == "gpt2":
-        return bpe.gpt2(config.path)
+        return bpe.saved(config.path, "tokenizer.path") if config.path else bpe.gpt2()
     if config.name == "bpe":
         tokenizer = _train_bpe(train, config.vocab_size, store, say, status)
         if tokenizer.vocab_size < config.vocab_size:
