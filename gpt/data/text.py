@@ -362,25 +362,22 @@ class _Files:
           fraction: part of the tokens that is for validation, unless the index of the shards tells.
         """
         separator = tokenizer.separator if tokenizer.begin == tokenizer.separator else None
-        if self.indices:
-            for index in self.indices:
-                if self.saved_tokenizer(index).to_json() != tokenizer.to_json():
-                    raise UserError(f"{index} was written with another tokenizer; tokenise the text again.")
-            by_place = {file.place: file for file in self.files}
-            found = [shards.of_index(index, by_place, tokenizer.vocab_size) for index in self.indices]
-            held_out = [rest for _, rest in found if rest]
-            stream, rest = shards.joined([train for train, _ in found]), shards.joined(held_out) if held_out else None
-        elif self.is_tokens:
-            stream, rest = shards.of_files(self.files, tokenizer), None
-        else:
+        files, indices = self.files, self.indices
+        for index in indices:
+            if self.saved_tokenizer(index).to_json() != tokenizer.to_json():
+                raise UserError(f"{index} was written with another tokenizer; tokenise the text again.")
+        if self.texts:
             below = threshold(self.texts, fraction) if fraction else 0
             folder = tokenise(self.texts, tokenizer, below, store, status)
-            inside = [File.of(path) for path in sorted(folder.glob("*"))]
-            index = next(file for file in inside if file.path.name == shards.INDEX)
-            stream, rest = shards.of_index(index, {file.place: file for file in inside}, tokenizer.vocab_size)
-            hashes = [text.sha256 for text in self.texts]
-            stream = dataclasses.replace(stream, fingerprint=[hashes, below])
-            rest = rest and dataclasses.replace(rest, fingerprint=[hashes, below])
+            files = [File.of(path) for path in sorted(folder.glob("*"))]
+            indices = [file for file in files if file.path.name == shards.INDEX]
+        if indices:
+            by_place = {file.place: file for file in files}
+            found = [shards.of_index(index, by_place, tokenizer.vocab_size) for index in indices]
+            held_out = [rest for _, rest in found if rest]
+            stream, rest = shards.joined([train for train, _ in found]), shards.joined(held_out) if held_out else None
+        else:
+            stream, rest = shards.of_files(files, tokenizer), None
         stream = shards.with_separator(stream, separator)
         if rest is None and fraction:
             stream, rest = _divided(stream, fraction, tokenizer.separator)
