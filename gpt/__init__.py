@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from gpt.runtime import progress
+
 if TYPE_CHECKING:
     from gpt.config import Config
     from gpt.inference.model import TrainedModel
@@ -57,6 +59,8 @@ def train_model(
     *,
     allow_config_change: bool = False,
     profile: bool = False,
+    dry_run: bool = False,
+    all_parameters: bool = False,
     job: "Job | None" = None,
 ) -> int:
     """Trains a model, from the newest checkpoint of the workdir if there is one.
@@ -65,6 +69,8 @@ def train_model(
       workdir: folder of the run, or a place in a bucket.
       allow_config_change: resume although the config of the run was another.
       profile: write a trace of a few steps for TensorBoard's profiler.
+      dry_run: read and check everything, compile the step, show what would be trained, and leave the workdir alone.
+      all_parameters: show the sharding of all parameters instead of the largest.
       job: see `start`.
 
     Returns:
@@ -73,13 +79,21 @@ def train_model(
     Raises:
       UserError: see `gpt.train.train`.
     """
-    start(job)
-    from gpt import train
-    from gpt.checkpointing.workdir import Workdir
-    from gpt.runtime import backend
+    with progress.task(progress.STARTING):
+        start(job)
+        from gpt import train
+        from gpt.checkpointing.workdir import Workdir
+        from gpt.runtime import backend
 
-    backend.divide_cpu(config.work(config.train.batch_size // config.train.micro_batches))
-    return train.train(config, Workdir(workdir), allow_config_change=allow_config_change, profile=profile)
+        backend.divide_cpu(config.work(config.train.batch_size // config.train.micro_batches))
+    return train.train(
+        config,
+        Workdir(workdir),
+        allow_config_change=allow_config_change,
+        profile=profile,
+        dry_run=dry_run,
+        all_parameters=all_parameters,
+    )
 
 
 def load_model(
@@ -102,15 +116,16 @@ def load_model(
     Raises:
       UserError: there is no run, no such checkpoint, or it is damaged.
     """
-    start(job)
-    from gpt.checkpointing import loading
-    from gpt.checkpointing.workdir import Workdir
-    from gpt.inference.model import TrainedModel
-    from gpt.runtime import backend
+    with progress.task("loading the model"):
+        start(job)
+        from gpt.checkpointing import loading
+        from gpt.checkpointing.workdir import Workdir
+        from gpt.inference.model import TrainedModel
+        from gpt.runtime import backend
 
-    folder = Workdir(workdir)
-    backend.divide_cpu(folder.read().config.work(rows))
-    return TrainedModel(**vars(loading.load(folder, checkpoint, batch_size)))
+        folder = Workdir(workdir)
+        backend.divide_cpu(folder.read().config.work(rows))
+        return TrainedModel(**vars(loading.load(folder, checkpoint, batch_size)))
 
 
 def plan_step(config: "Config", topology: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import math
 import typing
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_collections
 from etils import epath
@@ -21,49 +21,48 @@ from gpt.models.gpt import GPTConfig
 from gpt.optimizer import OptimizerConfig
 from gpt.runtime.backend import Work
 from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_choice, check_not_negative, check_positive, harmless, harmless_names, named
+from gpt.runtime.fields import Options, check_choice, harmless_names, named, option
 from gpt.runtime.files import read_json
 from gpt.sharding import MeshConfig
 
 SMALL_SPLIT = 1 << 19  # tokens of a validation split that is evaluated whole even if that takes long
+ON_NONFINITE = ("stop", "skip", "rollback")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Options):
     """Length of a run, and its intervals. Exactly one of `steps`, `epochs` and `tokens` is set."""
 
-    batch_size: int = 128  # examples of a step, over all devices
-    init_from: str = ""  # workdir whose best parameters the run starts from; "": random parameters
-    micro_batches: int = 1  # parts of the batch over which the gradient is accumulated
-    loss_chunks: int = harmless(1)  # parts of a sequence whose logits are computed one after the other, to save memory
-    z_loss: float = 0.0  # weight of the squared log of the softmax's denominator in the gradient (arXiv 2204.02311)
-    steps: int = harmless(5000)
-    epochs: float = harmless(0.0)
-    tokens: float = harmless(0.0)
-    log_every: int = harmless(10)  # steps between points on TensorBoard, and between lines in a log
-    eval_every: int = harmless(500)  # steps between evaluations; 0: only at the end
-    # tokens of an evaluation, the same ones each time; 0: at most 524,288, or as many as take 2 % of the time
-    eval_tokens: int = harmless(0)
-    checkpoint_every: int = harmless(1000)  # steps; the last step and the best evaluation are saved in any case
-    keep_checkpoints: int = harmless(2)  # how many of the newest checkpoints are kept, besides the best
-    sample_prompt: str = harmless("")  # text that the sample at each evaluation continues; "": a line feed
-    sample_tokens: int = harmless(256)  # length of that sample; 0: no samples
-    on_nonfinite: str = harmless("stop")  # if a loss or gradient is not finite: stop, skip (the update) or rollback
-    max_skipped: int = harmless(10)  # updates or batches that a run may leave out before it stops
-    spike_factor: float = harmless(0.0)  # a loss above this factor times its running mean counts as not finite; 0: off
+    section: ClassVar[str] = "train"
+
+    batch_size: int = option(128, "examples of a step, over all devices", above=0)
+    init_from: str = option("", "workdir whose best parameters the run starts from; empty: random parameters")
+    micro_batches: int = option(1, "parts of the batch over which the gradient is accumulated", above=0)
+    loss_chunks: int = option(1, "parts of a sequence whose logits share memory, one by one", harmless=True, above=0)
+    z_loss: float = option(0.0, "weight in the gradient of the squared log of the softmax's denominator", least=0)
+    steps: int = option(5000, "length of the run in steps", harmless=True, least=0)
+    epochs: float = option(0.0, "length of the run in passes over the data", harmless=True, least=0)
+    tokens: float = option(0.0, "length of the run in tokens", harmless=True, least=0)
+    log_every: int = option(10, "steps between points on TensorBoard and lines in a log", harmless=True, above=0)
+    eval_every: int = option(500, "steps between evaluations; 0: only at the end", harmless=True, least=0)
+    # 0: at most SMALL_SPLIT, or as many as take 2 % of the time
+    eval_tokens: int = option(0, "tokens of an evaluation, always the same; 0: chosen by time", harmless=True, least=0)
+    checkpoint_every: int = option(1000, "steps between checkpoints, besides last and best", harmless=True, above=0)
+    keep_checkpoints: int = option(2, "newest checkpoints that are kept, besides the best", harmless=True, above=0)
+    sample_prompt: str = option("", "text that samples at evaluations continue; empty: a line feed", harmless=True)
+    sample_tokens: int = option(256, "tokens of a sample at an evaluation; 0: no samples", harmless=True, least=0)
+    on_nonfinite: str = option("stop", "what to do if a loss is not finite", choices=ON_NONFINITE, harmless=True)
+    max_skipped: int = option(10, "updates or batches that a run may leave out", harmless=True, above=0)
+    spike_factor: float = option(0.0, "ratio to its mean at which a loss counts as not finite; 0: none", harmless=True)
 
     def __post_init__(self):
-        check_positive("train", self, "batch_size", "micro_batches", "loss_chunks", "log_every", "checkpoint_every")
-        check_positive("train", self, "keep_checkpoints", "max_skipped")
-        check_choice("train.on_nonfinite", self.on_nonfinite, ("stop", "skip", "rollback"))
+        super().__post_init__()
         if self.spike_factor and not self.spike_factor > 1:
             raise UserError(f"train.spike_factor={self.spike_factor} has to be greater than 1, or 0 for none.")
         if self.spike_factor and self.on_nonfinite == "skip":
             raise UserError(
                 "train.spike_factor needs train.on_nonfinite=stop or rollback: a spike is known after its update only."
             )
-        check_not_negative("train", self, "steps", "epochs", "tokens", "eval_every", "eval_tokens", "sample_tokens")
-        check_not_negative("train", self, "z_loss")
         lengths = [
             f"train.{name}={getattr(self, name):g}" for name in ("steps", "epochs", "tokens") if getattr(self, name)
         ]
@@ -93,10 +92,10 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(Options):
     """All settings of a run; the classes of its parts describe them."""
 
-    seed: int = 0
+    seed: int = option(0, "seed of the initial parameters, the order of the data and dropout", least=0)
     model: ModelConfig = GPTConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     data: DataConfig = TextConfig()
@@ -105,8 +104,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed} must not be negative.")
+        super().__post_init__()
         if self.model.reads != self.data.gives:
             raise UserError(
                 f"model.family={self.model.family} reads {self.model.reads}, but data.kind={self.data.kind} gives "

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from absl import flags
 
-from gpt.runtime import cli
+from gpt.runtime import cli, progress
 from gpt.runtime.errors import UsageError
 
 _FROM_HF = flags.DEFINE_string("from_hf", None, "Folder of transformers, or GGUF file, to convert to a workdir.")
@@ -40,16 +40,17 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
     workdir, folder = Workdir(_WORKDIR.value), Path(str(given[0].value)).expanduser()
     done = f"converted to {workdir.path}"
-    if given[0] is _FROM_HF:
-        config = huggingface.from_hf(folder, workdir, _VOCAB_MULTIPLE.value)
-    elif given[0] is _FROM_PEFT:
-        config = peft.from_peft(folder, Workdir(str(_BASE.value)), workdir)
-    else:
-        convert = huggingface.to_hf if given[0] is _TO_HF else peft.to_peft
-        config, step = convert(workdir, _CHECKPOINT.value, folder)
-        done = f"step {step:,} of {workdir.path} converted to {folder}"
-    print(f"model  {config.num_parameters():,} parameters: {config.summary()}, vocabulary {config.vocab_size}")
-    print(f"Done: {done}.")
+    with progress.task("converting"):
+        if given[0] is _FROM_HF:
+            config = huggingface.from_hf(folder, workdir, _VOCAB_MULTIPLE.value)
+        elif given[0] is _FROM_PEFT:
+            config = peft.from_peft(folder, Workdir(str(_BASE.value)), workdir)
+        else:
+            convert = huggingface.to_hf if given[0] is _TO_HF else peft.to_peft
+            config, step = convert(workdir, _CHECKPOINT.value, folder)
+            done = f"step {step:,} of {workdir.path} converted to {folder}"
+    progress.say(f"model  {config.num_parameters():,} parameters: {config.summary()}, vocabulary {config.vocab_size}")
+    progress.say(f"Done: {done}.")
 
 
 if __name__ == "__main__":

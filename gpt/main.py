@@ -17,6 +17,10 @@ _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Resume the run in the workdir although its config was another."
 )
 _PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps for TensorBoard's profiler.")
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Read and check everything, compile the step, show memory and mesh, and train nothing."
+)
+_ALL_PARAMETERS = flags.DEFINE_bool("all_parameters", False, "Show the sharding of all parameters at the start.")
 _JOB = cli.define_cluster_flags()
 
 __doc__ += f"\n{config.help_text()}\n"
@@ -26,7 +30,13 @@ def main() -> int:
     settings = config_files.read(_CONFIG.value, cli.overrides())
     workdir = _WORKDIR.value or config_files.default_workdir(_CONFIG.value)
     return gpt.train_model(
-        settings, workdir, allow_config_change=_ALLOW_CONFIG_CHANGE.value, profile=_PROFILE.value, job=_JOB()
+        settings,
+        workdir,
+        allow_config_change=_ALLOW_CONFIG_CHANGE.value,
+        profile=_PROFILE.value,
+        dry_run=_DRY_RUN.value,
+        all_parameters=_ALL_PARAMETERS.value,
+        job=_JOB(),
     )
 
 

@@ -2,16 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gpt.muon import scale_by_muon
-from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_choice, check_fraction, check_not_negative, check_positive
+from gpt.runtime.fields import Options, option
 
+OPTIMIZERS = ("adamw", "muon")
 # Shapes of the decay. Each maps the progress p of the decay, from 0 to 1, and the ratio of its last step to its first
 # to the height above the final learning rate, as a fraction of the way from there to the peak.
 DECAYS: dict[str, Callable[[jax.Array, float], Any]] = {
@@ -24,35 +24,28 @@ DECAYS: dict[str, Callable[[jax.Array, float], Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(Options):
     """Options of AdamW (arXiv 1711.05101) or Muon, with gradient clipping, linear warm-up and decay.
 
     With `decay_from`, the learning rate stays at its peak between warm-up and decay (WSD, arXiv 2404.06395).
     """
 
-    name: str = "adamw"  # adamw, or muon: Muon for the kernels of the blocks and AdamW for all other parameters
-    learning_rate: float = 6e-4  # peak learning rate
-    warmup_tokens: float = 0.0  # number of tokens over which the learning rate rises from 0 to its peak
-    decay: str = "cosine"  # shape of the decay, one of DECAYS: cosine, linear, sqrt, inverse_sqrt or constant (none)
-    decay_from: float = 0.0  # part of the tokens up to the decay's end after which it begins; 0: after the warm-up
-    decay_tokens: float = 0.0  # number of tokens after which the decay ends; 0: at the end of the run
-    final_fraction: float = 0.1  # learning rate after the decay, as a fraction of the peak
-    b1: float = 0.9  # AdamW's decay rate of the mean of gradients
-    b2: float = 0.95  # AdamW's decay rate of the mean of squared gradients
-    momentum: float = 0.95  # Muon's decay rate of the mean of gradients
-    epsilon: float = 1e-8  # AdamW's number added to the denominator
-    weight_decay: float = 0.1  # weight decay of kernels; embeddings, norms and biases have none
-    clip_norm: float = 1.0  # largest global norm of the gradient; 0: no clipping
-    ema: float = 0.0  # decay rate, per step, of a moving average of the parameters, which then is the model; 0: none
+    section: ClassVar[str] = "optimizer"
 
-    def __post_init__(self):
-        check_positive("optimizer", self, "learning_rate", "epsilon")
-        check_choice("optimizer.name", self.name, ("adamw", "muon"))
-        check_choice("optimizer.decay", self.decay, DECAYS)
-        check_fraction("optimizer", self, "b1", "b2", "momentum", "decay_from", "ema")
-        check_not_negative("optimizer", self, "warmup_tokens", "decay_tokens", "weight_decay", "clip_norm")
-        if not 0 <= self.final_fraction <= 1:
-            raise UserError(f"optimizer.final_fraction={self.final_fraction} has to lie between 0 and 1.")
+    name: str = option("adamw", "muon is for the kernels of the blocks, with AdamW for the rest", choices=OPTIMIZERS)
+    learning_rate: float = option(6e-4, "peak learning rate", above=0)
+    warmup_tokens: float = option(0.0, "tokens over which the learning rate rises from 0 to its peak", least=0)
+    decay: str = option("cosine", "shape of the decay; constant: no decay", choices=DECAYS)
+    decay_from: float = option(0.0, "part of the decay's end at which it begins; 0: after warm-up", least=0, below=1)
+    decay_tokens: float = option(0.0, "tokens after which the decay ends; 0: at the end of the run", least=0)
+    final_fraction: float = option(0.1, "learning rate after the decay, relative to the peak", least=0, most=1)
+    b1: float = option(0.9, "AdamW's decay rate of the mean of gradients", least=0, below=1)
+    b2: float = option(0.95, "AdamW's decay rate of the mean of squared gradients", least=0, below=1)
+    momentum: float = option(0.95, "Muon's decay rate of the mean of gradients", least=0, below=1)
+    epsilon: float = option(1e-8, "AdamW's number added to the denominator", above=0)
+    weight_decay: float = option(0.1, "weight decay of kernels; embeddings, norms and biases have none", least=0)
+    clip_norm: float = option(1.0, "largest global norm of the gradient; 0: no clipping", least=0)
+    ema: float = option(0.0, "decay rate per step of a moving average of parameters; 0: none", least=0, below=1)
 
 
 def schedule(config: OptimizerConfig, tokens_per_step: int, total_steps: int) -> optax.Schedule:

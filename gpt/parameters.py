@@ -11,6 +11,8 @@ from gpt.runtime.progress import columns
 from gpt.sharding import axes_of_entry, bytes_per_device, path_name
 from gpt.step import Program, variables
 
+LARGEST, WIDTH = 5, 73  # lines and columns of the short table
+
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
@@ -59,7 +61,28 @@ def table(parameters: list[Parameter]) -> Iterator[str]:
     """Yields the lines of a text table of `parameters`, with the reason where the rules could not be followed."""
     lines = [("parameter", "shape", "logical axes", "sharded over", "bytes a device", "")]
     for p in parameters:
-        shards = ", ".join("+".join(axes) or "-" for axes in p.over)
-        times = f"{p.count} × " if p.count > 1 else ""
-        lines.append((p.name, " × ".join(map(str, p.shape)), ", ".join(p.axes), shards, f"{times}{p.bytes:,}", p.note))
+        size = f"{p.count} × {p.bytes:,}" if p.count > 1 else f"{p.bytes:,}"
+        lines.append((p.name, _shape(p), ", ".join(p.axes), _shards(p), size, p.note))
     yield from columns(lines, left=4)
+
+
+def largest(parameters: list[Parameter]) -> Iterator[str]:
+    """Yields the lines of a table, 73 columns wide, of the `LARGEST` parameters, and all notes."""
+    ordered = sorted(parameters, key=lambda p: -p.count * p.bytes)[:LARGEST]
+    lines = [("largest parameters", "shape", "MB a device", "sharded")]
+    for p in ordered:
+        size = f"{p.count * p.bytes / 1e6:,.2f}"
+        lines.append((p.name, f"{p.count} × ({_shape(p)})" if p.count > 1 else _shape(p), size, _shards(p)))
+    for line in columns(lines, left=2):
+        yield line if len(line) <= WIDTH else f"{line[: WIDTH - 1]}…"
+    yield from (f"{p.name}: {p.note}" for p in parameters if p.note)
+    if len(parameters) > LARGEST:
+        yield f"… and {len(parameters) - LARGEST} smaller ones; --all_parameters shows all"
+
+
+def _shape(parameter: Parameter) -> str:
+    return " × ".join(map(str, parameter.shape))
+
+
+def _shards(parameter: Parameter) -> str:
+    return ", ".join("+".join(axes) or "-" for axes in parameter.over) if any(parameter.over) else "-"

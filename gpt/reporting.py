@@ -1,7 +1,8 @@
 """What a person sees of a training run: lines of text, and TensorBoard."""
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from gpt.data.packing import PackedDocuments
 from gpt.inference import pictures
 from gpt.optimizer import schedule
 from gpt.runtime import hardware
-from gpt.runtime.progress import Progress, Speed
+from gpt.runtime.errors import UserError
+from gpt.runtime.progress import Speed, Steps, say, task
 from gpt.runtime.tensorboard import TensorBoard
 from gpt.step import Program, count
 
@@ -27,29 +29,43 @@ SCHEDULE_KEYS = ("train.steps", "train.epochs", "train.tokens", "train.batch_siz
 class Report:
     """Shows the steps and evaluations of a run, as a line of progress and on TensorBoard.
 
+    Args:
+      total_steps: number of steps of the run.
+      num_evaluated: number of examples of an evaluation.
+
     Attributes:
-      progress: prints the lines.
+      steps: the line about the steps.
       tensorboard: writes the events.
       speed: measures the rates of the steps.
     """
 
-    def __init__(self, config: Config, program: Program, examples: Any, progress: Progress, tensorboard: TensorBoard):
-        self.progress, self.tensorboard, self._settings = progress, tensorboard, config.train
-        self._length, self._examples = config.model.length, examples
+    def __init__(
+        self,
+        config: Config,
+        program: Program,
+        examples: Any,
+        tensorboard: TensorBoard,
+        total_steps: int,
+        num_evaluated: int,
+    ):
+        self.steps, self.tensorboard, self._settings = Steps(total_steps), tensorboard, config.train
+        self._length, self._examples, self._num_evaluated = config.model.length, examples, num_evaluated
         self._tokens_per_step = config.train.batch_size * config.model.length
         mesh = program.layout.mesh
         chip = hardware.of_device(mesh.devices.flat[0])
         flops_per_step = self._tokens_per_step * program.model.config.flops_per_token()
         self.speed = Speed(self._tokens_per_step, flops_per_step, chip.flops * mesh.size if chip else None)
 
-    def step(self, step: int, metrics: dict[str, float], skipped: int) -> bool:
+    def step(self, step: int, metrics: dict[str, float], mean_loss: float | None, skipped: int) -> bool:
         """Shows the metrics of a step; returns whether it was one of each `train.log_every` steps.
 
         Args:
+          mean_loss: running mean of the losses.
           skipped: how many updates or batches the run has left out so far.
         """
         is_logged = step % self._settings.log_every == 0
-        self.progress.update(step, metrics["loss"], self.speed.rates(), milestone=is_logged)
+        rates, left = self.speed.rates(), self._seconds_left(step)
+        self.steps.update(step, metrics["loss"], mean_loss, rates, left, milestone=is_logged)
         if is_logged:
             totals = {"tokens": step * self._tokens_per_step, "skipped": skipped} | self.speed.rates()
             self.tensorboard.scalars(step, {f"train/{name}": value for name, value in metrics.items()})
@@ -59,12 +75,30 @@ class Report:
             self.speed.restart()
         return is_logged
 
+    @contextlib.contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Shows that the training step is compiled meanwhile, and excludes the time from the rates."""
+        with self.speed.pause("compilation"), task("compiling the training step"):
+            yield
+
+    def _seconds_left(self, step: int) -> float:
+        """Returns the time that the remaining steps, evaluations and saves will take."""
+        total = self.steps.total_steps
+
+        def due(every: int) -> int:
+            """Returns how many of each `every` steps are left; the last step counts in any case."""
+            return total // every - step // every + bool(total % every) if every else 1
+
+        evaluations = due(self._settings.eval_every), float(self._num_evaluated * self._length)
+        pauses = {"evaluation": evaluations, "save": (due(self._settings.checkpoint_every), 0.0)}
+        return self.speed.left(total - step, pauses)
+
     def evaluation(self, step: int, measures: dict[str, float], result: dict[str, Any], is_best: bool) -> None:
         """Shows the result of an evaluation."""
-        self.progress.evaluated(step, measures, best=is_best)
+        self.steps.evaluated(step, measures, best=is_best)
         if seen := [*sources(self._examples, step, self._settings.batch_size, self._length)]:
             parts = (f"{name} {tokens:,} ({epochs:.2f} epochs)" for name, tokens, epochs in seen)
-            self.progress.say(f"tokens seen of {', '.join(parts)}")
+            say(f"tokens seen of {', '.join(parts)}")
         self.tensorboard.scalars(step, {f"validation/{name}": value for name, value in measures.items()})
         self.tensorboard.histogram(step, "validation/logits", result["logits_counts"], result["logits_edges"])
         self.tensorboard.flush()
@@ -72,7 +106,7 @@ class Report:
     def preview(self, step: int, shown: Shown) -> None:
         """Shows samples, or examples of mistakes."""
         if shown.text:
-            self.progress.say("\n".join("  │ " + line for line in shown.text.splitlines()))
+            say("\n".join("  │ " + line for line in shown.text.splitlines()))
             self.tensorboard.text(step, "sample", "    " + shown.text.replace("\n", "\n    "))
         for name, pixels in shown.pictures.items():
             self.tensorboard.image(step, name, pictures.png(pixels))
@@ -81,7 +115,7 @@ class Report:
     def left_out(self, step: int, text: str, skipped: int) -> None:
         """Shows that the update or the batch of a step is left out."""
         text = f"Step {step:,} {text} ({skipped} of at most {self._settings.max_skipped})."
-        self.progress.say(text)
+        say(text)
         self.tensorboard.text(step, "skipped", text)
 
 
@@ -93,8 +127,8 @@ class Tracer:
       start: the step that the run starts after.
     """
 
-    def __init__(self, path: Path, start: int, say: Callable[[str], None], skip: int = 3, steps: int = 3):
-        self._path, self._say, self._first, self._after = path, say, start + skip, start + skip + steps
+    def __init__(self, path: Path, start: int, skip: int = 3, steps: int = 3):
+        self._path, self._first, self._after = path, start + skip, start + skip + steps
         self._running = False
 
     def before_step(self, step: int) -> None:
@@ -112,7 +146,7 @@ class Tracer:
             try:
                 jax.profiler.stop_trace()
             except Exception as error:  # a full disk, for instance: no reason to end the run
-                self._say(f"note: cannot write the trace to {self._path}: {error}.")
+                say(f"note: cannot write the trace to {self._path}: {error}.")
 
 
 def sources(examples: Any, step: int, batch_size: int, length: int) -> Iterator[tuple[str, int, float]]:
@@ -151,7 +185,6 @@ def describe(
         f"memory {sum(held):,.1f} MB a device: parameters {held[0]:,.1f}, optimizer {held[1]:,.1f} "
         f"(of {whole[0]:,.1f} and {whole[1]:,.1f} in all)"
     )
-    yield from ("       " + line for line in parameters.table(parameters.of_program(program)))
     tokens = batch_size * c.length
     epochs = total_steps * batch_size / len(examples)
     yield f"run    {total_steps:,} steps × {tokens:,} tokens = {total_steps * tokens:,} tokens, {epochs:.1f} epochs"
@@ -159,6 +192,30 @@ def describe(
         yield f"       of them from {name}: {seen:,} ({seen / (total_steps * tokens):.1%}), {epochs:.2f} epochs"
     if evaluated[0] < evaluated[1]:
         yield f"eval   {evaluated[0]:,} of {evaluated[1]:,} validation examples, the same at each evaluation"
+
+
+def parameter_table(program: Program, is_whole: bool) -> str:
+    """Returns a table of how the parameters are sharded: all of them, or the largest."""
+    found = parameters.of_program(program)
+    return "\n".join("       " + line for line in (parameters.table if is_whole else parameters.largest)(found))
+
+
+def describe_memory(config: Config, program: Program) -> str:
+    """Compiles the training step, and returns a line about the memory that it needs on each device.
+
+    Raises:
+      UserError: a device has less memory.
+    """
+    from gpt.planning import compiling
+
+    with task("compiling the training step"):
+        try:
+            used: Any = compiling.compile_step(config, program).executable.memory_analysis()
+        except compiling.DoesNotFit as error:
+            raise UserError(f"The training step needs more memory than a device has: {error}.") from None
+    temporaries = (used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes) / 1e6
+    whole = temporaries + used.argument_size_in_bytes / 1e6
+    return f"step   {whole:,.1f} MB a device while it runs, {temporaries:,.1f} of them gradients and activations"
 
 
 def describe_changes(

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -20,8 +20,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gpt.runtime import hardware
-from gpt.runtime.errors import UserError
-from gpt.runtime.fields import harmless
+from gpt.runtime.errors import UserError, nearest
+from gpt.runtime.fields import Options, option
 
 # With more shards, the memory of a device hardly shrinks, and collectives take longer (launch/SCALING.md).
 MAX_FSDP = 64
@@ -47,7 +47,7 @@ LOGICAL_AXES = ("batch", "length", "keys", "embed", "heads", "kv", "mlp", "vocab
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
+class MeshConfig(Options):
     """The sharding rules, and the number of devices along each mesh axis.
 
     One size may be -1: that axis takes the remaining devices. If none is, an `fsdp` of 0 becomes the largest number of
@@ -55,18 +55,19 @@ class MeshConfig:
     `data` has a size, they all go to `fsdp`. Every other size of 0 means 1.
     """
 
-    rules: str = harmless("dp")  # dp, fsdp, fsdp_tp or sp; may be followed by changes: "fsdp,embed=fsdp+data,vocab="
-    data: int = harmless(0)  # devices that shard the batch; parameters are replicated
-    fsdp: int = harmless(0)  # devices that shard the batch and the parameters
-    sequence: int = harmless(0)  # devices that shard the sequence length of activations, for long contexts
-    model: int = harmless(0)  # devices that shard heads, MLP and vocabulary
-    zero1: bool = harmless(False)  # shard the optimizer state over `data` too (ZeRO stage 1, arXiv 1910.02054)
+    section: ClassVar[str] = "mesh"
+
+    rules: str = option("dp", f"one of {', '.join(PRESETS)}; changes may follow: fsdp,embed=fsdp+data", harmless=True)
+    data: int = option(0, "devices that shard the batch; parameters are replicated", harmless=True, least=-1)
+    fsdp: int = option(0, "devices that shard the batch and the parameters", harmless=True, least=-1)
+    sequence: int = option(0, "devices that shard the sequence length of activations", harmless=True, least=-1)
+    model: int = option(0, "devices that shard heads, MLP and vocabulary", harmless=True, least=-1)
+    # ZeRO stage 1, arXiv 1910.02054
+    zero1: bool = option(False, "shard the optimizer state of replicated parameters over mesh.data", harmless=True)
 
     def __post_init__(self):
+        super().__post_init__()
         sizes = {axis: getattr(self, axis) for axis in AXES}
-        for axis, size in sizes.items():
-            if size < -1:
-                raise UserError(f"mesh.{axis}={size} has to be at least 1, -1 for all remaining devices, or 0.")
         if list(sizes.values()).count(-1) > 1:
             raise UserError("Only one of mesh." + ", mesh.".join(sizes) + " may be -1.")
         used = _parameter_axes(self.table()) | {"data"}
@@ -82,7 +83,8 @@ class MeshConfig:
         """Returns the preset of `rules` with its changes applied; rules for further logical axes come last."""
         preset, *changes = self.rules.split(",")
         if preset not in PRESETS:
-            raise UserError(f"mesh.rules={self.rules}: {preset!r} is not known; choose one of {', '.join(PRESETS)}.")
+            known = f"choose one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}"
+            raise UserError(f"mesh.rules={self.rules}: {preset!r} is not known; {known}")
         changed = {}
         for change in changes:
             name, _, axes = change.partition("=")

@@ -20,7 +20,7 @@ from gpt.data import pipeline
 from gpt.data.base import IGNORED, Source
 from gpt.losses import fused_loss, token_losses
 from gpt.models import lora
-from gpt.runtime import backend, hardware
+from gpt.runtime import backend, hardware, progress
 from gpt.runtime.errors import UserError
 
 HISTOGRAM_POSITIONS, HISTOGRAM_BINS = 64, 64
@@ -319,7 +319,7 @@ def evaluate(
         for index, value in zip(range(first, len(source)), values.T, strict=False):
             sums[group(index)] += value
 
-    with program.layout.use():
+    with program.layout.use(), progress.task("evaluating", len(source)) as shown:
         batches = pipeline.evaluation_batches(source, batch_size, rows)
         for number, batch in enumerate(pipeline.to_devices(batches, program.layout, batch_size)):
             # One batch ahead and no more: a long queue would hold memory (and can deadlock CPU collectives).
@@ -327,6 +327,7 @@ def evaluate(
             check()
             if pending:
                 add(*pending)
+                shown.done = number * batch_size
             pending = dispatched
         if pending:
             add(*pending)

@@ -13,9 +13,8 @@ from absl import flags
 
 from gpt.data import shards, tokens
 from gpt.data.tokenizers import TokenizerConfig
-from gpt.runtime import cli, pool
+from gpt.runtime import cli, pool, progress
 from gpt.runtime.errors import UsageError
-from gpt.runtime.progress import Progress
 
 
 def _slurm(name: str, default: int) -> int:
@@ -47,8 +46,7 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Compare the shards in --out with t
 
 
 def main() -> int:
-    progress = Progress()
-    say, status = progress.say, progress.status
+    say, status = progress.say, lambda line: None
     if _VERIFY.value:
         say(shards.verify(_OUT.value.rstrip("/")))
         return 0

@@ -41,7 +41,7 @@ from gpt.data.base import Shown
 from gpt.inference import previews
 from gpt.runtime import cluster, files, hardware, versions
 from gpt.runtime.errors import UserError
-from gpt.runtime.progress import Progress, duration
+from gpt.runtime.progress import duration, say, task
 from gpt.runtime.signals import Interrupted, Stopped
 from gpt.runtime.tensorboard import TensorBoard
 from gpt.step import Program, TrainState, build, evaluate
@@ -49,12 +49,22 @@ from gpt.step import Program, TrainState, build, evaluate
 MEAN_OVER = 50  # steps that the running mean of the loss looks back, about
 
 
-def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False, profile: bool = False) -> int:
+def train(
+    config: Config,
+    workdir: Workdir,
+    *,
+    allow_config_change: bool = False,
+    profile: bool = False,
+    dry_run: bool = False,
+    all_parameters: bool = False,
+) -> int:
     """Trains, from the newest checkpoint of the workdir if it has one.
 
     Args:
       allow_config_change: resume a run although its config has changed.
       profile: write a trace of a few steps for TensorBoard's profiler.
+      dry_run: read and check everything, compile the step, show what would be trained, and leave the workdir alone.
+      all_parameters: show the sharding of all parameters instead of the largest.
 
     Returns:
       The exit code: 0 when the run is complete, 128 + the number of the signal that ended it.
@@ -63,8 +73,9 @@ def train(config: Config, workdir: Workdir, *, allow_config_change: bool = False
       UserError: the config, the data or the workdir do not allow it, another run is at work there, all checkpoints are
         damaged, the last save failed, or the loss is not finite.
     """
-    with workdir.lock():
-        return Training(config, workdir, allow_config_change).finish(profile)
+    with contextlib.nullcontext() if dry_run else workdir.lock():
+        training = Training(config, workdir, allow_config_change, all_parameters)
+        return training.check() if dry_run else training.finish(profile)
 
 
 class Training:
@@ -79,8 +90,8 @@ class Training:
       best_loss: lowest validation loss among the checkpoints and evaluations.
     """
 
-    def __init__(self, config: Config, workdir: Workdir, allow_config_change: bool):
-        """Builds the program of the run, restores its newest checkpoint, records it and describes it."""
+    def __init__(self, config: Config, workdir: Workdir, allow_config_change: bool, all_parameters: bool):
+        """Reads the data, builds the program of the run, compares the run with its record, and describes it."""
         self.config, self.workdir = config, workdir
         self.layout = sharding.make_layout(config.mesh)
         pipeline.check_batch(config.train.batch_size, self.layout, config.train.micro_batches)
@@ -96,17 +107,16 @@ class Training:
         self.initial = initial = initial_weights(config, recorded, workdir)
 
         # The data, and the program for it.
-        progress = Progress(enabled=cluster.is_first())
         tokenizer = recorded.tokenizer if recorded else initial.run.tokenizer if initial else config.tokenizer
-        self.dataset = cluster.first_before_others(
-            "data", lambda: config.data.load(tokenizer, config.model, progress.say, progress.status)
-        )
+        with task("reading the data"):
+            self.dataset = cluster.first_before_others("data", lambda: config.data.load(tokenizer, config.model, say))
         self.examples = self.dataset.training(config.model, config.seed)
-        self.total_steps = progress.total_steps = config.train.total_steps(config.model.length, len(self.examples))
+        self.total_steps = config.train.total_steps(config.model.length, len(self.examples))
         whole = self.dataset.evaluation("val", config.model)
         most = config.train.evaluated(len(whole), config.model.length, self.total_steps)
         self.validation = combined.bounded(whole, most, config.seed)
-        self.program = build(config, self.dataset.tokenizer.vocab_size, self.layout, self.total_steps)
+        with task("building the model"):
+            self.program = build(config, self.dataset.tokenizer.vocab_size, self.layout, self.total_steps)
         self.program.check_memory(self.program.abstract_state)
         self.preview = previews.make(self.dataset, self.program, config, whole)
 
@@ -121,19 +131,25 @@ class Training:
             environment(self.layout, pipeline.order_digest(self.examples, config.seed)),
             cluster.share("run", lambda: recorded.id if recorded else secrets.token_hex(8)),
         )
-        self.checkpoints = workdir.checkpoints(config.train.keep_checkpoints, progress.say, self.run)
-        changes = self._refuse_changes(recorded, allow_config_change) if recorded else {}
+        self.checkpoints = workdir.checkpoints(config.train.keep_checkpoints, say, self.run)
+        saved, changes = self.checkpoints.last() or 0, {}
+        if recorded:
+            changes = self._refuse_changes(recorded, allow_config_change)
         sources = self.examples, (len(self.validation), len(whole))
         for line in reporting.describe(self.program, config, self.dataset, self.total_steps, *sources):
-            progress.say(line)
+            say(line)
+        if all_parameters or not saved:
+            say(reporting.parameter_table(self.program, all_parameters))
+        for line in reporting.describe_changes(changes, recorded, self.run, len(self.examples), saved):
+            say(line)
 
-        self.step, self.state, self.batches, self.mean_loss = self._begin()
-        self.best_loss = (self.checkpoints.best() or (0, math.inf))[1]
-        workdir.record(self.run)  # only now: what could not be restored leaves no trace
-        for line in reporting.describe_changes(changes, recorded, self.run, len(self.examples), self.step):
-            progress.say(line)
-        tensorboard = TensorBoard(workdir.path, self.step, cluster.is_first(), progress.say)
-        self.report = reporting.Report(config, self.program, self.examples, progress, tensorboard)
+    def check(self) -> int:
+        """Compiles the training step and shows its memory; returns 0."""
+        say(reporting.describe_memory(self.config, self.program))
+        saved = self.checkpoints.last()
+        begins = f"resume after step {saved:,}" if saved else "start"
+        say(f"Nothing was trained: without --dry_run, the run would {begins} in {self.workdir.path}.")
+        return 0
 
     def _refuse_changes(self, recorded: Run, allow: bool) -> dict[str, tuple[Any, Any]]:
         """`refuse_changes`, with the reason why the newest checkpoint does not fit the config, if it does not."""
@@ -165,8 +181,17 @@ class Training:
         return step, state, batches, checkpoints[step].record.mean_loss if step else None
 
     def finish(self, profile: bool) -> int:
-        """Takes the remaining steps; argument and result as of `train`."""
-        say, start, total = self.report.progress.say, self.step, self.total_steps
+        """Restores the newest checkpoint, records the run, and takes the remaining steps; as `train`."""
+        with task("restoring" if self.checkpoints.last() else "creating the parameters"):
+            self.step, self.state, self.batches, self.mean_loss = self._begin()
+        self.best_loss = (self.checkpoints.best() or (0, math.inf))[1]
+        self.workdir.record(self.run)  # only now: what could not be restored leaves no trace
+        tensorboard = TensorBoard(self.workdir.path, self.step, cluster.is_first(), say)
+        evaluated = len(self.validation)
+        self.report = reporting.Report(
+            self.config, self.program, self.examples, tensorboard, self.total_steps, evaluated
+        )
+        start, total = self.step, self.total_steps
         if start >= total and not self._lacks_evaluation():
             say(f"Nothing to do: {start:,} of {total:,} steps are done in {self.workdir.path}.")
             return 0
@@ -176,9 +201,9 @@ class Training:
             say(f"starting from step {self.initial.step:,} of {self.initial.workdir.path}")
         settings = json.dumps(dataclasses.asdict(self.config), indent=1)
         self.report.tensorboard.text(start, "config", f"```json\n{settings}\n```")
-        tracer = reporting.Tracer(self.workdir.path, start, say) if profile else None
+        tracer = reporting.Tracer(self.workdir.path, start) if profile else None
         began = time.perf_counter()
-        with Interrupted(self.layout.mesh) as interrupted, self._closing(tracer):
+        with Interrupted(self.layout.mesh) as interrupted, task(self.report.steps), self._closing(tracer):
             stop_signal = self._take_steps(interrupted, tracer)
         if self.checkpoints.failure:
             raise UserError(f"{self.checkpoints.failure} The same command resumes from there.")
@@ -205,7 +230,8 @@ class Training:
                 tracer.stop()
             self.report.tensorboard.close()
             if may_wait:
-                self.checkpoints.close()
+                with task("finishing the save"):
+                    self.checkpoints.close()
 
     def _take_steps(self, interrupted: Interrupted, tracer: reporting.Tracer | None) -> int:
         """Takes steps until the last, or until all processes know of a signal; returns that signal, or 0."""
@@ -213,16 +239,14 @@ class Training:
         batch, pending, stop_signal, is_compiled = next(self.batches), None, 0, False
         if self._lacks_evaluation():
             interrupted.begin()
-            with speed.pause():
+            with speed.pause("evaluation"):
                 self._evaluate(interrupted)
             stop_signal = interrupted.poll()
         while self.step < self.total_steps and not stop_signal:
             try:
                 if tracer:
                     tracer.before_step(self.step)
-                if not is_compiled:
-                    self.report.progress.say("compiling the training step …")
-                with contextlib.nullcontext() if is_compiled else speed.pause(), self.layout.use():
+                with contextlib.nullcontext() if is_compiled else self.report.compiling(), self.layout.use():
                     self.state, metrics = self.program.train_step(self.state, batch)
                 if not is_compiled:
                     interrupted.begin()  # until now there was nothing to save
@@ -240,17 +264,18 @@ class Training:
                 if evaluate_now or save_now:
                     self._report(*pending)
                     pending = None
-                    with speed.pause():
-                        if save_now:  # first, because a scheduler that ends the run does not wait for an evaluation
+                    if save_now:  # first, because a scheduler that ends the run does not wait for an evaluation
+                        with speed.pause("save"):
                             self._save()
-                        if evaluate_now and not stop_signal:
+                    if evaluate_now and not stop_signal:
+                        with speed.pause("evaluation"):
                             loss = self._evaluate(interrupted)
                             stop_signal = interrupted.poll()
                             if stop_signal and self.checkpoints.last() != self.step:
                                 self._save(loss)
             except BadStep as bad:
                 stop_signal = 0  # polled again after a step that is kept
-                with speed.pause():
+                with speed.pause("rollback"):
                     del batch, metrics  # frees memory for the restored state
                     self._roll_back(bad)
                     batch, pending = next(self.batches), None
@@ -269,7 +294,8 @@ class Training:
     def _save(self, loss: float | None = None) -> None:
         self.report.tensorboard.flush()  # a run killed after the save resumes with the events of all its steps
         state = self.state
-        self.checkpoints.save(self.step, state.items, loss, self.mean_loss, state.frozen)
+        with task("saving"):
+            self.checkpoints.save(self.step, state.items, loss, self.mean_loss, state.frozen)
 
     def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Waits for a step, checks and shows its metrics.
@@ -289,7 +315,7 @@ class Training:
         else:
             mean = values["loss"] if self.mean_loss is None else self.mean_loss
             self.mean_loss = mean + (values["loss"] - mean) / MEAN_OVER
-        if self.report.step(step, values, skipped):
+        if self.report.step(step, values, self.mean_loss, skipped):
             self.checkpoints.poll()
 
     def _roll_back(self, bad: "BadStep") -> None:
@@ -344,7 +370,7 @@ class Training:
             self._save(loss)
         self.best_loss = min(self.best_loss, loss)
         shown = Shown()
-        with contextlib.suppress(Stopped):
+        with contextlib.suppress(Stopped), task("sampling"):
             shown = self.preview(params, step, result, interrupted.check)
         self.report.preview(step, shown)
         return loss

@@ -414,14 +414,14 @@ def test_a_workdir_that_cannot_be_written_to(undisturbed, play, tmp_path):
 def test_a_workdir_that_is_removed_under_the_run(undisturbed, tmp_path, monkeypatch, capsys):
     """The run continues, because the folder may come back (on a network disk), and reports each failed save."""
     workdir = tmp_path / "run"
-    update = progress.Progress.update
+    update = progress.Steps.update
 
     def update_and_remove(progress, step, *args, **kwargs):
         update(progress, step, *args, **kwargs)
         if step == EVERY + 5:
             shutil.rmtree(workdir.rename(tmp_path / "gone"), ignore_errors=True)  # a save may be running
 
-    monkeypatch.setattr(progress.Progress, "update", update_and_remove)
+    monkeypatch.setattr(progress.Steps, "update", update_and_remove)
     settings = train.dataclasses.replace(undisturbed.config.train, steps=3 * EVERY, eval_every=0)
     with pytest.raises(UserError, match=rf"^Cannot save {workdir}/checkpoints/{3 * EVERY}: "):
         train.train(train.dataclasses.replace(undisturbed.config, train=settings), Workdir(workdir))

@@ -382,7 +382,7 @@ def test_damaged_images_of_every_format_are_a_sentence(tmp_path, format_):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"validation_fraction": 1.0}, r"data\.validation_fraction=1\.0 has to lie between 0 and 1"),
+        ({"validation_fraction": 1.0}, r"data\.validation_fraction=1\.0 has to be greater than 0 and less than 1\.$"),
         ({"crop": 0.0}, r"data\.crop=0\.0 has to be greater than 0 and at most 1"),
         ({"shift": -1}, r"data\.shift=-1 must not be negative"),
         ({"threads": 0}, r"data\.threads=0 has to be greater than 0"),

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import io
 import json
 import os
 import select
@@ -12,10 +11,7 @@ import textwrap
 import threading
 import time
 
-import pytest
-
 from gpt.runtime import output
-from gpt.runtime.progress import Progress
 
 HOSTILE = "\0\a\b\r\x1b]0;title\x07\x7f\x85\x9b31m\u202etxt.exe\u2066"
 ESCAPED = r"\x00\x07\x08\x0d\x1b]0;title\x07\u007f\u0085\u009b31m\u202etxt.exe\u2066"
@@ -26,17 +22,6 @@ def test_control_characters_are_escaped_and_nothing_else():
     assert output.visible(HOSTILE + kept) == ESCAPED + kept
     line = json.dumps({"text": HOSTILE})
     assert json.loads(output.visible(line)) == {"text": HOSTILE}
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress_escapes_what_it_shows(terminal, monkeypatch):
-    out = io.StringIO()
-    monkeypatch.setattr(out, "isatty", lambda: terminal)
-    progress = Progress(10, out=out)
-    progress.status(f"reading {HOSTILE}")
-    progress.say(f"cannot read {HOSTILE}")
-    status = f"reading {ESCAPED}"[:79] + "\r\033[K" if terminal else ""
-    assert out.getvalue() == f"{status}cannot read {ESCAPED}\n"
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """The search for the fastest mesh: its candidates, their order, and what it learns from compiled programs."""
 
 import dataclasses
-import io
 import math
 
 import jax
@@ -12,7 +11,6 @@ from gpt.config import Config, TrainConfig
 from gpt.models.gpt import GPTConfig
 from gpt.planning import compiling, search
 from gpt.runtime import hardware
-from gpt.runtime.progress import Progress
 
 CHIP = hardware.Chip("x", ("cpu",), flops=1e14, memory=16e9, bandwidth=1e12, link=1e11, network=1e10)
 MODEL = GPTConfig(vocab_size=512, num_layers=4, num_heads=4, embed_dim=256, block_size=256, scan_layers=True)
@@ -87,15 +85,13 @@ class Compiler:
         return report | {"seconds": {"step": self.seconds(config), "mfu": 0.5}}
 
 
-def run_search(compiler: Compiler, compilations: int, config: Config = CONFIG, out=None):
-    progress = Progress(out=out or io.StringIO())
-    return search.search(config, jax.devices(), CHIP, compilations, compiler, progress)
+def run_search(compiler: Compiler, compilations: int, config: Config = CONFIG):
+    return search.search(config, jax.devices(), CHIP, compilations, compiler)
 
 
-def test_search_compiles_the_config_first_and_ranks_all():
-    out = io.StringIO()
+def test_search_compiles_the_config_first_and_ranks_all(capsys):
     compiler = Compiler(lambda config: expected(config).memory)
-    found = run_search(compiler, 5, out=out)
+    found = run_search(compiler, 5)
     assert compiler.asked[0] == CONFIG
     assert len(compiler.asked) == len(found) == 1 + 5 + 1  # and the best with unrolled layers
     assert {config.model.scan_layers for config in compiler.asked[:6]} == {True}
@@ -103,7 +99,7 @@ def test_search_compiles_the_config_first_and_ranks_all():
     assert len({(sizes(c), c.model.remat) for c in compiler.asked[1:6]}) == 5
     steps = [report["seconds"]["step"] for _, report in found]
     assert steps == sorted(steps)
-    assert out.getvalue().count("MFU 50.0%") == 7
+    assert capsys.readouterr().out.count("MFU 50.0%") == 7
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])
@@ -129,14 +125,13 @@ def test_search_learns_from_what_does_not_fit():
     assert fits == sorted(fits, reverse=True)
 
 
-def test_a_candidate_that_cannot_be_compiled_is_ranked_last():
+def test_a_candidate_that_cannot_be_compiled_is_ranked_last(capsys):
     def refuse(config):
         return {"memory": {}, "fits": False, "compiler_message": "no"}
 
-    out = io.StringIO()
-    found = run_search(refuse, 3, out=out)
+    found = run_search(refuse, 3)
     assert len(found) == 4
-    assert out.getvalue().count("does not fit: no") == 4
+    assert capsys.readouterr().out.count("does not fit: no") == 4
 
 
 def test_flags_are_the_differences():

@@ -66,14 +66,14 @@ class StopAfter:
     """Sends a signal to this process after a step was reported."""
 
     def __init__(self, monkeypatch, step, number):
-        original = progress.Progress.update
+        original = progress.Steps.update
 
         def update(progress, done, *args, **kwargs):
             original(progress, done, *args, **kwargs)
             if done == step:
                 os.kill(os.getpid(), number)
 
-        monkeypatch.setattr(progress.Progress, "update", update)
+        monkeypatch.setattr(progress.Steps, "update", update)
 
 
 @pytest.mark.parametrize(

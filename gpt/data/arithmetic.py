@@ -17,7 +17,7 @@ from gpt.data.base import IGNORED, DataConfig, Dataset, ModelShape, Shown
 from gpt.data.tokenizers import CharTokenizer, TokenizerConfig
 from gpt.runtime import cache
 from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_positive
+from gpt.runtime.fields import option
 
 END = "\n"
 MOST_EXAMPLES = 2**31  # in an epoch: the largest number of examples that grain can shuffle
@@ -31,11 +31,10 @@ class QuestionConfig(DataConfig):
     All questions of a config have the same length, and so have all answers.
     """
 
-    validation_rows: int = 2000  # number of questions that are held out for validation
+    validation_rows: int = option(2000, "number of questions that are held out for validation", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("data", self, "validation_rows")
         if not 2 * self.validation_rows <= self.num_questions:
             raise UserError(
                 f"data.validation_rows={self.validation_rows} is more than half of the {self.num_questions} questions; "
@@ -109,17 +108,12 @@ class ArithmeticConfig(QuestionConfig):
     The last digit of an answer comes first, as in written arithmetic.
     """
 
-    kind: str = "arithmetic"  # see gpt/data/base.py
-    digits: int = 3  # number of digits of the operands, from 1 to 18
-    operators: str = "+"  # one or several of +, - and *
-    modulus: int = 0  # the operands are less than it, and the answer is modulo it; 0: no modulus
+    kind: str = "arithmetic"
+    digits: int = option(3, "number of digits of the operands", least=1, most=18)
+    operators: str = option("+", "one or several of +, - and *")
+    modulus: int = option(0, "the operands are less than it, and the answer is modulo it; 0: none", least=0)
 
     def __post_init__(self) -> None:
-        check_positive("data", self, "digits")
-        if self.digits > 18 or not 0 <= self.modulus < 10**18:
-            raise UserError(
-                f"data.digits={self.digits} and data.modulus={self.modulus} must not be negative or exceed 18 digits."
-            )
         if not self.operators or len(set(self.operators) & OPERATORS.keys()) < len(self.operators):
             raise UserError(f"data.operators={self.operators!r} has to name one or several of {' '.join(OPERATORS)}.")
         super().__post_init__()
@@ -178,17 +172,9 @@ class ArithmeticConfig(QuestionConfig):
 class SortConfig(QuestionConfig):
     """Options of sequences of digits that are to be sorted."""
 
-    kind: str = "sort"  # see gpt/data/base.py
-    size: int = 10  # number of digits in a sequence, from 1 to 500
-    digits: int = 10  # number of different digits, from 2 to 10
-
-    def __post_init__(self) -> None:
-        check_positive("data", self, "size")
-        if not 2 <= self.digits <= 10 or self.size > 500:
-            raise UserError(
-                f"data.digits={self.digits} has to lie between 2 and 10, and data.size={self.size} between 1 and 500."
-            )
-        super().__post_init__()
+    kind: str = "sort"
+    size: int = option(10, "number of digits in a sequence", least=1, most=500)
+    digits: int = option(10, "number of different digits", least=2, most=10)
 
     @property
     def alphabet(self) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from gpt.data import tokenizers
 from gpt.data.tokenizers import Labels, Tokenizer, TokenizerConfig
 from gpt.runtime.errors import UsageError, UserError
-from gpt.runtime.fields import check_not_negative, harmless
+from gpt.runtime.fields import Options, option
 
 KINDS = {
     "text": "gpt.data.text:TextConfig",
@@ -125,22 +125,20 @@ class Dataset:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Options):
     """Options of a kind of data: the base class of a frozen dataclass for each kind, which adds its own fields.
 
     Attributes:
       kind: the name in `KINDS`.
-      prefetch: number of batches that are prepared ahead of the training step.
       gives: the type of the inputs, "tokens" or "images", as `ModelConfig.reads`.
     """
 
-    kind: str
-    prefetch: int = harmless(4)  # number of batches to prepare ahead of the training step; 0: no prefetching
+    section: ClassVar[str] = "data"
+
+    kind: str = option(dataclasses.MISSING, "kind of data, which decides about the other keys", choices=KINDS)
+    prefetch: int = option(4, "batches to prepare ahead of the training step; 0: none", harmless=True, least=0)
 
     gives: ClassVar[str] = "tokens"
-
-    def __post_init__(self) -> None:
-        check_not_negative("data", self, "prefetch")
 
     @property
     def vocab_size(self) -> int:

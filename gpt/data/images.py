@@ -16,7 +16,7 @@ from gpt.data.base import DataConfig, Dataset, ModelShape, Say, Shown
 from gpt.data.tokenizers import Labels
 from gpt.runtime import cache
 from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_choice, check_not_negative, check_part, check_positive, harmless
+from gpt.runtime.fields import option
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,28 +38,18 @@ class ImagesConfig(DataConfig):
     that the model reads. In training, `crop`, `shift` and `flip` augment the images.
     """
 
-    kind: str = "images"  # see gpt/data/base.py
-    # Folder with a subfolder of images for each class, or with two such folders, `train` and `val`; "": the 1,797
-    # digits of 8 × 8 pixels that come with scikit-learn
-    path: str = harmless("")
-    validation_fraction: float = 0.2  # fraction of the images that is for validation if there is no folder `val`
-    crop: float = 1.0  # in training: least fraction of the area of an image to cut out at random; 1: the center square
-    shift: int = 0  # in training: largest number of pixels by which to move an image in each direction
-    flip: bool = False  # in training: mirror half of the images
-    resize: int = 0  # pixels of the shorter side before the square is cut out; 0: the size that the model reads
-    stretch: bool = False  # scale both sides to `resize` pixels, which changes the aspect ratio
-    resample: str = "bicubic"  # filter to scale images with: bilinear, bicubic or lanczos
-    on_white: bool = False  # put transparent images on a white background; False: discard the transparency
-    threads: int = 4  # number of threads that decode images
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_part("data", self, "validation_fraction")
-        if not 0 < self.crop <= 1:
-            raise UserError(f"data.crop={self.crop} has to be greater than 0 and at most 1.")
-        check_not_negative("data", self, "shift", "resize")
-        check_positive("data", self, "threads")
-        check_choice("data.resample", self.resample, FILTERS)
+    kind: str = "images"
+    # Or a folder with two such folders, `train` and `val`. The digits are 1,797 images of 8 × 8 pixels.
+    path: str = option("", "folder with a folder of images per class; empty: scikit-learn's digits", harmless=True)
+    validation_fraction: float = option(0.2, "fraction for validation if there is no folder val", above=0, below=1)
+    crop: float = option(1.0, "training: least part of the area to cut out at random; 1: the center", above=0, most=1)
+    shift: int = option(0, "training: pixels by which to move an image at most, in each direction", least=0)
+    flip: bool = option(False, "training: mirror half of the images")
+    resize: int = option(0, "pixels of the shorter side before the cut; 0: as many as the model reads", least=0)
+    stretch: bool = option(False, "scale both sides to data.resize pixels, which changes the aspect ratio")
+    resample: str = option("bicubic", "filter to scale images with", choices=FILTERS)
+    on_white: bool = option(False, "put transparent images on white instead of discarding the transparency")
+    threads: int = option(4, "number of threads that decode images", above=0)
 
     gives: ClassVar[str] = "images"
 

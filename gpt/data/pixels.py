@@ -19,7 +19,7 @@ from gpt.data.base import Dataset, ModelShape
 from gpt.data.tokenizers import Labels, Tokenizer
 from gpt.runtime import cache
 from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_choice, check_fraction, check_positive
+from gpt.runtime.fields import check_choice, option
 
 FITTED_IMAGES, FITTED_COLORS = 2000, 1 << 15  # largest number of images and of their colours to fit a palette to
 
@@ -28,19 +28,16 @@ FITTED_IMAGES, FITTED_COLORS = 2000, 1 << 15  # largest number of images and of 
 class PixelsConfig(images.ImagesConfig):
     """Options of images as sequences of pixels."""
 
-    kind: str = "pixels"  # see gpt/data/base.py
-    image_size: int = 8  # height and width in pixels to which images are scaled; model.block_size is its square
-    channels: int = 1  # 3: red, green and blue; 1: grey
-    palette_size: int = 512  # largest number of colours; images with fewer colours keep all of them
-    class_dropout: float = 0.1  # in training: fraction of the images whose class is hidden from the model
+    kind: str = "pixels"
+    image_size: int = option(8, "height and width of scaled images; model.block_size is its square", above=0)
+    channels: int = option(1, "3: red, green and blue; 1: grey", choices=(1, 3))
+    palette_size: int = option(512, "largest number of colours; images with fewer keep all of them", above=0)
+    class_dropout: float = option(0.1, "training: fraction of images without their class", least=0, below=1)
 
     gives: ClassVar[str] = "tokens"
 
     def __post_init__(self):
         super().__post_init__()
-        check_positive("data", self, "image_size", "palette_size")
-        check_choice("data.channels", self.channels, (1, 3))
-        check_fraction("data", self, "class_dropout")
         # A palette reads the images of prompts without these options.
         for name in ("resize", "stretch", "resample", "on_white"):
             check_choice(f"data.{name}", getattr(self, name), (getattr(images.ImagesConfig, name),))

@@ -22,7 +22,7 @@ from gpt.data.tokens import make_tokenizer, scan, shakespeare, threshold, tokeni
 from gpt.runtime import cache
 from gpt.runtime.cache import Cache
 from gpt.runtime.errors import UsageError, UserError, one_line
-from gpt.runtime.fields import check_part, harmless
+from gpt.runtime.fields import option
 
 VALIDATION, TEST = {"val", "valid", "validation"}, {"test"}  # words in names of files
 FARTHEST = 1 << 24  # tokens before the end of the training text in which the end of a document is looked for
@@ -33,24 +33,19 @@ READERS = 256  # windows to read at a time from a bucket
 class TextConfig(DataConfig):
     """Options of a text, which is tokenised and cut into windows of the context length."""
 
-    kind: str = "text"  # see gpt/data/base.py
-    # Files, folders and patterns of text, records or token shards, separated by commas, on disks or in buckets; "":
-    # Shakespeare's plays. Several sources have names: "plays=PATH,code=PATH"
-    path: str = harmless("")
-    # The same for validation; "": what the names of the files tell, or a part of `path`
-    validation_path: str = harmless("")
-    validation_fraction: float = 0.1  # fraction of `path` that is for validation, between 0 and 1
-    weights: str = (
-        ""  # shares of the sources: "plays=0.7,code=0.3"; from step 500 on others: "…;500:plays=1"; "": by size
-    )
-    document_borders: bool = False  # attend within a document only, and count positions from its first token
-    whole_documents: bool = False  # document_borders, with windows of whole documents: only longer ones are cut
-    # Folder for the cached tokens and vocabulary; "": the common cache folder (GPT_CACHE_DIR)
-    cache_dir: str = harmless("")
+    kind: str = "text"
+    # On disks or in buckets. Several sources have names: "plays=PATH,code=PATH".
+    path: str = option("", "files, folders or patterns, with commas; empty: Shakespeare's plays", harmless=True)
+    validation_path: str = option("", "the same for validation; empty: by file name, or a part of path", harmless=True)
+    validation_fraction: float = option(0.1, "fraction of data.path that is for validation", above=0, below=1)
+    # From step 500 on other shares: "…;500:plays=1".
+    weights: str = option("", "shares of the sources, like plays=0.7,code=0.3; empty: by size")
+    document_borders: bool = option(False, "attend within a document only, with positions from its first token")
+    whole_documents: bool = option(False, "document_borders, and windows of whole documents: only longer ones are cut")
+    cache_dir: str = option("", "folder for cached tokens; empty: the common one (GPT_CACHE_DIR)", harmless=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_part("data", self, "validation_fraction")
         combined.parse_weights(self.weights)
 
     def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Corpus":

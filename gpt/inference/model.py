@@ -13,6 +13,7 @@ from gpt.data.base import Shown
 from gpt.data.tokenizers import Labels, Tokenizer
 from gpt.inference import explanation, generation
 from gpt.runtime.errors import UserError
+from gpt.runtime.progress import task
 
 
 class TrainedModel(Loaded):
@@ -100,7 +101,7 @@ class TrainedModel(Loaded):
           UserError: a file is not an image, or the model is not a classifier.
         """
         inputs = np.stack([self.run.config.data.inputs(file, self.model_config) for file in files])
-        with self.program.layout.for_decoding(len(inputs)).use():
+        with self.program.layout.for_decoding(len(inputs)).use(), task("classifying"):
             apply = jax.jit(self.program.model.apply, out_shardings=self.program.layout.replicated)
             logits = jax.device_get(apply({"params": self.params}, inputs))
         return np.asarray(jax.nn.softmax(logits))
@@ -124,7 +125,8 @@ class TrainedModel(Loaded):
         self, split: str = "val", data: str | None = None, stride: int | None = None
     ) -> tuple[dict[str, float], Shown]:
         """Returns the measures of `evaluate`, and some examples with a wrong prediction."""
-        dataset = self.dataset(data)
+        with task("reading the data"):
+            dataset = self.dataset(data)
         source = dataset.evaluation(split, self.model_config, stride)
         result: dict[str, Any] = step.evaluate(self.program, self.params, source, self.batch_size)
         return dataset.report(source, result), dataset.mistakes(source, result)
@@ -150,4 +152,5 @@ class TrainedModel(Loaded):
         Raises:
           UserError: the model's family is not "gpt", the text has unknown characters, or it is too short or too long.
         """
-        return explanation.explain(self, text)
+        with task("reading the text"):
+            return explanation.explain(self, text)

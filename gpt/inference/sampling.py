@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,6 +16,7 @@ from gpt.inference.model import TrainedModel
 from gpt.runtime import cluster
 from gpt.runtime.errors import UsageError, UserError
 from gpt.runtime.files import new_file
+from gpt.runtime.progress import say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int],
     ) -> Iterator[list[Continuation]]:
         longest, context = max(map(len, tokens)), model.model_config.length
         if longest > context:
-            _note(f"the prompt has {longest} tokens; the model sees the last {context}.")
+            say(f"note: the prompt has {longest} tokens; the model sees the last {context}.")
         return generation.continuations(
             generator.start(model.params, tokens, options.num_samples, options.seed, first),
             decode,
@@ -119,7 +119,7 @@ def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int],
                 del messages[start : start + 2]
                 tokens = chat.encode(tokenizer, messages)
             if len(messages) <= len(conversation):
-                _note("the conversation exceeds the context length; the model does not see its oldest messages.")
+                say("note: the conversation exceeds the context length; the model does not see its oldest messages.")
             text = _stream("", generate([tokens], tokenizer.decode_answer, number), options.stop)
             conversation[:] = [*messages, {"role": "assistant", "content": text}]
 
@@ -129,11 +129,6 @@ def _writer(model: TrainedModel, options: Options) -> Callable[[list[str], int],
         raise UsageError("--chat prints one answer to each message; leave out --num_samples and --logprobs.")
     chat.check(tokenizer)
     return answer
-
-
-def _note(text: str) -> None:
-    if cluster.is_first():
-        print(f"note: {text}", file=sys.stderr)
 
 
 def _stream(prompt: str, segments: Iterator[list[Continuation]], stop_text: str) -> str:

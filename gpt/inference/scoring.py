@@ -15,6 +15,7 @@ from gpt.checkpointing.loading import Loaded
 from gpt.data.base import IGNORED
 from gpt.inference import generation
 from gpt.runtime.errors import UserError
+from gpt.runtime.progress import task
 
 
 def loglikelihoods(run: Loaded, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
@@ -77,6 +78,7 @@ def parts(run: Loaded, rows: list[Any]) -> Iterator[tuple[int, list[Any]]]:
     """
     shards = run.program.layout.batch_shards
     size = min(run.batch_size, -(-len(rows) // shards) * shards)
-    for first in range(0, len(rows), size or 1):
-        part = rows[first : first + size]
-        yield first, part + part[-1:] * (size - len(part))
+    with task("scoring", len(rows)) as shown:
+        for first in range(0, len(rows), size or 1):
+            part, shown.done = rows[first : first + size], first
+            yield first, part + part[-1:] * (size - len(part))

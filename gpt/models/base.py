@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from gpt.models import kernels, quantized, remat, rotary
 from gpt.models.layers import ACTIVATIONS
 from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_choice, check_fraction, check_names, check_not_negative, check_positive, harmless
+from gpt.runtime.fields import Options, check_names, option
 
 FAMILIES = {
     "gpt": "gpt.models.gpt:GPTConfig",
@@ -28,10 +28,12 @@ FAMILIES = {
 MAX_LAYERS, MAX_PARAMETERS = 10_000, 1e14
 
 LAYERS = ("qkv", "out", "gate", "up", "down")  # the linear layers of a block
+NORMS, PLACES = ("layernorm", "rmsnorm", "rmsnorm_plus1"), ("pre", "post", "both")
+DTYPES, PRODUCTS = ("auto", "float32", "bfloat16"), ("dtype", *quantized.FORMATS)
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Options):
     """Shape and options of a model. Each family subclasses it with a frozen dataclass that gives every field a default.
 
     Attributes:
@@ -39,6 +41,7 @@ class ModelConfig:
       vocab_size: the number of targets to choose from: tokens or classes. 0 takes the number from the data.
     """
 
+    section: ClassVar[str] = "model"
     # What a family offers: these are not fields of the config.
     reads: ClassVar[str] = "tokens"  # the input: tokens, int32 [length], or images, uint8 [height, width, channels]
     position_kinds: ClassVar[tuple[str, ...]] = ("learned", "rotary", "none")
@@ -47,63 +50,49 @@ class ModelConfig:
     vocab_source: ClassVar[str] = "tokenizer"  # where a `vocab_size` of 0 takes its value from
     unavailable: ClassVar[tuple[str, ...]] = ()  # fields below that have to keep their defaults
 
-    family: str
-    vocab_size: int
-    num_layers: int = 8  # number of blocks
-    num_heads: int = 8  # number of attention heads in a block; divides embed_dim unless head_size is given
-    num_kv_heads: int = 0  # heads of keys and values (arXiv 2305.13245); divides num_heads; 0: num_heads
-    embed_dim: int = 512  # width of the residual stream
-    head_size: int = 0  # size of an attention head; 0: embed_dim/num_heads
-    base_width: int = 0  # width whose learning rate and initial values µP scales to embed_dim (arXiv 2203.03466); 0: no
-    mlp_size: int = 0  # hidden width of the MLP; 0: 4·embed_dim
-    gated_mlp: bool = False  # multiply the activation of one projection by another: SwiGLU, GeGLU (arXiv 2002.05202)
-    parallel_block: bool = False  # add attention and MLP of the same input, as in GPT-NeoX (arXiv 2204.06745)
-    bias: str = "all"  # places that have a bias: all, none, or some of qkv, out, gate, up, down, norm, with commas
-    norm: str = "layernorm"  # normalization: layernorm, rmsnorm, or rmsnorm_plus1 (scale 1 + parameter, as in Gemma)
-    norm_places: str = "pre"  # norms of attention and MLP: pre (on inputs), post (on outputs, as in OLMo 2) or both
-    norm_epsilon: float = 1e-5  # number that a norm adds to the variance
-    activation: str = "gelu_tanh"  # activation of the MLP: gelu_tanh, gelu (exact), relu, relu_squared or silu
-    positions: str = "learned"  # position encoding: learned, rotary or none (not for images), sincos (images only)
-    rotary_base: float = 10_000.0  # rotary: the greatest wavelength in tokens is about 2π times this
-    rotary_base_local: float = 0.0  # rotary: base in local layers, which then have no rotary_scaling; 0: rotary_base
-    rotary_fraction: float = 1.0  # rotary: fraction of each head that is rotated
-    rotary_scaling: str = ""  # rotary: for longer contexts, linear, llama3 or yarn with numbers; see models/rotary.py
-    qk_norm: str = "none"  # normalize queries and keys: none, unit (root mean square 1), head or all (learned scales)
-    attention_scale: float = 0.0  # factor of the attention scores; 0: 1/√(head size), or with µP 8/(head size)
-    attention_softcap: float = 0.0  # limit attention scores by c·tanh(x/c), as in Gemma 2 (arXiv 2408.00118); 0: no
-    window: int = 0  # number of tokens that a token of a local layer attends to, itself included; 0: no local layers
-    window_pattern: str = "L"  # which layers are local (L) or global (G), repeated over all layers
-    zero_init: bool = False  # initialize the projections onto the residual stream with zeros
-    embed_dropout: float = 0.1  # dropout probability of the embeddings
-    residual_dropout: float = 0.1  # dropout probability of the output of attention and MLP
-    attention_dropout: float = 0.1  # dropout probability of the attention weights
-    # Implementation of attention: dense, chunked, cudnn (NVIDIA GPUs, no dropout), splash (TPUs, no dropout), or auto:
-    # the kernel of the platform if it supports the model, else dense.
-    attention: str = harmless("auto")
-    dtype: str = "auto"  # dtype of the computation: float32, bfloat16, or auto: float32 on a CPU, bfloat16 elsewhere
-    # Factors of the blocks' products with kernels: dtype's, or int8 or fp8, which some accelerators compute faster.
-    products: str = "dtype"
-    scan_layers: bool = harmless(False)  # compile one block and loop over the layers: faster to compile if deep
-    # What the backward pass recomputes: none, dots (all but linear layers and attention kernels), full, or all but the
-    # named outputs; see models/remat.py.
-    remat: str = harmless("none")
-    lora_rank: int = 0  # rank of the adapters to train on top of train.init_from's frozen weights; 0: no adapters
-    lora_alpha: float = 16.0  # the output of an adapter is multiplied by lora_alpha/lora_rank
-    lora_targets: str = "qkv"  # linear layers with an adapter, of qkv, out, gate, up and down, separated by commas
+    family: str = option(dataclasses.MISSING, "model family, which decides about the other keys", choices=FAMILIES)
+    vocab_size: int = option(dataclasses.MISSING, "number of tokens or classes; 0: that of the data", least=0)
+    num_layers: int = option(8, "number of blocks", above=0)
+    num_heads: int = option(8, "attention heads in a block; divides embed_dim unless head_size is given", above=0)
+    # Grouped queries, arXiv 2305.13245.
+    num_kv_heads: int = option(0, "heads of keys and values; divides num_heads; 0: num_heads", least=0)
+    embed_dim: int = option(512, "width of the residual stream", above=0)
+    head_size: int = option(0, "size of an attention head; 0: embed_dim/num_heads", least=0)
+    base_width: int = option(0, "width that the learning rate is for, with µP (arXiv 2203.03466); 0: no µP", least=0)
+    mlp_size: int = option(0, "hidden width of the MLP; 0: 4·embed_dim", least=0)
+    gated_mlp: bool = option(False, "multiply the activation by another projection: SwiGLU, GeGLU (arXiv 2002.05202)")
+    parallel_block: bool = option(False, "attention and MLP read the same input, as in GPT-NeoX (arXiv 2204.06745)")
+    bias: str = option("all", "places with a bias: all, none, or some of qkv,out,gate,up,down,norm")
+    norm: str = option("layernorm", "normalization; rmsnorm_plus1 scales by 1 + its parameter, as Gemma", choices=NORMS)
+    norm_places: str = option("pre", "norms on inputs (pre) or outputs (post, as in OLMo 2) of layers", choices=PLACES)
+    norm_epsilon: float = option(1e-5, "number that a norm adds to the variance", above=0)
+    activation: str = option("gelu_tanh", "activation of the MLP; gelu is exact", choices=ACTIVATIONS)
+    positions: str = option("learned", "position encoding", choices="position_kinds")
+    rotary_base: float = option(10_000.0, "rotary: the greatest wavelength in tokens is about 2π times this", above=0)
+    rotary_base_local: float = option(0.0, "rotary: base in local layers, without scaling; 0: rotary_base", least=0)
+    rotary_fraction: float = option(1.0, "rotary: fraction of each head that is rotated", above=0, most=1)
+    rotary_scaling: str = option("", "rotary: for long contexts, linear, llama3 or yarn with numbers; see rotary.py")
+    qk_norm: str = option("none", "norm of queries and keys; head and all have scales", choices="qk_norm_kinds")
+    attention_scale: float = option(0.0, "factor of attention scores; 0: 1/√(head size), or 8/(head size)", least=0)
+    attention_softcap: float = option(0.0, "c: limits attention scores by c·tanh(x/c), as in Gemma 2; 0: no", least=0)
+    window: int = option(0, "tokens that a token of a local layer attends to, with itself; 0: no local layers", least=0)
+    window_pattern: str = option("L", "which layers are local (L) or global (G), repeated over all layers")
+    zero_init: bool = option(False, "initialize the projections onto the residual stream with zeros")
+    embed_dropout: float = option(0.1, "dropout probability of the embeddings", least=0, below=1)
+    residual_dropout: float = option(0.1, "dropout probability of the output of attention and MLP", least=0, below=1)
+    attention_dropout: float = option(0.1, "dropout probability of the attention weights", least=0, below=1)
+    # cudnn is for NVIDIA GPUs and splash for TPUs, both without dropout.
+    attention: str = option("auto", "implementation; auto: by platform", choices="attention_kinds", harmless=True)
+    dtype: str = option("auto", "dtype of the computation; auto: float32 on a CPU, bfloat16 elsewhere", choices=DTYPES)
+    products: str = option("dtype", "factors of the products with kernels, by default of dtype", choices=PRODUCTS)
+    scan_layers: bool = option(False, "compile one block and loop over the layers, if there are many", harmless=True)
+    remat: str = option("none", "recomputed backward: none, dots, full, or kept names; see remat.py", harmless=True)
+    lora_rank: int = option(0, "rank of adapters to train on train.init_from's frozen weights; 0: none", least=0)
+    lora_alpha: float = option(16.0, "the output of an adapter is multiplied by lora_alpha/lora_rank", above=0)
+    lora_targets: str = option("qkv", "linear layers with an adapter, some of qkv,out,gate,up,down")
 
     def __post_init__(self):
-        check_positive("model", self, "num_layers", "num_heads", "embed_dim", "norm_epsilon", "lora_alpha")
-        check_not_negative("model", self, "num_kv_heads", "head_size", "mlp_size", "window", "lora_rank", "base_width")
-        check_not_negative("model", self, "attention_scale", "attention_softcap", "rotary_base_local")
-        check_fraction("model", self, "embed_dropout", "residual_dropout", "attention_dropout")
-        check_choice("model.norm", self.norm, ("layernorm", "rmsnorm", "rmsnorm_plus1"))
-        check_choice("model.norm_places", self.norm_places, ("pre", "post", "both"))
-        check_choice("model.qk_norm", self.qk_norm, self.qk_norm_kinds)
-        check_choice("model.activation", self.activation, ACTIVATIONS)
-        check_choice("model.positions", self.positions, self.position_kinds)
-        check_choice("model.attention", self.attention, self.attention_kinds)
-        check_choice("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
-        check_choice("model.products", self.products, ("dtype", *quantized.FORMATS))
+        super().__post_init__()
         remat.check(self.remat)
         check_names("model.lora_targets", self.lora_targets, [*self.layer_weights])
         if self.bias not in ("all", "none"):
@@ -111,8 +100,6 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             if field.name in self.unavailable and getattr(self, field.name) != field.default:
                 raise UserError(f"model.{field.name} is not available for model.family={self.family}; leave it out.")
-        if self.vocab_size < 0:
-            raise UserError(f"model.vocab_size={self.vocab_size} has to be 0 (the {self.vocab_source}'s) or more.")
         if not self.window_pattern or set(self.window_pattern) - {"L", "G"}:
             raise UserError(f"model.window_pattern={self.window_pattern!r} has to consist of the letters L and G.")
         if self.num_layers > MAX_LAYERS or self.num_parameters() > MAX_PARAMETERS:
@@ -125,11 +112,10 @@ class ModelConfig:
         if self.num_heads % self.kv_heads:
             raise UserError(f"model.num_kv_heads={self.kv_heads} does not divide model.num_heads={self.num_heads}.")
         if self.positions == "rotary":
-            check_positive("model", self, "rotary_base")
-            if not 0 < self.rotary_fraction <= 1 or self.rotary_size % 2:
+            if self.rotary_size % 2:
                 raise UserError(
                     f"model.rotary_fraction={self.rotary_fraction} of a head size of {self.head_dim} gives "
-                    f"{self.rotary_size} numbers to rotate; this has to be an even number, and the fraction at most 1."
+                    f"{self.rotary_size} numbers to rotate; this has to be an even number."
                 )
             if self.rotary_scaling:
                 rotary.parse(self.rotary_scaling)

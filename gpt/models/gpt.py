@@ -17,27 +17,22 @@ from gpt.models.base import ModelConfig
 from gpt.models.gradients import add_bias
 from gpt.models.layers import Embedding, Linear
 from gpt.models.transformer import apply_blocks
-from gpt.runtime.fields import check_not_negative, check_positive, harmless
+from gpt.runtime.fields import option
 
 
 @dataclasses.dataclass(frozen=True)
 class GPTConfig(ModelConfig):
     """Shape and options of a GPT. The defaults are a small GPT-2 for characters."""
 
-    family: str = "gpt"  # model family: gpt, vit, perceiver_ar or perceiver_io
-    vocab_size: int = 0  # number of tokens; 0: the tokenizer's
-    vocab_multiple: int = 1  # pad the vocabulary to a multiple of this, so that a mesh axis divides it
-    block_size: int = 128  # context length, in tokens
-    tie_embeddings: bool = True  # use the token embedding as the output head, as in GPT-2
-    embed_multiplier: float = 1.0  # factor of the token embeddings, as in Gemma
-    logit_softcap: float = 0.0  # limit logits by c·tanh(x/c), as in Gemma 2; 0: no limit
-    query_chunk: int = harmless(128)  # block of queries in chunked attention, in tokens
-    key_chunk: int = harmless(128)  # block of keys in chunked attention, in tokens
-
-    def __post_init__(self):
-        check_positive("model", self, "vocab_multiple", "block_size", "query_chunk", "key_chunk", "embed_multiplier")
-        check_not_negative("model", self, "logit_softcap")
-        super().__post_init__()
+    family: str = "gpt"
+    vocab_size: int = 0
+    vocab_multiple: int = option(1, "pad the vocabulary to a multiple of this, so that a mesh axis divides it", above=0)
+    block_size: int = option(128, "context length, in tokens", above=0)
+    tie_embeddings: bool = option(True, "use the token embedding as the output head, as in GPT-2")
+    embed_multiplier: float = option(1.0, "factor of the token embeddings, as in Gemma", above=0)
+    logit_softcap: float = option(0.0, "c: limits logits by c·tanh(x/c), as in Gemma 2; 0: no limit", least=0)
+    query_chunk: int = option(128, "block of queries in chunked attention, in tokens", harmless=True, above=0)
+    key_chunk: int = option(128, "block of keys in chunked attention, in tokens", harmless=True, above=0)
 
     @property
     def length(self) -> int:

@@ -23,7 +23,7 @@ from gpt.models.layers import unit_rms
 from gpt.models.transformer import add_mlp, apply_blocks, branch, linear, norm
 from gpt.models.vit import ViT, ViTConfig
 from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_fraction, check_positive
+from gpt.runtime.fields import option
 
 # What the cross-attention does not have.
 ATTENTION = ("num_kv_heads", "rotary_base_local", "attention_scale", "attention_softcap", "window", "base_width")
@@ -34,20 +34,17 @@ UNAVAILABLE = ("parallel_block", *ATTENTION)
 class PerceiverARConfig(GPTConfig):
     """Shape and options of a Perceiver AR. `num_layers` counts the blocks on the latents, not the cross-attention."""
 
-    family: str = "perceiver_ar"  # model family: gpt, vit, perceiver_ar or perceiver_io
-    block_size: int = 512  # context length, in tokens
-    num_latents: int = 128  # number of tokens at the end of the context that are latents and have a target
-    # Fraction of the training examples whose context begins at a random token before the latents, so that the model
-    # also learns short contexts. (The paper drops single tokens instead.)
-    prefix_dropout: float = 0.25
-    positions: str = "rotary"  # position encoding: learned or rotary
+    family: str = "perceiver_ar"
+    block_size: int = 512
+    num_latents: int = option(128, "tokens at the end of the context that are latents and have a target", above=0)
+    # Their context begins at a random token before the latents. (The paper drops single tokens instead.)
+    prefix_dropout: float = option(0.25, "fraction of the examples with a shorter context", least=0, below=1)
+    positions: str = "rotary"
 
     qk_norm_kinds: ClassVar[tuple[str, ...]] = ("none", "unit")
     unavailable: ClassVar[tuple[str, ...]] = UNAVAILABLE
 
     def __post_init__(self):
-        check_positive("model", self, "num_latents")
-        check_fraction("model", self, "prefix_dropout")
         super().__post_init__()
         if self.num_latents > self.block_size:
             raise UserError(f"model.num_latents={self.num_latents} must not exceed model.block_size={self.block_size}.")
@@ -84,19 +81,15 @@ class PerceiverARConfig(GPTConfig):
 class PerceiverIOConfig(ViTConfig):
     """Shape and options of a Perceiver IO. `num_layers` counts the blocks on the latents, not the cross-attentions."""
 
-    family: str = "perceiver_io"  # model family: gpt, vit, perceiver_ar or perceiver_io
-    image_size: int = 32  # height and width of an image, in pixels
-    patch_size: int = 1  # height and width of a patch, in pixels
-    num_latents: int = 64  # number of learned latents
-    pooling: str = "query"  # what the head reads: a learned query's attention to the latents
+    family: str = "perceiver_io"
+    image_size: int = 32
+    patch_size: int = 1
+    num_latents: int = option(64, "number of learned latents", above=0)
+    pooling: str = option("query", "what the head reads: a learned query's attention", choices="pooling_kinds")
 
     pooling_kinds: ClassVar[tuple[str, ...]] = ("query",)
     qk_norm_kinds: ClassVar[tuple[str, ...]] = ("none", "unit")
     unavailable: ClassVar[tuple[str, ...]] = UNAVAILABLE
-
-    def __post_init__(self):
-        check_positive("model", self, "num_latents")
-        super().__post_init__()
 
     def resolve(self, vocab_size: int, platform: str, length_shards: int = 1) -> Self:
         """Returns this config with concrete values, see `ModelConfig.resolve`. The mesh has to divide the latents."""

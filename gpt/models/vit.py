@@ -21,7 +21,7 @@ from gpt.models.gradients import add_bias
 from gpt.models.layers import Linear, parameter
 from gpt.models.transformer import apply_blocks
 from gpt.runtime.errors import UserError
-from gpt.runtime.fields import check_choice, check_positive
+from gpt.runtime.fields import option
 
 MAX_SIZE = 1 << 14  # pixels; a larger image is a typing error
 
@@ -30,19 +30,19 @@ MAX_SIZE = 1 << 14  # pixels; a larger image is a typing error
 class ViTConfig(ModelConfig):
     """Shape and options of a vision transformer. The defaults are those of ViT-Ti/16 for photographs."""
 
-    family: str = "vit"  # model family: gpt, vit, perceiver_ar or perceiver_io
-    num_layers: int = 12  # number of blocks
-    num_heads: int = 3  # number of attention heads in a block; has to divide embed_dim
-    embed_dim: int = 192  # width of the residual stream
-    activation: str = "gelu"  # activation of the MLP: gelu_tanh, gelu (exact), relu, relu_squared or silu
-    norm_epsilon: float = 1e-6  # number that a norm adds to the variance
-    image_size: int = 224  # height and width of an image, in pixels
-    channels: int = 3  # 3: red, green and blue; 1: gray
-    patch_size: int = 16  # height and width of a patch, in pixels
-    vocab_size: int = 0  # number of classes; 0: the data's
-    pooling: str = "class_token"  # what the head reads: class_token, or mean: the mean of all patches
-    pixel_mean: str = "0.5"  # subtracted from pixels in [0, 1]: a number, or one per channel like 0.485,0.456,0.406
-    pixel_std: str = "0.5"  # the difference is divided by this: a number, or one per channel
+    family: str = "vit"
+    num_layers: int = 12
+    num_heads: int = 3
+    embed_dim: int = 192
+    activation: str = "gelu"
+    norm_epsilon: float = 1e-6
+    image_size: int = option(224, "height and width of an image, in pixels", above=0, most=MAX_SIZE)
+    channels: int = option(3, "3: red, green and blue; 1: gray", choices=(1, 3))
+    patch_size: int = option(16, "height and width of a patch, in pixels", above=0)
+    vocab_size: int = 0
+    pooling: str = option("class_token", "what the head reads; mean: the mean of all patches", choices="pooling_kinds")
+    pixel_mean: str = option("0.5", "subtracted from pixels in [0, 1]; a number, or one per channel with commas")
+    pixel_std: str = option("0.5", "the difference is divided by this; a number, or one per channel")
 
     reads: ClassVar[str] = "images"
     position_kinds: ClassVar[tuple[str, ...]] = ("learned", "sincos")
@@ -52,11 +52,6 @@ class ViTConfig(ModelConfig):
     vocab_source: ClassVar[str] = "data"
 
     def __post_init__(self):
-        check_positive("model", self, "image_size", "channels", "patch_size")
-        check_choice("model.channels", self.channels, (1, 3))
-        check_choice("model.pooling", self.pooling, self.pooling_kinds)
-        if self.image_size > MAX_SIZE:
-            raise UserError(f"model.image_size={self.image_size} is beyond {MAX_SIZE:,} pixels.")
         super().__post_init__()
         if self.image_size % self.patch_size:
             raise UserError(f"model.patch_size={self.patch_size} does not divide model.image_size={self.image_size}.")

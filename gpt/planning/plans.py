@@ -92,7 +92,7 @@ def _plan(config: Config, topology: str, options: Options) -> list[tuple[Config,
             return compiling.refused(changed, topology, str(error))
 
     compiling.build(config, devices)  # raises UserError if the config itself cannot be built
-    return search.search(config, devices, chip, options.compilations, plan_or_refuse, progress.Progress(out=sys.stderr))
+    return search.search(config, devices, chip, options.compilations, plan_or_refuse)
 
 
 def plan(config: Config, topology: str) -> report.Report:
@@ -107,7 +107,8 @@ def plan(config: Config, topology: str) -> report.Report:
     versions = {name: importlib.metadata.version(name) for name in packages}
     name = f"plan-{cache.digest(dataclasses.asdict(config), topology, versions, options, code_digest())}"
     stored = cache.Cache(say=functools.partial(print, file=sys.stderr))
-    return stored.entry(name, lambda create: compiling.measure(config, topology)).value
+    with progress.task(f"compiling for {topology}"):
+        return stored.entry(name, lambda create: compiling.measure(config, topology)).value
 
 
 def plan_elsewhere(config: Config, topology: str) -> report.Report:

@@ -8,7 +8,6 @@ import dataclasses
 import itertools
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 
 import jax
@@ -23,7 +22,7 @@ from gpt.planning.report import Report
 from gpt.runtime import hardware
 from gpt.runtime.errors import UserError
 from gpt.runtime.hardware import Chip
-from gpt.runtime.progress import Progress, duration
+from gpt.runtime.progress import say, task
 from gpt.sharding import AXES, MeshConfig
 
 # A search compiles deeper models with scanned layers, in a fraction of the time, and its best config as it was given.
@@ -177,7 +176,6 @@ def search(
     chip: Chip,
     compilations: int,
     plan: Callable[[Config], Report],
-    progress: Progress,
 ) -> list[tuple[Config, Report]]:
     """Compiles the config and its most promising changes.
 
@@ -195,17 +193,19 @@ def search(
     is_deep = config.model.num_layers > LARGEST_UNROLLED
     first = with_layers(config, True) if is_deep else config
     queue = _Queue([each for each in candidates(first, devices, chip) if each.config != first], chip)
-    progress.say(f"{len(queue.candidates):,} candidates by arithmetic; compiling {compilations} and the config itself")
+    say(f"{len(queue.candidates):,} candidates by arithmetic; compiling {compilations} and the config itself")
     done: list[tuple[Config, Report]] = []
-    start = time.perf_counter()
     at_once = max(1, min(os.cpu_count() or 1, int(hardware.host_memory() / 2 // COMPILER_BYTES)))
 
     def finish(candidate: Candidate, report: Report) -> None:
         queue.learn(candidate, report)
         done.append((candidate.config, report))
-        progress.say(f"{summary(report)}  {' '.join(flags(config, candidate.config)) or 'the unchanged config'}")
+        say(f"{summary(report)}  {' '.join(flags(config, candidate.config)) or 'the unchanged config'}")
 
-    with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+    with (
+        concurrent.futures.ThreadPoolExecutor(at_once) as pool,
+        task("compiling candidates", compilations + 1) as shown,
+    ):
         unchanged = expect(first, sharding.make_layout(config.mesh, devices), chip)
         running = {pool.submit(plan, first): unchanged}
         while running:
@@ -214,12 +214,13 @@ def search(
             wanted = min(at_once, compilations + 1 - len(done)) - len(running)
             for candidate in filter(None, (queue.next() for _ in range(wanted))):
                 running[pool.submit(plan, candidate.config)] = candidate
-            progress.status(f"{len(done)} of {compilations + 1} in {duration(time.perf_counter() - start)}")
+            shown.done, shown.note = len(done), f"{len(done)} of {compilations + 1}"
     best, report = min(done, key=rank)
     if report["fits"] and not (is_deep and config.model.scan_layers):
         other = with_layers(best, not best.model.scan_layers)
-        progress.status(f"the best with layers {'scanned' if other.model.scan_layers else 'unrolled'}")
-        finish(expect(other, sharding.make_layout(best.mesh, devices), chip), plan(other))
+        with task(f"compiling the best with layers {'scanned' if other.model.scan_layers else 'unrolled'}"):
+            report = plan(other)
+        finish(expect(other, sharding.make_layout(best.mesh, devices), chip), report)
     return sorted(done, key=rank)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from gpt.runtime import backend, cluster, output, signals
+from gpt.runtime import backend, cluster, output, progress, signals
 from gpt.runtime.errors import UserError, one_line
 
 MAX_PIPED = 1 << 20  # bytes of a prompt on stdin; a model sees only its end
@@ -43,7 +43,8 @@ def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
             output.continue_without_output()
         try:
             backend.check_xla_flags()
-            code = main()
+            with progress.task(progress.STARTING):
+                code = main()
             sys.stdout.flush()
             cluster.finish()
             return code
@@ -55,7 +56,7 @@ def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
     def end(number: int) -> int:
         return cluster.failed(f"error: stopped by {signal.Signals(number).name}.", 128 + number, own_fault=True)
 
-    output.install()
+    output.install(prints_result)
     signals.end_at_once(give_up=lambda number: os._exit(end(number)))
     # Libraries log routine messages at level INFO; warnings are for the user too.
     logging.set_verbosity(logging.WARNING)

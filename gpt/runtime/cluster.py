@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from gpt.runtime import versions
+from gpt.runtime import output, versions
 from gpt.runtime.errors import UsageError, UserError
 from gpt.runtime.lifeline import Hub, Spoke, host_and_port
 
@@ -157,7 +157,7 @@ def failed(text: str, code: int, own_fault: bool) -> int:
     """
     if _lifeline is None:
         if text:
-            print(text, file=sys.stderr)
+            output.show(text, sys.stderr)
         return code
     return _lifeline.failed(text, code, own_fault)
 

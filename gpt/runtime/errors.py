@@ -1,5 +1,8 @@
 """Exceptions whose message is written for the user of a command."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """An error that the user can correct. Its message names the flag, file or value, and says what to do.
@@ -21,3 +24,10 @@ def one_line(error: object) -> str:
     """Returns the message of an exception as one line, without the quotation marks that a KeyError adds."""
     text = error.args[0] if isinstance(error, KeyError) and error.args else error
     return " ".join(str(text).replace("\\'", "'").split())
+
+
+def nearest(name: object, known: Iterable[object]) -> str:
+    """Returns the end of a sentence about a name that is not known: "; did you mean NAME?", or "." if none is near."""
+    names = {str(other).lower(): other for other in known}
+    near = difflib.get_close_matches(str(name).lower(), names, n=1)
+    return f"; did you mean {names[near[0]]}?" if near else "."

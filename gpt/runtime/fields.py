@@ -1,29 +1,76 @@
-"""Fields of config dataclasses: which fields a resumed run may change, and checks of their values."""
+"""Options: the fields of config dataclasses, with their meaning, their values, and whether a resumed run may differ."""
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable
-from typing import Any
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
-from gpt.runtime.errors import UserError
+from gpt.runtime.errors import UserError, nearest
+
+BOUNDS = {
+    "above": ("greater than", operator.gt),
+    "least": ("at least", operator.ge),
+    "below": ("less than", operator.lt),
+    "most": ("at most", operator.le),
+}
 
 
-def harmless(default: Any, **options: Any) -> Any:
-    """Returns a dataclass field whose value a resumed run may change.
-
-    Such a value does not affect the results of the run (the mesh, the interval between log lines, the implementation
-    of a function), or changing it is the reason to resume the run (more steps).
+def option(default: Any, text: str, choices: Iterable[object] = (), harmless: bool = False, **bounds: float) -> Any:
+    """Returns a field of a subclass of `Options`.
 
     Args:
-      default: default value of the field.
-      options: other arguments of `dataclasses.field`.
+      default: default value; dataclasses.MISSING: the subclasses give it. A subclass that gives a field another
+        default keeps the rest of this declaration.
+      text: what the option means, for `--help`.
+      choices: the values that the option takes, or the name of the class attribute that has them; (): any value.
+      harmless: whether a resumed run may change the value. Such a value does not affect the results of the run (the
+        mesh, the interval between log lines, the implementation of a function), or changing it is the reason to
+        resume the run (more steps).
+      bounds: the value is a number `above`, `below`, at `least` or at `most` these numbers.
     """
-    return dataclasses.field(default=default, metadata={"harmless": True}, **options)
+    declared = {"text": text, "choices": choices, "harmless": harmless, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=declared)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Base class of the dataclasses that a config consists of. Raises UserError if a value of `option` is refused."""
+
+    section: ClassVar[str] = ""  # the first part of the keys of the config
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            key = f"{self.section}.{field.name}".removeprefix(".")
+            value, bounds = getattr(self, field.name), declared(type(self), field.name).get("bounds", {})
+            is_number = isinstance(value, int | float)
+            if not all(is_number and BOUNDS[name][1](value, bound) for name, bound in bounds.items()):
+                wanted = "must not be negative" if bounds == {"least": 0} else f"has to be {as_text(bounds)}"
+                raise UserError(f"{key}={value!r} {wanted}.")
+            if known := choices(type(self), field.name):
+                check_choice(key, value, known)
+
+
+def declared(cls: Any, name: str) -> Mapping[str, Any]:
+    """Returns what `option` declared of a field of a dataclass, or of the field of a base class that it replaces."""
+    fields = (vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__)
+    return next((field.metadata for field in fields if field and field.metadata), {})
+
+
+def choices(cls: Any, name: str) -> list[object]:
+    """Returns the values that a field of a dataclass takes; []: any value."""
+    known = declared(cls, name).get("choices", ())
+    return list(getattr(cls, known) if isinstance(known, str) else known)
+
+
+def as_text(bounds: Mapping[str, float]) -> str:
+    """Returns the bounds of an option as text, like "at least 0 and less than 1"."""
+    return " and ".join(f"{BOUNDS[name][0]} {bound:g}" for name, bound in bounds.items())
 
 
 def harmless_names(cls: Any) -> set[str]:
-    """Returns the names of the fields of a dataclass that `harmless` defined."""
-    return {field.name for field in dataclasses.fields(cls) if field.metadata.get("harmless")}
+    """Returns the names of the fields of a dataclass that a resumed run may change."""
+    return {field.name for field in dataclasses.fields(cls) if declared(cls, field.name).get("harmless")}
 
 
 def named(place: str) -> Any:
@@ -35,37 +82,11 @@ def named(place: str) -> Any:
 def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
     """Raises UserError unless `value` is one of `choices`. `key` is the config key that the message names."""
     if value not in (known := list(choices)):
-        raise UserError(f"{key}={value!r} is not known; choose one of {', '.join(map(str, known))}.")
+        names = ", ".join(map(str, known))
+        raise UserError(f"{key}={value!r} is not known; choose one of {names}{nearest(value, known)}")
 
 
 def check_names(key: str, value: str, choices: Iterable[str], others: str = "") -> None:
     """Raises UserError unless `value` consists of one or more of `choices`, separated by commas."""
     if not set(value.split(",")) <= set(known := list(choices)):
         raise UserError(f"{key}={value!r} has to be {others}some of {','.join(known)}.")
-
-
-def check_positive(section: str, config: object, *names: str) -> None:
-    """Raises UserError unless each named attribute of `config` is a number greater than 0."""
-    _check(section, config, names, lambda value: value > 0, "has to be greater than 0")
-
-
-def check_not_negative(section: str, config: object, *names: str) -> None:
-    """Raises UserError unless each named attribute of `config` is a number of at least 0."""
-    _check(section, config, names, lambda value: value >= 0, "must not be negative")
-
-
-def check_fraction(section: str, config: object, *names: str) -> None:
-    """Raises UserError unless each named attribute of `config` is a number in [0, 1)."""
-    _check(section, config, names, lambda value: 0 <= value < 1, "has to be at least 0 and less than 1")
-
-
-def check_part(section: str, config: object, *names: str) -> None:
-    """Raises UserError unless each named attribute of `config` is a number in (0, 1)."""
-    _check(section, config, names, lambda value: 0 < value < 1, "has to lie between 0 and 1")
-
-
-def _check(section: str, config: object, names: Iterable[str], is_valid: Callable[[float], bool], what: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if not (isinstance(value, int | float) and is_valid(value)):
-            raise UserError(f"{section}.{name}={value!r} {what}.")

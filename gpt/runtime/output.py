@@ -4,6 +4,7 @@ Control characters are escaped, because samples, texts and file names may contai
 disk, a closed terminal, a reader that exited) ends only a command whose purpose is to print.
 """
 
+import contextlib
 import errno
 import io
 import os
@@ -11,17 +12,31 @@ import re
 import select
 import sys
 import threading
-from typing import Any, TextIO, cast
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from absl import logging
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PATIENCE = 10  # seconds that a run waits for an output that accepts nothing, like a terminal after Ctrl-S
 SILENCE = f"it accepted nothing for {PATIENCE} s"
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
+# How text is coloured on a terminal.
+STYLES = {
+    r"^error:": "bold red",
+    r"^note\b": "yellow",
+    r"^Done:|\(best\)$|^FITS": "green",
+    r"^DOES NOT FIT": "red",
+    r"^(model|lora|data|mesh|memory|run|eval) (?= )": "bold",
+}
 
-class Control(str):
-    """Text whose control characters are written to the terminal unchanged."""
+# A context in which text is written: `gpt.runtime.progress` removes its line from the terminal meanwhile.
+writing: Callable[[], AbstractContextManager] = contextlib.nullcontext
+prints_result = False  # whether standard output is for the result of the command
 
 
 class OutputLost(BaseException):
@@ -46,8 +61,58 @@ def visible(text: str) -> str:
     return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}" if match[0] < " " else f"\\u{ord(match[0]):04x}", text)
 
 
-def install() -> None:
-    """Replaces sys.stdout and sys.stderr. From now on, OutputLost is raised if standard output fails."""
+def show(text: str, file: TextIO) -> None:
+    """Prints lines, on a terminal with the colours of STYLES."""
+    if terminal := console(file):
+        from rich.text import Text
+
+        styled = Text(visible(text))
+        for pattern, style in STYLES.items():
+            styled.highlight_regex(re.compile(pattern, re.M), style)
+        with writing():
+            terminal.print(styled, soft_wrap=True)
+    else:
+        print(text if isinstance(file, _Stream) else visible(text), file=file, flush=True)
+
+
+def messages() -> TextIO:
+    """Returns the stream for what is not the result of the command."""
+    return sys.stderr if prints_result else sys.stdout
+
+
+def console(file: TextIO) -> "Console | None":
+    """Returns the console of a stream that `install` made, if it is a terminal that can move its cursor."""
+    if not isinstance(file, _Stream) or not file.isatty() or os.environ.get("TERM", "dumb") in ("dumb", "unknown"):
+        return None
+    if file.console is None:
+        from rich.console import Console
+
+        unescaped = io.TextIOWrapper(file.buffer, file.encoding, errors="replace", write_through=True)
+        file.console = Console(file=unescaped, highlight=False, markup=False, emoji=False)
+    return file.console
+
+
+def width(terminal: "Console") -> int:
+    """Returns the number of columns of a terminal."""
+    try:
+        return os.get_terminal_size(terminal.file.fileno()).columns or terminal.width
+    except OSError:
+        return terminal.width
+
+
+def has_open_line() -> bool:
+    """Returns whether the last text on standard output or standard error does not end with a line feed."""
+    return any(isinstance(stream, _Stream) and stream.is_open for stream in (sys.stdout, sys.stderr))
+
+
+def install(is_result: bool = False) -> None:
+    """Replaces sys.stdout and sys.stderr. From now on, OutputLost is raised if standard output fails.
+
+    Args:
+      is_result: whether standard output is for the result of the command; messages then go to standard error.
+    """
+    global prints_result
+    prints_result = is_result
     for number in range(3):  # a closed descriptor would become that of the next file that is opened
         try:
             os.fstat(number)
@@ -70,9 +135,13 @@ class _Stream(io.TextIOWrapper):
         # A terminal that cannot show a character must not end the program either.
         encoding = original.encoding if original else "utf-8"
         super().__init__(descriptor, encoding, errors="replace", line_buffering=True)
+        self.console: Console | None = None
+        self.is_open = False  # whether the last text did not end with a line feed
 
     def write(self, text: str) -> int:
-        super().write(text if isinstance(text, Control) else visible(text))
+        with writing():
+            super().write(visible(text))
+            self.is_open = not text.endswith("\n") if text else self.is_open  # print() writes its empty end as well
         return len(text)
 
 

@@ -3,6 +3,7 @@
 SIGHUP stays ignored if it was ignored when the program started (nohup).
 """
 
+import itertools
 import select
 import signal
 import socket
@@ -16,8 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt.runtime import progress
+
 PATIENCE = 2  # seconds in which the main thread has to handle a signal; during a compilation, it cannot
-_handled_at = 0.0  # time at which the main thread handled the last signal
+ANSWER = 0.3  # seconds after which a signal that the main thread has not handled is answered
+_num_handled = 0  # signals that the main thread has handled
+_recording = False  # whether a first signal is recorded instead of raised
+_announced = False  # whether the user knows of that signal
 
 
 class Stopped(BaseException):
@@ -55,20 +61,43 @@ def _handle(handler: Callable[[int, FrameType | None], object]) -> dict[int, Any
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    global _handled_at
-    _handled_at = time.monotonic()
+    global _num_handled
+    _num_handled += 1
     raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
 
 def _watch(reader: socket.socket, writer: socket.socket, give_up: Callable[[int], object]) -> None:
-    """Calls `give_up` for signals that the main thread does not handle. `writer` is an argument to keep it open."""
-    while True:
+    """Answers signals, because the main thread may be busy, and calls `give_up` for those that it does not handle.
+
+    Args:
+      writer: an argument to keep it open.
+    """
+    for count in itertools.count(1):
         select.select([reader], [], [])
-        received_at = time.monotonic()
-        time.sleep(PATIENCE)
-        number = reader.recv(512)[0]
-        if _handled_at < received_at - 0.5:  # the main thread may handle a signal before this thread wakes up
-            give_up(number)
+        number = reader.recv(1)[0]
+        time.sleep(ANSWER)
+        if _num_handled >= count:
+            continue
+        if _recording and not _announced:
+            _announce(number)
+        elif not _recording or number == signal.SIGINT:
+            progress.say(f"{_name(number)}: leaving in {PATIENCE} s at the latest")
+            time.sleep(PATIENCE)
+            if _num_handled < count:
+                give_up(number)
+
+
+def _announce(number: int) -> None:
+    """Tells the user, once, that the run stops because of a signal."""
+    global _announced
+    if not _announced:
+        _announced = True
+        again = "; again to leave without saving" if number == signal.SIGINT else ""
+        progress.say(f"{_name(number)}: stopping after this step{again}")
+
+
+def _name(number: int) -> str:
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
 
 
 class Interrupted:
@@ -81,7 +110,7 @@ class Interrupted:
     """
 
     def __init__(self, mesh: jax.sharding.Mesh):
-        self._signal, self._wakeup = 0, -1
+        self._signal = 0
         self._agreed: jax.Array | int = 0
         self._previous_handlers: dict[int, Any] = {}
         self._sharded = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
@@ -89,15 +118,16 @@ class Interrupted:
 
     def begin(self) -> None:
         """Records signals from now on instead of raising Stopped."""
+        global _recording, _announced
         if not self._previous_handlers:
-            self._wakeup, self._previous_handlers = signal.set_wakeup_fd(-1), _handle(self._record)
+            self._previous_handlers, _recording, _announced = _handle(self._record), True, False
 
     def __enter__(self) -> "Interrupted":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._previous_handlers:
-            signal.set_wakeup_fd(self._wakeup)
+        global _recording
+        _recording = False
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
@@ -122,5 +152,7 @@ class Interrupted:
             raise Stopped(number)
 
     def _record(self, number: int, _: FrameType | None) -> None:
-        self._signal = self._signal or number
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        global _num_handled
+        _num_handled, self._signal = _num_handled + 1, self._signal or number
+        _announce(number)
+        signal.signal(signal.SIGINT, _stop)

@@ -40,7 +40,7 @@ def measure_saves(file: str, every: int, steps: int) -> dict[str, float]:
     interval = tree.train.checkpoint_every
     tree.train.update({"checkpoint_every": every, "eval_every": 0, "sample_tokens": 0, "log_every": 1})
     reported, stood, waited = {}, [], []
-    update, save, wait = progress.Progress.update, Checkpoints.save, Checkpoints.wait
+    update, save, wait = progress.Steps.update, Checkpoints.save, Checkpoints.wait
 
     def timed_update(self, step, *args, **kwargs):
         update(self, step, *args, **kwargs)
@@ -60,7 +60,7 @@ def measure_saves(file: str, every: int, steps: int) -> dict[str, float]:
         save(self, step, *args)
         stood.append(time.perf_counter() - since)
 
-    progress.Progress.update, Checkpoints.save, Checkpoints.wait = timed_update, timed_save, timed_wait
+    progress.Steps.update, Checkpoints.save, Checkpoints.wait = timed_update, timed_save, timed_wait
     with tempfile.TemporaryDirectory() as folder:
         settings = config.from_tree(tree)
         backend.set_xla_options()  # as gpt.main does
