@@ -258,7 +258,7 @@ def load(
         stream, rest = files.open(tokenizer, 0.0, store, status)
         held_out[name] = rest or stream
     if block_size is not None:
-        _check_length(sources, held_out, block_size)
+        _check_length(config, sources, held_out, block_size)
     _check_weights(config.weights, sources)
     prints = [[name, stream.fingerprint] for streams in (sources, held_out) for name, stream in streams.items()]
     return Corpus(sources, held_out, tokenizer, cache.digest(tokenizer.to_json(), prints), config)
@@ -425,15 +425,16 @@ def _check_weights(weights: str, sources: dict[str, Stream]) -> None:
             raise UserError(f"data.weights={weights!r} is for {', '.join(stage)}, but the sources have {names}.")
 
 
-def _check_length(sources: dict[str, Stream], held_out: dict[str, Stream], block_size: int) -> None:
+def _check_length(config: TextConfig, sources: dict[str, Stream], held_out: dict[str, Stream], block_size: int) -> None:
     """Raises UserError unless all sources and validation sets are longer than a window."""
     for kind, streams in (("training", sources), ("validation", held_out)):
+        key = "validation_path" if kind == "validation" and config.validation_path else "path"
         for name, stream in streams.items():
             if len(stream.tokens) <= block_size:
                 raise UserError(
                     f"The {kind} text{f' {name}' * bool(name)} has {len(stream.tokens)} tokens, but "
-                    f"model.block_size={block_size} needs at least {block_size + 1}; give more text in data.path or "
-                    "data.validation_path, or set another data.validation_fraction (of gpt.tokenize, "
+                    f"model.block_size={block_size} needs at least {block_size + 1}; give more text in "
+                    f"data.{key}={getattr(config, key)}, or set another data.validation_fraction (of gpt.tokenize, "
                     "--validation_fraction) or a smaller model.block_size."
                 )
 
