@@ -266,7 +266,7 @@ def _outside(folder):
         (lambda folder: (folder / "config.json").write_text("{"), r"config\.json cannot be read as JSON"),
         (
             lambda folder: (folder / "gpt_tokenizer.json").unlink(),
-            r"no tokenizer: .*hf has neither tokenizer\.json nor vocab\.json and merges\.txt",
+            r"--from_hf: .*hf has neither tokenizer\.json nor vocab\.json and merges\.txt",
         ),
         (
             lambda folder: (folder / "gpt_tokenizer.json").write_text('{"name": "labels", "names": ["a"]}'),

@@ -147,13 +147,13 @@ def test_no_file_of_weights_is_unpickled_or_imported(folder, payload, tmp_path):
         (folder / name).write_bytes(payload)
     assert not refused_or_done(huggingface.from_hf, folder, Workdir(tmp_path / "fine"), 1)
     whole = {path: path.read_bytes() for path in folder.iterdir()}
-    read = {"config.json", tokenizer_files.GENERATION, "model.safetensors", tokenizer_files.OUR_TOKENIZER, INDEX}
+    read = {"config.json", tokenizer_files.GENERATION, "model.safetensors", bpe.OUR_FILE, INDEX}
     read |= {"vocab.json", "tokenizer.json"}
     for name in sorted(read | {path.name for path in whole}):
         if name == INDEX:
             (folder / "model.safetensors").unlink()
         if name in ("vocab.json", "tokenizer.json"):  # without them
-            (folder / tokenizer_files.OUR_TOKENIZER).unlink(missing_ok=True)
+            (folder / bpe.OUR_FILE).unlink(missing_ok=True)
         (folder / name).write_bytes(payload)
         refused = refused_or_done(huggingface.from_hf, folder, Workdir(tmp_path / f"run-{name}"), 1)
         assert refused == (name in read), name
@@ -306,10 +306,10 @@ ABSURD_WEIGHTS = {
     "deep": (lambda folder: (folder / "config.json").write_text("[" * 10**6), "nested too deeply"),
     "long": (lambda folder: _sparse(folder / "config.json"), "more than 64 MiB"),
     "deep tokenizer": (
-        lambda folder: (folder / tokenizer_files.OUR_TOKENIZER).write_text("[" * 10**6),
+        lambda folder: (folder / bpe.OUR_FILE).write_text("[" * 10**6),
         "nested too deeply",
     ),
-    "tokenizer of a list": (lambda folder: (folder / tokenizer_files.OUR_TOKENIZER).write_text("[1]"), "is damaged"),
+    "tokenizer of a list": (lambda folder: (folder / bpe.OUR_FILE).write_text("[1]"), "is damaged"),
 }
 
 

@@ -410,7 +410,7 @@ def test_short_validation_shards_have_advice(load, tmp_path):
     np.save(tmp_path / "shards" / "val_000000_000.npy", tokens)
     index["val"] = [{**index["train"][0], "name": "val_000000_000", "tokens": 5, "sha256": {}}]
     (tmp_path / "shards" / "tokens.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match=r"has 6 tokens, .* of gpt\.tokenize, --validation_fraction"):
+    with pytest.raises(UserError, match=r"has 6 tokens, .*of gpt\.tokenize, --validation_fraction"):
         load(tmp_path / "shards")
 
 

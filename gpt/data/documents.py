@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import operator
 import tomllib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -81,9 +82,8 @@ def parts(files: Sequence[File], size: int) -> list[Part]:
         elif file.compression or file.size <= size:
             found.append(Part(file, size=file.size))
         else:
-            ends = [*range(size, file.size, size), file.size]
-            found += (Part(file, max(0, end - size), end, size) for end in ends[:-1])
-            found.append(Part(file, ends[-2], file.size, file.size - ends[-2]))
+            ranges = ((start, min(start + size, file.size)) for start in range(0, file.size, size))
+            found += (Part(file, start, end, end - start) for start, end in ranges)
     return found
 
 
@@ -99,8 +99,8 @@ def read(part: Part) -> Iterator[Document]:
             yield _of_record(where, record)
         return
     with _reading(file), file.open() as opened:
-        for is_first, pieces in _texts(opened, part.start, part.end):
-            document = _of_text(file, pieces, is_first)
+        for begin, pieces in _texts(opened, part.start, part.end):
+            document = _of_text(file, pieces, is_first=begin == 0)
             if document.texts:
                 yield document
 
@@ -132,14 +132,14 @@ def _of_text(file: File, pieces: Iterator[bytes], is_first: bool) -> Document:
         begin.append(piece)
         size += len(piece)
         if size > LONG:
-            return Document(file, _long(file, itertools.chain(begin, pieces)), None, is_first)
-    text = _checked(file, b"".join(begin).decode())
+            return Document(file, _long(file, itertools.chain(begin, pieces), is_first), None, is_first)
+    text = _checked(file, b"".join(begin).decode("utf-8-sig" if is_first else "utf-8"))
     return Document(file, [(text, True)] if text else [], _key(text), is_first)
 
 
-def _long(file: File, pieces: Iterable[bytes]) -> Iterator[tuple[str, bool]]:
+def _long(file: File, pieces: Iterable[bytes], is_first: bool) -> Iterator[tuple[str, bool]]:
     with _reading(file):
-        for text in codecs.iterdecode(pieces, "utf-8"):
+        for text in codecs.iterdecode(pieces, "utf-8-sig" if is_first else "utf-8"):
             yield _checked(file, text), True
 
 
@@ -162,65 +162,28 @@ def _format(file: File) -> str:
     return f" ({what}); leave it out, or {advice}" if what else ""
 
 
-def _texts(file: IO[bytes], start: int, end: int | None) -> Iterator[tuple[bool, Iterator[bytes]]]:
-    """Yields the documents that begin in a range of the bytes of a text, each as an iterator over its bytes.
-
-    The first value is whether the document is the first of the file.
-    """
-    text = _Separated(file, max(0, start - len(MARK)))
-    if start:
-        for _ in text.until_mark():
-            pass
-    elif text.buffer.startswith(codecs.BOM_UTF8):
-        text.at = len(codecs.BOM_UTF8)
-    while not text.is_finished() and (end is None or text.position < end):
-        pieces = text.until_mark()
-        yield text.position <= len(codecs.BOM_UTF8), pieces
-        for _ in pieces:  # what the caller left
-            pass
+def _texts(file: IO[bytes], start: int, end: int | None) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """Yields the documents that begin in a range of the bytes of a text: where each begins, and its bytes in pieces."""
+    first = max(0, start - len(MARK))
+    for begin, pieces in itertools.groupby(_pieces(file, first), key=operator.itemgetter(0)):
+        if end is not None and begin >= end:
+            return
+        if begin >= start:
+            yield begin, (piece for _, piece in pieces)
 
 
-class _Separated:
-    """Reads a text up to each mark between documents.
-
-    Attributes:
-      buffer: bytes that were read and begin at `place` in the file.
-      at: the next byte in the buffer.
-    """
-
-    def __init__(self, file: IO[bytes], place: int):
-        self._file, self._place, self.at, self._has_more = file, place, 0, True
-        if place:
-            file.seek(place)
-        self.buffer = b""
-        self._fill()
-
-    @property
-    def position(self) -> int:
-        """The place in the file of the next byte."""
-        return self._place + self.at
-
-    def is_finished(self) -> bool:
-        """Returns whether all bytes are read."""
-        if self.at == len(self.buffer) and self._has_more:
-            self._fill()
-        return self.at == len(self.buffer)
-
-    def until_mark(self) -> Iterator[bytes]:
-        """Yields the bytes up to the next mark or the end of the file, and skips the mark."""
-        while (found := self.buffer.find(MARK, self.at)) < 0 and self._has_more:
-            end = max(self.at, len(self.buffer) - len(MARK) + 1)  # a mark may begin in the last bytes
-            piece, self.at = self.buffer[self.at : end], end
-            if piece:
-                yield piece
-            self._fill()
-        end = len(self.buffer) if found < 0 else found
-        piece, self.at = self.buffer[self.at : end], end + (0 if found < 0 else len(MARK))
-        if piece:
-            yield piece
-
-    def _fill(self) -> None:
-        block = self._file.read(BLOCK)
-        self._has_more = bool(block)
-        self._place += self.at
-        self.buffer, self.at = self.buffer[self.at :] + block, 0
+def _pieces(file: IO[bytes], place: int) -> Iterator[tuple[int, bytes]]:
+    """Yields the bytes of a text from a place on, without the marks, each with the place where its document begins."""
+    if place:
+        file.seek(place)
+    begin, rest = place, b""
+    while block := file.read(BLOCK):
+        *whole, rest = (rest + block).split(MARK)
+        for piece in whole:
+            yield begin, piece
+            place += len(piece) + len(MARK)
+            begin = place
+        piece, rest = rest[: 1 - len(MARK)], rest[1 - len(MARK) :]  # a mark may begin in the last bytes
+        yield begin, piece
+        place += len(piece)
+    yield begin, rest

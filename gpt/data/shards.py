@@ -92,9 +92,6 @@ class Tokens:
                 _check_ids(part, array, self._vocab_size)
         return tokens
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype)
-
     def between(self, start: int, stop: int) -> "Tokens":
         """Returns a part of the tokens, without reading them."""
         places = self._places[start:stop]
@@ -220,6 +217,25 @@ class Stream:
         return Stream(self.tokens.between(start, stop), counts, find_ends, [self.fingerprint, start, stop])
 
 
+def joined(streams: Sequence[Stream]) -> Stream:
+    """Returns streams one after the other."""
+    if len(streams) == 1:
+        return streams[0]
+    counts = [np.broadcast_to(True, len(each.tokens)) if each.counts is None else each.counts for each in streams]
+
+    def find_ends() -> np.ndarray:
+        before = itertools.accumulate((len(each.tokens) for each in streams), initial=0)
+        ends = (each.find_ends() + at for each, at in zip(streams, before, strict=False))
+        return np.concatenate([np.zeros(0, np.int64), *ends])
+
+    return Stream(
+        Tokens([each.tokens for each in streams]),
+        None if all(each.counts is None for each in streams) else Tokens(counts),
+        find_ends,
+        [each.fingerprint for each in streams],
+    )
+
+
 def of_index(index: File, files: dict[str, File], vocab_size: int) -> tuple[Stream, Stream | None]:
     """Returns the streams for training and validation, if any, of the shards that `gpt.tokenize` wrote.
 
@@ -239,29 +255,16 @@ def of_index(index: File, files: dict[str, File], vocab_size: int) -> tuple[Stre
             raise UserError(f"{folder}/{name}.npy, which {index} lists, {found}; copy it again, or tokenise again.")
         return Shard(file, dtype, NUMPY_HEADER, size)
 
-    def stream(described: list[dict[str, Any]]) -> Stream:
-        tokens = [shard(each["name"], each["dtype"], each["tokens"]) for each in described]
-        has_counts = any(each["has_counts"] for each in described)
-        counts = [
-            shard(f"{each['name']}.counts", "bool", each["tokens"])
-            if each["has_counts"]
-            else np.broadcast_to(True, each["tokens"])
-            for each in described
-        ]
-
-        def find_ends() -> np.ndarray:
-            before = itertools.accumulate((len(part) for part in tokens), initial=0)
-            parts = (shard(f"{each['name']}.ends", "int64", each["documents"])[:] for each in described)
-            return np.concatenate(
-                [np.zeros(0, np.int64), *(ends + at for ends, at in zip(parts, before, strict=False))]
-            )
-
-        digests = [digest for each in described for digest in each["sha256"].values()]
-        return Stream(Tokens(tokens, vocab_size), Tokens(counts) if has_counts else None, find_ends, digests)
+    def stream(each: dict[str, Any]) -> Stream:
+        name, size, ends = each["name"], each["tokens"], each["documents"]
+        tokens = Tokens([shard(name, each["dtype"], size)], vocab_size)
+        counts = Tokens([shard(f"{name}.counts", "bool", size)]) if each["has_counts"] else None
+        return Stream(tokens, counts, lambda: shard(f"{name}.ends", "int64", ends)[:], [*each["sha256"].values()])
 
     try:
         saved = json.loads(index.read(0, index.size))
-        return stream(saved["train"]), stream(saved["val"]) if saved["val"] else None
+        train, val = ([stream(each) for each in saved[split]] for split in ("train", "val"))
+        return joined(train), joined(val) if val else None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is damaged ({one_line(error)[:100]}); copy it again, or tokenise again.") from None
 

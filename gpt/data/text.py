@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -169,7 +168,7 @@ class Corpus(Dataset):
             ends = [streams[0].tokens[-1:], streams[-1].tokens[:1], np.array([self.tokenizer.separator])]
             if len(streams) == 2 and ends[0] == ends[1] == ends[2]:  # one separator is enough
                 streams[1] = streams[1].between(1, len(streams[1].tokens))
-            both[name] = _joined(streams)
+            both[name] = shards.joined(streams)
         return both
 
     def describe(self) -> str:
@@ -203,24 +202,6 @@ def _any_counts(stream: Stream) -> bool:
     counts = stream.counts
     places = range(1, len(stream.tokens), shards.SCAN)
     return counts is None or any(counts[at : at + shards.SCAN].any() for at in places)
-
-
-def _joined(streams: Sequence[Stream]) -> Stream:
-    """Returns streams one after the other."""
-    if len(streams) == 1:
-        return streams[0]
-    counts = [np.broadcast_to(True, len(each.tokens)) if each.counts is None else each.counts for each in streams]
-
-    def find_ends() -> np.ndarray:
-        before = np.cumsum([0, *(len(each.tokens) for each in streams)])
-        return np.concatenate([each.find_ends() + at for each, at in zip(streams, before, strict=False)])
-
-    return Stream(
-        Tokens([each.tokens for each in streams]),
-        None if all(each.counts is None for each in streams) else Tokens(counts),
-        find_ends,
-        [each.fingerprint for each in streams],
-    )
 
 
 def load(
@@ -274,7 +255,7 @@ def load(
         stream, rest = files.open(tokenizer, 0.0, store)
         held_out[name] = rest or stream
     if block_size is not None:
-        _check_length(sources, held_out, block_size)
+        _check_length(config, sources, held_out, block_size)
     _check_weights(config.weights, sources)
     prints = [[name, stream.fingerprint] for streams in (sources, held_out) for name, stream in streams.items()]
     return Corpus(sources, held_out, tokenizer, cache.digest(tokenizer.to_json(), prints), config)
@@ -373,25 +354,22 @@ class _Files:
           fraction: part of the tokens that is for validation, unless the index of the shards tells.
         """
         separator = tokenizer.separator if tokenizer.begin == tokenizer.separator else None
-        if self.indices:
-            for index in self.indices:
-                if self.saved_tokenizer(index).to_json() != tokenizer.to_json():
-                    raise UserError(f"{index} was written with another tokenizer; tokenise the text again.")
-            by_place = {file.place: file for file in self.files}
-            found = [shards.of_index(index, by_place, tokenizer.vocab_size) for index in self.indices]
-            held_out = [rest for _, rest in found if rest]
-            stream, rest = _joined([train for train, _ in found]), _joined(held_out) if held_out else None
-        elif self.is_tokens:
-            stream, rest = shards.of_files(self.files, tokenizer), None
-        else:
+        files, indices = self.files, self.indices
+        for index in indices:
+            if self.saved_tokenizer(index).to_json() != tokenizer.to_json():
+                raise UserError(f"{index} was written with another tokenizer; tokenise the text again.")
+        if self.texts:
             below = threshold(self.texts, fraction) if fraction else 0
             folder = tokenise(self.texts, tokenizer, below, store)
-            inside = [File.of(path) for path in sorted(folder.glob("*"))]
-            index = next(file for file in inside if file.path.name == shards.INDEX)
-            stream, rest = shards.of_index(index, {file.place: file for file in inside}, tokenizer.vocab_size)
-            hashes = [text.sha256 for text in self.texts]
-            stream = dataclasses.replace(stream, fingerprint=[hashes, below])
-            rest = rest and dataclasses.replace(rest, fingerprint=[hashes, below])
+            files = [File.of(path) for path in sorted(folder.glob("*"))]
+            indices = [file for file in files if file.path.name == shards.INDEX]
+        if indices:
+            by_place = {file.place: file for file in files}
+            found = [shards.of_index(index, by_place, tokenizer.vocab_size) for index in indices]
+            held_out = [rest for _, rest in found if rest]
+            stream, rest = shards.joined([train for train, _ in found]), shards.joined(held_out) if held_out else None
+        else:
+            stream, rest = shards.of_files(files, tokenizer), None
         stream = shards.with_separator(stream, separator)
         if rest is None and fraction:
             stream, rest = _divided(stream, fraction, tokenizer.separator)
@@ -407,17 +385,12 @@ def _divided(stream: Stream, fraction: float, separator: int | None) -> tuple[St
       fraction: the part of the tokens that is for validation; documents may make it twice as much.
     """
     size = len(stream.tokens)
-    end = training_tokens(size, fraction)
+    end = int(size * (1 - fraction))
     if separator is not None:
         start = max(1, end - min(FARTHEST, int(size * fraction)))
         (places,) = np.nonzero(stream.tokens[start - 1 : end] == separator)
         end = start + int(places[-1]) if len(places) else end
     return stream.between(0, end), stream.between(end, size)
-
-
-def training_tokens(tokens: int, validation_fraction: float) -> int:
-    """Returns how many of the tokens of a text are for training."""
-    return int(tokens * (1 - validation_fraction))
 
 
 def _new_tokenizer(config: TokenizerConfig, train: list[_Files], validation: list[_Files], store: Cache) -> Tokenizer:
@@ -434,7 +407,7 @@ def _new_tokenizer(config: TokenizerConfig, train: list[_Files], validation: lis
                 "with tokenizer.path=DIR if it is another than GPT-2's, or with tokenizer.name=byte."
             )
         say("note   the tokenizer is GPT-2's, as the format of the tokens tells; tokenizer.path=DIR names another")
-        return bpe.gpt2("")
+        return bpe.gpt2()
     texts, others = ([text for files in side for text in files.texts] for side in (train, validation))
     return make_tokenizer(config, texts, others, store)
 
@@ -447,15 +420,16 @@ def _check_weights(weights: str, sources: dict[str, Stream]) -> None:
             raise UserError(f"data.weights={weights!r} is for {', '.join(stage)}, but the sources have {names}.")
 
 
-def _check_length(sources: dict[str, Stream], held_out: dict[str, Stream], block_size: int) -> None:
+def _check_length(config: TextConfig, sources: dict[str, Stream], held_out: dict[str, Stream], block_size: int) -> None:
     """Raises UserError unless all sources and validation sets are longer than a window."""
     for kind, streams in (("training", sources), ("validation", held_out)):
+        key = "validation_path" if kind == "validation" and config.validation_path else "path"
         for name, stream in streams.items():
             if len(stream.tokens) <= block_size:
                 raise UserError(
                     f"The {kind} text{f' {name}' * bool(name)} has {len(stream.tokens)} tokens, but "
-                    f"model.block_size={block_size} needs at least {block_size + 1}; give more text in data.path or "
-                    "data.validation_path, or set another data.validation_fraction (of gpt.tokenize, "
+                    f"model.block_size={block_size} needs at least {block_size + 1}; give more text in "
+                    f"data.{key}={getattr(config, key)}, or set another data.validation_fraction (of gpt.tokenize, "
                     "--validation_fraction) or a smaller model.block_size."
                 )
 

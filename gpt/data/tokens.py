@@ -81,13 +81,9 @@ class Work:
         ranges = [(start, end) for _, start, end, _ in self.parts]
         return cache.digest(code(), self.tokenizer.to_json(), self.threshold, files, ranges)
 
-    def place(self, name: str) -> str:
-        """Returns the place of a file of the folder."""
-        return f"{self.folder}/{name}"
-
     def write(self, name: str, content: bytes | memoryview) -> None:
         """Writes a file of the folder. Raises UserError if it cannot be written."""
-        storage.write(self.place(name), content, self.mode, self.setting)
+        storage.write(f"{self.folder}/{name}", content, self.mode, self.setting)
 
     def done(self) -> dict[int, dict[str, list]]:
         """Returns the descriptions of the shards of the parts that are finished, by the number of the part.
@@ -96,7 +92,7 @@ class Work:
           UserError: the folder has shards of other texts or another tokenizer.
         """
         found = {}
-        for name, content in storage.contents(self.place("parts")).items():
+        for name, content in storage.contents(f"{self.folder}/parts").items():
             try:
                 saved = json.loads(content)
                 number, work, described = int(Path(name).stem), saved["work"], saved["shards"]
@@ -196,16 +192,12 @@ class _Writer:
     """Writes the tokens of the documents of one split to shards."""
 
     def __init__(self, work: Work, name: str):
-        self._work, self._name = work, name
+        self._work, self._name, self._written = work, name, list[dict[str, Any]]()
         self._dtype = np.min_scalar_type(work.tokenizer.vocab_size - 1)
-        self._written: list[dict[str, Any]] = []
         self._restart()
 
     def _restart(self) -> None:
-        self._tokens: list[np.ndarray] = []
-        self._counts: list[np.ndarray | bool] = []
-        self._ends: list[int] = []
-        self._size = 0
+        self._encoded, self._ends, self._size = list[tuple[np.ndarray, np.ndarray]](), list[int](), 0
 
     def add(self, encoded: Iterable[Encoded], report: Callable[[int], object]) -> None:
         """Adds the tokens of a document; reports for how many bytes of text they stand."""
@@ -213,16 +205,14 @@ class _Writer:
         for tokens, counts in encoded:
             if self._size * self._dtype.itemsize >= LARGEST_SHARD:
                 self._write()
-            self._tokens.append(tokens.astype(self._dtype, copy=False))
-            self._counts.append(np.broadcast_to(counts, len(tokens)))
+            self._encoded.append((tokens.astype(self._dtype, copy=False), np.broadcast_to(counts, len(tokens))))
             self._size += len(tokens)
             report(int(lengths[tokens].sum()))
         self._ends.append(self._size)
 
     def _write(self) -> None:
-        arrays = {"": np.concatenate(self._tokens), ".ends": np.array(self._ends, np.int64)}
-        counts = np.concatenate(self._counts)
-        arrays |= {} if counts.all() else {".counts": counts}
+        tokens, counts = map(np.concatenate, zip(*self._encoded, strict=True))
+        arrays = {"": tokens, ".ends": np.array(self._ends, np.int64)} | ({} if counts.all() else {".counts": counts})
         digests, name = {}, f"{self._name}_{len(self._written):03d}"
         for kind, values in arrays.items():
             content = io.BytesIO()
@@ -286,18 +276,16 @@ def _encoded(found: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[
 
 def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
     """Yields short documents in lists of about `BATCH` characters, and long ones alone."""
-    batch: list[Document] = []
-    size = 0
+    batch, size = list[Document](), 0
     for document in found:
-        if document.key is None or size > BATCH:
-            if batch:
-                yield batch
+        if batch and (document.key is None or size > BATCH):
+            yield batch
             batch, size = [], 0
-        if document.key is None:
+        if document.key is None:  # its texts have to be read before the next document
             yield [document]
-        else:
-            batch.append(document)
-            size += sum(len(text) for text, _ in document.texts)
+            continue
+        batch.append(document)
+        size += sum(len(text) for text, _ in document.texts)
     if batch:
         yield batch
 
@@ -441,7 +429,7 @@ def make_tokenizer(
     if config.name == "byte":
         return ByteTokenizer()
     if config.name == "gpt2":
-        return bpe.gpt2(config.path)
+        return bpe.saved(config.path, "tokenizer.path") if config.path else bpe.gpt2()
     if config.name == "bpe":
         tokenizer = _train_bpe(train, config.vocab_size, store)
         if tokenizer.vocab_size < config.vocab_size:

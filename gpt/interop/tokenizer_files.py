@@ -7,9 +7,7 @@ from typing import Any
 from gpt.data import bpe, tokenizers
 from gpt.interop.config_file import ConfigFile
 from gpt.runtime.errors import UserError
-from gpt.runtime.files import read_json
 
-OUR_TOKENIZER = "gpt_tokenizer.json"  # holds a tokenizer of ours for which transformers has no format
 GENERATION = "generation_config.json"
 DEFAULT_STOP = 50256  # transformers' default for eos_token_id in config.json
 
@@ -20,16 +18,7 @@ def read(folder: Path) -> tokenizers.Tokenizer:
     Raises:
       UserError: the tokenizer is missing or damaged.
     """
-    path = folder / OUR_TOKENIZER
-    try:
-        is_ours = path.is_file()
-        tokenizer = tokenizers.from_tree(read_json(path)) if is_ours else bpe.BPETokenizer.from_folder(folder)
-        if isinstance(tokenizer, tokenizers.Labels):
-            raise ValueError("it holds names of classes")
-    except UserError as error:
-        raise UserError(f"--from_hf: no tokenizer: {error}") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}).") from None
+    tokenizer = bpe.saved(str(folder), "--from_hf")
     path = folder / GENERATION
     has_generation = path.is_file()
     config = ConfigFile.read(path if has_generation else folder / "config.json")
@@ -55,5 +44,5 @@ def write(tokenizer: tokenizers.Tokenizer) -> tuple[dict[str, Any], dict[str, st
         "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None),
     }
     if not isinstance(tokenizer, bpe.BPETokenizer):
-        return keys, {OUR_TOKENIZER: tokenizer.to_json()}
+        return keys, {bpe.OUR_FILE: tokenizer.to_json()}
     return keys | {"pad_token_id": tokenizer.role("pad_token")}, tokenizer.texts()
