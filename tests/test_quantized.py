@@ -110,5 +110,7 @@ def test_training_reaches_the_loss_of_exact_products():
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(UserError, match=r"model\.products='int4' is not known; choose one of dtype, int8, fp8; did you mean int8\?"):
+    with pytest.raises(
+        UserError, match=r"model\.products='int4' is not known; choose one of dtype, int8, fp8; did you mean int8\?"
+    ):
         GPTConfig(products="int4")
