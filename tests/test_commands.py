@@ -267,7 +267,7 @@ def test_help_is_narrow_and_complete(command, name, flag):
 
 def test_help_for_a_config_has_its_values(command):
     result = command("main", "--config=configs/char_tiny.py", "--config.train.steps=7", "--help")
-    assert re.search(r"^\* train\.steps=7 +length of the run in steps \[>= 0; default 5000\]$", result.stdout, re.M)
+    assert re.search(r"^\* train\.steps=7 +length of the run in steps \[>= 0;\s+default\s+5000\]$", result.stdout, re.M)
     result = command("main", "--config=configs/chr_tiny.py", "--help")
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert "did you mean configs/char_tiny.py?" in result.stderr
