@@ -10,7 +10,8 @@ model soon overfits a text of a million tokens, so watch the validation loss; th
 learn with a larger rate.
 """
 
-from gpt.config import default_config, read_recorded
+from gpt.config import default_config
+from gpt.config_files import read_recorded
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice
 

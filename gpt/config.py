@@ -11,7 +11,6 @@ import typing
 from typing import Any, ClassVar
 
 import ml_collections
-from etils import epath
 
 from gpt.data.base import KINDS, DataConfig
 from gpt.data.text import TextConfig
@@ -22,7 +21,6 @@ from gpt.optimizer import OptimizerConfig
 from gpt.runtime.backend import Work
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import Options, check_choice, harmless_names, named, option
-from gpt.runtime.files import read_json
 from gpt.sharding import MeshConfig
 
 SMALL_SPLIT = 1 << 19  # tokens of a validation split that is evaluated whole even if that takes long
@@ -143,7 +141,11 @@ def default_config(model: ModelConfig | None = None, data: DataConfig | None = N
       model: options of the model; None: the defaults of a GPT.
       data: options of the data; None: the defaults of text.
     """
-    config = Config(model=model or GPTConfig(), data=data or TextConfig())
+    return to_tree(Config(model=model or GPTConfig(), data=data or TextConfig()))
+
+
+def to_tree(config: Config) -> ml_collections.ConfigDict:
+    """Returns a config as a typed, locked tree."""
     return ml_collections.ConfigDict(dataclasses.asdict(config)).lock()
 
 
@@ -154,32 +156,6 @@ def from_tree(tree: ml_collections.ConfigDict | dict) -> Config:
       UserError: an unknown or missing key, a wrong type, or a value that its part refuses.
     """
     return _build(Config, dict(tree.items()), "")
-
-
-def read_recorded(workdir: str) -> Config:
-    """Returns the config of the run in a workdir, for config files that start from another run.
-
-    Raises:
-      UserError: there is no run, or its record is damaged.
-    """
-    path = epath.Path(workdir).expanduser() / "run.json"
-    if not path.parent.exists():
-        raise UserError(f"--workdir={workdir}: there is no such folder.")
-    if not path.exists():
-        raise UserError(f"--workdir={workdir} holds no run: there is no run.json in it.")
-    try:
-        return from_tree(read_json(path)["config"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"Cannot read the config of the run in {workdir}: {error}.") from None
-
-
-def help_text() -> str:
-    """Returns lines that list the config keys and their defaults."""
-    lines = [f"    {key}={value!r}" for key, value in flatten(dataclasses.asdict(Config())).items()]
-    return "\n".join(lines) + (
-        f"\n\nEach family of models ({', '.join(FAMILIES)}) and kind of data ({', '.join(KINDS)}) has its own keys "
-        "under\nmodel and data: those of its class in gpt/models or gpt/data."
-    )
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
@@ -219,7 +195,9 @@ def nearest_keys(key: str) -> list[str]:
     by_leaf: dict[str, list[str]] = {}
     for name in known:
         by_leaf.setdefault(name.split(".")[-1], []).append(name)
-    leaves = difflib.get_close_matches(key.split(".")[-1], by_leaf, n=2)
+    last = key.split(".")[-1]
+    leaves = difflib.get_close_matches(last, by_leaf, n=2, cutoff=0.75)
+    leaves = leaves or [leaf for leaf in by_leaf if len(last) > 2 and leaf.startswith(last)]
     groups = {name.split(".")[0] for name in known}
     whole = difflib.get_close_matches(key, [*sorted(groups), *known], n=2, cutoff=0.75)
     return list(dict.fromkeys(whole + [name for leaf in leaves for name in by_leaf[leaf]]))[:3]

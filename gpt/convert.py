@@ -1,10 +1,10 @@
 """Converts models and adapters of Hugging Face's transformers and PEFT, and GGUF files, to workdirs and back.
 
-python -m gpt.convert --from_hf=FOLDER --workdir=runs/gpt2
-python -m gpt.convert --from_hf=FILE.gguf --workdir=runs/smollm2
-python -m gpt.convert --workdir=runs/my_run --to_hf=FOLDER
-python -m gpt.convert --workdir=runs/my_adapters --to_peft=FOLDER
-python -m gpt.convert --from_peft=FOLDER --base=runs/smollm2 --workdir=runs/adapters
+    python -m gpt.convert --from_hf=FOLDER --workdir=runs/gpt2
+    python -m gpt.convert --from_hf=FILE.gguf --workdir=runs/smollm2
+    python -m gpt.convert --workdir=runs/my_run --to_hf=FOLDER
+    python -m gpt.convert --workdir=runs/my_adapters --to_peft=FOLDER
+    python -m gpt.convert --from_peft=FOLDER --base=runs/smollm2 --workdir=runs/adapters
 
 A folder holds config.json, model.safetensors (or several such files and model.safetensors.index.json), and the files of
 a tokenizer or, for a ViT, preprocessor_config.json. Arrays are converted in parts: a model need not fit in memory. The

@@ -2,9 +2,9 @@
 
 Prints loss, perplexity and bits per byte for text; loss, accuracy, exact match and examples of mistakes for other data.
 
-python -m gpt.evaluate --workdir=runs/char
-python -m gpt.evaluate --workdir=runs/char --data=my.txt --split=all --stride=32
-python -m gpt.evaluate --workdir=runs/gpt2 --tasks=lambada_openai,hellaswag
+    python -m gpt.evaluate --workdir=runs/char
+    python -m gpt.evaluate --workdir=runs/char --data=my.txt --split=all --stride=32
+    python -m gpt.evaluate --workdir=runs/gpt2 --tasks=lambada_openai,hellaswag
 """
 
 import json

@@ -1,6 +1,6 @@
 """Writes an HTML page that shows how a model reads a text: loss, predictions and attention weights of each token.
 
-python -m gpt.explain --workdir=runs/char_tiny --prompt="O Romeo, Romeo" --out=explained.html
+    python -m gpt.explain --workdir=runs/char_tiny --prompt="O Romeo, Romeo" --out=explained.html
 
 The page needs no network. In a notebook, `gpt.load_model(WORKDIR).explain(TEXT)` returns the same as arrays.
 """

@@ -13,7 +13,7 @@ from gpt import config, config_files
 from gpt.runtime import cli
 from gpt.runtime.errors import UsageError
 
-_CONFIG = cli.define_config_flag("Config file, like configs/pretrain.py:gpt2-124m.", config.known_keys)
+_CONFIG = cli.define_config_flag("As in gpt.main.", config.nearest_keys, config_files.help_rows)
 _TOPOLOGY = flags.DEFINE_list("topology", None, "Devices to compile for, like v5e:16x16, 4xv5p:8x8x16 or h100:8.")
 flags.DEFINE_integer(
     "batch_per_device",

@@ -1,12 +1,12 @@
 """Generates text with a trained model: continuations of prompts, or a prompt loop on a terminal.
 
-python -m gpt.sample --workdir=runs/char --prompt="O Romeo"
-python -m gpt.sample --workdir=runs/char
-echo "O Romeo" | python -m gpt.sample --workdir=runs/char
-python -m gpt.sample --workdir=runs/char --prompt="O Romeo" --prompt="O Juliet" --num_samples=2 --logprobs
-python -m gpt.sample --workdir=runs/smollm2 --chat --system="Answer briefly."
-python -m gpt.sample --workdir=runs/image_gpt --prompt=class:3 --num_samples=16 --out=threes.png
-python -m gpt.sample --workdir=runs/vit --prompt=cat.jpg
+    python -m gpt.sample --workdir=runs/char --prompt="O Romeo"
+    python -m gpt.sample --workdir=runs/char
+    echo "O Romeo" | python -m gpt.sample --workdir=runs/char
+    python -m gpt.sample --workdir=runs/char --prompt="O Romeo" --prompt="O Juliet" --num_samples=2 --logprobs
+    python -m gpt.sample --workdir=runs/smollm2 --chat --system="Answer briefly."
+    python -m gpt.sample --workdir=runs/image_gpt --prompt=class:3 --num_samples=16 --out=threes.png
+    python -m gpt.sample --workdir=runs/vit --prompt=cat.jpg
 
 A model of pixels generates images; a classifier prints the class of each image.
 

@@ -83,7 +83,7 @@ class MeshConfig(Options):
         """Returns the preset of `rules` with its changes applied; rules for further logical axes come last."""
         preset, *changes = self.rules.split(",")
         if preset not in PRESETS:
-            known = f"choose one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}"
+            known = f"choose one of {', '.join(PRESETS)}{nearest(preset, list(PRESETS))}"
             raise UserError(f"mesh.rules={self.rules}: {preset!r} is not known; {known}")
         changed = {}
         for change in changes:

@@ -67,8 +67,8 @@ def test_the_devices_of_a_cpu_stay_once_jax_has_created_them(monkeypatch):
 
 def test_help_lists_the_flags_that_commands_share(command):
     shown = command("main", "--help").stdout
-    for flag in ("config", "workdir", "coordinator", "num_processes", "process_id", "[no]profile"):
-        assert f"\n  --{flag}: " in shown
+    for flag in ("config", "workdir", "coordinator", "num_processes", "process_id", "profile"):
+        assert f"\n  --{flag} " in shown
 
 
 def test_a_program_uses_all_cores_and_keeps_what_it_compiled(command, play, tmp_path):

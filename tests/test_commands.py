@@ -248,16 +248,38 @@ def test_sigterm_leaves_a_code_that_is_not_success(tmp_path, play):
 
 
 @pytest.mark.parametrize("name", ["main", "evaluate", "sample", "plot"])
-def test_help_is_short_and_complete(command, name):
-    result = command(name, "--help")
-    assert result.returncode == 0
-    assert len(result.stdout.splitlines()) < 140
-    flags = re.findall(r"^  --(?:\[no\])?(\w+):", result.stdout, re.M)
+@pytest.mark.parametrize("flag", ["--help", "-h", "--helpfull"])
+def test_help_is_narrow_and_complete(command, name, flag):
+    result = command(name, flag)
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = [line for line in result.stdout.splitlines() if not line.startswith("    python -m gpt.")]
+    assert max(map(len, lines)) <= 80
+    flags = re.findall(r"^  --(\w+) ", result.stdout, re.M)
     assert "workdir" in flags
     assert ("coordinator" in flags) == (name != "plot")
+    assert "pdb" not in flags
     if name == "main":
-        for key in flatten(default_config().to_dict()):
-            assert f"    {key}=" in result.stdout
+        for key, value in flatten(default_config().to_dict()).items():
+            assert re.search(
+                rf"^  {re.escape(f'{key}={value}')} *$|^  {re.escape(f'{key}={value}')}  +\w", result.stdout, re.M
+            )
+
+
+def test_help_for_a_config_has_its_values(command):
+    result = command("main", "--config=configs/char_tiny.py", "--config.train.steps=7", "--help")
+    assert re.search(r"^\* train\.steps=7 +length of the run in steps \[>= 0;\s+default\s+5000\]$", result.stdout, re.M)
+    result = command("main", "--config=configs/chr_tiny.py", "--help")
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "did you mean configs/char_tiny.py?" in result.stderr
+
+
+def test_a_printed_config_is_read_back(command, tmp_path):
+    flags = ("--config=configs/llama.py:nano,muon", "--config.data.path=a\tж", "--config.optimizer.learning_rate=1e-5")
+    printed = command("main", *flags, "--print_config")
+    assert (printed.returncode, printed.stderr) == (0, "")
+    (tmp_path / "again.json").write_text(printed.stdout)
+    assert command("main", f"--config={tmp_path}/again.json", "--print_config").stdout == printed.stdout
+    assert json.loads(printed.stdout)["data"]["path"] == "a\tж"
 
 
 # Flags of gpt.main, the exit code, and what the one sentence has to say; then variables of the environment and packages
@@ -268,7 +290,11 @@ MAIN_MISTAKES = {
     "empty config": (("--config=",), 2, "--config is empty"),
     "config file with an argument": (("--config=configs/char_tiny.py:gpt-mini",), 2, "takes no argument; leave out"),
     "config file of no such size": (("--config=configs/char.py:gpt-9",), 2, "size='gpt-9' is not known; choose one of"),
-    "config file for nothing": (("--config=configs/finetune.py:nowhere",), 2, "finetune.py:nowhere: .* no such folder"),
+    "config file for nothing": (
+        ("--config=configs/finetune.py:nowhere",),
+        2,
+        "finetune.py:nowhere: --workdir=nowhere holds no run",
+    ),
     "config that is none": (("--config=README.md",), 2, "--config=README.md: a config file is a Python file"),
     "unknown key": (
         ("--config.model.num_layer=3",),
@@ -286,6 +312,10 @@ MAIN_MISTAKES = {
     "other family": (("--config.model.family=vit",), 2, "start from a config file for vit"),
     "unknown flag": (("--wrkdir=x",), 2, "no flag --wrkdir; did you mean --workdir"),
     "key as a flag": (("--train.steps=3",), 2, r"no flag --train\.steps; did you mean --config\.train\.steps"),
+    "last part of a key as a flag": (("--steps=3",), 2, r"no flag --steps; did you mean --config\.train\.steps\?"),
+    "misspelt key as a flag": (("--batch=3",), 2, r"no flag --batch; did you mean --config\.train\.batch_size\?"),
+    "near rules": (("--config.mesh.rules=fdsp",), 1, r"one of dp, .*sp; did you mean fsdp\?"),
+    "near argument": (("--config=configs/pretrain.py:gpt2-124",), 2, r"did you mean gpt2-124m\?"),
     "flag of nothing": (("--version",), 2, "no flag --version; see --help"),
     "flag file": (("--flagfile={tmp}/none",), 2, "--flagfile=.*none cannot be read"),
     "switch": (("--profile=maybe",), 2, "--profile=maybe has to be true or false"),
@@ -366,6 +396,9 @@ MISTAKES = {
     "sample": SAMPLE_MISTAKES,
     "evaluate": {
         "split": (("--split=test",), 2, "--split=test: choose one of"),
+        "near split": (("--split=vall",), 2, r"did you mean val\?"),
+        "near checkpoint": (("--checkpoint=bst",), 1, r"choose best, last or one of 6; did you mean best\?"),
+        "near workdir": (("--workdir={tmp}/damagd",), 1, r"no such folder; did you mean .*/damaged\?"),
         "data": (("--data={tmp}/none.txt",), 1, r"there is no file or folder .*none\.txt"),
         "empty data": (("--data=",), 2, "--data is empty"),
         "batch size": (("--batch_size=99999999999",), 2, "--batch_size=99999999999 has to be an integer in the range"),
@@ -394,6 +427,7 @@ MISTAKES = {
     },
     "plan": {
         "no topology": (("--config=configs/pretrain.py",), 2, "Set a config file and a topology"),
+        "near chip": (("--config=configs/pretrain.py", "--topology=h10:8"), 2, r"'h10'; .* did you mean h100\?"),
         "zeros": (("--config=configs/pretrain.py", "--topology=v5e:0x0"), 2, "v5e has 2 sizes, up to v5e:16x16"),
         "huge": (("--config=configs/pretrain.py", "--topology=v5e:1000x1000"), 2, "v5e has 2 sizes, up to v5e:16x16"),
         "three sizes": (("--config=configs/pretrain.py", "--topology=v5e:4x4x4"), 2, "v5e has 2 sizes"),

@@ -1,6 +1,9 @@
 """Config files and overrides by flags: each mistake in them is one sentence that says where it is."""
 
+import dataclasses
+import json
 import math
+from pathlib import Path
 
 import pytest
 from absl import flags
@@ -8,8 +11,14 @@ from absl import flags
 from gpt import config, config_files, reporting
 from gpt.checkpointing.run import Run
 from gpt.config import Config, OptimizerConfig, TrainConfig
-from gpt.runtime import cli
+from gpt.data.base import KINDS
+from gpt.data.images import ImagesConfig
+from gpt.data.tokenizers import TokenizerConfig
+from gpt.models.base import FAMILIES
+from gpt.models.vit import ViTConfig
+from gpt.runtime import cli, fields
 from gpt.runtime.errors import UsageError
+from gpt.sharding import MeshConfig
 
 HEAD = "from gpt.config import default_config\ndef get_config():\n    config = default_config()\n"
 
@@ -20,7 +29,7 @@ FILES = {
     "null bytes": ("a\0b", "null bytes"),
     "unknown key": (
         HEAD + "\n    config.model.num_layer = 3\n",
-        r"line 5: There is no config key 'num_layer'; did you mean model\.num_layers .*\?$",
+        r"line 5: There is no config key 'num_layer'; did you mean model\.num_layers\?$",
     ),
     "unknown key by name": (
         HEAD + "    config['model']['num_layer'] = 3\n",
@@ -38,6 +47,16 @@ FILES = {
         "from gpt.models.gpt import GPTConfig\ndef get_config():\n    return GPTConfig(num_heads='x')\n",
         r"model\.num_heads='x' has to be greater than 0",
     ),
+    "error in a module of the user": (
+        "import broken\n",
+        r"broken\.py, line 2: NameError",
+    ),
+    "syntax of a module of the user": (
+        "import halved\n",
+        r"halved\.py, line 1: '\(' was",
+    ),
+    "missing module of the package": ("from gpt.modles import gpt\n", r"line 1: ModuleNotFoundError: .*'gpt\.modles'"),
+    "exit": (HEAD + "    exit(3)\n", "line 4: SystemExit: 3"),
     "missing module": ("import torchx\n", "line 1: ModuleNotFoundError: No module named 'torchx'"),
     "missing name": (
         "from gpt.config import defaultconfig\n",
@@ -57,10 +76,13 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_mistake_in_a_config_file_is_a_sentence(tmp_path, name):
+def test_a_mistake_in_a_config_file_is_a_sentence(tmp_path, monkeypatch, name):
     text, sentence = FILES[name]
     path = tmp_path / "mine.py"
     path.write_text(text)
+    (tmp_path / "broken.py").write_text("x = 1\nbroken\n")
+    (tmp_path / "halved.py").write_text("x = (")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UsageError, match=sentence) as raised:
         config_files.read_file(str(path))
     assert str(raised.value).startswith(f"--config={path}: ")
@@ -78,7 +100,8 @@ def test_an_error_of_the_package_keeps_its_traceback(tmp_path):
 # What --config names, in a folder with configs/char.py, notes.md and other/mine.py.
 PLACES = {
     "configs/char.py:gpt-mini": r"its get_config\(\) takes no argument; leave out :gpt-mini\.",
-    "notes.md": "a config file is a Python file, like",
+    "x" * 5000 + ".py": "there is no such config file; name one",
+    "notes.md": "a config file is a Python file, like .*, or a JSON file",
     "other": "is a folder, not a config file; name one, like",
     "": "there is no such config file; name one, like",
     "configs/cahr.py": r"there is no such config file; did you mean configs/char\.py\?$",
@@ -88,6 +111,68 @@ PLACES = {
     "other/mine": r"did you mean other/mine\.py\?$",
     "https://x.y/mine.py": "there is no such config file",
 }
+
+
+# The text of a JSON file, as a function of the JSON of the defaults, and what is said of it.
+JSON_FILES = {
+    "cut": (lambda text: text[:700], r"mine\.json is not JSON in line \d\d: "),
+    "empty": (lambda text: "", "is not JSON in line 1"),
+    "list": (lambda text: "[1]", r"holds no config; gpt\.main --print_config prints one"),
+    "nested": (lambda text: "[" * 100_000, "is nested too deeply"),
+    "missing key": (lambda text: text.replace('"seed": 0,', ""), "has no key 'seed'"),
+    "misspelt key": (lambda text: text.replace("num_layers", "num_layer"), r"did you mean model\.num_layers"),
+    "wrong type": (lambda text: text.replace('"seed": 0', '"seed": "0"'), "seed='0' has to be of type int"),
+    "not a number": (lambda text: text.replace('"z_loss": 0.0', '"z_loss": NaN'), "has to be a finite number"),
+}
+
+
+@pytest.mark.parametrize("name", JSON_FILES)
+def test_a_mistake_in_a_json_file_is_a_sentence(tmp_path, name):
+    change, sentence = JSON_FILES[name]
+    path = tmp_path / "mine.json"
+    path.write_text(change(json.dumps(dataclasses.asdict(Config()), indent=2)))
+    with pytest.raises(UsageError, match=sentence):
+        config_files.read(str(path))
+
+
+def test_a_json_file_and_the_record_of_a_run_are_configs(tmp_path):
+    """Flags change their values too. The run of a recorded config is resumed."""
+    values = dataclasses.asdict(Config(seed=3))
+    path, record = tmp_path / "mine.json", tmp_path / "run.json"
+    path.write_text(json.dumps(values))
+    record.write_text(json.dumps({"id": "x", "config": values}))
+    assert config_files.read(str(path)) == config_files.read(str(record)) == Config(seed=3)
+    assert config_files.read(str(path), [("train.steps", "7")]).train.steps == 7
+    assert config_files.default_workdir(str(path)) == Path("runs/mine")
+    assert config_files.default_workdir(str(record)) == tmp_path
+    with pytest.raises(UsageError, match="a JSON file takes no argument; leave out :x"):
+        config_files.read(f"{path}:x")
+
+
+def config_classes() -> list[type]:
+    places = [*FAMILIES.values(), *KINDS.values()]
+    return [Config, TokenizerConfig, OptimizerConfig, TrainConfig, MeshConfig, *map(fields.named, places)]
+
+
+@pytest.mark.parametrize("cls", config_classes(), ids=lambda cls: cls.__name__)
+def test_every_key_is_described(cls):
+    """`--help` shows the text; choices and bounds are those that a value is checked with."""
+    for field in dataclasses.fields(cls):
+        if not dataclasses.is_dataclass(field.default):
+            assert fields.declared(cls(), field.name)["text"], field.name
+
+
+def test_help_shows_the_values_of_a_config(tmp_path):
+    """Only the keys that its family has, and * where a value is not the default."""
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(dataclasses.asdict(Config(model=ViTConfig(num_layers=4), data=ImagesConfig()))))
+    rows = dict(config_files.help_rows(str(path), [("seed", "3")]))
+    assert rows["* model.num_layers=4"] == "number of blocks [> 0; default 12]"
+    assert rows["  model.positions=learned"] == "position encoding [learned, sincos]"
+    assert "* seed=3" in rows
+    assert not any("window=" in row or "block_size=" in row for row in rows)
+    rows = config_files.help_rows(None, [("optimizer", None)])
+    assert {row.split(".")[0] for row, _ in rows if row} == {"  optimizer"}
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -119,6 +204,7 @@ OVERRIDES = {
     ("train.steps.x", "3"): r"no config key 'train\.steps\.x'",
     ("trian.steps", "3"): r"no config key 'trian\.steps'; did you mean train\.steps\?",
     ("steps", "3"): r"did you mean train\.steps\?",
+    ("batch", "3"): r"did you mean train\.batch_size\?",
     ("", "3"): "no config key ''",
     ("data.size", "3"): r"data\.size is a key of another model\.family or data\.kind",
     ("model.family", "vit"): r"--config\.model\.family=vit: .* start from a config file for vit",
@@ -177,6 +263,10 @@ def test_forms_of_overrides_on_a_command_line(monkeypatch):
         ("flag --top_p=x: could not convert string to float: 'x'", "--top_p=x has to be a number."),
         ("flag --seed=-1: -1 is not a non-negative integer", "--seed=-1 has to be a non-negative integer."),
         ("flag --split=x: value should be one of <val|all>", "--split=x: choose one of <val|all>."),
+        (
+            "flag --split=vall: value should be one of <val|all>",
+            "--split=vall: choose one of <val|all>; did you mean val?",
+        ),
     ],
 )
 def test_errors_of_flags_name_the_flag(text, sentence):

@@ -4,6 +4,7 @@ A new config is listed by itself. `SMALL` and `SMALL_DATA` make a family or kind
 """
 
 import dataclasses
+import json
 import re
 import runpy
 import shutil
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gpt import reporting, sharding, step, train
+from gpt import config_files, reporting, sharding, step, train
 from gpt.checkpointing import loading
 from gpt.checkpointing.workdir import Workdir
 from gpt.config import Config, TrainConfig, from_tree
@@ -25,6 +26,7 @@ from gpt.data.tokenizers import Labels, TokenizerConfig
 from gpt.models.gpt import GPTConfig
 from gpt.planning import compiling
 from gpt.runtime.errors import UserError
+from gpt.runtime.fields import option
 from gpt.sharding import MeshConfig
 
 FOLDER = Path(__file__).parent.parent / "configs"
@@ -115,6 +117,13 @@ def test_a_config_builds(name):
     assert program.model.config.summary() in next(reporting.describe(program, config, None, 1, [], (1, 1)))
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_is_read_back_from_json(name, tmp_path):
+    """As `gpt.main --print_config` prints it."""
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(of_file(name)), indent=2))
+    assert config_files.read(str(tmp_path / "config.json")) == of_file(name)
+
+
 @pytest.fixture(scope="module", params=one_of_each())
 def trained(request, play, tmp_path_factory):
     """A small config of a family and kind, and the workdir in which it was trained."""
@@ -171,7 +180,7 @@ def test_the_kind_that_the_page_on_data_writes_trains(tmp_path, monkeypatch):
     names = {name: getattr(base, name) for name in ("IGNORED", "Dataset", "DataConfig")}
     module = types.ModuleType("parity")
     monkeypatch.setitem(sys.modules, "parity", module)
-    vars(module).update(names | {"dataclasses": dataclasses, "np": np, "Labels": Labels})
+    vars(module).update(names | {"dataclasses": dataclasses, "np": np, "Labels": Labels, "option": option})
     for block in re.findall(r"```python\n(.*?)```", page, re.S):
         exec(block, vars(module))
     monkeypatch.setitem(base.KINDS, "parity", "parity:ParityConfig")

@@ -20,7 +20,7 @@ from gpt.checkpointing.reading import Checkpoint, Damaged, reason, shardings, st
 from gpt.checkpointing.run import RECORD, Record, Run, validation_data
 from gpt.checkpointing.stacking import stack_layers
 from gpt.runtime import cluster, files
-from gpt.runtime.errors import UserError
+from gpt.runtime.errors import UserError, nearest
 
 STEP = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint's folder
 
@@ -88,7 +88,8 @@ class Checkpoints:
             raise UserError(f"There is no checkpoint in {self._path} yet.")
         named = {str(step): step for step in steps} | {"best": (self.best() or steps[-1:])[0], "last": steps[-1]}
         if which not in named:
-            raise UserError(f"--checkpoint={which}: choose best, last or one of {', '.join(map(str, steps))}.")
+            known = f"best, last or one of {', '.join(map(str, steps))}{nearest(which, named.keys())}"
+            raise UserError(f"--checkpoint={which}: choose {known}")
         # Any damaged checkpoint may have been the best one.
         if damaged := self._damaged if which == "best" else self._damaged.keys() & {named[which]}:
             raise self._damaged[max(damaged)]

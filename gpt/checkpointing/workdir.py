@@ -31,7 +31,7 @@ from gpt.checkpointing.run import Base, Run, describe_differences
 from gpt.checkpointing.writing import saved_names
 from gpt.config import from_tree
 from gpt.runtime import cluster, files
-from gpt.runtime.errors import UserError
+from gpt.runtime.errors import UserError, nearest
 
 
 class Workdir:
@@ -158,7 +158,9 @@ class Workdir:
     def read(self) -> Run:
         """Returns the record of the run. Raises UserError if there is none or it is damaged."""
         if not self.path.is_dir():
-            raise UserError(f"--workdir={self.path}: there is no such folder.")
+            runs = self.path.parent.glob("*/run.json") if files.is_local(self.path) else ()
+            near = nearest(self.path.name, {run.parent.name: run.parent for run in runs})
+            raise UserError(f"--workdir={self.path}: there is no such folder{near}")
         if not self.has_run:
             raise UserError(f"--workdir={self.path} holds no run: run.json is missing.")
         if files.is_local(self.path):

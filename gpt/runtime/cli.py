@@ -1,5 +1,6 @@
 """What all commands share: parsing of flags, and one error message instead of a traceback for errors of the user."""
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -8,6 +9,7 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -15,13 +17,19 @@ from typing import Any, NoReturn
 from absl import app, flags, logging
 
 from gpt.runtime import backend, cluster, output, progress, signals
-from gpt.runtime.errors import UserError, one_line
+from gpt.runtime.errors import UserError, nearest, one_line
 
 MAX_PIPED = 1 << 20  # bytes of a prompt on stdin; a model sees only its end
+WIDTH, COLUMN = 80, 34  # columns of --help, and of its names
 MUST_NOT_BE_EMPTY = {"config", "workdir", "checkpoint", "out", "html", "topology", "data", "from_hf", "to_hf"}
 
-_config_keys: Callable[[], list[str]] | None = None
-_overrides: list[tuple[str, str | None]] = []
+Override = tuple[str, str | None]  # KEY and VALUE of a flag --config.KEY=VALUE; None: no value
+NearestKeys = Callable[[str], list[str]]
+HelpRows = Callable[[str | None, list[Override]], list[tuple[str, str]]]
+
+_nearest_keys: NearestKeys | None = None
+_help_rows: HelpRows
+_overrides: list[Override] = []
 
 # `--help` shows the flags that the functions below define as flags of the command that calls them.
 flags.disclaim_key_flags()
@@ -69,14 +77,14 @@ def run(main: Callable[[], int | None], prints_result: bool = False) -> None:
         str(raised.exc_value) == "Event loop is closed" or inspect.iscoroutine(raised.object) or hook(raised)
     )
     try:
-        app.run(checked, flags_parser=_parse)
+        app.run(checked, flags_parser=lambda argv: _parse(argv, main))
     except output.OutputLost as lost:
         sys.exit(cluster.failed(str(lost), lost.exit_code, own_fault=True))
     except (signals.Stopped, KeyboardInterrupt) as stopped:
         sys.exit(end(getattr(stopped, "number", signal.SIGINT)))
 
 
-def overrides() -> list[tuple[str, str | None]]:
+def overrides() -> list[Override]:
     """Returns the flags --config.KEY=VALUE in their order: KEY, and VALUE as text or None if there is no value."""
     return list(_overrides)
 
@@ -88,15 +96,16 @@ def define_workdir_flag(
     return flags.DEFINE_string("workdir", None, text, required=required)
 
 
-def define_config_flag(text: str, keys: Callable[[], list[str]]) -> flags.FlagHolder:
+def define_config_flag(text: str, nearest_keys: NearestKeys, help_rows: HelpRows) -> flags.FlagHolder:
     """Defines --config and accepts --config.KEY=VALUE; returns the holder of --config.
 
     Args:
       text: help text of the flag.
-      keys: returns all config keys, to suggest one for a mistyped flag.
+      nearest_keys: returns the config keys that a mistyped flag may stand for, the best first.
+      help_rows: returns KEY=VALUE and a description for each key of a config file with overrides.
     """
-    global _config_keys
-    _config_keys = keys
+    global _nearest_keys, _help_rows
+    _nearest_keys, _help_rows = nearest_keys, help_rows
     return flags.DEFINE_string("config", None, text)
 
 
@@ -114,11 +123,8 @@ def values(cls: Any) -> dict[str, Any]:
 
 def define_cluster_flags() -> Callable[[], cluster.Job]:
     """Defines the flags that describe the job that a process belongs to; returns a function that reads them."""
-    coordinator = flags.DEFINE_string(
-        "coordinator",
-        None,
-        "HOST:PORT of process 0, if the launcher is unknown; needs the next two. See launch/README.md.",
-    )
+    text = "HOST:PORT of process 0, if the launcher is unknown; needs the next two. See launch/README.md."
+    coordinator = flags.DEFINE_string("coordinator", None, text)
     count = flags.DEFINE_integer("num_processes", None, "Number of processes of the job.", lower_bound=1)
     index = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.", lower_bound=0)
     timeout = flags.DEFINE_float("cluster_timeout", 300, "Seconds to wait for the other processes.", lower_bound=1)
@@ -144,15 +150,14 @@ def read_stdin() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _parse(argv: list[str]) -> list[str]:
-    argv = ["--help" if argument == "-h" else argument for argument in argv]
-    wants_help = any(argument.lstrip("-") in ("help", "helpshort", "helpfull") for argument in argv[1:])
+def _parse(argv: list[str], main: Callable[[], int | None]) -> list[str]:
+    known = [argument for argument in argv if not re.fullmatch(r"--?(h|help|helpshort|helpfull)", argument)]
+    if len(known) < len(argv):
+        _show_help(known, main)
+        sys.exit(0)
     try:
         argv = flags.FLAGS.read_flags_from_files(argv)
-        rest = flags.FLAGS(_take_overrides(argv) if _config_keys else argv)
-    except SystemExit:
-        # absl prints the help text while it parses, and exits with an error code.
-        sys.exit(0 if wants_help else 2)
+        rest = flags.FLAGS(_take_overrides(argv) if _nearest_keys else argv)
     except flags.UnrecognizedFlagError as error:
         _refuse(f"There is no flag --{error.flagname}; {_hint(error.flagname)}")
     except flags.Error as error:
@@ -163,6 +168,35 @@ def _parse(argv: list[str]) -> list[str]:
         if flags.FLAGS[name].value in ("", []):
             _refuse(f"--{name} is empty; give it a value or leave it out.")
     return rest
+
+
+def _show_help(argv: list[str], main: Callable[[], int | None]) -> None:
+    """Prints what a command does, its flags, and the keys of the config that its flags name."""
+    for paragraph in inspect.cleandoc(main.__globals__["__doc__"] or "").split("\n\n"):
+        print(paragraph if paragraph.startswith(" ") else textwrap.fill(paragraph, WIDTH), end="\n\n")
+    for flag in sorted(flags.FLAGS.get_key_flags_for_module(main.__module__), key=lambda flag: flag.name):
+        has_default = flag.default or type(flag.default) in (int, float)
+        print(_row(f"  --{flag.name}", flag.help + (f" [default {flag.default}]" if has_default else "")))
+    if not _nearest_keys:
+        return
+    with contextlib.suppress(flags.Error):
+        flags.FLAGS(_take_overrides(argv), known_only=True)
+    place = flags.FLAGS["config"].value
+    try:
+        rows = _help_rows(place, _overrides)
+    except UserError as error:
+        _refuse(str(error))
+    print(f"\nKeys of {place or 'a config'} (--config.KEY=VALUE); * marks values that are not the default:")
+    print(re.sub(r"\n{3,}", "\n\n", "\n".join(_row(*row) for row in rows)))  # some sections may have no row
+    if not place:
+        print("\nEach model family and kind of data has its own keys: --config=FILE --help.")
+
+
+def _row(name: str, text: str) -> str:
+    """Returns a row of a table with two columns: a flag or key, and its description, wrapped."""
+    lines = textwrap.wrap(text, WIDTH - COLUMN, break_on_hyphens=False, break_long_words=False)
+    start = name.ljust(COLUMN) if len(name) < COLUMN else f"{name}\n{' ' * COLUMN}"
+    return (start + f"\n{' ' * COLUMN}".join(lines)).rstrip()
 
 
 def _take_overrides(argv: list[str]) -> list[str]:
@@ -200,14 +234,16 @@ def _reworded(error: flags.Error) -> str:
     text = one_line(error)
     for pattern, replacement in REWORDED.items():
         text = re.sub(pattern, replacement, text)
-    return text.rstrip(".") + "."
+    choice = re.fullmatch(r"--\w+=(.*): choose one of <(.*)>", text)
+    return text.rstrip(".") + (nearest(choice[1], choice[2].split("|")) if choice else ".")
 
 
 def _hint(name: str) -> str:
     """Returns a suggestion for the name of a flag that does not exist."""
-    keys = _config_keys() if _config_keys else []
-    near = [f"config.{key}" for key in keys if name in (key, key.split(".")[-1])]
-    near = near or difflib.get_close_matches(name, list(flags.FLAGS), n=1, cutoff=0.7)
+    keys = _nearest_keys(name) if _nearest_keys else []
+    near = [f"config.{key}" for key in keys]
+    if not any(name in (key, key.split(".")[-1]) for key in keys):  # a flag is nearer than a key that is not exact
+        near = difflib.get_close_matches(name, list(flags.FLAGS), n=1, cutoff=0.7) + near
     return f"did you mean --{near[0]}?" if near else "see --help."
 
 

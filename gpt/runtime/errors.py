@@ -1,7 +1,7 @@
 """Exceptions whose message is written for the user of a command."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class UserError(Exception):
@@ -27,7 +27,12 @@ def one_line(error: object) -> str:
 
 
 def nearest(name: object, known: Iterable[object]) -> str:
-    """Returns the end of a sentence about a name that is not known: "; did you mean NAME?", or "." if none is near."""
-    names = {str(other).lower(): other for other in known}
+    """Returns the end of a sentence about a name that is not known: "; did you mean NAME?", or "." if none is near.
+
+    Args:
+      known: the known names, or what to show instead of each of them, by name.
+    """
+    pairs = known.items() if isinstance(known, Mapping) else zip(known := list(known), known, strict=True)
+    names = {str(other).lower(): shown for other, shown in pairs}
     near = difflib.get_close_matches(str(name).lower(), names, n=1)
     return f"; did you mean {names[near[0]]}?" if near else "."

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 from gpt.runtime.errors import UserError, nearest
 
 BOUNDS = {
-    "above": ("greater than", operator.gt),
-    "least": ("at least", operator.ge),
-    "below": ("less than", operator.lt),
-    "most": ("at most", operator.le),
+    "above": ("greater than", ">", operator.gt),
+    "least": ("at least", ">=", operator.ge),
+    "below": ("less than", "<", operator.lt),
+    "most": ("at most", "<=", operator.le),
 }
 
 
@@ -42,35 +42,40 @@ class Options:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             key = f"{self.section}.{field.name}".removeprefix(".")
-            value, bounds = getattr(self, field.name), declared(type(self), field.name).get("bounds", {})
+            value, bounds = getattr(self, field.name), declared(self, field.name)["bounds"]
             is_number = isinstance(value, int | float)
-            if not all(is_number and BOUNDS[name][1](value, bound) for name, bound in bounds.items()):
-                wanted = "must not be negative" if bounds == {"least": 0} else f"has to be {as_text(bounds)}"
+            if not all(is_number and BOUNDS[name][2](value, bound) for name, bound in bounds.items()):
+                wanted = " and ".join(f"{BOUNDS[name][0]} {bound:g}" for name, bound in bounds.items())
+                wanted = "must not be negative" if bounds == {"least": 0} else f"has to be {wanted}"
                 raise UserError(f"{key}={value!r} {wanted}.")
-            if known := choices(type(self), field.name):
+            if known := choices(self, field.name):
                 check_choice(key, value, known)
 
 
-def declared(cls: Any, name: str) -> Mapping[str, Any]:
-    """Returns what `option` declared of a field of a dataclass, or of the field of a base class that it replaces."""
-    fields = (vars(base).get("__dataclass_fields__", {}).get(name) for base in cls.__mro__)
-    return next((field.metadata for field in fields if field and field.metadata), {})
+def declared(options: Options, name: str) -> Mapping[str, Any]:
+    """Returns what `option` declared of a field, or of the field of a base class that it replaces."""
+    fields = (vars(base).get("__dataclass_fields__", {}).get(name) for base in type(options).__mro__)
+    return next((field.metadata for field in fields if field and field.metadata), option(None, "").metadata)
 
 
-def choices(cls: Any, name: str) -> list[object]:
-    """Returns the values that a field of a dataclass takes; []: any value."""
-    known = declared(cls, name).get("choices", ())
-    return list(getattr(cls, known) if isinstance(known, str) else known)
+def choices(options: Options, name: str) -> list[object]:
+    """Returns the values that a field takes; []: any value."""
+    known = declared(options, name)["choices"]
+    return list(getattr(options, known) if isinstance(known, str) else known)
 
 
-def as_text(bounds: Mapping[str, float]) -> str:
-    """Returns the bounds of an option as text, like "at least 0 and less than 1"."""
-    return " and ".join(f"{BOUNDS[name][0]} {bound:g}" for name, bound in bounds.items())
+def describe(options: Options, field: dataclasses.Field) -> str:
+    """Returns what a field means, the values that it takes, and its default if its value is another."""
+    known, bounds = choices(options, field.name), declared(options, field.name)["bounds"]
+    notes = [", ".join(map(str, known))] if known else []
+    notes += [f"{BOUNDS[name][1]} {bound:g}" for name, bound in bounds.items()]
+    notes += [f"default {field.default}"] if getattr(options, field.name) != field.default else []
+    return declared(options, field.name)["text"] + (f" [{'; '.join(notes)}]" if notes else "")
 
 
 def harmless_names(cls: Any) -> set[str]:
     """Returns the names of the fields of a dataclass that a resumed run may change."""
-    return {field.name for field in dataclasses.fields(cls) if declared(cls, field.name).get("harmless")}
+    return {field.name for field in dataclasses.fields(cls) if declared(cls(), field.name)["harmless"]}
 
 
 def named(place: str) -> Any:

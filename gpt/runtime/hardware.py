@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from gpt.runtime.errors import UsageError, UserError, one_line
+from gpt.runtime.errors import UsageError, UserError, nearest, one_line
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -173,7 +173,8 @@ def _parse(name: str) -> tuple[int, Chip, str]:
     count, kind, layout = match.groups()
     known = {chip.name: chip for chip in CHIPS if chip.memory}
     if not (chip := known.get(kind)):
-        raise UsageError(f"--topology={name}: there is no chip {kind!r}; choose one of {', '.join(known)}.")
+        chips = f"choose one of {', '.join(known)}{nearest(kind, known.keys())}"
+        raise UsageError(f"--topology={name}: there is no chip {kind!r}; {chips}")
     sizes, most = ([int(size) for size in x.split("x")] for x in (layout, chip.largest.split(":")[1]))
     if len(sizes) != len(most) or not 0 < math.prod(sizes) <= math.prod(most):
         raise UsageError(f"--topology={name}: {kind} has {len(most)} sizes, up to {chip.largest} or 4x{chip.largest}.")
