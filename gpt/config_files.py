@@ -16,6 +16,10 @@ from gpt.data.base import KINDS
 from gpt.models.base import FAMILIES
 from gpt.runtime.errors import UsageError, UserError, one_line
 
+PACKAGE = Path(__file__).parent
+# The config files of an installation, or of a checkout.
+CONFIGS = next((folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir()), PACKAGE)
+
 
 def read(place: str | None, changes: Iterable[tuple[str, str | None]] = ()) -> Config:
     """Returns the config of a config file with changes.
@@ -52,8 +56,12 @@ def read_file(place: str) -> ml_collections.ConfigDict:
     """
     name, colon, argument = place.partition(":")
     path = Path(name).expanduser()
+    if not path.exists() and path.parts[:1] == ("configs",):
+        path = CONFIGS.joinpath(*path.parts[1:])
     if not path.is_file():
-        stems = {file.stem: file for folder in ("configs", path.parent) for file in sorted(Path(folder).glob("*.py"))}
+        stems = {file.stem: Path("configs", file.name) for file in sorted(CONFIGS.glob("*.py"))}
+        for folder in ("configs", Path(name).expanduser().parent):
+            stems |= {file.stem: file for file in sorted(Path(folder).glob("*.py"))}
         near = difflib.get_close_matches(path.stem, stems, n=1)
         what = "is a folder, not a config file" if name and path.is_dir() else "there is no such config file"
         hint = f"did you mean {stems[near[0]]}{colon}{argument}?" if near else "name one, like configs/char.py."
