@@ -24,7 +24,17 @@ FLOORS = (
     ("gpt.reporting", "gpt.interop", "gpt.planning"),
     ("gpt.train",),
     ("gpt",),
-    ("gpt.main", "gpt.tokenize", "gpt.evaluate", "gpt.sample", "gpt.convert", "gpt.plan", "gpt.explain", "gpt.plot"),
+    (
+        "gpt.main",
+        "gpt.tokenize",
+        "gpt.evaluate",
+        "gpt.sample",
+        "gpt.convert",
+        "gpt.plan",
+        "gpt.explain",
+        "gpt.plot",
+        "gpt.runs",
+    ),
 )
 PLACES = {place: floor for floor, places in enumerate(FLOORS) for place in places}
 FILES = sorted((ROOT / "gpt").rglob("*.py"))

@@ -173,7 +173,7 @@ def _with_records(run: Summary, folder: Any, content: Content, holder: str | Non
 def _count(number: Any) -> int:
     """Returns a number of steps or tokens. Raises ValueError if it is absurd."""
     if not 0 <= int(number) < 1 << 63:
-        raise ValueError(f"{number} is not a number of steps or tokens")
+        raise ValueError("run.json has a number of steps or tokens that is negative or above 2⁶³")
     return int(number)
 
 

@@ -36,7 +36,7 @@ def prune(run: str, folder: str, keep: list[str], is_confirmed: bool) -> int:
     with workdir.lock():
         checkpoints, sizes = workdir.checkpoints(), found.checkpoint_bytes
         if unknown := set(keep) - {"best", "last", *map(str, sizes)}:
-            raise UsageError(f"--keep={min(unknown)}: {run} has no such checkpoint, only {[*sizes]}.")
+            raise UsageError(f"--keep={min(unknown)}: {run} has no such checkpoint, only {', '.join(map(str, sizes))}.")
         if len(sizes) < 2:
             print(f"Nothing to delete: {run} has {len(sizes)} checkpoints.")
             return 0
