@@ -305,7 +305,7 @@ def test_pruning_keeps_what_is_needed(pruned, runs, command, config):
         ("6", "delete"),
         ("8", "keep (last)"),
     ]
-    assert "Deleted 1 checkpoints" in result.stdout
+    assert "Deleted 1 checkpoint (" in result.stdout
     assert steps(pruned) == {"2", "3.damaged", "4", "8"}
     assert (pruned / "run.json").read_bytes() == record_before
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=9))

@@ -38,7 +38,7 @@ def prune(run: str, folder: str, keep: list[str], is_confirmed: bool) -> int:
         if unknown := set(keep) - {"best", "last", *map(str, sizes)}:
             raise UsageError(f"--keep={min(unknown)}: {run} has no such checkpoint, only {', '.join(map(str, sizes))}.")
         if len(sizes) < 2:
-            print(f"Nothing to delete: {run} has {len(sizes)} checkpoints.")
+            print(f"Nothing to delete: {run} has {len(sizes) or 'no'} checkpoint.")
             return 0
         reasons = {int(step): "--keep" for step in keep if step in map(str, sizes)}
         with contextlib.suppress(UserError):  # there may be no such folder
@@ -53,7 +53,7 @@ def prune(run: str, folder: str, keep: list[str], is_confirmed: bool) -> int:
         if not doomed:
             print("Nothing to delete.")
             return 0
-        what = f"{len(doomed)} checkpoints ({overview.units(sum(sizes[step] for step in doomed))}B) of {run}"
+        what = f"{len(doomed)} checkpoint{'s' * (len(doomed) > 1)} ({overview.units(sum(sizes[step] for step in doomed))}B) of {run}"
         if not files.is_local(workdir.path):
             print("There is no lock in a bucket: make sure that no process trains in this workdir.")
         if not is_confirmed and not _is_answered_yes(f"Delete {what}? [y/N] "):
