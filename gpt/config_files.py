@@ -22,6 +22,10 @@ from gpt.runtime.errors import UsageError, UserError, nearest, one_line
 from gpt.runtime.fields import Options, describe
 from gpt.runtime.files import read_json
 
+PACKAGE = Path(__file__).parent
+# The config files of an installation, or of a checkout.
+CONFIGS = next((folder for folder in (PACKAGE / "configs", PACKAGE.parent / "configs") if folder.is_dir()), PACKAGE)
+
 
 def read(place: str | None, changes: Iterable[tuple[str, str | None]] = ()) -> Config:
     """Returns the config of a config file with changes.
@@ -115,9 +119,12 @@ def _find(place: str) -> tuple[Path, str | None]:
     """Returns the path and the argument of a config file."""
     name, colon, argument = place.partition(":")
     path = Path(name).expanduser()
+    if not path.exists() and path.parts[:1] == ("configs",):
+        path = CONFIGS.joinpath(*path.parts[1:])
     if not os.path.isfile(path):
-        files = (file for folder in ("configs", path.parent) for file in sorted(Path(folder).glob("*.*")))
-        stems = {file.stem: f"{file}{colon}{argument}" for file in files if file.suffix in SUFFIXES and file.is_file()}
+        stems = {file.stem: f"configs/{file.name}{colon}{argument}" for file in sorted(CONFIGS.glob("*.py"))}
+        files = (file for folder in ("configs", Path(name).parent) for file in sorted(Path(folder).glob("*.*")))
+        stems |= {file.stem: f"{file}{colon}{argument}" for file in files if file.suffix in SUFFIXES and file.is_file()}
         near = nearest(path.stem, stems)
         what = "is a folder, not a config file" if name and os.path.isdir(path) else "there is no such config file"
         raise UsageError(f"--config={place}: {what}{near if near != '.' else '; name one, like configs/char.py.'}")

@@ -14,7 +14,9 @@ import gpt
 from gpt import config, config_files
 from gpt.runtime import cli
 
-_CONFIG = cli.define_config_flag("Config file, like configs/char.py.", config.nearest_keys, config_files.help_rows)
+_CONFIG = cli.define_config_flag(
+    "Config file, like configs/char.py, which is found in any folder.", config.nearest_keys, config_files.help_rows
+)
 _WORKDIR = cli.define_workdir_flag("Folder of the run. Default: runs/NAME-OF-THE-CONFIG-FILE.", required=False)
 _ALLOW_CONFIG_CHANGE = flags.DEFINE_bool(
     "allow_config_change", False, "Resume the run in the workdir although its config was another."

@@ -128,6 +128,7 @@ class Training:
             recorded.base if recorded else initial.as_base() if initial and config.model.lora_rank else None,
             recorded.skipped if recorded else (),
             len(self.validation),
+            self.total_steps,
             environment(self.layout, pipeline.order_digest(self.examples, config.seed)),
             cluster.share("run", lambda: recorded.id if recorded else secrets.token_hex(8)),
         )

@@ -1,9 +1,10 @@
 """A small object store on the loopback interface, for tests and benchmarks.
 
 It serves the files under a folder as the objects of one bucket, through as much of the S3 REST API (with the bucket
-in the path) and of the Google Cloud Storage JSON API as readers need: ranged reads, metadata, listings, and plain
-uploads. Signatures and tokens are ignored. Each answer can be held back by a latency, during which other requests go
-on, and requests and bytes of content are counted. Run as a program, it prints its port and serves until it is killed.
+in the path) and of the Google Cloud Storage JSON API as readers need: ranged reads, metadata, listings, plain uploads,
+and the copies and deletions of S3. Signatures and tokens are ignored. Each answer can be held back by a latency, during
+which other requests go on, and requests and bytes of content are counted. Run as a program, it prints its port and
+serves until it is killed.
 """
 
 import argparse
@@ -20,12 +21,14 @@ import threading
 import time
 from collections import Counter
 from email.utils import formatdate
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qsl, unquote, urlencode
-from xml.sax.saxutils import escape
+from xml.sax.saxutils import escape, unescape
 
 CODES = {403: "AccessDenied", 404: "NoSuchKey", 405: "MethodNotAllowed", 416: "InvalidRange", 503: "SlowDown"}
 GCS_PATH = re.compile(r"/(?:upload/|download/)?storage/v1/b/([^/]+)(?:/(o)(?:/(.+))?/?)?", re.S)
+KEY = re.compile("<Key>(.*?)</Key>", re.S)  # in the body of a request to delete several objects
 RANGE = re.compile(r"bytes=(?:(\d+)-(\d*)|-(\d+))")
 SENDFILE_SIZE = 1 << 20  # Longer contents are sent by the kernel, at the client's pace.
 
@@ -97,8 +100,12 @@ class Bucket:
             return error(self.failure_status, key, gcs)
         if name != self.name:
             return error(404, key, gcs, "NoSuchBucket")
+        if source := headers.get("x-amz-copy-source"):
+            body = Path(self.folder, unquote(source).lstrip("/").partition("/")[2]).read_bytes()
         if uploading and found.allowed:
-            return self.write(found, body, gcs)
+            return self.write(found, body, gcs, "CopyObjectResult" if source else "")
+        if method == "DELETE" or (method == "POST" and not key and not gcs):
+            return self.delete([key] if key else [unescape(name) for name in KEY.findall(body.decode())])
         if method not in ("GET", "HEAD"):
             return error(405, key, gcs)
         if key:
@@ -127,12 +134,23 @@ class Bucket:
                 return error(416, found.key, gcs)._replace(headers={"Content-Range": f"bytes */{found.size}"})
         return Answer(status, b"", headers, found.path, start, stop)
 
-    def write(self, found: Object, body: bytes, gcs: Any) -> Answer:
-        """Stores an object."""
+    def delete(self, keys: list[str]) -> Answer:
+        """Deletes objects, and folders that are empty then, which a bucket does not have."""
+        for found in (Object(self.folder, key) for key in keys):
+            if found.allowed and found.size >= 0:
+                os.remove(found.path)
+                with contextlib.suppress(OSError):
+                    os.removedirs(os.path.dirname(found.path))
+        return Answer(200, b"<DeleteResult></DeleteResult>")
+
+    def write(self, found: Object, body: bytes, gcs: Any, result: str = "") -> Answer:
+        """Stores an object; `result` is the element of S3's answer to a copy."""
         os.makedirs(os.path.dirname(found.path), exist_ok=True)
         with open(found.path, "wb") as file:
             file.write(body)
         found = Object(self.folder, found.key)
+        if result:
+            return Answer(200, f"<{result}><ETag>{found.version}</ETag></{result}>".encode())
         return to_json(found.describe()) if gcs else Answer(200, headers={"ETag": f'"{found.version}"'})
 
     def list(self, query: dict[str, str], gcs: Any) -> Answer:

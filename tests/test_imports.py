@@ -25,7 +25,17 @@ FLOORS = (
     ("gpt.reporting",),
     ("gpt.train",),
     ("gpt",),
-    ("gpt.main", "gpt.tokenize", "gpt.evaluate", "gpt.sample", "gpt.convert", "gpt.plan", "gpt.explain", "gpt.plot"),
+    (
+        "gpt.main",
+        "gpt.tokenize",
+        "gpt.evaluate",
+        "gpt.sample",
+        "gpt.convert",
+        "gpt.plan",
+        "gpt.explain",
+        "gpt.plot",
+        "gpt.runs",
+    ),
 )
 PLACES = {place: floor for floor, places in enumerate(FLOORS) for place in places}
 FILES = sorted((ROOT / "gpt").rglob("*.py"))

@@ -54,7 +54,7 @@ def flags_of() -> dict[str, list[str]]:
 def test_readme_is_short():
     lines = text_of("README.md").splitlines()
     assert len(lines) <= 180
-    assert {"plot", "main", "tokenize", "evaluate", "sample", "plan", "convert", "explain"} == set(COMMANDS)
+    assert {"plot", "main", "tokenize", "evaluate", "sample", "plan", "convert", "explain", "runs"} == set(COMMANDS)
     assert all(f"gpt.{command}" in text_of("README.md") for command in COMMANDS)
 
 

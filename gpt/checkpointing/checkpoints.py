@@ -4,8 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,13 +14,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from gpt.checkpointing import integrity, writing
-from gpt.checkpointing.reading import Checkpoint, Damaged, reason, shardings, stacked_shapes
-from gpt.checkpointing.run import RECORD, Record, Run, validation_data
+from gpt.checkpointing.reading import Checkpoint, shardings, stacked_shapes
+from gpt.checkpointing.record import RECORD, STEP, Damaged, Record, lowest, reason, saved_names
+from gpt.checkpointing.run import Run, validation_data
 from gpt.checkpointing.stacking import stack_layers
 from gpt.runtime import cluster, files
 from gpt.runtime.errors import UserError, nearest
-
-STEP = re.compile("0|[1-9][0-9]*")  # the name of a checkpoint's folder
 
 
 class Checkpoints:
@@ -52,11 +49,11 @@ class Checkpoints:
         self.failure: str | None = None
         self._saved: dict[int, Checkpoint] = {}
         self._damaged: dict[int, Damaged] = {}  # checkpoints without a valid record
-        names = writing.saved_names(path)
+        names = saved_names(path)
         self._misnamed = [name for name in names if not STEP.fullmatch(name)]
         for step in sorted(int(name) for name in names if STEP.fullmatch(name)):
             try:
-                self._saved[step] = Checkpoint.open(self._folder(step), self._run_id)
+                self._saved[step] = Checkpoint(self._folder(step), Record.open(self._folder(step), self._run_id))
             except Damaged as error:
                 self._damaged[step] = error
 
@@ -72,10 +69,7 @@ class Checkpoints:
 
     def best(self) -> tuple[int, float] | None:
         """Returns step and loss of the checkpoint with the lowest validation loss on the run's data, or None."""
-        records = (saved.record for saved in self._saved.values() if saved.record.data == self._data)
-        losses = ((each.step, each.validation_loss) for each in records)
-        finite = [(step, loss) for step, loss in losses if loss is not None and math.isfinite(loss)]
-        return min(finite, key=lambda pair: pair[::-1], default=None)
+        return lowest((saved.record for saved in self._saved.values()), self._data)
 
     def find(self, which: str) -> int:
         """Returns a step by its name: "best" (the last one if nothing was evaluated), "last", or a number.

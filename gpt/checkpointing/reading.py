@@ -6,8 +6,6 @@ Every array that is read is compared with its digest in the record, so a damaged
 import dataclasses
 import itertools
 import math
-import os
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from gpt.checkpointing import integrity
-from gpt.checkpointing.run import RECORD, Record
+from gpt.checkpointing.record import Damaged, Record, reason
 from gpt.checkpointing.stacking import stack_layers, unstack_layers
 from gpt.runtime import cluster, files
 from gpt.runtime.errors import UserError
@@ -27,13 +25,6 @@ from gpt.sharding import path_name
 
 # Errors of storage that does not answer, which says nothing about the checkpoint.
 TRANSIENT = ("PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED")
-
-
-class Damaged(UserError):
-    """A checkpoint differs from what was saved."""
-
-    def __init__(self, folder: epath.Path, reason: str):
-        super().__init__(f"{folder} is damaged ({reason}).")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,25 +37,6 @@ class Checkpoint:
 
     folder: epath.Path
     record: Record
-
-    @classmethod
-    def open(cls, folder: epath.Path, run_id: str) -> "Checkpoint":
-        """Returns the checkpoint in a folder that is named after its step.
-
-        Raises:
-          Damaged: the record is missing or damaged, or belongs to another step or run.
-        """
-        try:
-            record = Record.from_json(files.read_json(folder / RECORD))
-            if record.step != int(folder.name):
-                raise ValueError(f"it belongs to step {record.step}")
-            if record.run != run_id:
-                raise ValueError("it belongs to another run")
-        except FileNotFoundError:
-            raise Damaged(folder, f"{RECORD} is missing") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Damaged(folder, f"{RECORD}: {reason(error)}") from None
-        return cls(folder, record)
 
     def digest(self, item: str) -> int:
         """Returns one digest of all arrays of an item, which does not depend on the mesh; 0 if it is missing."""
@@ -137,6 +109,13 @@ class Checkpoint:
         if changed:
             raise Damaged(self.folder, f"{', '.join(changed[:3])}: the values differ from those saved")
 
+    def verify(self) -> None:
+        """Reads all arrays. Raises Damaged if one differs from what was saved."""
+        try:
+            self.compare(self.digests_on_disk(0, 1))
+        except Exception as error:
+            raise self._explain(error) from None
+
     def digests_on_disk(self, index: int, count: int) -> dict[str, int]:
         """Reads the share of process `index` of `count`, which is every `count`-th chunk of the arrays on the disk.
 
@@ -205,13 +184,6 @@ def stacked_shapes(tree: Any) -> Any:
 def shardings(tree: Any) -> Any:
     """Returns the sharding of each array of a tree."""
     return jax.tree.map(lambda array: array.sharding, tree)
-
-
-def reason(error: Exception) -> str:
-    """Returns a short reason for an error, because libraries wrap that of the system in a page of context."""
-    text = getattr(error, "strerror", None) or str(error)
-    system = re.search(r"\[os_error_code='(\d+)'|\[OS error (\d+):", text)  # of tensorstore
-    return os.strerror(int(system[1] or system[2])) if system else " ".join(text.split())[:200]
 
 
 def _is_array(x: Any) -> bool:

@@ -1,9 +1,7 @@
-"""What a workdir and each of its checkpoints record about a run, and which changes a resumed run may make."""
+"""What a workdir records about a run, and which changes a resumed run may make."""
 
 import dataclasses
-import json
 import secrets
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +12,6 @@ from gpt.data import tokenizers
 from gpt.runtime import cache
 from gpt.runtime.errors import UserError
 
-RECORD = "digests/metadata"  # path in the folder of a checkpoint, where orbax's own handler of JSON would write it
 ORDER = "order of examples"  # key of `Run.environment`: digest of the order in which examples come
 
 
@@ -42,6 +39,7 @@ class Run:
       skipped: numbers of the batches that are left out; see `train.on_nonfinite`.
       evaluated: number of examples of an evaluation; 0 for converted weights.
       environment: versions, devices and other facts that an exact resume depends on.
+      total_steps: length of the run; 0 for converted weights.
       id: is in every checkpoint of the run, and tells apart two runs of one config.
     """
 
@@ -51,6 +49,7 @@ class Run:
     base: Base | None = None
     skipped: tuple[int, ...] = ()
     evaluated: int = 0
+    total_steps: int = 0
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     id: str = dataclasses.field(default_factory=lambda: secrets.token_hex(8), compare=False)
 
@@ -99,50 +98,8 @@ def describe_differences(a: Run, b: Run, sign: str, besides: Callable[[str], boo
     return phrases
 
 
-@dataclasses.dataclass(frozen=True)
-class Record:
-    """The record of a checkpoint.
-
-    Attributes:
-      run: ID of the run.
-      step: number of training steps done.
-      data: identifies what `validation_loss` was measured on; see `validation_data`.
-      arrays: digest of each array, by names such as "params/blocks/mlp/up/kernel"; see `gpt.checkpointing.integrity`.
-      validation_loss: nats per target; None if the step was not evaluated.
-      mean_loss: running mean of the training loss; None if the checkpoint has parameters only.
-    """
-
-    run: str
-    step: int
-    data: str
-    arrays: dict[str, int]
-    validation_loss: float | None = None
-    mean_loss: float | None = None
-
-    def to_json(self) -> str:
-        """Returns the content of the file, which includes a checksum."""
-        content = dataclasses.asdict(self)
-        return json.dumps(content | {"checksum": _checksum(content)})
-
-    @classmethod
-    def from_json(cls, content: Any) -> "Record":
-        """Returns the record in the parsed content of a file.
-
-        Raises:
-          ValueError, KeyError, TypeError, AttributeError: the content is not a record, or was changed.
-        """
-        values = {name: value for name, value in content.items() if name != "checksum"}
-        if content["checksum"] != _checksum(values):
-            raise ValueError("its checksum does not match")
-        return cls(**values)
-
-
 def validation_data(run: Run) -> str:
     """Returns a hash of the data of a run and its form: only losses measured on the same data can be compared."""
     options = flatten(dataclasses.asdict(run.config.data), "data.")
     form = {key: value for key, value in options.items() if not is_harmless(key)}
     return cache.digest(run.fingerprint, run.evaluated, sorted(form.items()))
-
-
-def _checksum(values: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(values, sort_keys=True).encode())

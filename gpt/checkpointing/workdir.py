@@ -1,11 +1,11 @@
 """The workdir of a run.
 
     run.json         the resolved config, the fingerprint of the data, the batches that are left out, the base of LoRA's
-                     adapters, and the versions and devices that an exact resume depends on
+                     adapters, the versions and devices that an exact resume depends on, and what `gpt.runs` shows
     tokenizer.json   the tokenizer, or the names of the classes
     checkpoints/     one folder for each saved step: the items `params` (all parameters, or LoRA's adapters), their
                      moving average `ema` if the run has one, and `optimizer`, in orbax's format, and the checkpoint's
-                     own record (`gpt.checkpointing.run.Record`)
+                     own record (`gpt.checkpointing.record.Record`)
     events.out.*     TensorBoard's events
     .lock            held by the process that trains
 
@@ -22,13 +22,14 @@ import re
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 from etils import epath
 
 from gpt.checkpointing.checkpoints import Checkpoints
+from gpt.checkpointing.record import saved_names
 from gpt.checkpointing.run import Base, Run, describe_differences
-from gpt.checkpointing.writing import saved_names
 from gpt.config import from_tree
 from gpt.runtime import cluster, files
 from gpt.runtime.errors import UserError, nearest
@@ -79,15 +80,19 @@ class Workdir:
         if os.fstat(file.fileno()).st_nlink > 1:
             raise UserError(f"{self.path}/.lock is a hard link to a file that the lock would overwrite; delete it.")
         stack.callback(self._remove_if_unused, created)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        for _ in range(10):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)  # `gpt.runs` takes each lock for a moment, to see whether it is held
+            except OSError:  # a disk without locks
+                return
+        else:
             holder = file.read() or "another process"
             raise UserError(
                 f"--workdir={self.path} is in use by {holder}; wait for it, end it, or choose another --workdir."
-            ) from None
-        except OSError:  # a disk without locks
-            return
+            )
         with contextlib.suppress(OSError):  # on a full disk the lock works without a name in the file
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -142,9 +147,13 @@ class Workdir:
             raise UserError(f"Process 0 has a different run: {'; '.join(others)}. Start all with the same flags.")
 
     def _write(self, run: Run) -> None:
+        config = run.config
         record = {
             "id": run.id,
-            "config": dataclasses.asdict(run.config),
+            "description": f"{config.model.family}, {config.model.summary()}, {config.data.kind}",
+            "total_steps": run.total_steps,
+            "tokens_per_step": config.train.batch_size * config.model.length,
+            "config": dataclasses.asdict(config),
             "data_fingerprint": run.fingerprint,
             "base": run.base and dataclasses.asdict(run.base),
             "skipped_batches": run.skipped,
@@ -175,6 +184,7 @@ class Workdir:
                 Base(**record["base"]) if record["base"] else None,
                 tuple(map(int, record["skipped_batches"])),
                 int(record["evaluated_examples"]),
+                int(record["total_steps"]),
                 {str(name): str(value) for name, value in record["environment"].items()},
                 str(record["id"]),
             )

@@ -16,7 +16,8 @@ from orbax.checkpoint import type_handlers
 from orbax.checkpoint.path import atomicity
 
 from gpt.checkpointing import integrity
-from gpt.checkpointing.run import RECORD, Record, Run, validation_data
+from gpt.checkpointing.record import RECORD, UNFINISHED, Record
+from gpt.checkpointing.run import Run, validation_data
 from gpt.runtime import files
 
 CHUNK = 1 << 26  # bytes in a chunk of a converted array: a device that needs a part of the array reads whole chunks
@@ -124,16 +125,10 @@ class _DurableFolder(atomicity.AtomicRenameTemporaryPath):
         files.publish(self.get(), self.get_final())
 
 
-def saved_names(checkpoints: epath.Path) -> list[str]:
-    """Returns the names in a folder of checkpoints, without hidden files and the remains of unfinished saves."""
-    names = (entry.name for entry in checkpoints.iterdir()) if checkpoints.exists() else ()
-    return sorted(name for name in names if not name.endswith(atomicity.TMP_DIR_SUFFIX) and name[0] != ".")
-
-
 def remove_unfinished(checkpoints: epath.Path) -> None:
     """Deletes the remains of saves that were killed or found the disk full."""
     for folder in checkpoints.iterdir():
-        if folder.name.endswith(atomicity.TMP_DIR_SUFFIX):
+        if folder.name.endswith(UNFINISHED):
             files.remove_tree(folder)
 
 
@@ -151,4 +146,4 @@ def set_aside(folder: epath.Path) -> str:
 
 
 def _partial(folder: epath.Path) -> epath.Path:
-    return folder.with_name(folder.name + atomicity.TMP_DIR_SUFFIX)
+    return folder.with_name(folder.name + UNFINISHED)

@@ -66,15 +66,22 @@ def files(address: str, key: str) -> list[tuple[str, int, str]]:
     if scheme not in EXTRAS:
         known = " and ".join(f"{name}://" for name in EXTRAS)
         raise UserError(f"{key}: {address} is not on a disk or in a bucket ({known}); download it first.")
-    in_bucket = _file_system(address)
-    try:
-        found = in_bucket.find(address, detail=True)
-    except Exception as error:
-        raise _failure(f"{key}: cannot list {address}", error) from None
     return [
         (f"{scheme}://{name}", info["size"], str(info.get("ETag") or info.get("etag") or info.get("generation")))
-        for name, info in sorted(found.items())
+        for name, info in sorted(_find(address, f"{key}: cannot list {address}").items())
     ]
+
+
+def listing(address: str) -> dict[str, tuple[int, float]]:
+    """Returns {path below the address: (bytes, time of the last change in seconds)} of the files in a bucket.
+
+    Raises:
+      UserError: the bucket cannot be listed.
+    """
+    start = len(address.partition("://")[2]) + 1
+    found = _find(address, f"Cannot list {address}").items()
+    times = ((name, info, info.get("LastModified") or info.get("mtime")) for name, info in found)
+    return {name[start:]: (info["size"], time.timestamp() if time else 0.0) for name, info, time in times}
 
 
 def write(place: str, content: bytes | memoryview, mode: int = 0o666, setting: str = "--out") -> None:
@@ -127,6 +134,15 @@ def names(place: str) -> list[str]:
     except Exception as error:
         raise _failure(f"Cannot read {place}", error) from None
     return sorted(name for name in found if name and not name.endswith(PARTIAL))
+
+
+def _find(address: str, what: str) -> dict[str, dict[str, Any]]:
+    """Returns what fsspec tells of the files at an address or below it. Raises UserError that starts with `what`."""
+    in_bucket = _file_system(address)
+    try:
+        return in_bucket.find(address, detail=True)
+    except Exception as error:
+        raise _failure(what, error) from None
 
 
 def _failure(what: str, error: Exception, advice: str = "") -> UserError:

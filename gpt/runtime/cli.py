@@ -30,6 +30,7 @@ HelpRows = Callable[[str | None, list[Override]], list[tuple[str, str]]]
 _nearest_keys: NearestKeys | None = None
 _help_rows: HelpRows
 _overrides: list[Override] = []
+_argument: list[str] | None = None  # of a command that takes one which is not a flag: the default, and what is given
 
 # `--help` shows the flags that the functions below define as flags of the command that calls them.
 flags.disclaim_key_flags()
@@ -109,6 +110,14 @@ def define_config_flag(text: str, nearest_keys: NearestKeys, help_rows: HelpRows
     return flags.DEFINE_string("config", None, text)
 
 
+def define_argument(default: str) -> Callable[[], str]:
+    """Accepts an argument that is not a flag, before or after the flags; returns a function that returns it."""
+    global _argument
+    _argument = given = [default]
+    flags.FLAGS.set_gnu_getopt(True)
+    return lambda: given[-1]
+
+
 def define_checkpoint_flag() -> flags.FlagHolder:
     """Defines --checkpoint; returns its holder."""
     text = 'Checkpoint to load: "best" (lowest validation loss), "last", or a step. "best,raw": no moving average.'
@@ -162,6 +171,9 @@ def _parse(argv: list[str], main: Callable[[], int | None]) -> list[str]:
         _refuse(f"There is no flag --{error.flagname}; {_hint(error.flagname)}")
     except flags.Error as error:
         _refuse(_reworded(error))
+    if _argument is not None:
+        _argument.extend(rest[1:2])
+        del rest[1:2]
     if len(rest) > 1:
         _refuse(f"Unexpected argument {rest[1]!r}; flags are written --name=value.")
     for name in MUST_NOT_BE_EMPTY.intersection(flags.FLAGS):

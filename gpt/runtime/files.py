@@ -119,6 +119,8 @@ LARGEST_JSON = 1 << 26  # bytes: a hundred times a real vocabulary; parsing take
 
 def read_bounded(path: Any) -> bytes:
     """Returns the content of a file. Raises OSError if it cannot be read, ValueError if it exceeds LARGEST_JSON."""
+    if is_local(path) and path.exists() and not path.is_file():  # a pipe would block
+        raise ValueError(f"{path.name} is not a file")
     with path.open("rb") as file:
         data = file.read(LARGEST_JSON + 1)
     if len(data) > LARGEST_JSON:

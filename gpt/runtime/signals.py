@@ -11,11 +11,10 @@ import threading
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+if TYPE_CHECKING:
+    import jax
 
 from gpt.runtime import progress
 
@@ -109,12 +108,14 @@ class Interrupted:
       mesh: mesh of all devices of all processes.
     """
 
-    def __init__(self, mesh: jax.sharding.Mesh):
+    def __init__(self, mesh: "jax.sharding.Mesh"):
+        import jax
+
         self._signal = 0
         self._agreed: jax.Array | int = 0
         self._previous_handlers: dict[int, Any] = {}
         self._sharded = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
-        self._max = jax.jit(jnp.max, in_shardings=self._sharded, out_shardings=jax.NamedSharding(mesh, jax.P()))
+        self._max = jax.jit(jax.numpy.max, in_shardings=self._sharded, out_shardings=jax.NamedSharding(mesh, jax.P()))
 
     def begin(self) -> None:
         """Records signals from now on instead of raising Stopped."""
@@ -138,6 +139,9 @@ class Interrupted:
         processes, the number is that of the previous call, which the devices finish computing with the previous step,
         so that `poll` does not wait for the current step.
         """
+        import jax
+        import numpy as np
+
         if jax.process_count() == 1:
             return self._signal
         own_signal = np.full(1, self._signal, np.int32)
