@@ -23,6 +23,7 @@ from gpt.runtime.backend import Work
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import check_choice, check_not_negative, check_positive, harmless, harmless_names, named
 from gpt.runtime.files import read_json
+from gpt.runtime.loggers import check_loggers
 from gpt.sharding import MeshConfig
 
 SMALL_SPLIT = 1 << 19  # tokens of a validation split that is evaluated whole even if that takes long
@@ -41,6 +42,7 @@ class TrainConfig:
     epochs: float = harmless(0.0)
     tokens: float = harmless(0.0)
     log_every: int = harmless(10)  # steps between points on TensorBoard, and between lines in a log
+    loggers: str = harmless("tensorboard")  # some of tensorboard,wandb,mlflow; "": none
     eval_every: int = harmless(500)  # steps between evaluations; 0: only at the end
     # tokens of an evaluation, the same ones each time; 0: at most 524,288, or as many as take 2 % of the time
     eval_tokens: int = harmless(0)
@@ -55,6 +57,7 @@ class TrainConfig:
     def __post_init__(self):
         check_positive("train", self, "batch_size", "micro_batches", "loss_chunks", "log_every", "checkpoint_every")
         check_positive("train", self, "keep_checkpoints", "max_skipped")
+        check_loggers(self.loggers)
         check_choice("train.on_nonfinite", self.on_nonfinite, ("stop", "skip", "rollback"))
         if self.spike_factor and not self.spike_factor > 1:
             raise UserError(f"train.spike_factor={self.spike_factor} has to be greater than 1, or 0 for none.")

@@ -19,7 +19,6 @@ What happens to a step whose loss, gradient or parameters are not finite, or who
 
 import contextlib
 import dataclasses
-import json
 import math
 import secrets
 import signal
@@ -41,9 +40,9 @@ from gpt.data.base import Shown
 from gpt.inference import previews
 from gpt.runtime import cluster, files, hardware, versions
 from gpt.runtime.errors import UserError
+from gpt.runtime.loggers import Loggers, Session
 from gpt.runtime.progress import Progress, duration
 from gpt.runtime.signals import Interrupted, Stopped
-from gpt.runtime.tensorboard import TensorBoard
 from gpt.step import Program, TrainState, build, evaluate
 
 MEAN_OVER = 50  # steps that the running mean of the loss looks back, about
@@ -132,8 +131,10 @@ class Training:
         workdir.record(self.run)  # only now: what could not be restored leaves no trace
         for line in reporting.describe_changes(changes, recorded, self.run, len(self.examples), self.step):
             progress.say(line)
-        tensorboard = TensorBoard(workdir.path, self.step, cluster.is_first(), progress.say)
-        self.report = reporting.Report(config, self.program, self.examples, progress, tensorboard)
+        settings, hparams = dataclasses.asdict(config), reporting.hparams(config, self.program)
+        session = Session(workdir.path, self.step, self.run.id, settings, hparams, progress.say)
+        loggers = Loggers(config.train.loggers, session, cluster.is_first())
+        self.report = reporting.Report(config, self.program, self.dataset, self.examples, progress, loggers)
 
     def _refuse_changes(self, recorded: Run, allow: bool) -> dict[str, tuple[Any, Any]]:
         """`refuse_changes`, with the reason why the newest checkpoint does not fit the config, if it does not."""
@@ -174,8 +175,7 @@ class Training:
             say(f"resuming after step {start:,}")
         elif self.initial:
             say(f"starting from step {self.initial.step:,} of {self.initial.workdir.path}")
-        settings = json.dumps(dataclasses.asdict(self.config), indent=1)
-        self.report.tensorboard.text(start, "config", f"```json\n{settings}\n```")
+        self.report.loggers.begin()
         tracer = reporting.Tracer(self.workdir.path, start, say) if profile else None
         began = time.perf_counter()
         with Interrupted(self.layout.mesh) as interrupted, self._closing(tracer):
@@ -203,7 +203,7 @@ class Training:
         finally:
             if tracer:
                 tracer.stop()
-            self.report.tensorboard.close()
+            self.report.loggers.close(self.step >= self.total_steps)
             if may_wait:
                 self.checkpoints.close()
 
@@ -267,7 +267,7 @@ class Training:
         return is_saved and self._is_evaluated() and self.checkpoints[self.step].record.validation_loss is None
 
     def _save(self, loss: float | None = None) -> None:
-        self.report.tensorboard.flush()  # a run killed after the save resumes with the events of all its steps
+        self.report.loggers.flush()  # a run killed after the save resumes with the events of all its steps
         state = self.state
         self.checkpoints.save(self.step, state.items, loss, self.mean_loss, state.frozen)
 
@@ -278,6 +278,7 @@ class Training:
           BadStep: the metrics are not finite or a spike, and the update was made.
         """
         settings = self.config.train
+        self.report.norms = metrics.pop("norms")  # stay on the devices until an evaluation
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         skipped = int(values.pop("skipped", len(self.run.skipped)))
         self.report.speed.step()
@@ -316,7 +317,7 @@ class Training:
         self.workdir.record(self.run)
         del self.state  # frees memory for the restored state
         self.step, self.state, self.batches, self.mean_loss = self._begin()
-        self.report.tensorboard.restart(self.step)
+        self.report.loggers.restart(self.step)
         back = f"back to step {self.step:,} and on without batch {number:,}"
         self.report.left_out(bad.step, f"{bad.problem}: {back}", len(self.run.skipped))
 
@@ -337,7 +338,7 @@ class Training:
             return None
         loss = result["loss"]
         measures = self.dataset.report(self.validation, result) | raw
-        self.report.evaluation(step, measures, result, loss < self.best_loss)
+        self.report.evaluation(step, measures, result, self.best_loss, self.state.params)
         if self.checkpoints.last() == step:
             self.checkpoints.evaluated(step, loss)
         elif loss < self.best_loss:
