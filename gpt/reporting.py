@@ -11,7 +11,7 @@ import numpy as np
 
 from gpt import parameters, sharding, statistics
 from gpt.checkpointing.run import Run
-from gpt.config import Config, flatten
+from gpt.config import Config, flatten, is_harmless
 from gpt.data.base import IGNORED, Dataset, Shown
 from gpt.data.combined import Mixture
 from gpt.data.packing import PackedDocuments
@@ -23,7 +23,7 @@ from gpt.runtime.loggers import Loggers
 from gpt.runtime.progress import Progress, Speed
 from gpt.step import Program, count
 
-# The config keys by which runs are compared, besides those that differ from their defaults.
+# The config keys by which runs are compared even if they have their default values, or change only the length.
 HPARAMS = ("seed", "model.family", "optimizer.learning_rate", "train.batch_size", "train.steps")
 
 # The config keys that decide the learning rate of a step, with those of the optimizer.
@@ -72,7 +72,7 @@ class Report:
             self._shown |= {name for name, value in totals.items() if value}
             values = {f"train/{name}": value for name, value in metrics.items()}
             values |= {f"progress/{name}": value for name, value in totals.items() if name in self._shown}
-            values |= {f"memory/{name}": value / 1e9 for name, value in hardware.memory_in_use().items()}
+            values |= {f"used_memory/{name}": value / 1e9 for name, value in hardware.memory_in_use().items()}
             for name, tokens, epochs in sources(self._examples, step, self._settings.batch_size, self._length):
                 values |= {f"sources/{name}/tokens": tokens, f"sources/{name}/epochs": epochs}
             self.loggers.scalars(step, values)
@@ -126,11 +126,12 @@ class Report:
 
 
 def hparams(config: Config, program: Program) -> dict[str, Any]:
-    """Returns the settings to compare runs by: those that differ from their defaults, and the most important ones."""
+    """Returns the settings to compare runs by: those that change its results and are not the default, and `HPARAMS`."""
     values = flatten(dataclasses.asdict(config))
     parts = {part: type(getattr(config, part))() for part in ("model", "data")}  # with the default values
     defaults = flatten(dataclasses.asdict(Config(**parts)))
-    chosen = {key: value for key, value in values.items() if key in HPARAMS or value != defaults[key]}
+    changed = {key for key, value in values.items() if value != defaults[key] and not is_harmless(key)}
+    chosen = {key: value for key, value in values.items() if key in changed.union(HPARAMS)}
     return {"parameters": program.num_parameters()} | chosen
 
 

@@ -15,6 +15,7 @@ from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto import event_pb2, summary_pb2
 from tensorboard.compat.tensorflow_stub.io.gfile import GFile
+from tensorboard.data_compat import migrate_value
 from tensorboard.plugins.custom_scalar import metadata as custom_scalars
 from tensorboard.plugins.custom_scalar.layout_pb2 import Chart, Layout, MultilineChartContent
 from tensorboard.plugins.hparams import api_pb2 as hparams_api
@@ -53,7 +54,10 @@ class TensorBoard(Logger):
             metrics = [hparams.Metric(tag) for tag in ("validation/loss", "validation/best_loss", "train/loss")]
             keys = [hparams.HParam(key) for key in session.hparams]
             self._summary(session.step, hparams.hparams_config_pb(keys, metrics).value)
-            self._summary(session.step, hparams.hparams_pb(session.hparams, trial_id=str(session.path)).value)
+            self._summary(
+                session.step,
+                hparams.hparams_pb(session.hparams, trial_id=f"{session.path.name} {session.id[:4]}").value,
+            )
 
     def restart(self, step: int) -> None:
         """Makes TensorBoard hide events of steps after `step` that were written before."""
@@ -110,11 +114,16 @@ class TensorBoard(Logger):
             self._say(f"note: {len(self._pending)} of TensorBoard's events could not be written to {self._path}.")
 
     def _summary(self, step: int, values: Sequence[summary_pb2.Summary.Value]) -> None:
+        described = []
         for value in values:
-            if value.tag not in self._tags:  # TensorBoard reads the description in the first event of a tag
+            if value.tag not in self._tags:
                 self._tags[value.tag] = None
                 value.metadata.summary_description = describe(value.tag)
-        self._queue(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=values)))
+                # TensorBoard's fast reader takes descriptions from tensors alone, and other programs read no tensors:
+                # the first value of a tag is written in both forms, and the reader keeps one value of a step.
+                tensor = migrate_value(value)
+                described += [tensor] if tensor is not value else []
+        self._queue(event_pb2.Event(step=step, summary=summary_pb2.Summary(value=[*described, *values])))
         self._write()
 
     def _queue(self, event: event_pb2.Event) -> None:

@@ -42,7 +42,7 @@ class WeightsAndBiases(Logger):
             "project": os.environ.get("WANDB_PROJECT") or PROJECT,
             "name": os.environ.get("WANDB_NAME") or session.path.name,
             "id": session.id or None,
-            "dir": None if "://" in str(session.path) else session.path,
+            "dir": None if "://" in str(session.path) else str(session.path),
             "resume": "allow",
             "config": dict(session.config),
             "settings": settings,
