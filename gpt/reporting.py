@@ -115,7 +115,7 @@ class Report:
             self.progress.say("\n".join("  │ " + line for line in shown.text.splitlines()))
             self.loggers.text(step, "sample", "    " + shown.text.replace("\n", "\n    "))
         for name, pixels in shown.pictures.items():
-            self.loggers.image(step, name, pictures.png(pixels))
+            self.loggers.image(step, f"validation/{name}", pictures.png(pixels))
         self.loggers.flush()
 
     def left_out(self, step: int, text: str, skipped: int) -> None:

@@ -166,16 +166,20 @@ class TensorBoard(Logger):
 
 
 def _charts(tags: Iterable[str]) -> Layout:
-    """Returns the charts of the dashboard "custom scalars" that show some of the tags."""
+    """Returns the charts of the dashboard "custom scalars" that show some of the tags.
+
+    They have patterns instead of the tags, because TensorBoard merges only equal charts of several runs.
+    """
     layout = Layout()
     for category, patterns in CHARTS.items():
-        charts: dict[str, list[str]] = {}
+        charts = {}
         for title, pattern in patterns.items():
             for match in filter(None, (re.fullmatch(pattern, tag) for tag in tags)):
-                charts.setdefault(title or match[1], []).append(f"^{re.escape(match[0])}$")
-        shown = [Chart(title=title, multiline=MultilineChartContent(tag=found)) for title, found in charts.items()]
-        if shown:
-            layout.category.add(title=category, chart=shown, closed="layer" in category)
+                shown = f"^{pattern.replace('(.*)', match[1])}$" if not title else f"^{pattern}$"
+                charts[title or match[1]] = MultilineChartContent(tag=[shown])
+        if charts:
+            found = [Chart(title=title, multiline=content) for title, content in charts.items()]
+            layout.category.add(title=category, chart=found, closed="layer" in category)
     return layout
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,16 +50,19 @@ class WeightsAndBiases(Logger):
         }
         wandb.setup(settings)
         self._library = wandb
-        offline = "note: Weights & Biases is offline"
-        hint = "`wandb sync` sends it later"
         try:
-            is_offline = not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False)
-            self._run = wandb.init(mode="offline" if is_offline else None, **options)
-            if is_offline:
-                session.say(f"{offline}, without an API key: `wandb login` sets one. {hint}: {self._run.dir}.")
+            reason = (
+                ""
+                if os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
+                else "there is no API key: `wandb login`"
+            )
+            self._run = wandb.init(mode="offline" if reason else None, **options)
         except (wandb.Error, TimeoutError) as error:
+            reason = one_line(error)
             self._run = wandb.init(mode="offline", **options)
-            session.say(f"{offline} ({one_line(error)}). {hint}: {self._run.dir}.")
+        if reason:
+            folder = Path(self._run.dir).parent
+            session.say(f"note: Weights & Biases is offline ({reason}); `wandb sync {folder}` sends the run later.")
         self._run.define_metric("validation/loss", summary="min,last")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
