@@ -21,6 +21,7 @@ from gpt.optimizer import OptimizerConfig
 from gpt.runtime.backend import Work
 from gpt.runtime.errors import UserError
 from gpt.runtime.fields import Options, check_choice, harmless_names, named, option
+from gpt.runtime.loggers import check_loggers
 from gpt.sharding import MeshConfig
 
 SMALL_SPLIT = 1 << 19  # tokens of a validation split that is evaluated whole even if that takes long
@@ -42,6 +43,7 @@ class TrainConfig(Options):
     epochs: float = option(0.0, "length of the run in passes over the data", harmless=True, least=0)
     tokens: float = option(0.0, "length of the run in tokens", harmless=True, least=0)
     log_every: int = option(10, "steps between points on TensorBoard and lines in a log", harmless=True, above=0)
+    loggers: str = option("tensorboard", "some of tensorboard,wandb,mlflow; empty: none", harmless=True)
     eval_every: int = option(500, "steps between evaluations; 0: only at the end", harmless=True, least=0)
     # 0: at most SMALL_SPLIT, or as many as take 2 % of the time
     eval_tokens: int = option(0, "tokens of an evaluation, always the same; 0: chosen by time", harmless=True, least=0)
@@ -55,6 +57,7 @@ class TrainConfig(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        check_loggers(self.loggers)
         if self.spike_factor and not self.spike_factor > 1:
             raise UserError(f"train.spike_factor={self.spike_factor} has to be greater than 1, or 0 for none.")
         if self.spike_factor and self.on_nonfinite == "skip":

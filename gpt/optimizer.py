@@ -99,8 +99,7 @@ def make_optimizer(
         masked = jax.tree.map(lambda use, names: names if use else optax.MaskedNode(), inner, logical_axes)
         kinds = jax.tree.map(lambda use: "muon" if use else "adam", inner)
         scale = optax.partition({"adam": scale, "muon": scale_by_muon(config.momentum, masked)}, kinds)
-    if width_ratio != 1:
-        factor = width_ratio ** (-0.5 if config.name == "muon" else -1)
+    if (factor := factor_of_kernels(config, width_ratio)) != 1:
         scale = optax.chain(scale, optax.masked(optax.scale(factor), inner))
     return optax.chain(
         clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
@@ -108,6 +107,11 @@ def make_optimizer(
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def factor_of_kernels(config: OptimizerConfig, width_ratio: float) -> float:
+    """Returns the learning rate of the kernels of the blocks as a multiple of that of the other parameters."""
+    return width_ratio ** (-0.5 if config.name == "muon" else -1)
 
 
 def average(old: Any, params: Any, rate: float, count: jax.Array) -> Any:

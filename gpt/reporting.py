@@ -1,33 +1,39 @@
-"""What a person sees of a training run: lines of text, and TensorBoard."""
+"""What a person sees of a training run: lines of text, and what loggers such as TensorBoard show."""
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
-from gpt import parameters, sharding
+from gpt import parameters, sharding, statistics
 from gpt.checkpointing.run import Run
-from gpt.config import Config
-from gpt.data.base import Dataset, Shown
+from gpt.config import Config, flatten, is_harmless
+from gpt.data.base import IGNORED, Dataset, Shown
 from gpt.data.combined import Mixture
 from gpt.data.packing import PackedDocuments
+from gpt.data.text import Corpus
 from gpt.inference import pictures
-from gpt.optimizer import schedule
+from gpt.optimizer import factor_of_kernels, schedule
 from gpt.runtime import hardware
 from gpt.runtime.errors import UserError
+from gpt.runtime.loggers import Loggers
 from gpt.runtime.progress import Speed, Steps, say, task
-from gpt.runtime.tensorboard import TensorBoard
 from gpt.step import Program, count
+
+# The config keys by which runs are compared even if they have their default values, or change only the length.
+HPARAMS = ("seed", "model.family", "optimizer.learning_rate", "train.batch_size", "train.steps")
 
 # The config keys that decide the learning rate of a step, with those of the optimizer.
 SCHEDULE_KEYS = ("train.steps", "train.epochs", "train.tokens", "train.batch_size", "model.block_size")
 
 
 class Report:
-    """Shows the steps and evaluations of a run, as a line of progress and on TensorBoard.
+    """Shows the steps and evaluations of a run, as a line of progress and to loggers.
 
     Args:
       total_steps: number of steps of the run.
@@ -35,26 +41,32 @@ class Report:
 
     Attributes:
       steps: the line about the steps.
-      tensorboard: writes the events.
+      loggers: write the measurements, and have to be started.
       speed: measures the rates of the steps.
+      norms: those of the last step, on the devices; see `Program.train_step`.
     """
 
     def __init__(
         self,
         config: Config,
         program: Program,
+        dataset: Dataset,
         examples: Any,
-        tensorboard: TensorBoard,
-        total_steps: int,
         num_evaluated: int,
+        loggers: Loggers,
+        total_steps: int,
     ):
-        self.steps, self.tensorboard, self._settings = Steps(total_steps), tensorboard, config.train
+        self.steps, self.loggers, self._settings, self._program = Steps(total_steps), loggers, config.train, program
         self._length, self._examples, self._num_evaluated = config.model.length, examples, num_evaluated
         self._tokens_per_step = config.train.batch_size * config.model.length
+        self._bytes = bytes_per_target(dataset, examples, total_steps * config.train.batch_size)
+        self._kernels = factor_of_kernels(config.optimizer, program.model.config.width_ratio)
+        self._shown: set[str] = set()  # totals that have not always been 0
         mesh = program.layout.mesh
         chip = hardware.of_device(mesh.devices.flat[0])
         flops_per_step = self._tokens_per_step * program.model.config.flops_per_token()
         self.speed = Speed(self._tokens_per_step, flops_per_step, chip.flops * mesh.size if chip else None)
+        self.norms: jax.Array | None = None
 
     def step(self, step: int, metrics: dict[str, float], mean_loss: float | None, skipped: int) -> bool:
         """Shows the metrics of a step; returns whether it was one of each `train.log_every` steps.
@@ -67,11 +79,18 @@ class Report:
         rates, left = self.speed.rates(), self._seconds_left(step)
         self.steps.update(step, metrics["loss"], mean_loss, rates, left, milestone=is_logged)
         if is_logged:
+            if self._bytes:
+                metrics = metrics | {"bits_per_byte": metrics["loss"] / math.log(2) / self._bytes}
+            if self._kernels != 1:
+                metrics = metrics | {"learning_rate_of_kernels": metrics["learning_rate"] * self._kernels}
             totals = {"tokens": step * self._tokens_per_step, "skipped": skipped} | self.speed.rates()
-            self.tensorboard.scalars(step, {f"train/{name}": value for name, value in metrics.items()})
-            self.tensorboard.scalars(step, {f"progress/{name}": value for name, value in totals.items()})
+            self._shown |= {name for name, value in totals.items() if value}
+            values = {f"train/{name}": value for name, value in metrics.items()}
+            values |= {f"progress/{name}": value for name, value in totals.items() if name in self._shown}
+            values |= {f"used_memory/{name}": value / 1e9 for name, value in hardware.memory_in_use().items()}
             for name, tokens, epochs in sources(self._examples, step, self._settings.batch_size, self._length):
-                self.tensorboard.scalars(step, {f"sources/{name}/tokens": tokens, f"sources/{name}/epochs": epochs})
+                values |= {f"sources/{name}/tokens": tokens, f"sources/{name}/epochs": epochs}
+            self.loggers.scalars(step, values)
             self.speed.restart()
         return is_logged
 
@@ -93,30 +112,79 @@ class Report:
         pauses = {"evaluation": evaluations, "save": (due(self._settings.checkpoint_every), 0.0)}
         return self.speed.left(total - step, pauses)
 
-    def evaluation(self, step: int, measures: dict[str, float], result: dict[str, Any], is_best: bool) -> None:
-        """Shows the result of an evaluation."""
-        self.steps.evaluated(step, measures, best=is_best)
+    def evaluation(
+        self, step: int, measures: dict[str, float], result: dict[str, Any], best_loss: float, params: Any
+    ) -> None:
+        """Shows the result of an evaluation.
+
+        Args:
+          best_loss: the lowest loss of the evaluations before.
+          params: the parameters that are trained.
+        """
+        self.steps.evaluated(step, measures, best=measures["loss"] < best_loss)
         if seen := [*sources(self._examples, step, self._settings.batch_size, self._length)]:
             parts = (f"{name} {tokens:,} ({epochs:.2f} epochs)" for name, tokens, epochs in seen)
             say(f"tokens seen of {', '.join(parts)}")
-        self.tensorboard.scalars(step, {f"validation/{name}": value for name, value in measures.items()})
-        self.tensorboard.histogram(step, "validation/logits", result["logits_counts"], result["logits_edges"])
-        self.tensorboard.flush()
+        if not self._settings.loggers:
+            return
+        _, *measured = measures.items()  # the first is the number of targets
+        values = {f"validation/{name}": value for name, value in measured}
+        values["validation/best_loss"] = min(best_loss, measures["loss"])
+        axes = self._program.trained_axes
+        names = statistics.names(params, axes)
+        if self.norms is not None:
+            for kind, norms in zip(("gradient", "update", "parameter"), jax.device_get(self.norms), strict=True):
+                values |= {f"weights/{kind}_norm/{name}": float(norm) for name, norm in zip(names, norms, strict=True)}
+        self.loggers.scalars(step, values)
+        self.loggers.histogram(step, "validation/logits", result["logits_counts"], result["logits_edges"])
+        found = statistics.histograms(params, axes, self._program.layout)
+        for name, (counts, edges) in zip(names, found, strict=True):
+            self.loggers.histogram(step, f"weights/histogram/{name}", counts, edges)
+        self.loggers.flush()
 
     def preview(self, step: int, shown: Shown) -> None:
         """Shows samples, or examples of mistakes."""
         if shown.text:
             say("\n".join("  │ " + line for line in shown.text.splitlines()))
-            self.tensorboard.text(step, "sample", "    " + shown.text.replace("\n", "\n    "))
+            self.loggers.text(step, "sample", "    " + shown.text.replace("\n", "\n    "))
         for name, pixels in shown.pictures.items():
-            self.tensorboard.image(step, name, pictures.png(pixels))
-        self.tensorboard.flush()
+            self.loggers.image(step, f"validation/{name}", pictures.png(pixels))
+        self.loggers.flush()
 
     def left_out(self, step: int, text: str, skipped: int) -> None:
         """Shows that the update or the batch of a step is left out."""
         text = f"Step {step:,} {text} ({skipped} of at most {self._settings.max_skipped})."
         say(text)
-        self.tensorboard.text(step, "skipped", text)
+        self.loggers.text(step, "skipped", text)
+
+
+def hparams(config: Config, program: Program) -> dict[str, Any]:
+    """Returns the settings to compare runs by: those that change its results and are not the default, and `HPARAMS`."""
+    values = flatten(dataclasses.asdict(config))
+    parts = {part: type(getattr(config, part))() for part in ("model", "data")}  # with the default values
+    defaults = flatten(dataclasses.asdict(Config(**parts)))
+    changed = {key for key, value in values.items() if value != defaults[key] and not is_harmless(key)}
+    chosen = {key: value for key, value in values.items() if key in changed.union(HPARAMS)}
+    return {"parameters": program.num_parameters()} | chosen
+
+
+def bytes_per_target(dataset: Dataset, examples: Any, count: int) -> float | None:
+    """Returns the mean number of bytes of text that a target stands for, from a sample; None if the data is no text.
+
+    Args:
+      examples: the source of the training examples.
+      count: number of training examples of the run.
+    """
+    if not isinstance(dataset, Corpus):
+        return None
+    is_mixture = isinstance(examples, Mixture)
+    parts = [*examples.parts.values()] if is_mixture else [examples]
+    means = []
+    for part in parts:
+        places = np.linspace(0, len(part) - 1, 64).astype(int)
+        targets = np.concatenate([part.example(0, int(i))["targets"] for i in places])
+        means.append(dataset.tokenizer.byte_lengths[targets[targets != IGNORED]].mean())
+    return float(np.average(means, weights=examples.drawn(count, 1) if is_mixture else None))
 
 
 class Tracer:

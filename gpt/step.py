@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from gpt import optimizer, sharding
+from gpt import optimizer, sharding, statistics
 from gpt.config import Config
 from gpt.data import pipeline
 from gpt.data.base import IGNORED, Source
@@ -59,9 +59,11 @@ class Program:
       model: the module that maps inputs to logits, with a resolved config.
       abstract_state: a TrainState of jax.ShapeDtypeStruct with shardings.
       logical_axes: for each collection of variables, the logical axes of each parameter as a PartitionSpec.
+      trained_axes: those of the collection that is trained.
       init: () -> TrainState with random parameters, each created on the devices that hold it.
       begin: (params) -> TrainState that starts from parameters of the model, which are donated.
-      train_step: (state, batch) -> (state, metrics); the state passed in is donated.
+      train_step: (state, batch) -> (state, metrics); the state passed in is donated. All metrics are numbers but
+        `norms`: those of gradients, updates and parameters, [3, number], as `gpt.statistics.names` names them.
       merge: (params, adapters) -> the parameters of the model with the adapters added; ({}, params) -> params.
       eval_step: (parameters of the model, batch) -> sums over the batch.
     """
@@ -70,6 +72,7 @@ class Program:
     model: nn.Module
     abstract_state: TrainState
     logical_axes: Any
+    trained_axes: Any
     init: jax.stages.Wrapped
     begin: jax.stages.Wrapped
     train_step: jax.stages.Wrapped
@@ -194,7 +197,9 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
         measured = skipped | {
             "loss": loss,
             "gradient_norm": gradient_norm,
+            "update_norm": optimizer.global_norm(updates),
             "parameter_norm": optimizer.global_norm(updated.params),
+            "norms": jnp.stack([statistics.norms(x, trained_axes) for x in (grads, updates, updated.params)]),
             "learning_rate": learning_rate(count),
         }
         return updated.replace(step=state.step + 1), measured
@@ -231,6 +236,7 @@ def build(config: Config, vocab_size: int, layout: sharding.Layout, total_steps:
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), abstract, shardings
         ),
         logical_axes=logical_axes,
+        trained_axes=trained_axes,
         init=jax.jit(lambda: nn.unbox(init_boxed()), out_shardings=shardings),
         begin=jax.jit(lambda params: nn.unbox(begin(params)), out_shardings=shardings, donate_argnums=0),
         train_step=jax.jit(

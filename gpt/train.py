@@ -19,7 +19,6 @@ What happens to a step whose loss, gradient or parameters are not finite, or who
 
 import contextlib
 import dataclasses
-import json
 import math
 import secrets
 import signal
@@ -41,9 +40,9 @@ from gpt.data.base import Shown
 from gpt.inference import previews
 from gpt.runtime import cluster, files, hardware, versions
 from gpt.runtime.errors import UserError
+from gpt.runtime.loggers import Loggers, Session
 from gpt.runtime.progress import duration, say, task
 from gpt.runtime.signals import Interrupted, Stopped
-from gpt.runtime.tensorboard import TensorBoard
 from gpt.step import Program, TrainState, build, evaluate
 
 MEAN_OVER = 50  # steps that the running mean of the loss looks back, about
@@ -187,11 +186,11 @@ class Training:
             self.step, self.state, self.batches, self.mean_loss = self._begin()
         self.best_loss = (self.checkpoints.best() or (0, math.inf))[1]
         self.workdir.record(self.run)  # only now: what could not be restored leaves no trace
-        tensorboard = TensorBoard(self.workdir.path, self.step, cluster.is_first())
-        evaluated = len(self.validation)
-        self.report = reporting.Report(
-            self.config, self.program, self.examples, tensorboard, self.total_steps, evaluated
-        )
+        settings, hparams = dataclasses.asdict(self.config), reporting.hparams(self.config, self.program)
+        session = Session(self.workdir.path, self.step, self.run.id, settings, hparams)
+        loggers = Loggers(self.config.train.loggers, session, cluster.is_first())
+        sources = self.dataset, self.examples, len(self.validation)
+        self.report = reporting.Report(self.config, self.program, *sources, loggers, self.total_steps)
         start, total = self.step, self.total_steps
         if start >= total and not self._lacks_evaluation():
             say(f"Nothing to do: {start:,} of {total:,} steps are done in {self.workdir.path}.")
@@ -200,8 +199,7 @@ class Training:
             say(f"resuming after step {start:,}")
         elif self.initial:
             say(f"starting from step {self.initial.step:,} of {self.initial.workdir.path}")
-        settings = json.dumps(dataclasses.asdict(self.config), indent=1)
-        self.report.tensorboard.text(start, "config", f"```json\n{settings}\n```")
+        self.report.loggers.begin()
         tracer = reporting.Tracer(self.workdir.path, start) if profile else None
         began = time.perf_counter()
         with Interrupted(self.layout.mesh) as interrupted, task(self.report.steps), self._closing(tracer):
@@ -229,7 +227,7 @@ class Training:
         finally:
             if tracer:
                 tracer.stop()
-            self.report.tensorboard.close()
+            self.report.loggers.close(self.step >= self.total_steps)
             if may_wait:
                 with task("finishing the save"):
                     self.checkpoints.close()
@@ -293,7 +291,7 @@ class Training:
         return is_saved and self._is_evaluated() and self.checkpoints[self.step].record.validation_loss is None
 
     def _save(self, loss: float | None = None) -> None:
-        self.report.tensorboard.flush()  # a run killed after the save resumes with the events of all its steps
+        self.report.loggers.flush()  # a run killed after the save resumes with the events of all its steps
         state = self.state
         with task("saving"):
             self.checkpoints.save(self.step, state.items, loss, self.mean_loss, state.frozen)
@@ -305,6 +303,7 @@ class Training:
           BadStep: the metrics are not finite or a spike, and the update was made.
         """
         settings = self.config.train
+        self.report.norms = metrics.pop("norms")  # stay on the devices until an evaluation
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         skipped = int(values.pop("skipped", len(self.run.skipped)))
         self.report.speed.step()
@@ -343,7 +342,7 @@ class Training:
         self.workdir.record(self.run)
         del self.state  # frees memory for the restored state
         self.step, self.state, self.batches, self.mean_loss = self._begin()
-        self.report.tensorboard.restart(self.step)
+        self.report.loggers.restart(self.step)
         back = f"back to step {self.step:,} and on without batch {number:,}"
         self.report.left_out(bad.step, f"{bad.problem}: {back}", len(self.run.skipped))
 
@@ -364,7 +363,7 @@ class Training:
             return None
         loss = result["loss"]
         measures = self.dataset.report(self.validation, result) | raw
-        self.report.evaluation(step, measures, result, loss < self.best_loss)
+        self.report.evaluation(step, measures, result, self.best_loss, self.state.params)
         if self.checkpoints.last() == step:
             self.checkpoints.evaluated(step, loss)
         elif loss < self.best_loss:

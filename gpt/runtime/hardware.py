@@ -99,6 +99,19 @@ def memory(device: jax.Device) -> float:
     return total / jax.local_device_count()
 
 
+def memory_in_use() -> dict[str, float]:
+    """Returns the bytes in use, and their peak, on each device of this process; on a CPU, its resident memory."""
+    found: dict[str, float] = {}
+    for device in jax.local_devices():
+        if stats := device.memory_stats():
+            found[f"device_{device.id}"] = stats["bytes_in_use"]
+            found[f"device_{device.id}_peak"] = stats.get("peak_bytes_in_use", 0)
+    if not found:
+        with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+            found["process"] = int(file.read().split()[1]) * resource.getpagesize()
+    return found
+
+
 def host_memory() -> float:
     """Returns the bytes of this host's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
