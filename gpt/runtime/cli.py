@@ -19,6 +19,7 @@ from gpt.runtime.errors import UserError, one_line
 
 MAX_PIPED = 1 << 20  # bytes of a prompt on stdin; a model sees only its end
 MUST_NOT_BE_EMPTY = {"config", "workdir", "checkpoint", "out", "html", "topology", "data", "from_hf", "to_hf"}
+MUST_NOT_BE_EMPTY |= {"compare"}
 
 _config_keys: Callable[[], list[str]] | None = None
 _overrides: list[tuple[str, str | None]] = []
