@@ -169,8 +169,9 @@ def _estimate(report: Report, unit: Unit, price: float | None) -> Iterator[str]:
         yield "                  (the compiler gives no usable estimate of its kernels)"
     yield (
         f"  throughput      {tokens / seconds['step']:14,.0f} tokens/s by the longer, "
-        f"{tokens / seconds['step'] / report['devices']:,.0f} per device; MFU {seconds['mfu']:.1%}"
+        f"{tokens / seconds['step'] / report['devices']:,.0f} per device"
     )
+    yield f"  MFU             {seconds['mfu']:14.1%} of the chip's peak"
     if report["steps"]:
         run, seen = report["steps"] * seconds["step"], report["steps"] * tokens
         seen_text = f"{seen / 1e9:,.1f} billion" if seen >= 1e9 else f"{seen:,}"
