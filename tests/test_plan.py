@@ -295,6 +295,8 @@ def test_planned_memory_is_what_a_run_allocates():
 
 
 def test_needed_memory_is_read_from_the_compilers_message():
+    assert compiling.in_bytes("3.07GiB") == 3.07 * 2**30
+    assert compiling.in_bytes("512B") == 512
     assert compiling.DoesNotFit("Used 110.50G of 95.74G hbm").needed == 110.5 * 2**30
     assert compiling.DoesNotFit("the memory required (2.5T) exceeds available HBM (15.75G)").needed == 2.5 * 2**40
 
@@ -313,8 +315,8 @@ def test_command_prints_a_report_and_remembers_it(command, tmp_path):
     result = command(*flags, env=cache)
     assert (result.returncode, result.stderr) == (0, "")
     for line in (
-        r"FITS: 0\.\d\d GB of 17\.18 GB",
-        r"all-reduce +data +4",
+        r"FITS: \d+\.\d+ MB of 17,179\.\d+ MB per device",
+        r"all-reduce +data \(4\)",
         r"ESTIMATE: (compute|memory|network)-bound",
         r"device-hours, .* at 2",
     ):
@@ -336,7 +338,9 @@ def test_command_reports_what_does_not_fit(command):
     flags = [*small_flags(), "--topology=v5e:2x2", "--batch_per_device=8192"]
     result = command("plan", *flags)
     assert result.returncode == 1
-    assert re.search(r"DOES NOT FIT in 17\.18 GB per device\. The compiler: .*15\.75G", result.stdout)
+    assert re.search(r"DOES NOT FIT: at least [\d,.]+ GB of 17\.18\d* GB per device", result.stdout)
+    assert re.search(r"The compiler: .*16\.91 GB", " ".join(result.stdout.split()))  # it says 15.75G
+    assert "▒" in result.stdout
     assert "--search looks for a mesh" in result.stdout
     assert result.stderr == ""
 
@@ -355,6 +359,32 @@ def test_search_prints_the_best_and_its_flags(command):
     best = command("plan", *flags, *plans[0]["flags"], "--json")
     assert json.loads(best.stdout)["seconds"] == plans[0]["seconds"]
     assert "candidates by arithmetic" in result.stderr
+
+
+@needs_libtpu
+def test_plans_in_files_are_compared_without_compilation(command, tmp_path):
+    flags = [*small_flags(), "--config.train.batch_size=16", "--topology=v5e:2x2"]
+    before, page = tmp_path / "before.json", tmp_path / "page.html"
+    before.write_text(command("plan", *flags, "--json").stdout)
+    both = command("plan", *flags, "--config.model.remat=full", f"--compare={before}", "--json")
+    after = tmp_path / "after.json"
+    after.write_text(both.stdout.splitlines()[1])
+    assert json.loads(both.stdout.splitlines()[0]) == json.loads(before.read_text())
+    result = command("plan", f"--compare={before},{after}", f"--html={page}")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(r"^1: FITS: .* MB of", result.stdout)
+    assert re.search(r"model\.remat +none +full", result.stdout)
+    assert re.search(r"compiled FLOPs +\S+ GFLOP +\S+ GFLOP +1\.\d+", result.stdout)
+    assert "Comparison" in page.read_text()
+    after.write_text('{"chip": "v5e"}')
+    for files, says in (
+        (f"{before}", "--compare needs two plans"),
+        (f"{before},{after}", "after.json is no file of plans"),
+        (f"{before},{tmp_path}/none.json", "none.json cannot be read: No such file"),
+    ):
+        refused = command("plan", f"--compare={files}")
+        assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+        assert says in refused.stderr
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from gpt.planning import report
-from gpt.planning.report import MEMORY_PARTS, TEXTS
+from gpt.planning.report import MEMORY_PARTS, TEXTS, units
 
 NODE = shutil.which("node")
 needs_node = pytest.mark.skipif(NODE is None, reason="node is not installed")
@@ -26,7 +26,7 @@ MESH = {"data": 2, "fsdp": 4, "sequence": 1, "model": 1}
 
 def plan(**changes) -> dict[str, Any]:
     """Returns a report like those of `gpt.planning.compiling.measure`."""
-    memory = {"capacity": 10e9, "usable": 7.5e9, **MEMORY, "total": 7e9, "largest": ["786.00MiB: bf16[8,50304]"]}
+    memory = {"capacity": 10e9, "usable": 7.5e9, **MEMORY, "total": 7e9, "largest": [(824180736, "bf16[8,50304]")]}
     return {
         "topology": "v5e:2x4",
         "chip": "v5e",
@@ -82,7 +82,7 @@ def does_not_compile(**changes) -> dict[str, Any]:
     """Returns a report without what is unknown if the compiler rejects the program."""
     report = plan(fits=False, compiler_message="Used 20G of 10G hbm", **changes)
     known = ("capacity", "usable", "parameters", "optimizer", "batch")
-    report["memory"] = {key: report["memory"][key] for key in known}
+    report["memory"] = {key: report["memory"][key] for key in known} | {"temporaries": 15e9, "needed": 21e9}
     return {k: v for k, v in report.items() if k not in ("hardware_flops", "memory_traffic", "collectives", "seconds")}
 
 
@@ -139,7 +139,7 @@ class Page(html.parser.HTMLParser):
         return sum(tag["d"].count("M") for name, tag in self.tags if name == "path" and "fill" in tag)
 
 
-def written(plans: list[dict[str, Any]], where: dict[str, Any] = PLACEMENT, price: float | None = None) -> str:
+def written(plans: list[dict[str, Any]], where: dict[str, Any] | None = PLACEMENT, price: float | None = None) -> str:
     """Returns the page as a file has it, after checks that hold for every page."""
     before = copy.deepcopy((plans, where))
     source = report.html(plans, where, price)
@@ -155,7 +155,7 @@ def embedded(source: str) -> dict[str, Any]:
     return json.loads(re.search(r"^const DATA = (.*);$", source, re.M)[1])
 
 
-def shown(plans: list[dict[str, Any]], where: dict[str, Any] = PLACEMENT, price: float | None = None) -> Page:
+def shown(plans: list[dict[str, Any]], where: dict[str, Any] | None = PLACEMENT, price: float | None = None) -> Page:
     """Returns what the script of a page draws."""
     source = written(plans, where, price)
     script = DOM % re.search(r"<script>(.*)</script>", source, re.S)[1]
@@ -168,8 +168,9 @@ def shown(plans: list[dict[str, Any]], where: dict[str, Any] = PLACEMENT, price:
 
 def test_the_data_of_a_page_is_the_data_of_its_plans():
     plans, where = [plan(), does_not_compile()], placement(2, 4, 1)
+    shown = [each | {"figures": report.figures(each, 2.5), "config": {}} for each in plans]
     assert embedded(written(plans, where, 2.5)) == {
-        "plans": plans,
+        "plans": json.loads(json.dumps(shown)),
         "placement": where,
         "price": 2.5,
         **TEXTS,
@@ -205,11 +206,73 @@ def test_the_assets_of_the_package_are_installed(request):
         assert any(fnmatch.fnmatch(asset.name, pattern) for pattern in patterns)
 
 
-def test_lines_of_the_text_report_fit_a_terminal():
+def large_plan(**changes) -> dict[str, Any]:
     large = {"num_parameters": 174.6e9, "steps": 143_052, "batch_size": 1024, "block_size": 2048, "devices": 1024}
-    large |= {"attention": "splash", "model_flops": 2204e12, "seconds": plan()["seconds"] | {"step": 15.0}}
-    for each in (plan(**large), plan(), does_not_compile()):
-        assert all(len(line) <= 118 for text in report.text(each, 4.2) for line in text.splitlines())
+    large |= {"attention": "splash", "model_flops": 2204e12, "hardware_flops": 2200e12}
+    large |= {"seconds": plan()["seconds"] | {"step": 15.0, "compiler": 15.0}}
+    return plan(**large | {"collectives": [collective("collective-permute", 1.063, True)]} | changes)
+
+
+def test_lines_of_the_text_report_fit_80_columns():
+    flags = [f"--config.model.{name}=value" for name in ("attention", "remat", "scan_layers")]
+    for each in (large_plan(flags=flags), plan(), does_not_compile()):
+        assert all(len(line) <= 80 for line in report.text(each, 4.2))
+    assert all(len(line) <= 80 for line in report.table([large_plan(), does_not_compile()]))
+    assert all(len(line) <= 80 for line in report.comparison([large_plan(), plan(), does_not_compile()], 4.2))
+
+
+def small_plan(**changes) -> dict[str, Any]:
+    """Returns a plan of a model whose memory, work and times are a thousandth of those of `plan`, or less."""
+    memory = {part: size / 1e5 for part, size in MEMORY.items()} | {"total": 7e4, "largest": []}
+    seconds = {"compute": 5e-6, "memory": 2e-6, "roofline": 9e-6, "compiler": 1e-5, "step": 1e-5}
+    seconds |= {"network": {"overlapped": 0, "exposed": 1e-9}}
+    moved = [collective("all-gather", 1e-9) | {"bytes": 4e4, "sent": 3}]
+    each = plan(model_flops=2e6, hardware_flops=3e6, memory_traffic=4e4, collectives=moved, **changes)
+    return each | {"memory": each["memory"] | memory, "seconds": each["seconds"] | seconds}
+
+
+def test_units_follow_the_size_of_the_model():
+    """A report has one unit of memory, of work and of time, in which no figure but 0 is shown as 0."""
+    text = "\n".join(report.text(small_plan()))
+    for expected in (
+        "FITS: 70.00 kB of 10,000,000.00 kB",
+        "2.000 MFLOP",
+        "3.000 MFLOP",
+        "memory traffic        40.00 kB",
+        "40.00  <0.01   100  <0.01    <0.01",  # of collectives: moved and sent kB, GB/s, µs in all and exposed
+        "10.00 µs by the compiler",
+        "<0.01 µs exposed, 0.00 µs overlapped",
+    ):
+        assert expected in text
+    assert not re.search(r"\b(GB|MB|TFLOP|ms)\b", text.split("Assumptions")[0])
+    text = "\n".join(report.text(large_plan()))
+    for expected in ("7.000 GB of 10.000 GB", "2.204 PFLOP", "15.00 s", "0.50 s compute-bound"):
+        assert expected in text
+    assert report.units([small_plan(), plan()]) == report.units([plan()])  # plans side by side have the same units
+
+
+def test_memory_beyond_the_device_is_drawn_past_the_mark():
+    too_large = plan(fits=False)
+    too_large["memory"] |= {"temporaries": 14e9, "total": 20e9}
+    bars = {line[2:26].strip(): line[40:] for line in report.text(too_large) if line.startswith("  ")}
+    # 38 columns are 20 GB: the memory that JAX uses ends after 14 of them, the memory of the device after 19.
+    assert bars["parameters"] == 8 * "█" + 6 * " " + "┊" + 5 * " " + "│"
+    assert bars["optimizer state"] == 8 * " " + 3 * "█" + 3 * " " + "┊" + 5 * " " + "│"
+    assert bars["gradients, activations"] == 11 * " " + 3 * "█" + "┊" + 5 * "▒" + "│" + 19 * "▒"
+
+
+def test_comparison_of_plans_as_text():
+    before = plan(config={"model": {"remat": "dots", "num_layers": 8}, "seed": 1})
+    after = plan(config={"model": {"remat": "full", "num_layers": 8}, "seed": 1}, memory_traffic=6e9)
+    lines = [" ".join(line.split()) for line in report.comparison([before, after, does_not_compile()], price=2)]
+    assert "memory of a device 7.00 GB 7.00 GB 1.000 21.00 GB 3.000" in lines
+    assert "memory traffic 4.00 GB 6.00 GB 1.500 – –" in lines
+    assert "MFU 32.1% 32.1% 1.000 – –" in lines
+    assert "price 160.0 160.0 1.000 – –" in lines
+    assert "model.remat dots full –" in lines
+    lines = [" ".join(line.split()) for line in report.comparison([before, after])]
+    assert lines[-2:] == ["differences 1 2", "model.remat dots full"]
+    assert [*report.comparison([before, before])][-1] == "The configs do not differ."
 
 
 @needs_node
@@ -217,21 +280,21 @@ def test_one_plan():
     text = shown([plan()], price=2.5).text
     for expected in (
         "1.2 billion parameters on v5e:2x4",
-        "8 × v5e, fsdp data=2 fsdp=4, remat dots, layers scanned, 2 micro-batches",
+        "8 × v5e, fsdp data=2 fsdp=4, attention dense, remat dots, layers scanned, 2 micro-batches",
         "32 examples of 1,000 tokens per step",
-        "Fits: 7.00 GB of 10.00 GB per device, of which JAX uses 75% by default",
-        "1,000.0 mscompute-bound (matrix products)",
+        "Fits: 7.000 GB of 10.000 GB per device, of which JAX uses 75% by default",
+        "1.000 scompute-bound (matrix products)",
         "32,0004,000 per device",
         "32.1%",
-        "10h00m36,000 steps, 1.152 billion tokens",
+        "10h00m36,000 steps, 1.2 billion tokens",
         "80.0on 8 devices",
-        "200at 2.5 per device-hour",
+        "200.0at 2.5 per device-hour",
         "optimizer state 2.000 GB",
-        "786.00MiB: bf16[8,50304]",
+        "0.824 GB bf16[8,50304]",
         "32 examples / 2 data / 4 fsdp: 4 per device, 2 per micro-batch.",
         "768 embed / 4 fsdp",
         "2 smaller ones",
-        "12 in groups of 4: 4.0000 GB, 3.0000 GB sent at 100 GB/s",
+        "12 in groups of 4: 4.000 GB, 3.000 GB sent at 100 GB/s",
         "1.4 to 3.5 times as long as those for GPUs",
     ):
         assert expected in text
@@ -263,8 +326,8 @@ def test_a_step_that_waits_for_overlapping_collectives_too():
 def test_compiled_but_too_large(total):
     report = plan(fits=False)
     report["memory"] |= {"temporaries": total - 6e9, "total": total}
-    drawn = shown([report])
-    assert f"Does not fit: {total / 1e9:.2f} GB of 10.00 GB" in drawn.text
+    drawn, bytes_text = shown([report]), units([report])["bytes"]
+    assert f"Does not fit: {bytes_text(total)} of {bytes_text(10e9)}" in drawn.text
     assert "--search looks for a mesh" in drawn.text
     assert drawn.widths("parameters")[0] == pytest.approx(100 * 4e9 / max(total, 10e9), abs=1e-3)
 
@@ -273,9 +336,9 @@ def test_compiled_but_too_large(total):
 def test_not_compiled():
     text = shown([does_not_compile()]).text
     for expected in (
-        "Does not fit in 10.00 GB per device",
+        "Does not fit: at least 21.00 GB of 10.00 GB per device",
         "The compiler: Used 20G of 10G hbm.",
-        "more than 6.00 of 10.00 GB",
+        "at least 21.00 of 10.00 GB",
     ):
         assert expected in text
     assert "Time of a step" not in text
@@ -298,13 +361,13 @@ def test_comparison():
     drawn = shown(plans)
     for i in range(1, 14):
         assert (
-            f"v5e:2x4 fsdp data=2 fsdp=4, remat dots, layers scanned, 2 micro-batches--config.mesh.fsdp={i}"
+            f"v5e:2x4 fsdp data=2 fsdp=4, attention dense, remat dots, layers scanned, 2 micro-batches--config.mesh.fsdp={i}"
             in drawn.text
         )
     assert "v5p:2x2x2 fsdp data=2" in drawn.text
     assert "2 more plans are in the table below" in drawn.text
     assert len(drawn.widths("parameters")) == 12
-    assert "9.000" in drawn.text  # GB sent
+    assert "9.00" in drawn.text  # GB sent
 
 
 @needs_node
@@ -356,7 +419,7 @@ def test_one_device():
 def test_text_is_escaped():
     bad = "<i title='\">&"
     report = plan(topology=bad, chip=bad, remat=bad, flags=[bad], compiler_message=bad)
-    report["memory"]["largest"] = [bad]
+    report["memory"]["largest"] = [(1e9, bad)]
     report["collectives"][0] |= {"kind": bad, "axes": [bad]}
     where = copy.deepcopy(PLACEMENT)
     where["parameters"][0] |= {"name": bad, "axes": [bad, bad]}
@@ -370,3 +433,47 @@ def test_whole_run_of_unknown_length():
     text = shown([plan(steps=None)], price=2.5).text
     assert "unknown" in text
     assert "device-hours" not in text
+
+
+def test_a_reader_compares_two_plans(browser, tmp_path):
+    """The page starts with the unchanged config and the best plan, and compares what the reader selects."""
+    configs = [{"model": {"remat": remat}} for remat in ("dots", "none", "<i>")]
+    plans = [plan(flags=["--config.model.remat=dots"], config=configs[0], memory_traffic=6e9)]
+    plans += [plan(flags=[], config=configs[1]), does_not_compile(flags=["--config.model.remat=<i>"], config=configs[2])]
+    path = tmp_path / "plan.html"
+    path.write_text(written(plans))
+    for width in (1280, 400):
+        page = browser.open(path, width=width, dark=width == 400)
+        assert page.execute_script("return document.documentElement.scrollWidth") == width
+
+        def compared() -> dict[str, list[str]]:
+            cells = "row => [...row.children].map(cell => cell.innerText)"
+            rows = page.execute_script(f"return [...document.querySelectorAll('.compared tr')].map({cells})")
+            return {name: values for name, *values in rows}
+
+        assert compared()["memory traffic"] == ["4.00 GB", "6.00 GB", "1.500"]
+        assert compared()["model.remat"] == ["none", "dots", ""]
+        page.find_element("css selector", "#b option[value='2']").click()
+        assert compared()["memory of a device"] == ["7.00 GB", "21.00 GB", "3.000"]
+        assert compared()[""] == ["fits", "does not fit", ""]
+        assert compared()["MFU"] == ["32.1%", "–", "–"]
+        assert compared()["model.remat"] == ["none", "<i>", ""]
+        page.find_element("css selector", "#a option[value='2']").click()
+        assert "The configs do not differ." in page.find_element("id", "compared").text
+
+
+@needs_node
+def test_plans_of_files_have_no_placement():
+    drawn = shown([plan(), does_not_compile()], None)
+    assert drawn.text.startswith("2 plans")
+    assert "Placement" not in drawn.text
+    assert "Comparison of two plans" in drawn.text
+
+
+@needs_node
+def test_memory_beyond_the_device_is_hatched():
+    too_large = plan(fits=False)
+    too_large["memory"] |= {"temporaries": 14e9, "total": 20e9}
+    (over,) = [tag["style"] for _, tag in shown([too_large]).tags if tag.get("class") == "over" and "style" in tag]
+    assert over == "left:37.500%;width:62.500%"  # the scale ends at 20 GB, of which JAX uses 7.5
+    assert not [tag for _, tag in shown([plan()]).tags if tag.get("class") == "over"]

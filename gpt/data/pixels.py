@@ -114,6 +114,7 @@ class Palette(Tokenizer):
     """
 
     name: ClassVar[str] = "palette"
+    unit: ClassVar[str] = "pixel"
     colors: tuple[tuple[int, ...], ...]
     size: int
     names: tuple[str, ...]

@@ -45,10 +45,12 @@ class Tokenizer:
 
     Attributes:
       name: the name in `TOKENIZERS`.
+      unit: what a token is: losses are in nats per unit.
       stops: the tokens that end a sample; None: the separator.
     """
 
     name: ClassVar[str]
+    unit: ClassVar[str] = "token"
     stops: tuple[int, ...] | None = dataclasses.field(default=None, kw_only=True)
 
     @property
@@ -137,6 +139,7 @@ class CharTokenizer(Tokenizer):
     """A tokenizer with one token for each character (Unicode code point) of a fixed, sorted alphabet."""
 
     name: ClassVar[str] = "char"
+    unit: ClassVar[str] = "character"
     alphabet: str
 
     @classmethod
@@ -180,6 +183,7 @@ class ByteTokenizer(Tokenizer):
     """A tokenizer with one token for each byte of the UTF-8 form of a text; it can encode every text."""
 
     name: ClassVar[str] = "byte"
+    unit: ClassVar[str] = "byte"
     vocab_size: ClassVar[int] = 256
     byte_lengths: ClassVar[np.ndarray] = np.ones(256, int)
 
@@ -203,6 +207,7 @@ class Labels:
     """The names of classes. A classifier has them where a language model has a tokenizer."""
 
     name: ClassVar[str] = "labels"
+    unit: ClassVar[str] = "image"
     names: tuple[str, ...]
 
     @property

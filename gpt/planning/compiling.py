@@ -25,12 +25,21 @@ class Compiled:
     Attributes:
       executable: the compiled step.
       hlo_text: the optimised program of one device.
-      largest: the largest buffers in the compiler's notation, if the compiler reports them.
+      largest: (bytes, shapes) of the largest buffers, shapes in the compiler's notation, if the compiler reports them.
     """
 
     executable: jax.stages.Compiled
     hlo_text: str
-    largest: list[str]
+    largest: list[tuple[float, str]]
+
+
+SIZE = r"[\d.]+[KMGT](?:iB)?\b"  # a size in the compiler's notation, which is binary
+
+
+def in_bytes(size: str) -> float:
+    """Returns a size in the compiler's notation as a number of bytes: "3.07GiB", "15.75G" or "512B"."""
+    number, unit = re.fullmatch(r"([\d.]+)([KMGT]?)(?:iB|B)?", size).groups()
+    return float(number) * 1024 ** (" KMGT".index(unit or " "))
 
 
 class DoesNotFit(Exception):
@@ -39,8 +48,7 @@ class DoesNotFit(Exception):
     @property
     def needed(self) -> float:
         """The bytes that the program needs on a device: the largest size in the compiler's message."""
-        sizes = re.findall(r"([\d.]+)([KMGT])", str(self))
-        return max((float(number) * 1024 ** ("KMGT".index(unit) + 1) for number, unit in sizes), default=0.0)
+        return max(map(in_bytes, re.findall(SIZE, str(self))), default=0.0)
 
 
 def build(config: Config, devices: list[jax.Device]) -> step.Program:
@@ -82,7 +90,7 @@ def compile_step(config: Config, program: step.Program) -> Compiled:
         usage = next(Path(folder).glob("*-memory-usage-report.txt"), None)
         largest = re.findall(r"\); +([\d.]+\w+); +\d+; +\d+; (.*)", usage.read_text() if usage else "")
         hlo_text = dumped.read_text() if dumped else executable.as_text() or ""
-    return Compiled(executable, hlo_text, [f"{size}: {shapes}" for size, shapes in largest[:3]])
+    return Compiled(executable, hlo_text, [(in_bytes(size), shapes) for size, shapes in largest[:3]])
 
 
 def batch(config: Config, program: step.Program) -> dict[str, jax.ShapeDtypeStruct]:
@@ -110,22 +118,26 @@ def measure(config: Config, topology: str) -> dict[str, Any]:
     memory["parameters"] = sharding.bytes_per_device((state.params, state.frozen))
     memory["optimizer"] = sharding.bytes_per_device((state.opt_state, state.ema))
     memory["batch"] = sharding.bytes_per_device(batch(config, program))
+    known = memory["parameters"] + memory["optimizer"] + memory["batch"]
     model_flops = config.train.batch_size * config.model.length * program.model.config.flops_per_token()
     report["model_flops"] = model_flops / len(devices)
     report["attention"] = program.model.config.attention  # what `auto` resolves to on these devices
     try:
         compiled = compile_step(config, program)
     except DoesNotFit as error:
-        memory["needed"] = error.needed
-        return report | {"compiler_message": str(error), "compile_seconds": time.perf_counter() - start}
+        # A message about temporaries alone does not count what the step is given.
+        memory["needed"] = error.needed + ("temporaries" in str(error)) * known
+        memory["temporaries"] = max(0, memory["needed"] - known)
+        message = re.sub(SIZE, lambda size: f"{in_bytes(size[0]) / 1e9:,.2f} GB", str(error))
+        return report | {"compiler_message": message, "compile_seconds": time.perf_counter() - start}
     used = compiled.executable.memory_analysis()
     assert used is not None  # every compiler that a topology can name has it
-    known = memory["parameters"] + memory["optimizer"] + memory["batch"]
     memory["padding"] = max(0, used.argument_size_in_bytes - known)  # tiles that are not full, and counters
     memory["temporaries"] = used.temp_size_in_bytes
     memory["output"] = used.output_size_in_bytes - used.alias_size_in_bytes  # beyond the donated arguments
     memory["total"] = known + memory["padding"] + memory["temporaries"] + memory["output"]
-    memory["largest"] = compiled.largest
+    # The compiler's list may be that of another memory, of buffers that are much smaller.
+    memory["largest"] = [each for each in compiled.largest if each[0] > 0.01 * memory["total"]]
     share, collectives = kernels.attention_share(program.model.config), hlo.collectives(compiled.hlo_text, mesh)
     operations = [  # the text of the program does not have the windows of attention kernels
         dataclasses.replace(operation, flops=round(share * operation.flops)) if operation.opaque else operation

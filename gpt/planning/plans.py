@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from gpt.config import Config, from_tree
 from gpt.planning import compiling, report, search
@@ -27,6 +28,7 @@ class Options:
       compilations: number of candidates that a search compiles.
       price: price of one device for an hour.
       html: file to write a page of the same report to.
+      compare: files of plans to compare the plans with.
       as_json: print a line of JSON for each plan instead of text.
     """
 
@@ -35,27 +37,39 @@ class Options:
     compilations: int = 8
     price: float | None = None
     html: str | None = None
+    compare: Sequence[str] | None = None
     as_json: bool = False
 
 
-def run(config: Config, topologies: Sequence[str], options: Options) -> int:
+def run(config: Config | None, topologies: Sequence[str], options: Options) -> int:
     """Prints the plans of a config for topologies; returns 0 if all fit (for a search: if the best fits), else 1.
 
+    Args:
+      config: None: compares the plans in the files of `options.compare`, and compiles nothing.
+
     Raises:
-      UserError: the config or a topology does not allow it, the compiler rejects the program, or the page cannot be
-        written.
+      UserError: the config or a topology does not allow it, the compiler rejects the program, a file of plans cannot be
+        read, or the page cannot be written.
     """
     if options.search and len(topologies) > 1:
         raise UsageError("--search takes one --topology at a time.")
-    _use_no_accelerator()
+    plans = [each for file in options.compare or () for each in _read(file)]
     with new_file("html", options.html) if options.html else contextlib.nullcontext() as file:
-        planned = [pair for topology in topologies for pair in _plan(config, topology, options)]
-        plans = [plan | {"flags": search.flags(config, changed)} for changed, plan in planned]
+        planned = []
+        if config:
+            _use_no_accelerator()
+            planned = [pair for topology in topologies for pair in _plan(config, topology, options)]
+            for changed, plan in planned:
+                plans.append(plan | {"flags": search.flags(config, changed), "config": dataclasses.asdict(changed)})
+        if options.compare and len(plans) < 2:
+            raise UserError("--compare needs two plans: name another file, or set --config and --topology.")
         if file:
-            placement = compiling.placement(planned[0][0], plans[0]["topology"])
+            placement = None if options.compare else compiling.placement(planned[0][0], plans[0]["topology"])
             file.write(report.html(plans, placement, options.price).encode())
     if options.as_json:
         print(*map(json.dumps, plans), sep="\n")
+    elif options.compare:
+        print(*report.comparison(plans, options.price), sep="\n")
     elif options.search:
         print(*report.table(plans), "", *report.text(plans[0], options.price), sep="\n")
     else:
@@ -64,6 +78,20 @@ def run(config: Config, topologies: Sequence[str], options: Options) -> int:
         if len(plans) > 1:
             print(*report.table(plans), sep="\n")
     return 0 if all(each["fits"] for each in (plans[:1] if options.search else plans)) else 1
+
+
+def _read(file: str) -> list[report.Report]:
+    """Returns the plans in a file of `--json`. Raises UserError if it cannot be read, or holds something else."""
+    try:
+        plans = [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        for each in plans:
+            report.figures(each)
+            from_tree(each["config"])
+    except OSError as error:
+        raise UserError(f"--compare={file} cannot be read: {error.strerror}.") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError):
+        raise UserError(f"--compare={file} is no file of plans; write it with: gpt.plan … --json > {file}") from None
+    return plans
 
 
 def _use_no_accelerator() -> None:

@@ -1,11 +1,15 @@
 """Formats plans, which `gpt.planning.compiling.measure` returns, as text or as an HTML page."""
 
+import dataclasses
 import json
+import math
+import textwrap
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from gpt.config import flatten
 from gpt.models.kernels import KERNELS
 from gpt.runtime import hardware
 from gpt.runtime.progress import columns, duration
@@ -14,6 +18,51 @@ Report = dict[str, Any]
 
 TEXTS = tomllib.loads(Path(__file__).with_name("report.toml").read_text(encoding="utf-8"))
 MEMORY_PARTS = TEXTS["memory_parts"]
+WIDTH = 80  # columns of the text
+BAR = 38  # columns of a bar
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """The unit of all figures of one kind in a report, like GB.
+
+    Attributes:
+      size: the unit in bytes, FLOPs or seconds.
+      digits: decimals of a figure.
+    """
+
+    name: str
+    size: float
+    digits: int
+
+    def number(self, value: float) -> str:
+        """Returns a value in this unit; one that would be rounded to 0 is "<0.01" instead."""
+        is_small = 0 < value < 0.5 * 10**-self.digits * self.size
+        return f"<{10**-self.digits:g}" if is_small else f"{value / self.size:,.{self.digits}f}"
+
+    def __call__(self, value: float) -> str:
+        return f"{self.number(value)} {self.name}"
+
+
+def units(reports: Iterable[Report]) -> dict[str, Unit]:
+    """Returns the units of "bytes", "flops" and "seconds" in which the largest memory, work and step have 4 digits."""
+    largest = {"bytes": 1.0, "flops": 1.0, "seconds": 0.0}
+    for each in reports:
+        work = max(each.get("model_flops", 0), each.get("hardware_flops", 0))
+        figures = {"bytes": needed(each["memory"]), "flops": work, "seconds": each.get("seconds", {}).get("step", 0)}
+        largest = {kind: max(value, figures[kind]) for kind, value in largest.items()}
+    chosen = {}
+    for kind, value in largest.items():
+        sizes = TEXTS["units"][kind]
+        name = next((name for name, size in sizes.items() if value >= size), list(sizes)[-1])
+        digits = 3 - math.floor(math.log10(max(value / sizes[name], 1)))
+        chosen[kind] = Unit(name, sizes[name], max(digits, 0))
+    return chosen
+
+
+def needed(memory: dict[str, Any]) -> float:
+    """Returns the bytes that a step needs on a device, or as many of them as are known."""
+    return memory.get("total") or memory.get("needed") or memory["capacity"]
 
 
 def text(report: Report, price: float | None = None) -> Iterator[str]:
@@ -22,116 +71,205 @@ def text(report: Report, price: float | None = None) -> Iterator[str]:
     Args:
       price: price of one device for an hour.
     """
+    unit = units([report])
     model = f"{model_name(report)} on " if "num_parameters" in report else ""
     micro = f", {report['micro_batches']} micro-batches" if report["micro_batches"] > 1 else ""
     layers = "scanned" if report["scan_layers"] else "unrolled"
-    yield f"{model}{report['topology']}: {report['devices']:,} × {report['chip']}, {mesh_name(report)}"
-    yield (
+    yield from _wrapped(f"{model}{report['topology']}: {report['devices']:,} × {report['chip']}, {mesh_name(report)}")
+    yield from _wrapped(
         f"{report['batch_size']:,} examples of {report['block_size']:,} tokens per step{micro}; "
         f"attention {report['attention']}, remat {report['remat']}, layers {layers}"
     )
     yield ""
-    yield from _memory(report)
+    yield from _memory(report, unit["bytes"])
     if "seconds" not in report:
         return
     flops, compiled = report["model_flops"], report["hardware_flops"]
     yield ""
     yield "WORK per device and step"
-    yield f"  model           {flops / 1e12:10.3f} TFLOP   6 per parameter and token; attention 12·layers·width·length"
-    yield (
-        f"  compiled        {compiled / 1e12:10.3f} TFLOP   {compiled / flops:.2f} × the model's, "
-        f"with recomputation in the backward pass (remat={report['remat']})"
-    )
+    yield f"  model           {unit['flops'](flops):>14}   6 per parameter and token, and full attention"
+    yield f"  compiled        {unit['flops'](compiled):>14}   {compiled / flops:.2f} × the model's, recomputation included"
     if report["attention"] in KERNELS:
-        yield f"{'':36}and only the causal part of {report['attention']} attention"
-    yield f"  memory traffic  {report['memory_traffic'] / 1e9:10.1f} GB"
+        yield f"{'':33}and only the causal part of {report['attention']} attention"
+    yield f"  memory traffic  {unit['bytes'](report['memory_traffic']):>14}"
     yield ""
     yield "COMMUNICATION per device and step"
-    yield from _collectives(report)
+    yield from _collectives(report, unit)
     yield ""
-    yield from _estimate(report, price)
+    yield from _estimate(report, unit["seconds"], price)
 
 
-def _memory(report: Report) -> Iterator[str]:
+def _wrapped(line: str, indent: int = 0) -> list[str]:
+    """Returns the lines of a text of WIDTH columns; those after the first are indented."""
+    return textwrap.wrap(line, WIDTH, subsequent_indent=" " * indent, break_long_words=False, break_on_hyphens=False)
+
+
+def verdict(report: Report, unit: Unit) -> str:
+    """Returns whether a plan fits, and how much of a device's memory it needs."""
     memory = report["memory"]
     capacity, usable = memory["capacity"], memory["usable"]
     share = f", of which JAX uses {usable / capacity:.0%} by default" if usable < capacity else ""
-    if "total" in memory:
-        verdict = "FITS" if report["fits"] else "DOES NOT FIT"
-        yield f"{verdict}: {memory['total'] / 1e9:.2f} GB of {capacity / 1e9:.2f} GB per device{share}"
-    else:
-        yield f"DOES NOT FIT in {capacity / 1e9:.2f} GB per device. The compiler: {report['compiler_message']}."
+    if "total" not in memory and "needed" not in memory:
+        return f"DOES NOT FIT in {unit(capacity)} per device{share}"
+    answer = f"{'FITS' if report['fits'] else 'DOES NOT FIT'}: {'' if 'total' in memory else 'at least '}"
+    return f"{answer}{unit(needed(memory))} of {unit(capacity)} per device{share}"
+
+
+def _memory(report: Report, unit: Unit) -> Iterator[str]:
+    memory, end = report["memory"], 0
+    yield from _wrapped(verdict(report, unit))
+    if report["compiler_message"]:
+        yield from _wrapped(f"The compiler: {report['compiler_message']}.")
     for part, name in MEMORY_PARTS.items():
         if part in memory:
-            bar = "█" * round(40 * memory[part] / capacity)
-            yield f"  {name:24}{memory[part] / 1e9:9.3f} GB  {bar}".rstrip()
-    for buffer in memory.get("largest", ()):
-        yield f"    {buffer}"[:118]
+            start, end = end, end + memory[part]
+            yield f"  {name:24}{unit(memory[part]):>12}  {_bar(start, end, memory)}"
+    for size, shapes in memory.get("largest", ()):
+        yield f"  {'largest buffers':24}{unit(size):>12}  {shapes}"[:WIDTH]
     if not report["fits"]:
         yield "  --search looks for a mesh, remat policy and micro-batches that fit"
 
 
-def _collectives(report: Report) -> Iterator[str]:
+def _bar(start: float, end: float, memory: dict[str, Any]) -> str:
+    """Returns a bar from one number of bytes to another, with "│" where the memory of the device ends.
+
+    "┊" is where the memory that JAX uses ends. The bar is "▒" from the first of these marks on.
+    """
+    cell = max(needed(memory), memory["capacity"]) / BAR
+    usable, capacity = round(memory["usable"] / cell), round(memory["capacity"] / cell)
+    filled = range(round(start / cell), round(end / cell))
+    cells = ["█▒"[i >= usable] if i in filled else " " for i in range(BAR)]
+    cells.insert(capacity, "│")
+    return "".join([*cells[:usable], *("┊" if usable < capacity else ""), *cells[usable:]]).rstrip()
+
+
+def _collectives(report: Report, unit: dict[str, Unit]) -> Iterator[str]:
     if not report["collectives"]:
         yield "  none"
         return
-    figures = f"{'group':>6}{'count':>7}{'GB':>10}{'sent GB':>10}{'GB/s':>8}{'ms':>10}{'exposed':>9}"
-    yield f"  {'kind':20}{'mesh axes':20}{figures}"
+    size, time = unit["bytes"], unit["seconds"]
+    lines = [["  kind", "over", "count", size.name, "sent", "GB/s", time.name, "exposed", ""]]
     for c in report["collectives"]:
-        yield (
-            f"  {c['kind'] + ('*' if c['overlaps'] else ''):20}{'+'.join(c['axes']):20}{c['group']:6,}{c['count']:7,}"
-            f"{c['bytes'] / 1e9:10.4f}{c['sent'] / 1e9:10.4f}{c['bandwidth'] / 1e9:8.0f}{c['seconds'] * 1e3:10.2f}"
-            f"{c['exposed'] * 1e3:9.2f}"
-        )
+        line = [f"  {c['kind']}{'*' if c['overlaps'] else ''}", f"{'+'.join(c['axes'])} ({c['group']:,})"]
+        line += [f"{c['count']:,}", size.number(c["bytes"]), size.number(c["sent"]), f"{c['bandwidth'] / 1e9:,.0f}"]
+        lines.append([*line, time.number(c["seconds"]), time.number(c["exposed"]), ""])
+    yield from columns(lines, left=2)
 
 
-def _estimate(report: Report, price: float | None) -> Iterator[str]:
+def _estimate(report: Report, unit: Unit, price: float | None) -> Iterator[str]:
     seconds, tokens = report["seconds"], report["batch_size"] * report["block_size"]
-    compute, memory = duration_ms(seconds["compute"]), duration_ms(seconds["memory"])
-    exposed, overlapped = (duration_ms(seconds["network"][part]) for part in ("exposed", "overlapped"))
+    exposed, overlapped = (unit(seconds["network"][part]) for part in ("exposed", "overlapped"))
     yield f"ESTIMATE: {TEXTS['bottlenecks'][seconds['bottleneck']]}"
-    yield f"  kernels         {compute:>14} compute-bound, {memory} memory-bound"
+    yield f"  kernels         {unit(seconds['compute']):>14} compute-bound, {unit(seconds['memory'])} memory-bound"
     yield f"  collectives     {exposed:>14} exposed, {overlapped} overlapped"
-    yield f"  step            {duration_ms(seconds['roofline']):>14} by the roofline"
+    yield f"  step            {unit(seconds['roofline']):>14} by the roofline"
     if seconds["compiler"]:
-        yield f"                  {duration_ms(seconds['compiler']):>14} by the compiler's estimate of its kernels"
+        yield f"                  {unit(seconds['compiler']):>14} by the compiler's estimate of its kernels"
     else:
         yield "                  (the compiler gives no usable estimate of its kernels)"
     yield (
         f"  throughput      {tokens / seconds['step']:14,.0f} tokens/s by the longer, "
-        f"{tokens / seconds['step'] / report['devices']:,.0f} per device; MFU {seconds['mfu']:.1%}"
+        f"{tokens / seconds['step'] / report['devices']:,.0f} per device"
     )
+    yield f"  MFU             {seconds['mfu']:14.1%} of the chip's peak"
     if report["steps"]:
-        run, billions = report["steps"] * seconds["step"], report["steps"] * tokens / 1e9
+        run, seen = report["steps"] * seconds["step"], report["steps"] * tokens
+        seen_text = f"{seen / 1e9:,.1f} billion" if seen >= 1e9 else f"{seen:,}"
         hours = run * report["devices"] / 3600
-        cost = f", {hours * price:,.0f} at {price:g} each" if price is not None else ""
-        yield (
-            f"  whole run       {duration(run):>14}: {report['steps']:,} steps, {billions:,.1f} billion tokens, "
-            f"{hours:,.1f} device-hours{cost}"
+        cost = f", {amount(hours * price)} at {price:g} each" if price is not None else ""
+        yield from _wrapped(
+            f"  whole run       {duration(run):>14} for {report['steps']:,} steps, {seen_text} tokens, "
+            f"{amount(hours)} device-hours{cost}",
+            indent=33,
         )
     else:
-        yield "  whole run       unknown: train.epochs depends on the data; set train.steps or train.tokens"
+        yield "  whole run              unknown: train.epochs depends on the data;"
+        yield "                         set train.steps or train.tokens"
     if report.get("flags"):
-        yield f"  flags           {' '.join(report['flags'])}"
+        yield from _wrapped(f"  flags           {' '.join(report['flags'])}", indent=18)
     yield ""
-    yield TEXTS["assumptions"]
+    yield from _wrapped(TEXTS["assumptions"])
 
 
-def table(reports: Iterable[Report]) -> Iterator[str]:
-    """Yields a header and a line for each plan, in the given order."""
-    header = ["topology", "mesh", "remat", "scan", "micro", "batch", "GB", "TFLOP", "sent GB", "step", "MFU", ""]
-    lines = [header]
-    for r in reports:
-        line = [r["topology"], mesh_name(r), r["remat"], "yes" if r["scan_layers"] else "no"]
-        line += [f"{r['micro_batches']:,}", f"{r['batch_size']:,}"]
+def table(reports: Sequence[Report]) -> Iterator[str]:
+    """Yields a header, and the figures and the name of each plan, in the given order."""
+    size, work, time = (unit for unit in units(reports).values())
+    lines = [["", f"step {time.name}", "MFU", size.name, work.name, f"sent {size.name}", "plan"]]
+    for i, r in enumerate(reports, 1):
+        line = [str(i)] + [""] * 5
         if "seconds" in r:
             seconds, sent = r["seconds"], sum(c["sent"] for c in r["collectives"])
-            line += [f"{r['memory']['total'] / 1e9:.2f}", f"{r['hardware_flops'] / 1e12:,.3f}", f"{sent / 1e9:,.3f}"]
-            line += [duration_ms(seconds["step"]), f"{seconds['mfu']:.1%}", "" if r["fits"] else "does not fit"]
-        else:
-            line += [""] * 5 + [f"does not fit: {r['compiler_message']}"]
-        lines.append(line)
-    yield from columns(lines, left=4)
+            line = [str(i), time.number(seconds["step"]), f"{seconds['mfu']:.1%}", size.number(r["memory"]["total"])]
+            line += [work.number(r["hardware_flops"]), size.number(sent)]
+        reason = f": {r['compiler_message']}" if r["compiler_message"] else ""
+        lines.append([*line, plan_name(r) + ("" if r["fits"] else f"; does not fit{reason}")])
+    header, *rest = columns(lines, left=0)
+    for each in (header, *rest):
+        yield from _wrapped(each, indent=header.index("plan"))
+
+
+def figures(report: Report, price: float | None = None) -> dict[str, tuple[str, float]]:
+    """Returns the figures that a comparison shows, {name: (kind, value)}.
+
+    The kinds are those of `units`, "share", "rate", and "hours" or "price", of which less is better.
+    """
+    memory, seconds = report["memory"], report.get("seconds")
+    rows = {"memory of a device": ("bytes", memory.get("total") or memory.get("needed"))}
+    rows |= {name: ("bytes", memory.get(part)) for part, name in MEMORY_PARTS.items()}
+    rows["model FLOPs"] = ("flops", report.get("model_flops"))
+    if seconds:
+        tokens = report["batch_size"] * report["block_size"]
+        rows["compiled FLOPs"] = ("flops", report["hardware_flops"])
+        rows["memory traffic"] = ("bytes", report["memory_traffic"])
+        rows["sent by collectives"] = ("bytes", sum(c["sent"] for c in report["collectives"]))
+        times = {f"{bound}-bound kernels": seconds[bound] for bound in ("compute", "memory")}
+        times |= {f"{part} collectives": seconds["network"][part] for part in ("exposed", "overlapped")}
+        times |= {"step by the roofline": seconds["roofline"], "step by the compiler": seconds["compiler"]}
+        rows |= {name: ("seconds", value) for name, value in times.items()} | {"MFU": ("share", seconds["mfu"])}
+        rows["tokens/s"] = ("rate", tokens / seconds["step"])
+        rows["tokens/s per device"] = ("rate", tokens / seconds["step"] / report["devices"])
+        if report["steps"]:
+            hours = report["steps"] * seconds["step"] / 3600
+            rows |= {"hours of the run": ("hours", hours), "device-hours": ("hours", hours * report["devices"])}
+            rows["price"] = ("price", None if price is None else hours * report["devices"] * price)
+    return {name: (kind, value) for name, (kind, value) in rows.items() if value is not None}
+
+
+def comparison(reports: Sequence[Report], price: float | None = None) -> Iterator[str]:
+    """Yields lines that compare plans: figures with their ratios to those of the first, and configs where they differ.
+
+    Args:
+      price: price of one device for an hour.
+    """
+    unit = units(reports)
+    shown: dict[str, Any] = unit | {"share": "{:.1%}".format, "rate": "{:,.0f}".format}
+    shown |= dict.fromkeys(("hours", "price"), amount)
+    for i, each in enumerate(reports, 1):
+        yield from _wrapped(f"{i}: {verdict(each, unit['bytes'])}; {plan_name(each)}", indent=3)
+    yield ""
+    of_plans = [figures(each, price) for each in reports]
+    lines = [["", "1", *(cell for i in range(2, len(reports) + 1) for cell in (f"{i}", f"{i} ÷ 1")), ""]]
+    for name, (kind, first) in of_plans[0].items():
+        values = [each[name][1] if name in each else None for each in of_plans]
+        if any(values):
+            line = [f"  {name}"]
+            for i, value in enumerate(values):
+                line.append("–" if value is None else shown[kind](value))
+                line += [f"{value / first:.3f}" if value is not None and first else "–"] if i else []
+            lines.append([*line, ""])
+    yield from columns(lines, left=1)
+    yield ""
+    settings = [{"topology": each["topology"]} | flatten(each.get("config", {})) for each in reports]
+    lines = [[f"  {key}", *(str(each.get(key, "–")) for each in settings), ""] for key in merged(settings)]
+    if different := [line for line in lines if len(set(line[1:-1])) > 1]:
+        yield from columns([["differences", *map(str, range(1, len(reports) + 1)), ""], *different], left=1)
+    else:
+        yield "The configs do not differ."
+
+
+def merged(mappings: Iterable[dict[str, Any]]) -> list[str]:
+    """Returns all keys of dictionaries, in the order of their first occurrence."""
+    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
 def chips() -> Iterator[str]:
@@ -149,17 +287,23 @@ def chips() -> Iterator[str]:
     yield "gpt/runtime/chips.toml names the sources."
 
 
-def html(plans: list[Report], placement: dict[str, Any], price: float | None = None) -> str:
+def html(plans: list[Report], placement: dict[str, Any] | None, price: float | None = None) -> str:
     """Returns a page with the first plan in detail and a comparison of all plans; it needs no network and no library.
 
     Args:
-      placement: `compiling.placement` of the first plan.
+      placement: `compiling.placement` of the first plan; None: the page does not show it.
       price: price of one device for an hour.
     """
-    data = {"plans": plans, "placement": placement, "price": price, "kernels": list(KERNELS)} | TEXTS
+    shown = [each | {"figures": figures(each, price), "config": flatten(each.get("config", {}))} for each in plans]
+    data = {"plans": shown, "placement": placement, "price": price, "kernels": list(KERNELS)} | TEXTS
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     # A "<" in a text could end the script.
     return template.replace("PLANS", json.dumps(data).replace("<", "\\u003c"))
+
+
+def amount(number: float) -> str:
+    """Returns a number without a unit: "1,234.5" or, if it is small, three digits: "0.00123"."""
+    return f"{number:,.1f}" if number >= 10 else f"{number:.3g}"
 
 
 def model_name(report: Report) -> str:
@@ -174,6 +318,10 @@ def mesh_name(report: Report) -> str:
     return " ".join([report["rules"], *sizes, *(["zero1"] if report["zero1"] else [])])
 
 
-def duration_ms(seconds: float) -> str:
-    """Returns a duration in milliseconds, or from 10 seconds on in seconds: "27.3 ms", "12.340 s"."""
-    return f"{seconds:,.3f} s" if seconds >= 10 else f"{seconds * 1e3:,.1f} ms"
+def plan_name(report: Report) -> str:
+    """Returns what distinguishes a plan: topology, mesh, batch and the options that a search changes."""
+    micro = f" in {report['micro_batches']:,} micro-batches" if report["micro_batches"] > 1 else ""
+    return (
+        f"{report['topology']} {mesh_name(report)}, batch {report['batch_size']:,}{micro}, "
+        f"attention {report['attention']}, remat {report['remat']}, {'scanned' if report['scan_layers'] else 'unrolled'}"
+    )

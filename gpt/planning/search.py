@@ -18,7 +18,7 @@ from gpt.models import remat
 from gpt.models.base import ModelConfig
 from gpt.models.kernels import KERNELS
 from gpt.planning import roofline
-from gpt.planning.report import Report
+from gpt.planning.report import Report, units
 from gpt.runtime import hardware
 from gpt.runtime.errors import UserError
 from gpt.runtime.hardware import Chip
@@ -269,8 +269,8 @@ def summary(report: Report) -> str:
     if "seconds" not in report:
         return f"does not fit: {report['compiler_message']}"
     fits = "" if report["fits"] else "does not fit: "
-    seconds = report["seconds"]
-    return f"{fits}{report['memory']['total'] / 1e9:.1f} GB  {seconds['step']:.3f} s  MFU {seconds['mfu']:.1%}"
+    unit, seconds = units([report]), report["seconds"]
+    return f"{fits}{unit['bytes'](report['memory']['total'])}  {unit['seconds'](seconds['step'])}  MFU {seconds['mfu']:.1%}"
 
 
 def flags(config: Config, changed: Config) -> list[str]:

@@ -22,6 +22,7 @@ from gpt.runtime.errors import UserError, nearest, one_line
 MAX_PIPED = 1 << 20  # bytes of a prompt on stdin; a model sees only its end
 WIDTH, COLUMN = 80, 34  # columns of --help, and of its names
 MUST_NOT_BE_EMPTY = {"config", "workdir", "checkpoint", "out", "html", "topology", "data", "from_hf", "to_hf"}
+MUST_NOT_BE_EMPTY |= {"compare"}
 
 Override = tuple[str, str | None]  # KEY and VALUE of a flag --config.KEY=VALUE; None: no value
 NearestKeys = Callable[[str], list[str]]
