@@ -3,7 +3,7 @@
     python -m gpt.plot --workdir=runs/char --out=loss.png
     python -m gpt.plot --workdir=runs/small,runs/large --x=flops --log=xy --out=loss.svg
 
-Runs that differ only in their seed are drawn as one line, their mean, within a band from the lowest to the highest loss.
+Runs that differ only in their seed are one line, their mean, within a band from the lowest to the highest loss.
 """
 
 from absl import flags

@@ -361,8 +361,8 @@ def test_comparison():
     drawn = shown(plans)
     for i in range(1, 14):
         assert (
-            f"v5e:2x4 fsdp data=2 fsdp=4, attention dense, remat dots, layers scanned, 2 micro-batches--config.mesh.fsdp={i}"
-            in drawn.text
+            "v5e:2x4 fsdp data=2 fsdp=4, attention dense, remat dots, layers scanned, 2 micro-batches"
+            f"--config.mesh.fsdp={i}" in drawn.text
         )
     assert "v5p:2x2x2 fsdp data=2" in drawn.text
     assert "2 more plans are in the table below" in drawn.text
@@ -439,18 +439,21 @@ def test_a_reader_compares_two_plans(browser, tmp_path):
     """The page starts with the unchanged config and the best plan, and compares what the reader selects."""
     configs = [{"model": {"remat": remat}} for remat in ("dots", "none", "<i>")]
     plans = [plan(flags=["--config.model.remat=dots"], config=configs[0], memory_traffic=6e9)]
-    plans += [plan(flags=[], config=configs[1]), does_not_compile(flags=["--config.model.remat=<i>"], config=configs[2])]
+    plans += [
+        plan(flags=[], config=configs[1]),
+        does_not_compile(flags=["--config.model.remat=<i>"], config=configs[2]),
+    ]
     path = tmp_path / "plan.html"
     path.write_text(written(plans))
+
+    def compared() -> dict[str, list[str]]:
+        cells = "row => [...row.children].map(cell => cell.innerText)"
+        rows = browser.driver.execute_script(f"return [...document.querySelectorAll('.compared tr')].map({cells})")
+        return {name: values for name, *values in rows}
+
     for width in (1280, 400):
         page = browser.open(path, width=width, dark=width == 400)
         assert page.execute_script("return document.documentElement.scrollWidth") == width
-
-        def compared() -> dict[str, list[str]]:
-            cells = "row => [...row.children].map(cell => cell.innerText)"
-            rows = page.execute_script(f"return [...document.querySelectorAll('.compared tr')].map({cells})")
-            return {name: values for name, *values in rows}
-
         assert compared()["memory traffic"] == ["4.00 GB", "6.00 GB", "1.500"]
         assert compared()["model.remat"] == ["none", "dots", ""]
         page.find_element("css selector", "#b option[value='2']").click()

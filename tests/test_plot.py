@@ -61,7 +61,7 @@ def test_losses_over_steps_tokens_and_flops(trained, x, scale):
 
 
 def test_time_is_that_of_the_steps_and_not_of_pauses(trained):
-    """All events are written within a second. The rates say 5 s, 5 s and 2.5 s for ten steps, and so on after step 30."""
+    """All events are written within a second; by the rates, the steps between them take 5 s, 5 s and 2.5 s."""
     (curves,) = drawn([trained("run")], x="time").values()
     np.testing.assert_allclose(curves["training"][0], [5, 10, 12.5])
     np.testing.assert_allclose(curves["validation"][0], [12.5 + 5 / 4])
@@ -72,7 +72,9 @@ def test_runs_that_differ_only_in_the_seed_are_one_line(trained):
     folders.append(trained("wide", model=dataclasses.replace(CONFIG.model, embed_dim=16)))
     curves = drawn(folders)
     assert list(curves) == ["run-1, mean with 2 more seeds", "wide"]
-    np.testing.assert_allclose(curves["run-1, mean with 2 more seeds"]["training"][1], [[2, 1, 0], [2.5, 1.5, 0.5], [3, 2, 1]])
+    np.testing.assert_allclose(
+        curves["run-1, mean with 2 more seeds"]["training"][1], [[2, 1, 0], [2.5, 1.5, 0.5], [3, 2, 1]]
+    )
     assert list(drawn(folders, band=False)) == ["run-1", "run-2", "run-3", "wide"]
 
 
@@ -89,7 +91,12 @@ def test_axes_and_legend_have_names(trained, tmp_path):
     path = plots.draw_losses(folders, str(tmp_path / "loss.svg"), options)
     with open(path) as file:
         text = file.read()
-    names = ("loss (nats per character)", "seconds of training steps", "short, training", f"{'a' * 23}…{'a' * 24}, validation")
+    names = (
+        "loss (nats per character)",
+        "seconds of training steps",
+        "short, training",
+        f"{'a' * 23}…{'a' * 24}, validation",
+    )
     for expected in names:
         assert f"<!-- {expected} -->" in text
 

@@ -97,7 +97,7 @@ def draw_losses(folders: Sequence[Workdir], out: str, options: Options) -> str:
 
 
 def read_losses(folders: Sequence[Workdir], runs: Sequence[Run], options: Options) -> dict[str, dict[str, Curve]]:
-    """Returns {name: {"training" or "validation": losses}} of each run, or of each group of runs that a band stands for.
+    """Returns {name: {"training" or "validation": losses}} of each run, or of each group of runs that is one line.
 
     The losses of a group are those at the places of its first run, as far as all of its runs have come.
 
@@ -111,7 +111,7 @@ def read_losses(folders: Sequence[Workdir], runs: Sequence[Run], options: Option
     for i, run in enumerate(runs):
         key = repr(dataclasses.replace(run.config, seed=0)), run.fingerprint
         members.setdefault(key if options.band else (i,), []).append(i)
-    groups = {}
+    groups: dict[str, dict[str, Curve]] = {}
     for group in members.values():
         losses = [_losses(folders[i], runs[i], options.x) for i in group]
         others = f", mean with {len(group) - 1} more seeds" if len(group) > 1 else ""

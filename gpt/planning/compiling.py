@@ -38,8 +38,8 @@ SIZE = r"[\d.]+[KMGT](?:iB)?\b"  # a size in the compiler's notation, which is b
 
 def in_bytes(size: str) -> float:
     """Returns a size in the compiler's notation as a number of bytes: "3.07GiB", "15.75G" or "512B"."""
-    number, unit = re.fullmatch(r"([\d.]+)([KMGT]?)(?:iB|B)?", size).groups()
-    return float(number) * 1024 ** (" KMGT".index(unit or " "))
+    number = size.rstrip("KMGTiB")
+    return float(number) * 1024 ** " KMGT".index(size[len(number) :].strip("iB") or " ")
 
 
 class DoesNotFit(Exception):

@@ -87,8 +87,9 @@ def text(report: Report, price: float | None = None) -> Iterator[str]:
     flops, compiled = report["model_flops"], report["hardware_flops"]
     yield ""
     yield "WORK per device and step"
-    yield f"  model           {unit['flops'](flops):>14}   6 per parameter and token, and full attention"
-    yield f"  compiled        {unit['flops'](compiled):>14}   {compiled / flops:.2f} × the model's, recomputation included"
+    work, ratio = unit["flops"], compiled / flops
+    yield f"  model           {work(flops):>14}   6 per parameter and token, and full attention"
+    yield f"  compiled        {work(compiled):>14}   {ratio:.2f} × the model's, recomputation included"
     if report["attention"] in KERNELS:
         yield f"{'':33}and only the causal part of {report['attention']} attention"
     yield f"  memory traffic  {unit['bytes'](report['memory_traffic']):>14}"
@@ -157,8 +158,9 @@ def _collectives(report: Report, unit: dict[str, Unit]) -> Iterator[str]:
 
 
 def _estimate(report: Report, unit: Unit, price: float | None) -> Iterator[str]:
-    seconds, tokens = report["seconds"], report["batch_size"] * report["block_size"]
+    seconds = report["seconds"]
     exposed, overlapped = (unit(seconds["network"][part]) for part in ("exposed", "overlapped"))
+    figure = {name: value for name, (_, value) in figures(report, price).items()}
     yield f"ESTIMATE: {TEXTS['bottlenecks'][seconds['bottleneck']]}"
     yield f"  kernels         {unit(seconds['compute']):>14} compute-bound, {unit(seconds['memory'])} memory-bound"
     yield f"  collectives     {exposed:>14} exposed, {overlapped} overlapped"
@@ -168,18 +170,17 @@ def _estimate(report: Report, unit: Unit, price: float | None) -> Iterator[str]:
     else:
         yield "                  (the compiler gives no usable estimate of its kernels)"
     yield (
-        f"  throughput      {tokens / seconds['step']:14,.0f} tokens/s by the longer, "
-        f"{tokens / seconds['step'] / report['devices']:,.0f} per device"
+        f"  throughput      {figure['tokens/s']:14,.0f} tokens/s by the longer, "
+        f"{figure['tokens/s per device']:,.0f} per device"
     )
     yield f"  MFU             {seconds['mfu']:14.1%} of the chip's peak"
     if report["steps"]:
-        run, seen = report["steps"] * seconds["step"], report["steps"] * tokens
+        run, seen = report["steps"] * seconds["step"], report["steps"] * report["batch_size"] * report["block_size"]
         seen_text = f"{seen / 1e9:,.1f} billion" if seen >= 1e9 else f"{seen:,}"
-        hours = run * report["devices"] / 3600
-        cost = f", {amount(hours * price)} at {price:g} each" if price is not None else ""
+        cost = f", {amount(figure['price'])} at {price:g} each" if price is not None else ""
         yield from _wrapped(
             f"  whole run       {duration(run):>14} for {report['steps']:,} steps, {seen_text} tokens, "
-            f"{amount(hours)} device-hours{cost}",
+            f"{amount(figure['device-hours'])} device-hours{cost}",
             indent=33,
         )
     else:
@@ -213,26 +214,18 @@ def figures(report: Report, price: float | None = None) -> dict[str, tuple[str, 
 
     The kinds are those of `units`, "share", "rate", and "hours" or "price", of which less is better.
     """
-    memory, seconds = report["memory"], report.get("seconds")
-    rows = {"memory of a device": ("bytes", memory.get("total") or memory.get("needed"))}
-    rows |= {name: ("bytes", memory.get(part)) for part, name in MEMORY_PARTS.items()}
-    rows["model FLOPs"] = ("flops", report.get("model_flops"))
-    if seconds:
-        tokens = report["batch_size"] * report["block_size"]
-        rows["compiled FLOPs"] = ("flops", report["hardware_flops"])
-        rows["memory traffic"] = ("bytes", report["memory_traffic"])
-        rows["sent by collectives"] = ("bytes", sum(c["sent"] for c in report["collectives"]))
-        times = {f"{bound}-bound kernels": seconds[bound] for bound in ("compute", "memory")}
-        times |= {f"{part} collectives": seconds["network"][part] for part in ("exposed", "overlapped")}
-        times |= {"step by the roofline": seconds["roofline"], "step by the compiler": seconds["compiler"]}
-        rows |= {name: ("seconds", value) for name, value in times.items()} | {"MFU": ("share", seconds["mfu"])}
-        rows["tokens/s"] = ("rate", tokens / seconds["step"])
-        rows["tokens/s per device"] = ("rate", tokens / seconds["step"] / report["devices"])
+    known = {"needed": report["memory"].get("total") or report["memory"].get("needed"), **report}
+    if "seconds" in report:
+        seconds, tokens = report["seconds"]["step"], report["batch_size"] * report["block_size"]
+        rates = {"tokens_per_second": tokens / seconds, "tokens_per_device": tokens / seconds / report["devices"]}
+        known |= rates | {"sent": sum(c["sent"] for c in report["collectives"])}
         if report["steps"]:
-            hours = report["steps"] * seconds["step"] / 3600
-            rows |= {"hours of the run": ("hours", hours), "device-hours": ("hours", hours * report["devices"])}
-            rows["price"] = ("price", None if price is None else hours * report["devices"] * price)
-    return {name: (kind, value) for name, (kind, value) in rows.items() if value is not None}
+            hours = report["steps"] * seconds / 3600
+            cost = None if price is None else hours * report["devices"] * price
+            known |= {"hours": hours, "device_hours": hours * report["devices"], "price": cost}
+    values = flatten(known)
+    found = {name: (kind, values.get(key)) for name, (kind, key) in TEXTS["figures"].items()}
+    return {name: (kind, value) for name, (kind, value) in found.items() if value is not None}
 
 
 def comparison(reports: Sequence[Report], price: float | None = None) -> Iterator[str]:
@@ -260,16 +253,12 @@ def comparison(reports: Sequence[Report], price: float | None = None) -> Iterato
     yield from columns(lines, left=1)
     yield ""
     settings = [{"topology": each["topology"]} | flatten(each.get("config", {})) for each in reports]
-    lines = [[f"  {key}", *(str(each.get(key, "–")) for each in settings), ""] for key in merged(settings)]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    lines = [[f"  {key}", *(str(each.get(key, "–")) for each in settings), ""] for key in keys]
     if different := [line for line in lines if len(set(line[1:-1])) > 1]:
         yield from columns([["differences", *map(str, range(1, len(reports) + 1)), ""], *different], left=1)
     else:
         yield "The configs do not differ."
-
-
-def merged(mappings: Iterable[dict[str, Any]]) -> list[str]:
-    """Returns all keys of dictionaries, in the order of their first occurrence."""
-    return list(dict.fromkeys(key for mapping in mappings for key in mapping))
 
 
 def chips() -> Iterator[str]:
@@ -322,6 +311,6 @@ def plan_name(report: Report) -> str:
     """Returns what distinguishes a plan: topology, mesh, batch and the options that a search changes."""
     micro = f" in {report['micro_batches']:,} micro-batches" if report["micro_batches"] > 1 else ""
     return (
-        f"{report['topology']} {mesh_name(report)}, batch {report['batch_size']:,}{micro}, "
-        f"attention {report['attention']}, remat {report['remat']}, {'scanned' if report['scan_layers'] else 'unrolled'}"
+        f"{report['topology']} {mesh_name(report)}, batch {report['batch_size']:,}{micro}, attention "
+        f"{report['attention']}, remat {report['remat']}, {'scanned' if report['scan_layers'] else 'unrolled'}"
     )

@@ -270,7 +270,8 @@ def summary(report: Report) -> str:
         return f"does not fit: {report['compiler_message']}"
     fits = "" if report["fits"] else "does not fit: "
     unit, seconds = units([report]), report["seconds"]
-    return f"{fits}{unit['bytes'](report['memory']['total'])}  {unit['seconds'](seconds['step'])}  MFU {seconds['mfu']:.1%}"
+    memory, step = unit["bytes"](report["memory"]["total"]), unit["seconds"](seconds["step"])
+    return f"{fits}{memory}  {step}  MFU {seconds['mfu']:.1%}"
 
 
 def flags(config: Config, changed: Config) -> list[str]:
