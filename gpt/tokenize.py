@@ -46,9 +46,8 @@ _VERIFY = flags.DEFINE_bool("verify", False, "Compare the shards in --out with t
 
 
 def main() -> int:
-    say, status = progress.say, lambda line: None
     if _VERIFY.value:
-        say(shards.verify(_OUT.value.rstrip("/")))
+        progress.say(shards.verify(_OUT.value.rstrip("/")))
         return 0
     if not _DATA.value:
         raise UsageError("--data is missing; see --help.")
@@ -56,11 +55,11 @@ def main() -> int:
         raise UsageError(f"--process_id={_INDEX.value} has to be less than --num_processes={_COUNT.value}.")
     size = _SHARD_MB.value * 1_000_000
     options = _TOKENIZER.value, _VOCAB_SIZE.value, _OUT.value, _FRACTION.value, size
-    work = tokens.plan(_DATA.value, *options, say, status)
+    work = tokens.plan(_DATA.value, *options)
     numbers = range(_INDEX.value, len(work.parts), _COUNT.value)
-    say(f"{len(numbers):,} parts of {sum(work.parts[i].size for i in numbers) / 1e6:,.1f} MB to {work.folder}")
-    tokens.convert(work, numbers, _WORKERS.value, status, is_on_ray=_ENGINE.value == "ray")
-    say(tokens.finish(work))
+    progress.say(f"{len(numbers):,} parts of {sum(work.parts[i].size for i in numbers) / 1e6:,.1f} MB to {work.folder}")
+    tokens.convert(work, numbers, _WORKERS.value, is_on_ray=_ENGINE.value == "ray")
+    progress.say(tokens.finish(work))
     return 0
 
 

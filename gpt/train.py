@@ -109,7 +109,7 @@ class Training:
         # The data, and the program for it.
         tokenizer = recorded.tokenizer if recorded else initial.run.tokenizer if initial else config.tokenizer
         with task("reading the data"):
-            self.dataset = cluster.first_before_others("data", lambda: config.data.load(tokenizer, config.model, say))
+            self.dataset = cluster.first_before_others("data", lambda: config.data.load(tokenizer, config.model))
         self.examples = self.dataset.training(config.model, config.seed)
         self.total_steps = config.train.total_steps(config.model.length, len(self.examples))
         whole = self.dataset.evaluation("val", config.model)
@@ -186,7 +186,7 @@ class Training:
             self.step, self.state, self.batches, self.mean_loss = self._begin()
         self.best_loss = (self.checkpoints.best() or (0, math.inf))[1]
         self.workdir.record(self.run)  # only now: what could not be restored leaves no trace
-        tensorboard = TensorBoard(self.workdir.path, self.step, cluster.is_first(), say)
+        tensorboard = TensorBoard(self.workdir.path, self.step, cluster.is_first())
         evaluated = len(self.validation)
         self.report = reporting.Report(
             self.config, self.program, self.examples, tensorboard, self.total_steps, evaluated

@@ -29,8 +29,8 @@ def folder(tmp_path_factory) -> Path:
     (folder / "text").mkdir()
     (folder / "text" / "a.jsonl").write_text("\n".join(lines))
     (folder / "text" / "b.txt").write_text("the end " * 400)
-    work = tokens.plan(str(folder / "text"), "byte", 8192, str(folder / "shards"), 0.05, 40_000, print, print)
-    tokens.convert(work, range(len(work.parts)), 1, print)
+    work = tokens.plan(str(folder / "text"), "byte", 8192, str(folder / "shards"), 0.05, 40_000)
+    tokens.convert(work, range(len(work.parts)), 1)
     tokens.finish(work)
     return folder
 

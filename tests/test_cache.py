@@ -37,8 +37,8 @@ class Computation:
         return {"name": "é", "numbers": [1, 0.1]}
 
 
-def get(folder, compute, say=print):
-    entry = Cache(str(folder), say).entry("key", compute)
+def get(folder, compute):
+    entry = Cache(str(folder)).entry("key", compute)
     assert entry.value == {"name": "é", "numbers": [1, 0.1]}
     assert entry.files["a.txt"].read_bytes() == b"contents of a file " * 100
 
@@ -150,18 +150,17 @@ def test_nobody_reads_in_the_cache_what_is_closed_elsewhere(tmp_path, umask, sou
     assert (tmp_path / "cache").stat().st_mode & 0o777 == 0o700
 
 
-def test_a_full_disk(tmp_path, monkeypatch):
+def test_a_full_disk(tmp_path, monkeypatch, capsys):
     """A computed value is returned although it cannot be stored. A file has to be stored, so the user gets an error."""
 
     def full(source, target):
         raise OSError(28, "No space left on device")
 
-    lines = []
     monkeypatch.setattr(os, "replace", full)
     monkeypatch.setenv(VARIABLE, str(tmp_path))
-    full_cache = Cache(say=lines.append)
+    full_cache = Cache()
     assert [full_cache.entry(name, lambda folder: [1]).value for name in "ab"] == [[1], [1]]
-    (line,) = lines
+    (line,) = capsys.readouterr().out.splitlines()
     assert "cannot be written (No space left on device)" in line
     with pytest.raises(UserError, match=r"Cannot write .*key.*: No space left on device; set GPT_CACHE_DIR to another"):
         full_cache.entry("key", Computation())
@@ -266,20 +265,20 @@ def no_disk(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("fault", [no_home, no_folder, no_permission, no_disk], ids=lambda fault: fault.__name__)
-def test_the_last_resort_is_a_temporary_folder_and_a_line(tmp_path, temporary, monkeypatch, fault):
+def test_the_last_resort_is_a_temporary_folder_and_a_line(tmp_path, temporary, monkeypatch, fault, capsys):
     fault(monkeypatch, tmp_path)
-    lines = []
-    first, second = Cache(say=lines.append), Cache(say=lines.append)
+    first, second = Cache(), Cache()
     assert first.path == second.path
     assert first.path.parent == temporary
     assert first.path.stat().st_mode & 0o777 == 0o700
-    (line,) = lines
+    (line,) = capsys.readouterr().out.splitlines()
     assert str(first.path) in line
     assert VARIABLE in line
     # The variable that the note names selects another folder, and so does the config key.
     monkeypatch.setenv(VARIABLE, str(tmp_path / "chosen"))
-    assert Cache(say=pytest.fail).path == tmp_path / "chosen"
-    assert Cache(str(tmp_path / "for texts"), say=pytest.fail).path == tmp_path / "for texts"
+    assert Cache().path == tmp_path / "chosen"
+    assert Cache(str(tmp_path / "for texts")).path == tmp_path / "for texts"
+    assert capsys.readouterr().out == ""
 
 
 def test_nowhere_to_write(tmp_path, temporary, monkeypatch):

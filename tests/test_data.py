@@ -222,9 +222,9 @@ def test_evaluation_batches_hold_each_example_once_and_are_padded_with_ignored_e
 def load(tmp_path):
     """Calls `text.load` with its cache in a folder of the test, for a context length of 4 tokens."""
 
-    def load_(path, tokenizer=None, block_size=BLOCK, cache=tmp_path / "cache", say=print, **options):
+    def load_(path, tokenizer=None, block_size=BLOCK, cache=tmp_path / "cache", **options):
         config = TextConfig(path=str(path), cache_dir=str(cache), **options)
-        return text.load(config, tokenizer or TokenizerConfig(), block_size, say)
+        return text.load(config, tokenizer or TokenizerConfig(), block_size)
 
     return load_
 
@@ -321,7 +321,7 @@ def test_folder_may_lie_below_a_hidden_one(load, write, tmp_path):
     assert decoded(load(tmp_path / ".data" / "books")) == "abc" * 30
 
 
-def test_links_are_followed_once(load, write, tmp_path):
+def test_links_are_followed_once(load, write, tmp_path, capsys):
     """Circular and broken links, and links to folders that are read anyway, are not followed."""
     write("books/b.txt", "<b>")
     write("books/sub/c.txt", "<c>")
@@ -341,11 +341,10 @@ def test_links_are_followed_once(load, write, tmp_path):
     }
     for name, target in links.items():
         (tmp_path / "books" / name).symlink_to(target)
-    messages = []
     options = {"validation_path": str(tmp_path / "books" / "b.txt"), "block_size": 1}
-    corpus = load(tmp_path / "books", say=messages.append, **options)
+    corpus = load(tmp_path / "books", **options)
     assert corpus.tokenizer.decode(corpus.train[:]) == "<e><b><d><f><c>"
-    (line,) = messages
+    (line,) = capsys.readouterr().out.splitlines()
     assert line == (
         f"note   left out of data.path={tmp_path}/books: hidden: .store; links to folders that are read anyway: a-sub, "
         "root, twice and 1 more; broken links: circle, gone.txt"
@@ -353,15 +352,14 @@ def test_links_are_followed_once(load, write, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["._3.txt", "__MACOSX/3.txt", "Thumbs.db", "a.txt~", "_SUCCESS", ".gitkeep", "pipe"])
-def test_files_that_are_left_out_of_a_folder_are_reported(load, write, tmp_path, name):
+def test_files_that_are_left_out_of_a_folder_are_reported(load, write, tmp_path, name, capsys):
     write("books/a.txt", "abc" * 30)
     if name == "pipe":
         os.mkfifo(tmp_path / "books" / name)
     else:
         write(f"books/{name}", b"" if name in ("_SUCCESS", ".gitkeep") else b"\0 no text")
-    messages = []
-    assert decoded(load(tmp_path / "books", say=messages.append)) == "abc" * 30
-    (line,) = messages
+    assert decoded(load(tmp_path / "books")) == "abc" * 30
+    (line,) = capsys.readouterr().out.splitlines()
     assert re.fullmatch(rf"note   left out of data\.path=.*books: \w+: {name.partition('/')[0]}", line)
 
 
@@ -410,27 +408,16 @@ def test_validation_file_of_its_own(load, write):
     assert corpus.tokenizer.decode(corpus.validation[:]) == "cbacba"
 
 
-def test_characters_of_the_validation_text_alone_get_tokens_and_a_note(load, write):
+def test_characters_of_the_validation_text_alone_get_tokens_and_a_note(load, write, capsys):
     """Without them the validation loss would be too low."""
     train, validation = write("train.txt", "abcabcabc"), write("val.txt", "abczay")
     for _ in range(2):  # the second time from the cache
-        messages = []
-        corpus = load(train, validation_path=str(validation), say=messages.append)
+        corpus = load(train, validation_path=str(validation))
         assert corpus.tokenizer.alphabet == "abcyz"
         assert corpus.tokenizer.decode(corpus.validation[:]) == "abczay"
-        (note,) = messages
+        (note,) = capsys.readouterr().out.splitlines()
         assert "2 characters" in note
         assert "'y' 'z'" in note
-
-
-def test_only_what_takes_long_is_announced_and_only_once(load, write, monkeypatch):
-    small, large = write("small.txt", "abc" * 30), write("large.txt", "abc" * 40)
-    monkeypatch.setattr(tokens, "LARGE", 100)
-    messages = []
-    for path in (small, large, large):
-        load(path, say=messages.append)
-    (line,) = messages
-    assert "large.txt" in line
 
 
 @pytest.mark.parametrize("distinct", [2, 256, 257])

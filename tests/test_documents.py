@@ -1,8 +1,8 @@
 """Tests of documents in a corpus; with `data.document_borders`, packed documents do not affect each other."""
 
+import collections
 import dataclasses
 import functools
-import re
 
 import flax.linen as nn
 import jax
@@ -14,7 +14,7 @@ from gpt import sharding, step, train
 from gpt.checkpointing import loading
 from gpt.checkpointing.stacking import stack_layers
 from gpt.checkpointing.workdir import Workdir
-from gpt.data import documents, text, tokens
+from gpt.data import documents, text
 from gpt.data.base import IGNORED
 from gpt.data.bpe import BPETokenizer
 from gpt.data.text import EvaluationWindows, TextConfig, TrainingWindows
@@ -22,6 +22,7 @@ from gpt.data.tokenizers import TokenizerConfig
 from gpt.inference import generation
 from gpt.models import attention, kernels
 from gpt.models.gpt import GPT, GPTConfig
+from gpt.runtime import progress
 from gpt.runtime.errors import UserError
 from gpt.sharding import MeshConfig
 
@@ -163,14 +164,14 @@ def test_without_borders_examples_are_unchanged():
 def load(tmp_path):
     """Writes files and loads them; with `is_whole` as the training text as a whole and as the validation text."""
 
-    def load_(files: dict[str, str], tokenizer=None, say=print, status=lambda line: None, is_whole=False, **options):
+    def load_(files: dict[str, str], tokenizer=None, is_whole=False, **options):
         for name, content in files.items():
             (tmp_path / "texts" / name).parent.mkdir(exist_ok=True)
             (tmp_path / "texts" / name).write_text(content)
         path = str(tmp_path / "texts")
         options |= {"path": path, "validation_path": path if is_whole else ""}
         config = TextConfig(cache_dir=str(tmp_path / "cache"), **options)
-        return text.load(config, tokenizer or TokenizerConfig("bpe", 300), 1, say, status)
+        return text.load(config, tokenizer or TokenizerConfig("bpe", 300), 1)
 
     return load_
 
@@ -187,14 +188,12 @@ def test_separators_stand_before_between_and_after_documents(load):
 
 
 def test_trained_bpe_and_its_tokens_are_kept(load, monkeypatch):
-    messages = []
-    first = load({"a.txt": "the cat sat on the mat " * 50}, say=messages.append)
-    assert len(messages) == 2  # the training, and that the text has fewer pairs than requested
+    first = load({"a.txt": "the cat sat on the mat " * 50})
     with monkeypatch.context() as patch:
         patch.setattr(BPETokenizer, "train", None)
         patch.setattr(BPETokenizer, "encode_stream", None)
         patch.setattr(BPETokenizer, "encode_batch", None)
-        again = load({}, say=messages.append)
+        again = load({})
     assert (again.tokenizer, again.fingerprint) == (first.tokenizer, first.fingerprint)
     other = load({}, TokenizerConfig("bpe", 265))
     assert other.tokenizer.vocab_size == 265
@@ -204,20 +203,25 @@ def test_trained_bpe_and_its_tokens_are_kept(load, monkeypatch):
 
 
 @pytest.mark.parametrize(("longest", "between"), [(0, ""), (documents.LONG, "<|endoftext|>")], ids=["long", "many"])
-def test_a_long_tokenising_shows_a_bar(load, monkeypatch, longest, between):
+def test_reading_and_tokenising_show_how_far_they_are(load, monkeypatch, longest, between):
     """Both of one long document and of many short ones."""
     monkeypatch.setattr(documents, "BLOCK", 50)
     monkeypatch.setattr(documents, "LONG", longest)
-    monkeypatch.setattr(tokens.time, "perf_counter", iter(np.arange(0.0, 1e4, 0.3)).__next__)
-    lines = []
-    load({"a.txt": f"{'the cat sat ' * 10}{between}" * 10}, TokenizerConfig("byte"), status=lines.append)
-    shown = [re.fullmatch(r"tokenising \[(#*)\.*\] (\d+)%  0\.0 MB/s  (\d+)s left", line) for line in lines]
-    percents = [int(match[2]) for match in shown]
-    assert percents == sorted(percents)
-    assert 85 < percents[-1] <= 100
-    assert [len(match[1]) for match in shown] == [round(percent / 5) for percent in percents]
-    assert int(shown[-1][3]) <= 5
-    assert 1 < len(lines) <= 12
+    shares: dict[str, list[float]] = collections.defaultdict(list)
+
+    class Task(progress.Task):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "done" and value:
+                shares[self.text.split()[0]].append(value / self.total)
+
+    monkeypatch.setattr(progress, "Task", Task)
+    load({"a.txt": f"{'the cat sat ' * 10}{between}" * 10}, TokenizerConfig("byte"))
+    assert shares.keys() == {"reading", "tokenising"}
+    for found in shares.values():
+        assert found == sorted(found)
+        assert 0.85 < found[-1] <= 1
+    assert len(shares["tokenising"]) > 1
 
 
 def test_borders_without_a_separator_are_refused(load):

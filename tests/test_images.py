@@ -252,7 +252,7 @@ def test_damage_of_a_folder_is_reported_in_one_sentence(folder, damage, message)
     assert "\n" not in str(error.value)
 
 
-def test_files_that_are_left_out_of_a_folder_are_reported(folder, tmp_path):
+def test_files_that_are_left_out_of_a_folder_are_reported(folder, tmp_path, capsys):
     """The rule is that for texts, and a folder is not an image, whatever its name is."""
     draw(tmp_path / "elsewhere" / "0.png", (0, 0, 255))
     draw(folder / "red" / "._3.png", (0, 0, 255))
@@ -265,12 +265,11 @@ def test_files_that_are_left_out_of_a_folder_are_reported(folder, tmp_path):
     (folder / "blue" / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "crimson").symlink_to("red")
     os.mkfifo(folder / "blue" / "pipe.png")
-    messages = []
-    found = ImagesConfig(path=str(folder)).load(None, MODEL, messages.append)
+    found = ImagesConfig(path=str(folder)).load(None, MODEL)
     assert found.tokenizer.names == ("blue", "red")
     assert [path.name for path in found.evaluation("all", MODEL).images if path.parent.name in ("linked", "more.png")]
     assert len(found.evaluation("all", MODEL)) == 14
-    (line,) = messages
+    (line,) = capsys.readouterr().out.splitlines()
     for part in (
         "hidden: .hidden, red/._3.png, red/.ipynb_checkpoints",
         "outside the folders of classes: loose.png",
@@ -281,19 +280,18 @@ def test_files_that_are_left_out_of_a_folder_are_reported(folder, tmp_path):
         "of another type: red/notes.txt",
     ):
         assert part in line
-    assert (
-        PixelsConfig(path=str(folder)).load(TokenizerConfig(), None, messages.append).describe().startswith("11 train")
-    )
-    assert messages[1] == line
+    assert PixelsConfig(path=str(folder)).load(TokenizerConfig(), None).describe().startswith("11 train")
+    assert capsys.readouterr().out.splitlines() == [line]
 
 
-def test_folders_beside_the_two_splits_are_reported(tmp_path):
+def test_folders_beside_the_two_splits_are_reported(tmp_path, capsys):
     for part in ("train", "val", "test"):
         for color in ("red", "blue"):
             draw(tmp_path / part / color / "0.png", color)
-    messages = []
-    ImagesConfig(path=str(tmp_path)).load(None, MODEL, messages.append)
-    assert messages == [f"note   left out of data.path={tmp_path}: beside train and val: test"]
+    ImagesConfig(path=str(tmp_path)).load(None, MODEL)
+    assert capsys.readouterr().out.splitlines() == [
+        f"note   left out of data.path={tmp_path}: beside train and val: test"
+    ]
 
 
 def no_image(path):

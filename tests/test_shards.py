@@ -76,8 +76,8 @@ def own(path, docs):
 
     tokenizer = gpt2()
     path.with_suffix(".jsonl").write_text("".join(json.dumps({"text": tokenizer.decode(doc)}) + "\n" for doc in docs))
-    work = tokens.plan(str(path.with_suffix(".jsonl")), "gpt2", 8192, str(path), 0.0, 1 << 20, print, print)
-    tokens.convert(work, range(len(work.parts)), 1, print)
+    work = tokens.plan(str(path.with_suffix(".jsonl")), "gpt2", 8192, str(path), 0.0, 1 << 20)
+    tokens.convert(work, range(len(work.parts)), 1)
     tokens.finish(work)
 
 
@@ -87,9 +87,9 @@ def expected(docs) -> np.ndarray:
 
 @pytest.fixture
 def load(tmp_path):
-    def load_(path, tokenizer=None, say=print, **options):
+    def load_(path, tokenizer=None, **options):
         config = TextConfig(path=str(path), cache_dir=str(tmp_path / "cache"), **options)
-        return text.load(config, tokenizer or gpt2(), 16, say)
+        return text.load(config, tokenizer or gpt2(), 16)
 
     return load_
 
@@ -146,7 +146,7 @@ def test_rows_of_array_record_are_read(load, tmp_path):
         np.testing.assert_array_equal(found[30:70], tokens[30:70])
 
 
-def test_training_and_validation_shards_are_known_by_their_names(load, tmp_path):
+def test_training_and_validation_shards_are_known_by_their_names(load, tmp_path, capsys):
     """Several shards follow each other in the order of their names, and documents cross them."""
     folder, docs, held_out = tmp_path / "fineweb", documents(), documents(9, seed=1)
     folder.mkdir()
@@ -159,8 +159,8 @@ def test_training_and_validation_shards_are_known_by_their_names(load, tmp_path)
         header[2] -= 1
         (folder / f"fineweb_train_{i + 1:06d}.bin").write_bytes(header.tobytes() + body)
     llm_c(folder / "fineweb_val_000000.bin", held_out)
-    messages = []
-    corpus = load(folder, TokenizerConfig(), messages.append)
+    corpus = load(folder, TokenizerConfig())
+    messages = capsys.readouterr().out.splitlines()
     np.testing.assert_array_equal(corpus.train[:], stream)
     np.testing.assert_array_equal(corpus.validation[:], np.concatenate([np.append(END, doc) for doc in held_out]))
     assert any("1 of 4 files are for validation" in line for line in messages)

@@ -59,8 +59,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def convert(corpus, out, workers=1, numbers=None, fraction=0.01, tokenizer="gpt2", size=100_000):
-    work = tokens.plan(str(corpus), tokenizer, 300, str(out), fraction, size, print, print)
-    tokens.convert(work, range(len(work.parts)) if numbers is None else numbers(work), workers, print)
+    work = tokens.plan(str(corpus), tokenizer, 300, str(out), fraction, size)
+    tokens.convert(work, range(len(work.parts)) if numbers is None else numbers(work), workers)
     return tokens.finish(work)
 
 
@@ -144,7 +144,7 @@ def test_parts_have_each_document_once(corpus, tmp_path):
     (mixed / "b.jsonl").write_text(
         "\r\n\n".join(json.dumps({"text": each}, ensure_ascii=False) for each in texts if each)
     )
-    files = [file for file, _ in paths.named(str(mixed), "--data", print)]
+    files = [file for file, _ in paths.named(str(mixed), "--data")]
     whole = [[[t for t, _ in d.texts] for d in documents.read(documents.Part(file))] for file in files]
     assert [part[0] for part in whole[0]] == [each for each in texts if each]
     for size in (1, 2, 3, 7, 13, 50, 1000):
@@ -172,8 +172,8 @@ def test_a_long_document_is_read_in_pieces(tmp_path, monkeypatch):
         for d in documents.read(documents.Part(File.of(tmp_path / "a.txt")))
     ]
     assert found == [(False, "short"), (True, "long " * 100), (False, "end")]
-    work = tokens.plan(str(tmp_path / "a.txt"), "gpt2", 300, str(tmp_path / "out"), 0.0, 1000, print, print)
-    tokens.convert(work, range(len(work.parts)), 1, print)
+    work = tokens.plan(str(tmp_path / "a.txt"), "gpt2", 300, str(tmp_path / "out"), 0.0, 1000)
+    tokens.convert(work, range(len(work.parts)), 1)
     tokens.finish(work)
     corpus = text.load(TextConfig(path=str(tmp_path / "out")), TokenizerConfig(), 2)
     everything = np.concatenate([corpus.train[:], corpus.validation[:]])
@@ -296,7 +296,7 @@ def test_a_slurm_array_shares_the_work(corpus, tmp_path):
 
 def test_ray_does_the_same_work(corpus, shards, tmp_path):
     pytest.importorskip("ray")
-    work = tokens.plan(str(corpus), "gpt2", 300, str(tmp_path / "out"), 0.01, 100_000, print, print)
-    tokens.convert(work, range(len(work.parts)), 1, print, is_on_ray=True)
+    work = tokens.plan(str(corpus), "gpt2", 300, str(tmp_path / "out"), 0.01, 100_000)
+    tokens.convert(work, range(len(work.parts)), 1, is_on_ray=True)
     tokens.finish(work)
     assert contents(tmp_path / "out") == contents(shards)

@@ -492,17 +492,14 @@ def test_long_words_do_not_change_what_is_learnt_of_others():
 
 
 @needs_bpe
-def test_training_shows_its_progress_and_is_interruptible():
+def test_training_is_interruptible():
     """The library may take minutes in one call; in this test the text takes the time."""
-    lines, is_read = [], threading.Event()
+    is_read = threading.Event()
 
     def texts() -> Iterator[str]:
         yield "to be or not to be"
-        is_read.wait(20)
-
-    def status(line: str) -> None:
-        lines.append(line)
         signal.raise_signal(signal.SIGINT)
+        is_read.wait(20)
 
     began = time.monotonic()
     before = signal.signal(
@@ -510,12 +507,11 @@ def test_training_shows_its_progress_and_is_interruptible():
     )  # a shell ignores it for processes in the background
     try:
         with pytest.raises(KeyboardInterrupt):
-            BPETokenizer.train(texts(), 260, status)
+            BPETokenizer.train(texts(), 260)
     finally:
         signal.signal(signal.SIGINT, before)
         is_read.set()
     assert time.monotonic() - began < 10
-    assert lines == ["training BPE: 0.0 million characters, 1 s"]
 
 
 @needs_bpe

@@ -7,8 +7,6 @@ base may be a checkpoint of adapters itself, with another base.
 """
 
 import dataclasses
-import functools
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -158,8 +156,7 @@ class Loaded:
         if path is None and self.run.fingerprint is None:
             raise UserError(f"--workdir={self.workdir.path} holds converted weights and no data; name it with --data.")
         config, model = self.run.config.data.opened(path), self.model_config if path is None else None
-        say = functools.partial(print, file=sys.stderr) if cluster.is_first() else lambda line: None
-        dataset = cluster.first_before_others("data", lambda: config.load(self.tokenizer, model, say))
+        dataset = cluster.first_before_others("data", lambda: config.load(self.tokenizer, model))
         if path is None and dataset.fingerprint != self.run.fingerprint:
             raise UserError(
                 f"The data of the run in {self.workdir.path} has changed since the training began (its fingerprint was "

@@ -85,7 +85,7 @@ class QuestionConfig(DataConfig):
     def tokenizer(self, saved: dict[str, Any]) -> "QuestionTokenizer":
         return QuestionTokenizer(self.alphabet, self)
 
-    def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Questions":
+    def load(self, tokenizer, model) -> "Questions":
         own = self.tokenizer({})
         is_config = isinstance(tokenizer, TokenizerConfig)
         if tokenizer != TokenizerConfig() if is_config else tokenizer.to_json() != own.to_json():

@@ -5,7 +5,6 @@ A kind of data is a module in this folder with a subclass of `DataConfig` that l
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
@@ -24,8 +23,6 @@ KINDS = {
 }
 
 IGNORED = -1  # a target that does not count in the loss
-
-Say = Callable[[str], object]
 
 
 class Source(Protocol):
@@ -149,16 +146,12 @@ class DataConfig(Options):
         self,
         tokenizer: Tokenizer | Labels | TokenizerConfig,
         model: ModelShape | None,
-        say: Say = lambda line: None,
-        status: Say = lambda line: None,
     ) -> Dataset:
         """Loads the data, from the cache where possible.
 
         Args:
           tokenizer: the tokenizer of a workdir, or `config.tokenizer` to create one for a text.
           model: the model that will read the examples; None: examples of any length are accepted.
-          say: receives lines for the user.
-          status: receives lines about the progress of a long operation; each line replaces the previous one.
 
         Raises:
           UserError: the data does not exist, or does not fit the tokenizer or the model.

@@ -7,7 +7,6 @@ import itertools
 import json
 import re
 import threading
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -15,7 +14,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from gpt.data import paths
-from gpt.data.base import Say
 from gpt.data.tokenizers import SEPARATOR, Tokenizer, from_tree
 from gpt.runtime import pool
 from gpt.runtime.errors import UserError, one_line
@@ -76,12 +74,11 @@ class BPETokenizer(Tokenizer):
         return tokenizer
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, status: Say = lambda line: None) -> "BPETokenizer":
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "BPETokenizer":
         """Trains byte-level BPE, with GPT-2's pattern of words, on the most frequent pairs of a corpus.
 
         Args:
           vocab_size: number of tokens; the result has fewer tokens if the corpus has fewer different pairs.
-          status: receives lines about the progress; each line replaces the previous one.
         """
         library = _library()
         model = library.Tokenizer(library.models.BPE())
@@ -91,15 +88,14 @@ class BPETokenizer(Tokenizer):
         trainer = library.trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[SEPARATOR], initial_alphabet=alphabet, show_progress=False
         )
-        size, failures, is_cancelled, start = 0, [], False, time.monotonic()
+        failures: list[BaseException] = []
+        is_cancelled = False
 
         def parts() -> Iterator[str]:
-            nonlocal size
             for text in texts:
                 for part in _PARTS.findall(text):
                     if is_cancelled:
                         return
-                    size += len(part)
                     yield from part.split(SEPARATOR)
 
         def work() -> None:
@@ -115,8 +111,6 @@ class BPETokenizer(Tokenizer):
         try:
             while worker.is_alive():
                 worker.join(0.2)
-                if (seconds := time.monotonic() - start) > 1:
-                    status(f"training BPE: {size / 1e6:,.1f} million characters, {seconds:.0f} s")
         finally:
             is_cancelled = True
         if failures:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from gpt.data import paths
-from gpt.data.base import DataConfig, Dataset, ModelShape, Say, Shown
+from gpt.data.base import DataConfig, Dataset, ModelShape, Shown
 from gpt.data.tokenizers import Labels
 from gpt.runtime import cache
 from gpt.runtime.errors import UserError
@@ -57,12 +57,12 @@ class ImagesConfig(DataConfig):
     def vocab_size(self) -> int:
         return 0 if self.path else 10
 
-    def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> Dataset:
+    def load(self, tokenizer, model) -> Dataset:
         """Lists the images, without reading the files. A folder may lack classes of an existing model's `Labels`."""
         labels = tokenizer if isinstance(tokenizer, Labels) else None
         check_installed("PIL", "Images need Pillow")
         if self.path:
-            return _load_folder(self, labels, say)
+            return _load_folder(self, labels)
         check_installed("sklearn", 'data.path="" names scikit-learn\'s digits')
         from sklearn.datasets import load_digits
 
@@ -267,7 +267,7 @@ def check_installed(package: str, reason: str) -> None:
     paths.of_package(package, f'{reason}: pip install -e ".[images]".')
 
 
-def _load_folder(config: ImagesConfig, labels: Labels | None, say: Say) -> Folders:
+def _load_folder(config: ImagesConfig, labels: Labels | None) -> Folders:
     root = paths.located(config.path, "data.path", "folder")
     if not root.is_dir():
         raise UserError(f"data.path: {root} is a file; images are read from a folder with a subfolder for each class.")
@@ -284,7 +284,7 @@ def _load_folder(config: ImagesConfig, labels: Labels | None, say: Say) -> Folde
         sides = [_subfolders(listing, folders[side]) for side in ("train", held_out)]
     labels = labels or Labels(tuple(sides[0]))
     parts = [_listed(listing, side, labels.names) for side in sides]
-    listing.say(say)
+    listing.say()
     # Names and sizes identify the files, because reading the contents of a large folder would take hours.
     listed = [[str(file.relative_to(root)), file.stat().st_size] for files, _ in parts for file in files]
     if len(parts) == 1:

@@ -31,9 +31,9 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, cast
 
 from gpt.data import storage
-from gpt.data.base import Say
 from gpt.runtime import cache
 from gpt.runtime.errors import UserError, one_line
+from gpt.runtime.progress import say
 
 HIDDEN = re.compile(r"\..*|.*~|__MACOSX|Thumbs\.db|desktop\.ini")
 SHOWN = 3  # number of names to show of the files that are left out for one reason
@@ -255,13 +255,13 @@ class Listing:
             parts.append(f"{reason}: {names}{more}")
         return "; ".join(parts)
 
-    def say(self, say: Say) -> None:
+    def say(self) -> None:
         """Prints what is left out, if anything is."""
         if left_out := str(self):
             say(f"note   left out of {self._key}={self._root}: {left_out}")
 
 
-def named(paths: str, key: str, say: Say) -> list[tuple[File, PurePosixPath]]:
+def named(paths: str, key: str) -> list[tuple[File, PurePosixPath]]:
     """Returns the files that a setting names by files, folders and patterns, separated by commas.
 
     Returns:
@@ -274,14 +274,14 @@ def named(paths: str, key: str, say: Say) -> list[tuple[File, PurePosixPath]]:
     files = [
         file
         for part in ([paths] if is_one else filter(None, map(str.strip, paths.split(","))))
-        for file in (_in_bucket if storage.is_address(part) else _on_disk)(part, key, say)
+        for file in (_in_bucket if storage.is_address(part) else _on_disk)(part, key)
     ]
     if not files:
         raise UserError(f"{key}={paths!r} names no file.")
     return files
 
 
-def _on_disk(path: str, key: str, say: Say) -> list[tuple[File, PurePosixPath]]:
+def _on_disk(path: str, key: str) -> list[tuple[File, PurePosixPath]]:
     pattern = os.path.expanduser(path)
     if glob.has_magic(path) and not os.path.exists(pattern):
         places = [Path(place) for place in sorted(glob.glob(pattern, recursive=True))]
@@ -302,12 +302,12 @@ def _on_disk(path: str, key: str, say: Say) -> list[tuple[File, PurePosixPath]]:
         if not inside and len(places) == 1:
             left_out = f" (left out: {listing})" if str(listing) else ""
             raise UserError(f"{key}: the folder {place} holds no files{left_out}.")
-        listing.say(say)
+        listing.say()
         files += inside
     return [(File.of(file), PurePosixPath(file.relative_to(base))) for file in files]
 
 
-def _in_bucket(address: str, key: str, say: Say) -> list[tuple[File, PurePosixPath]]:
+def _in_bucket(address: str, key: str) -> list[tuple[File, PurePosixPath]]:
     parts, is_pattern = PurePosixPath(address).parts, glob.has_magic(address)
     fixed = str(PurePosixPath(*itertools.takewhile(lambda part: not glob.has_magic(part), parts)))
     base = fixed.replace(":/", "://", 1)

@@ -48,7 +48,7 @@ class PixelsConfig(images.ImagesConfig):
         is_unscaled = (self.path, self.image_size, self.channels) == ("", 8, 1) and self.palette_size >= 17
         return 28 if is_unscaled else 0
 
-    def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Pixels":
+    def load(self, tokenizer, model) -> "Pixels":
         if model and model.length != self.image_size**2:
             raise UserError(
                 f"model.block_size={model.length} has to be {self.image_size**2}, the pixels of an image with "
@@ -60,7 +60,7 @@ class PixelsConfig(images.ImagesConfig):
                 f"data.image_size={self.image_size} and data.channels={self.channels}, but the palette is for "
                 f"{palette.size} and {palette.channels}."
             )
-        folders: Any = super().load(Labels(palette.names) if palette else None, None, say)
+        folders: Any = super().load(Labels(palette.names) if palette else None, None)
         if palette is None:
             source = folders.source("train", self.image_size, self.channels)
             chosen = np.unique(np.linspace(0, len(source) - 1, FITTED_IMAGES).astype(int))

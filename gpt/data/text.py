@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpt.data import bpe, combined, paths, shards, storage, tokenizers
-from gpt.data.base import IGNORED, DataConfig, Dataset, ModelShape, Say, Source
+from gpt.data.base import IGNORED, DataConfig, Dataset, ModelShape, Source
 from gpt.data.combined import Mixture, Sets
 from gpt.data.packing import PackedDocuments
 from gpt.data.paths import File
@@ -23,6 +23,7 @@ from gpt.runtime import cache
 from gpt.runtime.cache import Cache
 from gpt.runtime.errors import UsageError, UserError, one_line
 from gpt.runtime.fields import option
+from gpt.runtime.progress import say
 
 VALIDATION, TEST = {"val", "valid", "validation"}, {"test"}  # words in names of files
 FARTHEST = 1 << 24  # tokens before the end of the training text in which the end of a document is looked for
@@ -48,8 +49,8 @@ class TextConfig(DataConfig):
         super().__post_init__()
         combined.parse_weights(self.weights)
 
-    def load(self, tokenizer, model, say=lambda line: None, status=lambda line: None) -> "Corpus":
-        return load(self, tokenizer, model and model.length, say, status)
+    def load(self, tokenizer, model) -> "Corpus":
+        return load(self, tokenizer, model and model.length)
 
     def tokenizer(self, saved: dict[str, Any]) -> Tokenizer:
         tokenizer = tokenizers.from_tree(saved)
@@ -207,28 +208,24 @@ def load(
     config: TextConfig,
     tokenizer: Tokenizer | TokenizerConfig,
     block_size: int | None,
-    say: Say = lambda line: None,
-    status: Say = lambda line: None,
 ) -> Corpus:
     """Opens the corpus that the config names: token shards, or text, whose tokens the cache keeps.
 
     Args:
       tokenizer: an existing tokenizer, or the options of one to create for this text.
       block_size: context length in tokens, which both splits have to exceed; None: splits of any length are accepted.
-      say: receives lines for the user.
-      status: receives lines about the progress; each line replaces the previous one.
 
     Raises:
       UserError: a file is missing, empty, not UTF-8, damaged or too short, or has characters or tokens that the
         tokenizer does not have; or the tokenizer cannot be created, or has no separator although borders of documents
         need one.
     """
-    store = Cache(config.cache_dir, say)
-    named = _sources(config.path, "data.path", say) or {"": _plays(store)}
-    divided = {name: _by_split(files, say) for name, files in named.items()}
-    train = {name: _Files(sides["train"], store, say) for name, sides in divided.items()}
+    store = Cache(config.cache_dir)
+    named = _sources(config.path, "data.path") or {"": _plays(store)}
+    divided = {name: _by_split(files) for name, files in named.items()}
+    train = {name: _Files(sides["train"], store) for name, sides in divided.items()}
     if config.validation_path:
-        named = _sources(config.validation_path, "data.validation_path", say)
+        named = _sources(config.validation_path, "data.validation_path")
         groups = {name: _by_folder(files) for name, files in named.items()}
     else:
         groups = {name: sides["val"] for name, sides in divided.items()}
@@ -239,9 +236,9 @@ def load(
     }
     if len(found) > 1 and "" in found:
         found["others"] = found.pop("")
-    validation = {name: _Files(files, store, say) for name, files in found.items()}
+    validation = {name: _Files(files, store) for name, files in found.items()}
     if isinstance(tokenizer, TokenizerConfig):
-        tokenizer = _new_tokenizer(tokenizer, [*train.values()], [*validation.values()], store, say, status)
+        tokenizer = _new_tokenizer(tokenizer, [*train.values()], [*validation.values()], store)
     if config.has_borders and tokenizer.begin is None:
         raise UserError(
             "data.document_borders and data.whole_documents need a tokenizer with a separator of documents: "
@@ -251,11 +248,11 @@ def load(
     for name, files in train.items():
         is_given = config.validation_path or divided[name]["val"]
         fraction = 0.0 if is_given else config.validation_fraction
-        sources[name], rest = files.open(tokenizer, fraction, store, status)
+        sources[name], rest = files.open(tokenizer, fraction, store)
         if rest and not is_given:
             held_out[name] = rest
     for name, files in validation.items():
-        stream, rest = files.open(tokenizer, 0.0, store, status)
+        stream, rest = files.open(tokenizer, 0.0, store)
         held_out[name] = rest or stream
     if block_size is not None:
         _check_length(config, sources, held_out, block_size)
@@ -272,19 +269,19 @@ def _plays(store: Cache) -> Named:
     return [(File.of(path), PurePosixPath(path.name))]
 
 
-def _sources(setting: str, key: str, say: Say) -> dict[str, Named]:
+def _sources(setting: str, key: str) -> dict[str, Named]:
     """Returns the files of a setting by the names of sources, or under "" if it has no names."""
     starts = [] if os.path.exists(setting) else [*re.finditer(r"(?:^|,)\s*(\w+)=", setting)]
     if not starts:
-        return {"": paths.named(setting, key, say)} if setting else {}
+        return {"": paths.named(setting, key)} if setting else {}
     ends = [*(match.start() for match in starts[1:]), len(setting)]
-    found = {m[1]: paths.named(setting[m.end() : end], key, say) for m, end in zip(starts, ends, strict=True)}
+    found = {m[1]: paths.named(setting[m.end() : end], key) for m, end in zip(starts, ends, strict=True)}
     if len(found) < len(starts) or starts[0].start():
         raise UserError(f"{key}={setting!r} has to be NAME=PATH,NAME=PATH with different names, or paths alone.")
     return found
 
 
-def _by_split(files: Named, say: Say) -> dict[str, Any]:
+def _by_split(files: Named) -> dict[str, Any]:
     """Returns the files for training, {"train": [file]}, and the sets for validation, {"val": {name: [file]}}.
 
     The names of files and folders tell. If none of them is for validation, or all are, all are for training.
@@ -324,7 +321,7 @@ class _Files:
       indices: the indices of shards of `gpt.tokenize`.
     """
 
-    def __init__(self, files: list[File], store: Cache, say: Say):
+    def __init__(self, files: list[File], store: Cache):
         shards.refuse_pickle(files)
         of_shards = [file for file in files if shards.is_for(file)]
         self.files, self.is_tokens = files, bool(of_shards)
@@ -337,7 +334,7 @@ class _Files:
                 f"{first[0]} belongs to token shards, and {others[0]} does not belong to them; name one kind of files "
                 "in a path, or give each kind a name: data.path=a=PATH,b=PATH."
             )
-        self.texts = [] if of_shards else [scan(file, store, say) for file in files]
+        self.texts = [] if of_shards else [scan(file, store) for file in files]
 
     def saved_tokenizer(self, index: File) -> Tokenizer:
         """Returns the tokenizer beside an index of shards. Raises UserError if it is missing or damaged."""
@@ -350,7 +347,7 @@ class _Files:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{place} is damaged ({one_line(error)[:100]}); copy it again.") from None
 
-    def open(self, tokenizer: Tokenizer, fraction: float, store: Cache, status: Say) -> tuple[Stream, Stream | None]:
+    def open(self, tokenizer: Tokenizer, fraction: float, store: Cache) -> tuple[Stream, Stream | None]:
         """Returns the tokens for training and for validation.
 
         Args:
@@ -363,7 +360,7 @@ class _Files:
                 raise UserError(f"{index} was written with another tokenizer; tokenise the text again.")
         if self.texts:
             below = threshold(self.texts, fraction) if fraction else 0
-            folder = tokenise(self.texts, tokenizer, below, store, status)
+            folder = tokenise(self.texts, tokenizer, below, store)
             files = [File.of(path) for path in sorted(folder.glob("*"))]
             indices = [file for file in files if file.path.name == shards.INDEX]
         if indices:
@@ -396,9 +393,7 @@ def _divided(stream: Stream, fraction: float, separator: int | None) -> tuple[St
     return stream.between(0, end), stream.between(end, size)
 
 
-def _new_tokenizer(
-    config: TokenizerConfig, train: list[_Files], validation: list[_Files], store: Cache, say: Say, status: Say
-) -> Tokenizer:
+def _new_tokenizer(config: TokenizerConfig, train: list[_Files], validation: list[_Files], store: Cache) -> Tokenizer:
     """Returns the tokenizer of token shards, or the one that the config selects, created from the texts if needed."""
     everything = [*train, *validation]
     if saved := next((files for files in everything if files.indices), None):
@@ -414,7 +409,7 @@ def _new_tokenizer(
         say("note   the tokenizer is GPT-2's, as the format of the tokens tells; tokenizer.path=DIR names another")
         return bpe.gpt2()
     texts, others = ([text for files in side for text in files.texts] for side in (train, validation))
-    return make_tokenizer(config, texts, others, store, say, status)
+    return make_tokenizer(config, texts, others, store)
 
 
 def _check_weights(weights: str, sources: dict[str, Stream]) -> None:

@@ -34,7 +34,6 @@ from typing import Any
 import numpy as np
 
 from gpt.data import bpe, chat, documents, paths, records, shards, storage, tokenizers
-from gpt.data.base import Say
 from gpt.data.bpe import BPETokenizer
 from gpt.data.documents import Document, Part
 from gpt.data.paths import File
@@ -42,13 +41,12 @@ from gpt.data.tokenizers import ByteTokenizer, CharTokenizer, Tokenizer, Tokeniz
 from gpt.runtime import cache, pool
 from gpt.runtime.cache import Cache
 from gpt.runtime.errors import UserError
-from gpt.runtime.progress import duration
+from gpt.runtime.progress import say, task
 
 PART = 1 << 26  # bytes of text in a part
 BATCH = 1 << 20  # characters of documents to encode in one call
 LARGEST_SHARD = 1 << 27  # bytes of tokens, after which a part begins another shard
 DOCUMENT_END = "\n"  # stands in for the separator of documents if the tokenizer has none
-LARGE = 1e8  # bytes; larger files take so long that a line announces them
 TICK = 0.02  # seconds: the coarsest resolution of file times that is expected
 EVERY_KEY = 1 << 63  # a threshold above the hashes of all documents
 
@@ -145,9 +143,7 @@ class Work:
         self.write(shards.INDEX, json.dumps(splits, indent=1).encode())
 
 
-def plan(
-    data: str, tokenizer: str, vocab_size: int, out: str, fraction: float, size: int, say: Say, status: Say
-) -> Work:
+def plan(data: str, tokenizer: str, vocab_size: int, out: str, fraction: float, size: int) -> Work:
     """Returns the work of `gpt.tokenize`; its flags describe the arguments.
 
     Args:
@@ -156,7 +152,7 @@ def plan(
     Raises:
       UserError: there is no text or no such tokenizer, or the folder holds something else than shards of the same work.
     """
-    files = [file for file, _ in paths.named(data, "--data", say)]
+    files = [file for file, _ in paths.named(data, "--data")]
     if already := [file for file in files if shards.is_for(file)]:
         raise UserError(f"--data: {already[0]} holds tokens already; name text in --data.")
     place = out.rstrip("/") if storage.is_address(out) else str(Path(out).expanduser().absolute())
@@ -167,9 +163,9 @@ def plan(
         found: Tokenizer = bpe.saved(tokenizer, "--tokenizer")
     else:
         config = TokenizerConfig(tokenizer, vocab_size)
-        store = Cache("", say)
-        texts = [scan(file, store, say) for file in files] if tokenizer in ("char", "bpe") else []
-        found = make_tokenizer(config, texts, [], store, say, status)
+        store = Cache("")
+        texts = [scan(file, store) for file in files] if tokenizer in ("char", "bpe") else []
+        found = make_tokenizer(config, texts, [], store)
     work = Work(tuple(documents.parts(files, size)), found, place, int(fraction * EVERY_KEY))
     work.done()  # refuses the shards of other work
     return work
@@ -234,44 +230,29 @@ class _Writer:
         return self._written
 
 
-def convert(work: Work, numbers: Sequence[int], workers: int, status: Say, is_on_ray: bool = False) -> None:
+def convert(work: Work, numbers: Sequence[int], workers: int, is_on_ray: bool = False) -> None:
     """Converts parts that are not finished.
 
     Args:
       numbers: the parts.
       workers: number of processes; 1: this one.
-      status: receives lines about the progress; each line replaces the previous one.
       is_on_ray: whether to distribute the parts over the machines of a Ray cluster.
     """
     numbers = sorted(set(numbers) - work.done().keys())
     sizes = [work.parts[i].size for i in numbers]
-    bar = Bar("tokenising", sum(sizes), status)
-    if is_on_ray:
-        pool.run_on_ray(work.do, numbers, lambda i: bar.add(work.parts[i].size))
-    elif workers == 1 or len(numbers) < 2:
-        for i in numbers:
-            work.do(i, bar.add)
-    else:
-        pool.run(work.do, numbers, workers, bar.add)
+    with task("tokenising", sum(sizes)) as shown:
 
+        def add(size: int) -> None:
+            shown.done += size
+            shown.note = f"{shown.done / (time.perf_counter() - shown.began) / 1e6:.1f} MB/s"
 
-class Bar:
-    """A progress bar with speed and remaining time, from the second second on."""
-
-    def __init__(self, what: str, total: int, status: Say):
-        self._what, self._total, self._status = what, max(1, total), status
-        self._done, self._began, self._shown = 0, time.perf_counter(), 0.0
-
-    def add(self, size: int) -> None:
-        """Counts bytes that are finished."""
-        self._done += size
-        seconds = time.perf_counter() - self._began
-        if self._done and seconds > self._shown + 1:
-            self._shown = seconds
-            part, speed = min(1, self._done / self._total), self._done / seconds
-            left = duration((self._total - self._done) / max(speed, 1))
-            bar = f"{'#' * round(20 * part):.<20}"
-            self._status(f"{self._what} [{bar}] {part:.0%}  {speed / 1e6:.1f} MB/s  {left} left")
+        if is_on_ray:
+            pool.run_on_ray(work.do, numbers, lambda i: add(work.parts[i].size))
+        elif workers == 1 or len(numbers) < 2:
+            for i in numbers:
+                work.do(i, add)
+        else:
+            pool.run(work.do, numbers, workers, add)
 
 
 def _encoded(found: Iterable[Document], tokenizer: Tokenizer) -> Iterator[tuple[Document, Iterable[Encoded]]]:
@@ -362,7 +343,7 @@ class Text:
     documents: np.ndarray
 
 
-def scan(file: File, store: Cache, say: Say) -> Text:
+def scan(file: File, store: Cache) -> Text:
     """Computes what `Text` holds, or reads it from the cache if the file has not changed since.
 
     Raises:
@@ -372,25 +353,25 @@ def scan(file: File, store: Cache, say: Say) -> Text:
         raise UserError(f"{file} is empty; put text into it, or leave it out of data.path.")
 
     def read(folder: Path) -> dict[str, Any]:
-        if file.size > LARGE:
-            say(f"reading and tokenising {file} ({file.size / 1e9:.1f} GB), once …")
         if file.identity and time.time() - file.identity[-1] / 1e9 < TICK:
             time.sleep(TICK)  # so that a change after this pass gives the file another time
         sha256, form, alphabet = hashlib.sha256(), hashlib.sha256(), set()
         found = array.array("q")
-        for document in documents.read(Part(file)):
-            sizes = [0, 0]  # of what does not count in the loss, and of what does
-            for text, counts in document.texts:
-                alphabet |= set(text)
-                content = text.encode()
-                sha256.update(content)
-                sizes[counts] += len(content)
-            if document.is_record or not document.is_first:
-                alphabet.add(DOCUMENT_END)
-            # Where documents and prompts end, and what stands between them, is not in the text itself.
-            kind = document.is_record, document.is_first, document.messages is not None
-            form.update(json.dumps([sizes, kind]).encode())
-            found.extend((EVERY_KEY - 1 if document.key is None else document.key, sum(sizes)))
+        with task(f"reading {file}", file.size) as shown:
+            for document in documents.read(Part(file)):
+                sizes = [0, 0]  # of what does not count in the loss, and of what does
+                for text, counts in document.texts:
+                    alphabet |= set(text)
+                    content = text.encode()
+                    sha256.update(content)
+                    sizes[counts] += len(content)
+                if document.is_record or not document.is_first:
+                    alphabet.add(DOCUMENT_END)
+                # Where documents and prompts end, and what stands between them, is not in the text itself.
+                kind = document.is_record, document.is_first, document.messages is not None
+                form.update(json.dumps([sizes, kind]).encode())
+                found.extend((EVERY_KEY - 1 if document.key is None else document.key, sum(sizes)))
+                shown.done += sum(sizes)
         sha256.update(form.digest())
         with cache.create(folder / "documents.npy", file.mode) as out:
             np.save(out, np.frombuffer(found, np.int64).reshape(-1, 2))
@@ -414,7 +395,7 @@ def threshold(texts: Sequence[Text], fraction: float) -> int:
     return int(different[nearest]) + 1 if is_near else 0
 
 
-def tokenise(texts: Sequence[Text], tokenizer: Tokenizer, threshold: int, store: Cache, status: Say) -> Path:
+def tokenise(texts: Sequence[Text], tokenizer: Tokenizer, threshold: int, store: Cache) -> Path:
     """Returns a folder of the cache with the shards of texts, which are created if they are missing."""
     mode, hashes = _mode(texts), tuple(text.sha256 for text in texts)
     parts = tuple(documents.parts([text.file for text in texts], PART))
@@ -423,7 +404,7 @@ def tokenise(texts: Sequence[Text], tokenizer: Tokenizer, threshold: int, store:
         work = Work(parts, tokenizer, str(folder), threshold, mode, store.setting, hashes)
         sizes = np.concatenate([text.documents[:, 1] for text in texts])
         is_one = 2 * sizes.max(initial=0) > sizes.sum()  # a single process encodes a long document on all cores
-        convert(work, range(len(work.parts)), 1 if is_one else pool.cores(), status)
+        convert(work, range(len(work.parts)), 1 if is_one else pool.cores())
         work.finish(work.done())
 
     name = f"tokens-{Work(parts, tokenizer, '', threshold, texts=hashes).digest}"
@@ -442,7 +423,7 @@ def _check_unchanged(file: File) -> None:
 
 
 def make_tokenizer(
-    config: TokenizerConfig, train: Sequence[Text], validation: Sequence[Text], store: Cache, say: Say, status: Say
+    config: TokenizerConfig, train: Sequence[Text], validation: Sequence[Text], store: Cache
 ) -> Tokenizer:
     """Returns the tokenizer that the config selects, created from these texts where it depends on them."""
     if config.name == "byte":
@@ -450,7 +431,7 @@ def make_tokenizer(
     if config.name == "gpt2":
         return bpe.saved(config.path, "tokenizer.path") if config.path else bpe.gpt2()
     if config.name == "bpe":
-        tokenizer = _train_bpe(train, config.vocab_size, store, say, status)
+        tokenizer = _train_bpe(train, config.vocab_size, store)
         if tokenizer.vocab_size < config.vocab_size:
             say(f"note   the text gives {tokenizer.vocab_size} tokens, not tokenizer.vocab_size={config.vocab_size}")
         return tokenizer
@@ -463,14 +444,20 @@ def make_tokenizer(
     return CharTokenizer.from_text("".join(alphabet | unseen))
 
 
-def _train_bpe(texts: Sequence[Text], vocab_size: int, store: Cache, say: Say, status: Say) -> Tokenizer:
+def _train_bpe(texts: Sequence[Text], vocab_size: int, store: Cache) -> Tokenizer:
     """Trains BPE on texts, or reads the result of an earlier training on the same text from the cache."""
 
     def train(folder: Path) -> dict[str, Any]:
+        def contents() -> Iterator[str]:
+            for each in texts:
+                for document in documents.read(Part(each.file)):
+                    for text, _ in document.texts:
+                        yield text
+                        shown.done += len(text)
+
         size = sum(text.file.size for text in texts)
-        say(f"training BPE of {vocab_size:,} tokens on {size / 1e6:,.1f} MB, once …")
-        found = (text for each in texts for document in documents.read(Part(each.file)) for text, _ in document.texts)
-        trained = json.loads(BPETokenizer.train(found, vocab_size, status).to_json())
+        with task(f"training BPE of {vocab_size:,} tokens on {size / 1e6:,.1f} MB", size) as shown:
+            trained = json.loads(BPETokenizer.train(contents(), vocab_size).to_json())
         for each in texts:
             _check_unchanged(each.file)
         return trained

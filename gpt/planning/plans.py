@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import json
 import os
@@ -106,7 +105,7 @@ def plan(config: Config, topology: str) -> report.Report:
     packages = ("jax", "jaxlib", "flax", "optax", hardware.of_topology(topology).compiler)
     versions = {name: importlib.metadata.version(name) for name in packages}
     name = f"plan-{cache.digest(dataclasses.asdict(config), topology, versions, options, code_digest())}"
-    stored = cache.Cache(say=functools.partial(print, file=sys.stderr))
+    stored = cache.Cache()
     with progress.task(f"compiling for {topology}"):
         return stored.entry(name, lambda create: compiling.measure(config, topology)).value
 

@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import os
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +62,7 @@ def start(job: cluster.Job) -> None:
     set_xla_options()
     cluster.start(job)
     if not jax.config.values["jax_compilation_cache_dir"]:
-        folder = cache.Cache(say=lambda line: cluster.is_first() and print(line, file=sys.stderr))
+        folder = cache.Cache()
         cache.keep_compiled(folder.path / "xla")
 
 

@@ -27,13 +27,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from gpt.runtime import progress
 from gpt.runtime.errors import UserError
 from gpt.runtime.files import PARTIAL
 
 VARIABLE = "GPT_CACHE_DIR"
 MAX_COMPILED_SIZE = 4 << 30  # bytes of compiled programs; JAX deletes the least recently used ones
 
-Say = Callable[[str], object]
 _shown: set[str] = set()  # notes that the user has seen: each note is shown once
 
 
@@ -58,17 +58,16 @@ class Cache:
       setting: name of the config key or environment variable that selects another folder.
     """
 
-    def __init__(self, configured: str = "", say: Say = lambda line: None):
+    def __init__(self, configured: str = ""):
         """Finds or creates the folder.
 
         Args:
           configured: value of the config key data.cache_dir; "" selects the default folder.
-          say: called with a line for the user if a temporary folder is used or an entry cannot be stored.
 
         Raises:
           UserError: the folder that the user selected, or every default folder, cannot be written to.
         """
-        self._say_always, self.setting = say, "data.cache_dir" if configured else VARIABLE
+        self.setting = "data.cache_dir" if configured else VARIABLE
         selected = configured or os.environ.get(VARIABLE, "")
         own = [lambda: Path(selected).expanduser().absolute()]
         problems = []
@@ -157,7 +156,7 @@ class Cache:
     def _say(self, line: str) -> None:
         if line not in _shown:
             _shown.add(line)
-            self._say_always(line)
+            progress.say(line)
 
 
 @contextlib.contextmanager
