@@ -234,7 +234,7 @@ def test_the_parts_of_a_preview_share_no_random_numbers(digits, monkeypatch):
 
         def __init__(self, generator, params, prompts, key_B):
             streams.extend(map(tuple, key_B))
-            self.finished_B = np.zeros(len(prompts), bool)
+            self.finished_B, self.stop_tokens = np.zeros(len(prompts), bool), ()
 
         def advance(self, most):
             return generation.Segment(np.zeros((len(self.finished_B), most), int))

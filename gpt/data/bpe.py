@@ -6,7 +6,6 @@ import importlib.util
 import itertools
 import json
 import re
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -88,33 +87,8 @@ class BPETokenizer(Tokenizer):
         trainer = library.trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[SEPARATOR], initial_alphabet=alphabet, show_progress=False
         )
-        failures: list[BaseException] = []
-        is_cancelled = False
-
-        def parts() -> Iterator[str]:
-            for text in texts:
-                for part in _PARTS.findall(text):
-                    if is_cancelled:
-                        return
-                    yield from part.split(SEPARATOR)
-
-        def work() -> None:
-            try:
-                model.train_from_iterator(parts(), trainer)
-            except BaseException as error:
-                failures.append(error)
-
-        # Python handles a signal only between two Python instructions, and the library may take minutes within one.
-        # Therefore the library runs in another thread.
-        worker = threading.Thread(target=work, daemon=True)
-        worker.start()
-        try:
-            while worker.is_alive():
-                worker.join(0.2)
-        finally:
-            is_cancelled = True
-        if failures:
-            raise failures[0]
+        parts = (part for text in texts for long in _PARTS.findall(text) for part in long.split(SEPARATOR))
+        model.train_from_iterator(parts, trainer)
         return cls.from_parts(_byte_level(model), {})
 
     @classmethod
@@ -284,14 +258,17 @@ class BPETokenizer(Tokenizer):
         tokenizer puts a blank in front of a text, as SentencePiece does, it does so in place of the blank between two
         parts. Other texts are cut anyway after `LONGEST_PART` characters, at the cost of a few other tokens there.
         """
-        samples = ["a", " b", "\nc", "a b\nc", "b", "a b"]
-        a, blank_b, feed_c, whole, b, a_b = (each.ids for each in self._encodings(samples))
+
+        def ids(text: str) -> list[int]:
+            return self._encodings([text])[0].ids
+
+        tokens = [token.decode(errors="replace") for token in self._bytes]
+        apart = [c for c in " \n" if not any(re.search(rf"([^\W_]|^\ufffd+){c}", token) for token in tokens)]
         seam = "(?!)"
-        if not any(re.search(r"([^\W_]|^\ufffd+)[ \n]", token.decode(errors="replace")) for token in self._bytes):
-            if whole == a + blank_b + feed_c:
-                seam = r"(?<=[^\W_])(?=[ \n][^\W_])"
-            elif a_b == a + b:
-                seam = r"(?<=[^\W_]) (?=[^\W_])"
+        if before := [c for c in apart if ids(f"a{c}b") == ids("a") + ids(f"{c}b")]:
+            seam = rf"(?<=[^\W_])(?=[{''.join(before)}][^\W_])"
+        elif " " in apart and ids("a b") == ids("a") + ids("b"):
+            seam = r"(?<=[^\W_]) (?=[^\W_])"
         rest = rf".{{0,{LONGEST_PART}}}?(?={seam}|\Z)|.{{{LONGEST_PART}}}"
         return re.compile(rf"(.{{1,{PART}}}+(?:{rest}))(?:{seam})?", re.DOTALL)
 
