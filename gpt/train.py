@@ -131,7 +131,7 @@ class Training:
             environment(self.layout, pipeline.order_digest(self.examples, config.seed)),
             cluster.share("run", lambda: recorded.id if recorded else secrets.token_hex(8)),
         )
-        self.checkpoints = workdir.checkpoints(config.train.keep_checkpoints, say, self.run)
+        self.checkpoints = workdir.checkpoints(config.train.keep_checkpoints, self.run)
         saved, changes = self.checkpoints.last() or 0, {}
         if recorded:
             changes = self._refuse_changes(recorded, allow_config_change)

@@ -33,15 +33,14 @@ class Checkpoints:
     Args:
       path: folder of the checkpoints; need not exist.
       keep: how many of the newest checkpoints to keep.
-      say: prints a line about a failed save or a damaged checkpoint.
       run: the run that the checkpoints have to belong to. Only losses on its data compete for the lowest.
 
     Attributes:
       failure: a sentence about the last save if it failed, else None.
     """
 
-    def __init__(self, path: epath.Path, keep: int, say: Callable[[str], None], run: Run):
-        self._path, self._keep, self._say = path, keep, say
+    def __init__(self, path: epath.Path, keep: int, run: Run):
+        self._path, self._keep = path, keep
         self._run_id, self._data = run.id, validation_data(run)
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
         self._saving: tuple[int, concurrent.futures.Future] | None = None  # a step, and the digests read back from disk
@@ -107,7 +106,7 @@ class Checkpoints:
             for bad, problem in damaged.items():
                 name = cluster.share(f"set {bad} aside", functools.partial(writing.set_aside, self._folder(bad)))
                 self._saved.pop(bad, None)
-                self._say(f"{problem} It was renamed to {name}.")
+                say(f"{problem} It was renamed to {name}.")
             self._damaged = {}
             return step, restored
         if damaged:
@@ -184,7 +183,7 @@ class Checkpoints:
         except UserError as error:
             if cluster.is_several():  # the processes would not agree on the best checkpoint
                 raise
-            self._say(f"note: {error} The checkpoint of step {step:,} has no validation loss.")
+            say(f"note: {error} The checkpoint of step {step:,} has no validation loss.")
         else:
             self._saved[step] = dataclasses.replace(saved, record=record)
             self._delete_old()
@@ -231,7 +230,7 @@ class Checkpoints:
                 try:
                     writing.delete(folder)
                 except OSError as error:
-                    self._say(f"Cannot delete the old checkpoint {folder}: {reason(error)}.")
+                    say(f"Cannot delete the old checkpoint {folder}: {reason(error)}.")
 
     @contextlib.contextmanager
     def _failure_noted(self, step: int) -> Iterator[None]:
@@ -248,7 +247,7 @@ class Checkpoints:
                     writing.set_aside(self._folder(step))
             self._saving = None
             self.failure = f"{problem}; {self._newest()}."
-            self._say(f"{self.failure} Training continues and tries again at the next save.")
+            say(f"{self.failure} Training continues and tries again at the next save.")
 
 
 def _finish(writer: ocp.AsyncCheckpointer, saved: Checkpoint) -> dict[str, int]:

@@ -23,7 +23,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -195,9 +195,9 @@ class Workdir:
         except UserError as error:
             raise UserError(f"--workdir={self.path}: run.json: {error}") from None
 
-    def checkpoints(self, keep: int = 1, say: Callable[[str], None] = print, run: Run | None = None) -> Checkpoints:
+    def checkpoints(self, keep: int = 1, run: Run | None = None) -> Checkpoints:
         """Returns the checkpoints of `run`, or of the run that is recorded here; see `Checkpoints`."""
-        return Checkpoints(self.path / "checkpoints", keep, say, run or self.read())
+        return Checkpoints(self.path / "checkpoints", keep, run or self.read())
 
 
 def _checked(path: str | os.PathLike) -> epath.Path:
