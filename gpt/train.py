@@ -38,9 +38,8 @@ from gpt.config import Config, TrainConfig
 from gpt.data import combined, pipeline
 from gpt.data.base import Shown
 from gpt.inference import previews
-from gpt.runtime import cluster, files, hardware, versions
+from gpt.runtime import cluster, files, hardware, loggers, versions
 from gpt.runtime.errors import UserError
-from gpt.runtime.loggers import Loggers, Session
 from gpt.runtime.progress import duration, say, task
 from gpt.runtime.signals import Interrupted, Stopped
 from gpt.step import Program, TrainState, build, evaluate
@@ -92,6 +91,7 @@ class Training:
     def __init__(self, config: Config, workdir: Workdir, allow_config_change: bool, all_parameters: bool):
         """Reads the data, builds the program of the run, compares the run with its record, and describes it."""
         self.config, self.workdir = config, workdir
+        loggers.require(config.train.loggers)
         self.layout = sharding.make_layout(config.mesh)
         pipeline.check_batch(config.train.batch_size, self.layout, config.train.micro_batches)
         recorded = workdir.read() if workdir.has_begun else None
@@ -187,10 +187,10 @@ class Training:
         self.best_loss = (self.checkpoints.best() or (0, math.inf))[1]
         self.workdir.record(self.run)  # only now: what could not be restored leaves no trace
         settings, hparams = dataclasses.asdict(self.config), reporting.hparams(self.config, self.program)
-        session = Session(self.workdir.path, self.step, self.run.id, settings, hparams)
-        loggers = Loggers(self.config.train.loggers, session, cluster.is_first())
+        session = loggers.Session(self.workdir.path, self.step, self.run.id, settings, hparams)
+        chosen = loggers.Loggers(self.config.train.loggers, session, cluster.is_first())
         sources = self.dataset, self.examples, len(self.validation)
-        self.report = reporting.Report(self.config, self.program, *sources, loggers, self.total_steps)
+        self.report = reporting.Report(self.config, self.program, *sources, chosen, self.total_steps)
         start, total = self.step, self.total_steps
         if start >= total and not self._lacks_evaluation():
             say(f"Nothing to do: {start:,} of {total:,} steps are done in {self.workdir.path}.")

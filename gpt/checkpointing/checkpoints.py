@@ -20,6 +20,7 @@ from gpt.checkpointing.run import Run, validation_data
 from gpt.checkpointing.stacking import stack_layers
 from gpt.runtime import cluster, files
 from gpt.runtime.errors import UserError, nearest
+from gpt.runtime.progress import say
 
 
 class Checkpoints:

@@ -311,7 +311,10 @@ LEAST = ("config", "train", "tokens", "saved", "size", "last", "age", "best", "s
 
 
 def table(runs: Sequence[Summary], width: int) -> Iterator[str]:
-    """Yields the lines of a table that fits into the width of a terminal, with the reason under each damaged run."""
+    """Yields the lines of a table that fits into the width of a terminal, with the reason under each damaged run.
+
+    A single run is followed by the list of its checkpoints.
+    """
     cells = {name: [name] for name in COLUMNS}
     for name, (value, show) in COLUMNS.items():
         cells[name] += ["-" if value(run) is None else printable(show(run)) for run in runs]
@@ -336,6 +339,8 @@ def table(runs: Sequence[Summary], width: int) -> Iterator[str]:
         yield "  ".join(line).rstrip()
         if i and runs[i - 1].state == "damaged":
             yield shortened(f"    {printable(runs[i - 1].reason)}", width)
+    if len(runs) == 1:
+        yield from (f"    checkpoint {step:,}: {units(size)}B" for step, size in runs[0].checkpoint_bytes.items())
 
 
 def printable(text: str) -> str:

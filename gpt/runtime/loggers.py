@@ -30,6 +30,13 @@ def check_loggers(names: str) -> None:
     check_names("train.loggers", names or "tensorboard", LOGGERS, "empty or ")
 
 
+def require(names: str) -> None:
+    """Raises UserError unless the libraries of the loggers are installed."""
+    for name in filter(None, names.split(",")):
+        if not importlib.util.find_spec(name):
+            raise UserError(f'train.loggers={names} needs {name}: pip install "gpt-spmd[{name}]".')
+
+
 @dataclasses.dataclass(frozen=True)
 class Session:
     """What loggers know of a process that trains.
@@ -82,18 +89,12 @@ class Loggers(Logger):
       names: keys of `LOGGERS`, separated by commas.
       session: what the loggers know of the run.
       enabled: False to write nothing, on all processes except the first.
-
-    Raises:
-      UserError: the library of a logger is not installed.
     """
 
     def __init__(self, names: str, session: Session, enabled: bool = True):
         self._names, self._session = names.split(",") if names and enabled else [], session
         self._loggers: dict[str, Logger] = {}
         self._failed_at: dict[str, float] = {}
-        for name in self._names:
-            if not importlib.util.find_spec(name):
-                raise UserError(f'train.loggers={names} needs {name}: pip install "gpt-spmd[{name}]".')
 
     def begin(self) -> None:
         """Starts the loggers.
