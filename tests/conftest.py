@@ -26,8 +26,9 @@ import dataclasses  # noqa: E402
 import gc  # noqa: E402
 import subprocess  # noqa: E402
 import sys  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+from collections.abc import Iterator, Sequence  # noqa: E402
 
+import browser as chromium  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from forked import warm  # noqa: E402
@@ -66,6 +67,24 @@ def tiny(play) -> Config:
             batch_size=16, steps=20, log_every=1, eval_every=10, checkpoint_every=5, sample_tokens=8, keep_checkpoints=9
         ),
     )
+
+
+@pytest.fixture(scope="session")
+def _chromium(tmp_path_factory) -> Iterator[chromium.Browser]:
+    started = chromium.start(tmp_path_factory.mktemp("chromium"))
+    yield started
+    started.driver.quit()
+
+
+@pytest.fixture
+def browser(_chromium) -> Iterator[chromium.Browser]:
+    """A headless Chromium: `page = browser.open(path, width=400, dark=True)`, and `page` is Selenium's driver.
+
+    A test fails if a page that it opens has an error in the console, or requests anything from the network.
+    """
+    _chromium.problems()
+    yield _chromium
+    assert not _chromium.problems()
 
 
 @pytest.fixture(scope="session")
