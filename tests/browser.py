@@ -27,8 +27,8 @@ class Browser:
 
     driver: object
 
-    def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False):
-        """Opens a file in a viewport of CSS pixels, in the light or dark scheme, and returns the driver."""
+    def open(self, path: Path | str, width: int = 1280, height: int = 900, dark: bool = False):
+        """Opens a file or an address in a viewport of CSS pixels, in the light or dark scheme; returns the driver."""
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
