@@ -52,11 +52,22 @@ def test_losses_are_those_of_the_model_and_attention_looks_back(run):
     for log_p_V, likeliest in zip(log_p, seen.expected, strict=False):
         np.testing.assert_allclose(likeliest[0][1], np.exp(log_p_V.max()), rtol=1e-4)
 
+    ranks = [1 + (log_p[t - 1] > log_p[t - 1, token]).sum() for t, token in enumerate(tokens) if t]
+    assert seen.ranks_T.tolist() == [0, *ranks]
+
     attention = seen.attention_LxHxTxT
     assert attention.shape == (2, 2, len(tokens), len(tokens))
     np.testing.assert_allclose(attention.sum(axis=-1), 1, atol=1e-5)
     assert not np.triu(attention, 1).any()
     assert not np.allclose(attention[0], attention[1])
+    np.testing.assert_array_equal(seen.visible_LxT, [np.arange(len(tokens)) + 1] * 2)
+
+
+def test_the_entropy_is_that_of_the_rows():
+    """Two heads of two tokens: one attends to the first token, the other to all visible tokens equally."""
+    attention = np.array([[[[1, 0], [1, 0]], [[1, 0], [0.5, 0.5]]]], np.float32)
+    seen = explanation.Explanation(["a", "b"], np.zeros(2), np.zeros(2), [[]], attention, np.array([[1, 2]]))
+    np.testing.assert_allclose(seen.entropy_LxH, [[0, np.log(2) / 2]])
 
 
 def test_the_attention_is_what_the_model_computes_with(run):
@@ -91,7 +102,7 @@ def test_a_text_of_the_wrong_length_is_refused(run):
 
 def test_the_page_holds_all_and_no_text_ends_its_script(run):
     page = explanation.explain(run, "is <light> it").page("title")
-    data = page.split("const d = ")[1].split(", [L, H, T]")[0]
+    data = page.split("const d = ")[1].split(";\n")[0]
     assert "<" not in data
     assert "".join(json.loads(data)["pieces"]) == "is <light> it"
     assert page.count("</script>") == 1

@@ -244,14 +244,17 @@ class Session:
         os.close(slave)
         self.columns, self.text, self.times = columns, "", []
         waiting, seen = list((at or {}).items()), 0
+        deadline = time.monotonic() + 300
         with contextlib.suppress(OSError):  # the terminal ends with the program
-            while part := select.select([master], [], [], 300)[0] and os.read(master, 1 << 16):
-                self.text += part.decode(errors="replace").replace("\r\n", "\n")
+            while time.monotonic() < deadline and select.select([master], [], [], 60)[0]:
+                self.text += os.read(master, 1 << 16).decode(errors="replace").replace("\r\n", "\n")
                 self.times.append(time.monotonic())
                 if waiting and (found := re.search(waiting[0][0], self.text[seen:], re.S)):
                     seen += found.end()
                     time.sleep(0.2)  # so that the program is within what it announced
                     process.send_signal(waiting.pop(0)[1])
+        if time.monotonic() > deadline:
+            process.kill()
         os.close(master)
         self.exit_code = process.wait(60)
         assert not waiting, f"{waiting[0][0]!r} did not appear in {self.text!r}"

@@ -653,6 +653,12 @@ def test_a_tokenizer_of_hugging_face_is_kept_whole(files, tmp_path):
             assert tokenizer.byte_lengths[ids].sum() == size
 
 
+@pytest.mark.parametrize("make", [ByteTokenizer, pytest.param(gpt2, marks=needs_bpe)])
+def test_the_pieces_of_a_character_are_its_bytes(make):
+    tokenizer = make()
+    assert "".join(tokenizer.piece(int(token)) for token in tokenizer.encode("a‰")) == r"a\xe2\x80\xb0"
+
+
 @needs_bpe
 def test_added_tokens_are_one_id_each_and_decode_to_their_names(tmp_path):
     tokenizer = BPETokenizer.from_folder(hf_folder(tmp_path / "hf", added_tokens={"<|user|>": SIZE, "слово": SIZE + 1}))

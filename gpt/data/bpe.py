@@ -336,6 +336,9 @@ class BPETokenizer(Tokenizer):
     def decode(self, ids: np.ndarray) -> str:
         return b"".join(self._bytes[i] for i in ids).decode(errors="replace")
 
+    def piece(self, token: int) -> str:
+        return self._bytes[token].decode(errors="backslashreplace")
+
     def decode_answer(self, ids: np.ndarray) -> str:
         text = self.decode(np.array([i for i in ids if int(i) not in self.special], int))
         adds_space = any(name in str(self.files[TOKENIZER_FILE].get("decoder")) for name in ("Strip", "Metaspace"))

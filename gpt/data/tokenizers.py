@@ -93,7 +93,7 @@ class Tokenizer:
             return np.zeros(1, np.int32)
 
     def piece(self, token: int) -> str:
-        """Returns the text of a single token."""
+        """Returns the text of a single token, with escapes such as \\xe2 for bytes that are no complete characters."""
         return self.decode(np.array([token]))
 
     def encode(self, text: str) -> np.ndarray:
@@ -196,6 +196,9 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: np.ndarray) -> str:
         return np.asarray(ids).astype(np.uint8).tobytes().decode(errors="replace")
+
+    def piece(self, token: int) -> str:
+        return bytes([token]).decode(errors="backslashreplace")
 
     @classmethod
     def from_dict(cls, saved: dict) -> "ByteTokenizer":

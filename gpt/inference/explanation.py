@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import gzip
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 
 from gpt.checkpointing.loading import Loaded
 from gpt.data.tokenizers import Labels
@@ -18,6 +20,8 @@ from gpt.models import attention
 from gpt.runtime.errors import UserError
 
 EXPECTED = 5  # number of predictions shown for each token
+STEPS = 1000  # the page has attention weights in steps of 1/1000
+OVERVIEW = 48  # rows and columns of each head in the page's overview, for a text that has more tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,28 +31,69 @@ class Explanation:
     Attributes:
       pieces: the text of each token.
       losses_T: loss of each token in nats. The first token has no context, and so its loss is NaN.
+      ranks_T: rank of each token among the predictions for its place; 1 is the most probable. 0 for the first token.
       expected: for each token after the first, the most probable tokens with their probabilities.
       attention_LxHxTxT: attention weights of each layer and head; row t holds the weights of token t on all tokens.
+      visible_LxT: number of tokens that each token may attend to: it and the preceding ones, within the layer's window.
     """
 
     pieces: list[str]
     losses_T: np.ndarray
+    ranks_T: np.ndarray
     expected: list[list[tuple[str, float]]]
     attention_LxHxTxT: np.ndarray
+    visible_LxT: np.ndarray
+
+    @property
+    def entropy_LxH(self) -> np.ndarray:
+        """Entropy of the attention weights of each layer and head in nats, averaged over the tokens."""
+        return np.stack([_entropy(heads_HxTxT) for heads_HxTxT in self.attention_LxHxTxT])
 
     def page(self, title: str) -> str:
         """Returns an HTML page that shows the explanation without network access or libraries."""
         data = {
             "title": title,
+            "steps": STEPS,
             "pieces": self.pieces,
             "losses": [None, *(round(float(x), 4) for x in self.losses_T[1:])],
+            "ranks": self.ranks_T.tolist(),
             "expected": [[], *self.expected],
-            "shape": self.attention_LxHxTxT.shape,
-            "attention": base64.b64encode(np.round(self.attention_LxHxTxT * 255).astype(np.uint8).tobytes()).decode(),
+            "layers": [*map(_layer, self.attention_LxHxTxT, self.visible_LxT)],
         }
         template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
         # A text with "</script>" would end the script.
         return template.replace("DATA", json.dumps(data).replace("<", "\\u003c"))
+
+
+def _layer(heads_HxTxT: np.ndarray, visible_T: np.ndarray) -> dict[str, Any]:
+    """Returns the attention of a layer for the page. If there are several heads, their mean is one more head."""
+    if len(heads_HxTxT) > 1:
+        heads_HxTxT = np.concatenate([heads_HxTxT, heads_HxTxT.mean(axis=0, keepdims=True)])
+    length = heads_HxTxT.shape[-1]
+    steps_HxN = np.rint(heads_HxTxT[:, *np.tril_indices(length)] * STEPS).astype(np.uint16)
+    # The overview has, for each block of queries and keys, the mean over the queries of the largest weight. This keeps
+    # lines that are one token wide.
+    starts = np.linspace(0, length, min(length, OVERVIEW), endpoint=False).astype(int)
+    pooled = np.add.reduceat(np.maximum.reduceat(heads_HxTxT, starts, axis=-1), starts, axis=-2)
+    pooled /= np.diff([*starts, length])[:, None]
+    return {
+        "window": int(visible_T.max()),
+        "entropies": _entropy(heads_HxTxT).tolist(),
+        "largest": np.log(visible_T).mean(),
+        "overview": _packed(np.rint(255 * np.sqrt(pooled)).astype(np.uint8)),
+        # Low bytes before high bytes, which are mostly 0: this order compresses better.
+        "heads": [_packed(np.stack([steps_N & 255, steps_N >> 8]).astype(np.uint8)) for steps_N in steps_HxN],
+    }
+
+
+def _entropy(weights: np.ndarray) -> np.ndarray:
+    """Returns the entropy of the rows [..., T, T] in nats, averaged over the rows."""
+    return scipy.special.entr(weights).sum(axis=-1).mean(axis=-1)
+
+
+def _packed(values: np.ndarray) -> str:
+    """Returns the bytes of an array, compressed, as text."""
+    return base64.b64encode(gzip.compress(values.tobytes(), 6)).decode()
 
 
 def explain(run: Loaded, text: str) -> Explanation:
@@ -74,20 +119,29 @@ def explain(run: Loaded, text: str) -> Explanation:
     @jax.jit
     def read(params, tokens_BxT):
         logits_BxTxV, sown = run.program.model.apply({"params": params}, tokens_BxT, mutable=["intermediates"])
-        return jax.nn.log_softmax(logits_BxTxV[0]), sown["intermediates"]
+        log_p_TxV, targets_T = jax.nn.log_softmax(logits_BxTxV[0, :-1]), tokens_BxT[0, 1:]
+        log_p_T = jnp.take_along_axis(log_p_TxV, targets_T[:, None], axis=-1)
+        ranks_T = 1 + (log_p_TxV > log_p_T).sum(axis=-1)
+        most_probable = jax.lax.top_k(log_p_TxV, min(EXPECTED, log_p_TxV.shape[-1]))
+        return log_p_T[:, 0], ranks_T, most_probable, sown["intermediates"]
 
     with run.program.layout.use():
-        log_p_TxV, intermediates = jax.device_get(read(run.params, np.tile(tokens_T, (rows, 1))))
-    predicted_TxV, targets_T = log_p_TxV[:-1], tokens_T[1:]
-    losses_T = -np.take_along_axis(predicted_TxV, targets_T[:, None], axis=-1)[:, 0]
-    most_probable = np.argsort(-predicted_TxV, axis=-1)[:, :EXPECTED]
-    expected = [
-        [(run.tokenizer.piece(int(token)), math.exp(log_p[token])) for token in tokens]
-        for tokens, log_p in zip(most_probable, predicted_TxV, strict=True)
-    ]
+        found = jax.device_get(read(run.params, np.tile(tokens_T, (rows, 1))))
+    log_p_T, ranks_T, most_probable, intermediates = found
     pieces = [run.tokenizer.piece(int(token)) for token in tokens_T]
-    weights = _attention(intermediates, config)
-    return Explanation(pieces, np.concatenate([[np.nan], losses_T]), expected, weights)
+    expected = [
+        [(run.tokenizer.piece(int(token)), math.exp(log_p)) for log_p, token in zip(*pairs, strict=True)]
+        for pairs in zip(*most_probable, strict=True)
+    ]
+    visible = [np.minimum(np.arange(len(tokens_T)) + 1, window or len(tokens_T)) for window in config.windows]
+    return Explanation(
+        pieces,
+        np.concatenate([[np.nan], -log_p_T]),
+        np.concatenate([[0], ranks_T]),
+        expected,
+        _attention(intermediates, config),
+        np.stack(visible),
+    )
 
 
 def _attention(intermediates: dict[str, Any], config: Any) -> np.ndarray:
