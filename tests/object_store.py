@@ -2,7 +2,7 @@
 
 It serves the files under a folder as the objects of one bucket, through as much of the S3 REST API (with the bucket
 in the path) and of the Google Cloud Storage JSON API as readers need: ranged reads, metadata, listings, plain uploads,
-and the copies and deletions of S3. Signatures and tokens are ignored. Each answer can be held back by a latency, during
+and the deletions of S3. Signatures and tokens are ignored. Each answer can be held back by a latency, during
 which other requests go on, and requests and bytes of content are counted. Run as a program, it prints its port and
 serves until it is killed.
 """
@@ -21,7 +21,6 @@ import threading
 import time
 from collections import Counter
 from email.utils import formatdate
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 from urllib.parse import parse_qsl, unquote, urlencode
 from xml.sax.saxutils import escape, unescape
@@ -100,10 +99,8 @@ class Bucket:
             return error(self.failure_status, key, gcs)
         if name != self.name:
             return error(404, key, gcs, "NoSuchBucket")
-        if source := headers.get("x-amz-copy-source"):
-            body = Path(self.folder, unquote(source).lstrip("/").partition("/")[2]).read_bytes()
         if uploading and found.allowed:
-            return self.write(found, body, gcs, "CopyObjectResult" if source else "")
+            return self.write(found, body, gcs)
         if method == "DELETE" or (method == "POST" and not key and not gcs):
             return self.delete([key] if key else [unescape(name) for name in KEY.findall(body.decode())])
         if method not in ("GET", "HEAD"):
@@ -143,14 +140,12 @@ class Bucket:
                     os.removedirs(os.path.dirname(found.path))
         return Answer(200, b"<DeleteResult></DeleteResult>")
 
-    def write(self, found: Object, body: bytes, gcs: Any, result: str = "") -> Answer:
-        """Stores an object; `result` is the element of S3's answer to a copy."""
+    def write(self, found: Object, body: bytes, gcs: Any) -> Answer:
+        """Stores an object."""
         os.makedirs(os.path.dirname(found.path), exist_ok=True)
         with open(found.path, "wb") as file:
             file.write(body)
         found = Object(self.folder, found.key)
-        if result:
-            return Answer(200, f"<{result}><ETag>{found.version}</ETag></{result}>".encode())
         return to_json(found.describe()) if gcs else Answer(200, headers={"ETag": f'"{found.version}"'})
 
     def list(self, query: dict[str, str], gcs: Any) -> Answer:

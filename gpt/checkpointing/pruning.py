@@ -53,8 +53,8 @@ def prune(run: str, folder: str, keep: list[str], is_confirmed: bool) -> int:
         if not doomed:
             print("Nothing to delete.")
             return 0
-        total = overview.units(sum(sizes[step] for step in doomed))
-        what = f"{len(doomed)} checkpoint{'s' * (len(doomed) > 1)} ({total}B) of {run}"
+        freed = overview.units(sum(sizes[step] for step in doomed))
+        what = f"{len(doomed)} checkpoint{'s' * (len(doomed) > 1)} ({freed}B) of {run}"
         if not files.is_local(workdir.path):
             print("There is no lock in a bucket: make sure that no process trains in this workdir.")
         if not is_confirmed and not _is_answered_yes(f"Delete {what}? [y/N] "):

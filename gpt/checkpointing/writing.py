@@ -133,8 +133,9 @@ def remove_unfinished(checkpoints: epath.Path) -> None:
 
 
 def delete(folder: epath.Path) -> None:
-    """Deletes a checkpoint, under a temporary name, so that a partly deleted one is never taken for a checkpoint."""
-    files.remove_tree(folder.rename(_partial(folder)))
+    """Deletes a checkpoint; on a disk under a temporary name, so that a partly deleted one is never taken for one."""
+    # In a bucket, a new name would be a copy of everything, and s3fs cannot rename a folder.
+    files.remove_tree(folder.rename(_partial(folder)) if files.is_local(folder) else folder)
 
 
 def set_aside(folder: epath.Path) -> str:
