@@ -38,11 +38,11 @@ class Browser:
         return self.driver
 
     def problems(self) -> list[str]:
-        """Returns the errors in the console, and the addresses that the page requested, since the last call."""
+        """Returns the errors in the console, and the addresses requested from the network, since the last call."""
         errors = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
         urls = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        return errors + [url for url in urls if not url.startswith(("file:", "data:", "blob:", "about:"))]
+        return errors + [url for url in urls if url.startswith(("http", "ws"))]
 
 
 def start(folder: Path) -> Browser:
