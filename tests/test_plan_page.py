@@ -244,7 +244,7 @@ def test_units_follow_the_size_of_the_model():
         "<0.01 µs exposed, 0.00 µs overlapped",
     ):
         assert expected in text
-    assert not re.search(r"\b(GB|MB|TFLOP|ms)\b", text.split("Assumptions")[0])
+    assert not re.search(r"\b(GB|MB|TFLOP|ms)\b(?!/s)", text.split("Assumptions")[0])
     text = "\n".join(report.text(large_plan()))
     for expected in ("7.000 GB of 10.000 GB", "2.204 PFLOP", "15.00 s", "0.50 s compute-bound"):
         assert expected in text
