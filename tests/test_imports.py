@@ -15,7 +15,7 @@ FLOORS = (
     ("gpt.muon",),
     ("gpt.optimizer",),
     ("gpt.data",),
-    ("gpt.losses",),
+    ("gpt.losses", "gpt.statistics"),
     ("gpt.config",),
     ("gpt.config_files",),
     ("gpt.step",),

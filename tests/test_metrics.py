@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gpt.runtime import hardware, tensorboard
+from gpt.runtime.loggers import Session
 from gpt.runtime.tensorboard import TensorBoard
 
 # TensorBoard.
@@ -31,11 +32,11 @@ def new_file(monkeypatch):
 
 
 def test_scalars_are_read_back(tmp_path):
-    board = TensorBoard(tmp_path)
+    board = TensorBoard(Session(tmp_path))
     for step in (1, 2, 30):
         board.scalars(step, {"train/loss": step / 2, "train/rate": np.float32(0.25)})
     board.scalars(30, {"validation/loss": float("nan")})
-    board.close()
+    board.close(True)
     found = events(tmp_path)
     assert sorted(found.Tags()["scalars"]) == ["train/loss", "train/rate", "validation/loss"]
     assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(1, 0.5), (2, 1.0), (30, 15.0)]
@@ -49,19 +50,19 @@ def test_scalars_are_read_back(tmp_path):
 
 def test_events_are_there_after_a_flush(tmp_path):
     """A run that is killed keeps its curves up to the last evaluation."""
-    board = TensorBoard(tmp_path)
+    board = TensorBoard(Session(tmp_path))
     board.scalars(1, {"loss": 2.0})
     board.flush()
     assert [event.value for event in events(tmp_path).Scalars("loss")] == [2.0]
-    board.close()
+    board.close(True)
 
 
 @pytest.mark.parametrize("written", ["*To be*, or not\n\tto be", "naïve 😀 \0", "", "broken \udce9 character"])
 def test_text_is_read_back(tmp_path, written):
     """A text is a tensor for TensorBoard's text plugin, and a model may generate any character."""
-    board = TensorBoard(tmp_path)
+    board = TensorBoard(Session(tmp_path))
     board.text(7, "sample", written)
-    board.close()
+    board.close(True)
     found = events(tmp_path)
     (event,) = found.Tensors("sample")
     (content,) = event.tensor_proto.string_val
@@ -72,9 +73,9 @@ def test_text_is_read_back(tmp_path, written):
 def test_histogram_is_read_back(tmp_path):
     values = np.array([-1.0, -0.9, 0.1, 0.2, 0.3, 3.0])
     counts, edges = np.histogram(values, bins=4)
-    board = TensorBoard(tmp_path)
+    board = TensorBoard(Session(tmp_path))
     board.histogram(3, "logits", counts.astype(np.float32), edges)
-    board.close()
+    board.close(True)
     (event,) = events(tmp_path).Histograms("logits")
     found = event.histogram_value
     assert event.step == 3
@@ -90,11 +91,11 @@ def test_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path, new_file)
     """A run reached step 6, was killed, and resumes after the checkpoint of step 4. (TensorBoard keeps all texts.)"""
     for start, value in ((0, 1.0), (4, 2.0)):
         new_file()
-        board = TensorBoard(tmp_path, start)
+        board = TensorBoard(Session(tmp_path, start))
         for step in range(start + 1, 7):
             board.scalars(step, {"loss": value})
             board.histogram(step, "logits", [1], [0, value])
-        board.close()
+        board.close(True)
     found = events(tmp_path)
     expected = [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), (5, 2.0), (6, 2.0)]
     assert [(event.step, event.value) for event in found.Scalars("loss")] == expected
@@ -104,10 +105,10 @@ def test_resumed_run_replaces_the_steps_after_its_checkpoint(tmp_path, new_file)
 def test_run_that_begins_anew_replaces_all_steps(tmp_path, new_file):
     for value in (1.0, 2.0):
         new_file()
-        board = TensorBoard(tmp_path, 0)
+        board = TensorBoard(Session(tmp_path))
         for step in (1, 2, 3):
             board.scalars(step, {"loss": value})
-        board.close()
+        board.close(True)
     found = [(event.step, event.value) for event in events(tmp_path).Scalars("loss")]
     assert found == [(1, 2.0), (2, 2.0), (3, 2.0)]
 
@@ -119,23 +120,12 @@ def test_a_clock_that_went_back_loses_no_steps(tmp_path, monkeypatch, before):
         (tmp_path / before).touch()
     for i, now in enumerate((1.7e9, 1.6e9, 1.5e9, 1.5e9)):
         monkeypatch.setattr("time.time", lambda now=now: now)
-        board = TensorBoard(tmp_path, start_step=10 * i)
+        board = TensorBoard(Session(tmp_path, 10 * i))
         for step in range(10 * i + 1, 10 * i + 15):  # four steps more than the checkpoint has
             board.scalars(step, {"loss": float(i)})
-        board.close()
+        board.close(True)
     found = events(tmp_path).Scalars("loss")
     assert [(event.step, event.value) for event in found] == [(n, min((n - 1) // 10, 3)) for n in range(1, 45)]
-
-
-def test_disabled_writes_no_file(tmp_path):
-    """Only the first process writes events."""
-    board = TensorBoard(tmp_path / "run", 5, enabled=False)
-    board.scalars(1, {"loss": 1.0})
-    board.text(1, "sample", "text")
-    board.histogram(1, "logits", [1], [0, 1])
-    board.flush()
-    board.close()
-    assert list(tmp_path.iterdir()) == []
 
 
 # Rates.

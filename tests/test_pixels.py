@@ -195,7 +195,7 @@ def test_a_run_shows_pictures_and_samples_and_completions_are_drawn(command, tra
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(trained)).Reload()
-    for tag in ("samples", "completions"):
+    for tag in ("validation/samples", "validation/completions"):
         (shown,) = events.Images(tag)
         assert opened(shown.encoded_image_string).shape == (shown.height, shown.width) == (4 * 66 + 2, 10 * 66 + 2)
 
