@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import json
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -87,8 +88,33 @@ class BPETokenizer(Tokenizer):
         trainer = library.trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[SEPARATOR], initial_alphabet=alphabet, show_progress=False
         )
-        parts = (part for text in texts for long in _PARTS.findall(text) for part in long.split(SEPARATOR))
-        model.train_from_iterator(parts, trainer)
+        failures: list[BaseException] = []
+        is_cancelled = False
+
+        def parts() -> Iterator[str]:
+            for text in texts:
+                for part in _PARTS.findall(text):
+                    if is_cancelled:
+                        return
+                    yield from part.split(SEPARATOR)
+
+        def work() -> None:
+            try:
+                model.train_from_iterator(parts(), trainer)
+            except BaseException as error:
+                failures.append(error)
+
+        # Python handles a signal only between two Python instructions, and the library may take minutes within one.
+        # Therefore the library runs in another thread, also for notebooks, which have no `gpt.runtime.signals`.
+        worker = threading.Thread(target=work, daemon=True)
+        worker.start()
+        try:
+            while worker.is_alive():
+                worker.join(0.2)
+        finally:
+            is_cancelled = True
+        if failures:
+            raise failures[0]
         return cls.from_parts(_byte_level(model), {})
 
     @classmethod
