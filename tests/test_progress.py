@@ -186,7 +186,7 @@ def test_a_log_gets_a_line_about_a_long_task_now_and_then(monkeypatch, log):
 
 
 def test_only_the_first_process_prints(monkeypatch, clock, log):
-    monkeypatch.setattr(progress.cluster, "is_first", lambda: False)
+    monkeypatch.setattr(progress.output, "is_first", False)
     steps = Steps(100)
     steps.update(1, 1.0, 1.0, RATES, 1.0, milestone=True)
     steps.evaluated(1, {"loss": 1.0}, best=True)

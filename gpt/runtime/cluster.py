@@ -80,6 +80,7 @@ def start(job: Job) -> None:
     own = address, count, index, job.timeout, versions.facts()
     hub = Hub(*own) if index == 0 else None
     _lifeline = hub or Spoke(*own)
+    output.is_first = index == 0
     # The lifeline listens at the coordinator's port, so JAX's service needs another one.
     service, listens_at = share("service", hub.service if hub else tuple)
     jax.config.update("jax_enable_preemption_service", False)  # `signals.Interrupted` agrees on the step to stop at
@@ -114,7 +115,7 @@ def _ignore_absent_accelerators() -> None:
 
 def is_first() -> bool:
     """Returns whether this process is process 0, which prints and writes for all processes."""
-    return _lifeline is None or _lifeline.index == 0
+    return output.is_first
 
 
 def is_several() -> bool:

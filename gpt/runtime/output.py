@@ -36,6 +36,7 @@ STYLES = {
 
 # A context in which text is written: `gpt.runtime.progress` removes its line from the terminal meanwhile.
 writing: Callable[[], AbstractContextManager] = contextlib.nullcontext
+is_first = True  # whether this process prints for all processes of the job
 prints_result = False  # whether standard output is for the result of the command
 
 

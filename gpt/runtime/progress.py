@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from gpt.runtime import cluster, output
+from gpt.runtime import output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +68,7 @@ def task(work: Task | str, total: float = 0) -> Iterator[Task]:
 
 def say(text: str) -> None:
     """Prints lines that stay, on the first process."""
-    if cluster.is_first():
+    if output.is_first:
         output.show(text, output.messages())
 
 
@@ -104,7 +104,7 @@ class _Display:
 
     @contextlib.contextmanager
     def hidden(self) -> Iterator[None]:
-        """A context without the line on the terminal."""
+        """Removes the line from the terminal while the context lasts."""
         with self._lock:
             if self._drawn_on:
                 from rich.control import Control, ControlType
@@ -117,7 +117,7 @@ class _Display:
         while True:
             time.sleep(TICK)
             with self._lock:
-                if (tasks := self._tasks) and cluster.is_first():
+                if (tasks := self._tasks) and output.is_first:
                     self._show(tasks)
 
     def _show(self, tasks: list[Task]) -> None:

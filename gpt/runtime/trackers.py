@@ -36,6 +36,7 @@ class WeightsAndBiases(Logger):
             console="off",
             disable_git=True,
             save_code=False,
+            symlink=False,  # a workdir with links is refused
             x_save_requirements=False,
             init_timeout=LONGEST_WAIT,
             finish_timeout=10 * LONGEST_WAIT,
