@@ -140,6 +140,9 @@ def test_pages_fit_narrow_screens_and_dark_schemes(browser, tmp_path, pieces, wi
     page = opened(browser, tmp_path / "page.html", reading(pieces, layers, heads), width=width, dark=dark)
     assert page.execute_script("return document.documentElement.scrollWidth") <= width
     assert page.execute_script("return at('map').offsetWidth") <= width
+    last = page.find_element("css selector", "#text [aria-selected=true]")
+    box = page.find_element("id", "text")
+    assert last.rect["y"] + last.rect["height"] <= box.rect["y"] + box.rect["height"]
     background = page.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert background == ("rgb(21, 24, 27)" if dark else "rgb(255, 255, 255)")
 

@@ -119,29 +119,24 @@ def explain(run: Loaded, text: str) -> Explanation:
     @jax.jit
     def read(params, tokens_BxT):
         logits_BxTxV, sown = run.program.model.apply({"params": params}, tokens_BxT, mutable=["intermediates"])
-        log_p_TxV, targets_T = jax.nn.log_softmax(logits_BxTxV[0, :-1]), tokens_BxT[0, 1:]
-        log_p_T = jnp.take_along_axis(log_p_TxV, targets_T[:, None], axis=-1)
-        ranks_T = 1 + (log_p_TxV > log_p_T).sum(axis=-1)
+        log_p_TxV = jax.nn.log_softmax(logits_BxTxV[0, :-1])
+        target_Tx1 = jnp.take_along_axis(log_p_TxV, tokens_BxT[0, 1:, None], axis=-1)
+        losses_T = jnp.pad(-target_Tx1[:, 0], (1, 0), constant_values=jnp.nan)
+        ranks_T = jnp.pad(1 + (log_p_TxV > target_Tx1).sum(axis=-1), (1, 0))
         most_probable = jax.lax.top_k(log_p_TxV, min(EXPECTED, log_p_TxV.shape[-1]))
-        return log_p_T[:, 0], ranks_T, most_probable, sown["intermediates"]
+        return losses_T, ranks_T, most_probable, sown["intermediates"]
 
     with run.program.layout.use():
         found = jax.device_get(read(run.params, np.tile(tokens_T, (rows, 1))))
-    log_p_T, ranks_T, most_probable, intermediates = found
+    losses_T, ranks_T, most_probable, intermediates = found
     pieces = [run.tokenizer.piece(int(token)) for token in tokens_T]
     expected = [
         [(run.tokenizer.piece(int(token)), math.exp(log_p)) for log_p, token in zip(*pairs, strict=True)]
         for pairs in zip(*most_probable, strict=True)
     ]
-    visible = [np.minimum(np.arange(len(tokens_T)) + 1, window or len(tokens_T)) for window in config.windows]
-    return Explanation(
-        pieces,
-        np.concatenate([[np.nan], -log_p_T]),
-        np.concatenate([[0], ranks_T]),
-        expected,
-        _attention(intermediates, config),
-        np.stack(visible),
-    )
+    length = len(tokens_T)
+    visible_LxT = np.stack([np.minimum(np.arange(length) + 1, window or length) for window in config.windows])
+    return Explanation(pieces, losses_T, ranks_T, expected, _attention(intermediates, config), visible_LxT)
 
 
 def _attention(intermediates: dict[str, Any], config: Any) -> np.ndarray:
