@@ -270,6 +270,7 @@ def test_comparison_of_plans_as_text():
     assert "MFU 32.1% 32.1% 1.000 – –" in lines
     assert "price 160.0 160.0 1.000 – –" in lines
     assert "model.remat dots full –" in lines
+    assert "MFU – 32.1% –" in [" ".join(line.split()) for line in report.comparison([does_not_compile(), after])]
     lines = [" ".join(line.split()) for line in report.comparison([before, after])]
     assert lines[-2:] == ["differences 1 2", "model.remat dots full"]
     assert [*report.comparison([before, before])][-1] == "The configs do not differ."

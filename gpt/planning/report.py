@@ -5,7 +5,7 @@ import json
 import math
 import textwrap
 import tomllib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +44,16 @@ class Unit:
         return f"{self.number(value)} {self.name}"
 
 
-def units(reports: Iterable[Report]) -> dict[str, Unit]:
+def units(reports: Sequence[Report]) -> dict[str, Unit]:
     """Returns the units of "bytes", "flops" and "seconds" in which the largest memory, work and step have 4 digits."""
-    largest = {"bytes": 1.0, "flops": 1.0, "seconds": 0.0}
-    for each in reports:
-        work = max(each.get("model_flops", 0), each.get("hardware_flops", 0))
-        figures = {"bytes": needed(each["memory"]), "flops": work, "seconds": each.get("seconds", {}).get("step", 0)}
-        largest = {kind: max(value, figures[kind]) for kind, value in largest.items()}
+    memory = [needed(each["memory"]) for each in reports]
+    work = [max(each.get("model_flops", 0), each.get("hardware_flops", 0)) for each in reports]
+    steps = [each.get("seconds", {}).get("step", 0) for each in reports]
     chosen = {}
-    for kind, value in largest.items():
-        sizes = TEXTS["units"][kind]
-        name = next((name for name, size in sizes.items() if value >= size), list(sizes)[-1])
-        digits = 3 - math.floor(math.log10(max(value / sizes[name], 1)))
+    for (kind, sizes), figures in zip(TEXTS["units"].items(), (memory, work, steps), strict=True):
+        largest = max(figures)
+        name = next((name for name, size in sizes.items() if largest >= size), list(sizes)[-1])
+        digits = 3 - math.floor(math.log10(max(largest / sizes[name], 1)))
         chosen[kind] = Unit(name, sizes[name], max(digits, 0))
     return chosen
 
@@ -149,12 +147,12 @@ def _collectives(report: Report, unit: dict[str, Unit]) -> Iterator[str]:
         yield "  none"
         return
     size, time = unit["bytes"], unit["seconds"]
-    lines = [["  kind", "over", "count", size.name, "sent", "GB/s", time.name, "exposed", ""]]
+    lines = [["  kind", "count", size.name, "sent", "GB/s", time.name, "exposed", "over"]]
     for c in report["collectives"]:
-        line = [f"  {c['kind']}{'*' if c['overlaps'] else ''}", f"{'+'.join(c['axes'])} ({c['group']:,})"]
-        line += [f"{c['count']:,}", size.number(c["bytes"]), size.number(c["sent"]), f"{c['bandwidth'] / 1e9:,.0f}"]
-        lines.append([*line, time.number(c["seconds"]), time.number(c["exposed"]), ""])
-    yield from columns(lines, left=2)
+        line = [f"  {c['kind']}{'*' if c['overlaps'] else ''}", f"{c['count']:,}"]
+        line += [size.number(c["bytes"]), size.number(c["sent"]), f"{c['bandwidth'] / 1e9:,.0f}"]
+        lines.append([*line, time.number(c["seconds"]), time.number(c["exposed"]), "+".join(c["axes"])])
+    yield from columns(lines, left=1)
 
 
 def _estimate(report: Report, unit: Unit, price: float | None) -> Iterator[str]:
@@ -194,7 +192,7 @@ def _estimate(report: Report, unit: Unit, price: float | None) -> Iterator[str]:
 
 def table(reports: Sequence[Report]) -> Iterator[str]:
     """Yields a header, and the figures and the name of each plan, in the given order."""
-    size, work, time = (unit for unit in units(reports).values())
+    size, work, time = units(reports).values()
     lines = [["", f"step {time.name}", "MFU", size.name, work.name, f"sent {size.name}", "plan"]]
     for i, r in enumerate(reports, 1):
         line = [str(i)] + [""] * 5
@@ -242,14 +240,13 @@ def comparison(reports: Sequence[Report], price: float | None = None) -> Iterato
     yield ""
     of_plans = [figures(each, price) for each in reports]
     lines = [["", "1", *(cell for i in range(2, len(reports) + 1) for cell in (f"{i}", f"{i} ÷ 1")), ""]]
-    for name, (kind, first) in of_plans[0].items():
+    for name, (kind, _) in TEXTS["figures"].items():
         values = [each[name][1] if name in each else None for each in of_plans]
         if any(values):
-            line = [f"  {name}"]
-            for i, value in enumerate(values):
-                line.append("–" if value is None else shown[kind](value))
-                line += [f"{value / first:.3f}" if value is not None and first else "–"] if i else []
-            lines.append([*line, ""])
+            texts = ["–" if value is None else shown[kind](value) for value in values]
+            ratios = [f"{value / values[0]:.3f}" if value is not None and values[0] else "–" for value in values]
+            others = [cell for pair in zip(texts[1:], ratios[1:], strict=True) for cell in pair]
+            lines.append([f"  {name}", texts[0], *others, ""])
     yield from columns(lines, left=1)
     yield ""
     settings = [{"topology": each["topology"]} | flatten(each.get("config", {})) for each in reports]
