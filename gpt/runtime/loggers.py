@@ -93,7 +93,7 @@ class Loggers(Logger):
         self._loggers: dict[str, Logger] = {}
         self._failed_at: dict[str, float] = {}
         for name in self._names:
-            if not importlib.util.find_spec(name):
+            if not getattr(importlib.util.find_spec(name), "origin", None):  # a folder has none
                 raise UserError(f'train.loggers={names} needs {name}: pip install "gpt-spmd[{name}]".')
 
     def begin(self) -> None:
