@@ -5,6 +5,7 @@ import importlib.util
 import json
 import signal
 import struct
+import types
 
 import jax
 import jax.numpy as jnp
@@ -139,13 +140,14 @@ def test_mlflow_continues_its_run(tmp_path, monkeypatch):
 
 def test_mlflow_without_an_address(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: types.SimpleNamespace(origin=name))
     with pytest.raises(UserError, match="set MLFLOW_TRACKING_URI"):
         Loggers("mlflow", Session(tmp_path)).begin()
 
 
-def test_a_library_that_is_not_installed(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+@pytest.mark.parametrize("spec", [None, types.SimpleNamespace(origin=None)])  # the latter is that of any folder `wandb`
+def test_a_library_that_is_not_installed(monkeypatch, spec):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(UserError, match=r'needs wandb: pip install "gpt-spmd\[wandb\]"'):
         loggers.require("wandb")
 
@@ -178,7 +180,6 @@ def test_a_logger_that_fails_gives_one_note_and_ends_nothing(tmp_path, monkeypat
 
     monkeypatch.setitem(loggers.LOGGERS, "mlflow", "test_loggers:Broken")
     monkeypatch.setattr(loggers, "named", lambda place: Broken if "Broken" in place else TensorBoard)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     both = Loggers("mlflow,tensorboard", Session(tmp_path))

@@ -33,7 +33,7 @@ def check_loggers(names: str) -> None:
 def require(names: str) -> None:
     """Raises UserError unless the libraries of the loggers are installed."""
     for name in filter(None, names.split(",")):
-        if not importlib.util.find_spec(name):
+        if not getattr(importlib.util.find_spec(name), "origin", None):  # a folder of this name has none
             raise UserError(f'train.loggers={names} needs {name}: pip install "gpt-spmd[{name}]".')
 
 
