@@ -207,7 +207,7 @@ def test_nothing_in_a_folder_ends_or_disturbs_the_list(trained, runs, command):
     assert shown.returncode == 0
     lines = shown.stdout.decode().splitlines()
     assert len(lines) == 1 + len(found) + sum(run["state"] == "damaged" for run in found.values())
-    assert all(line.isprintable() and overview.cell_width(line) <= 80 for line in lines)
+    assert all(line.isprintable() and overview.cell_len(line) <= 80 for line in lines)
     assert "\\x1b[31mred" in shown.stdout.decode()
 
 

@@ -10,18 +10,18 @@ import fcntl
 import math
 import os
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from etils import epath
+from rich.cells import cell_len
 
 from gpt.checkpointing.record import STEP, Damaged, Record, lowest, reason, saved_names
 from gpt.data import storage
 from gpt.runtime import files, pool
 from gpt.runtime.errors import UsageError, UserError
-from gpt.runtime.progress import columns, duration
+from gpt.runtime.progress import columns, duration, short
 
 DISK_THREADS, BUCKET_THREADS = 4, 32  # workdirs that are read at a time
 
@@ -285,14 +285,6 @@ def sort(runs: Sequence[Summary], column: str) -> list[Summary]:
     return sorted(known, key=value, reverse=column[0] == "-") + [run for run in runs if value(run) is None]
 
 
-def units(number: float) -> str:
-    """Returns a number in three digits or more, such as "803k" or "4.5G"."""
-    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}" if number < 100 * size else f"{number / size:,.0f}{unit}"
-    return f"{number:.0f}"
-
-
 # Columns of the table: the value that it is sorted by, which is None where it is not known, and the text of the value.
 COLUMNS: dict[str, tuple[Callable[[Summary], Any], Callable[[Summary], str]]] = {
     "name": (lambda run: run.name, lambda run: run.name),
@@ -301,9 +293,9 @@ COLUMNS: dict[str, tuple[Callable[[Summary], Any], Callable[[Summary], str]]] = 
     "best": (lambda run: run.best_validation_loss, lambda run: f"{run.best_validation_loss:.4f}"),
     "last": (lambda run: run.last_validation_loss, lambda run: f"{run.last_validation_loss:.4f}"),
     "age": (lambda run: run.age_seconds, lambda run: duration(run.age_seconds or 0)),
-    "size": (lambda run: run.size_bytes, lambda run: f"{units(run.size_bytes)}B"),
+    "size": (lambda run: run.size_bytes, lambda run: f"{short(run.size_bytes)}B"),
     "saved": (lambda run: len(run.checkpoint_bytes), lambda run: str(len(run.checkpoint_bytes))),
-    "tokens": (lambda run: run.tokens, lambda run: units(run.tokens or 0)),
+    "tokens": (lambda run: run.tokens, lambda run: short(run.tokens or 0)),
     "train": (lambda run: run.training_loss, lambda run: f"{run.training_loss:.4f}"),
     "config": (lambda run: run.config, lambda run: run.config or ""),
 }
@@ -318,7 +310,7 @@ def table(runs: Sequence[Summary], width: int) -> Iterator[str]:
     cells = {name: [name] for name in COLUMNS}
     for name, (value, show) in COLUMNS.items():
         cells[name] += ["-" if value(run) is None else printable(show(run)) for run in runs]
-    longest = {name: max(map(cell_width, column)) for name, column in cells.items()}
+    longest = {name: max(map(cell_len, column)) for name, column in cells.items()}
     widths = {name: min(size, {"name": 20, "config": 16}.get(name, 24)) for name, size in longest.items()}
 
     def left() -> int:
@@ -334,13 +326,13 @@ def table(runs: Sequence[Summary], width: int) -> Iterator[str]:
         line = []
         for name, size in widths.items():
             text = shortened(cells[name][i], size)
-            space = " " * (size - cell_width(text))
+            space = " " * (size - cell_len(text))
             line.append(text + space if name in ("name", "state", "config") else space + text)
         yield "  ".join(line).rstrip()
         if i and runs[i - 1].state == "damaged":
             yield shortened(f"    {printable(runs[i - 1].reason)}", width)
     if len(runs) == 1:
-        yield from (f"    checkpoint {step:,}: {units(size)}B" for step, size in runs[0].checkpoint_bytes.items())
+        yield from (f"    checkpoint {step:,}: {short(size)}B" for step, size in runs[0].checkpoint_bytes.items())
 
 
 def printable(text: str) -> str:
@@ -348,16 +340,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def cell_width(text: str) -> int:
-    """Returns how many columns of a terminal a text takes."""
-    return sum(2 if unicodedata.east_asian_width(c) in "WF" else not unicodedata.combining(c) for c in text)
-
-
 def shortened(text: str, width: int) -> str:
     """Returns a text with "…" in its middle if it takes more columns than `width`."""
-    if cell_width(text) <= width:
+    if cell_len(text) <= width:
         return text
     left, right = text[: width // 2], text[len(text) - (width - 1) // 2 :]
-    while cell_width(left + right) >= max(width, 1):
-        left, right = (left[:-1], right) if cell_width(left) > cell_width(right) else (left, right[1:])
+    while cell_len(left + right) >= max(width, 1):
+        left, right = (left[:-1], right) if cell_len(left) > cell_len(right) else (left, right[1:])
     return f"{left}…{right}"

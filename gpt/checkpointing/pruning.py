@@ -8,6 +8,7 @@ from gpt.checkpointing.record import reason
 from gpt.checkpointing.workdir import Workdir
 from gpt.runtime import files
 from gpt.runtime.errors import UsageError, UserError
+from gpt.runtime.progress import short
 
 
 def prune(run: str, folder: str, keep: list[str], is_confirmed: bool) -> int:
@@ -48,12 +49,12 @@ def prune(run: str, folder: str, keep: list[str], is_confirmed: bool) -> int:
         reasons |= {last: "last", best: "best"} if best != last else {last: "best and last"}
         for step, size in sizes.items():
             action = f"keep ({reasons[step]})" if step in reasons else "delete"
-            print(f"{step:>12,}  {overview.units(size):>6}B  {action}")
+            print(f"{step:>12,}  {short(size):>6}B  {action}")
         doomed = [step for step in sizes if step not in reasons]
         if not doomed:
             print("Nothing to delete.")
             return 0
-        freed = overview.units(sum(sizes[step] for step in doomed))
+        freed = short(sum(sizes[step] for step in doomed))
         what = f"{len(doomed)} checkpoint{'s' * (len(doomed) > 1)} ({freed}B) of {run}"
         if not files.is_local(workdir.path):
             print("There is no lock in a bucket: make sure that no process trains in this workdir.")

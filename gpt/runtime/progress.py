@@ -293,8 +293,8 @@ def duration(seconds: float) -> str:
 
 
 def short(number: float) -> str:
-    """Returns a number as text in three or four digits: "950", "12.3k", "4.5M", "6.7G"."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    """Returns a number in three digits or more, such as "950", "12.3k" or "4.5G"."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
-            return f"{number / size:.1f}{unit}"
+            return f"{number / size:.3g}{unit}" if number < 100 * size else f"{number / size:,.0f}{unit}"
     return f"{number:.0f}"
