@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gpt.config import Config, from_tree
 from gpt.planning import compiling, report, search
-from gpt.runtime import backend, cache, hardware, progress
+from gpt.runtime import backend, cache, hardware, output, progress
 from gpt.runtime.errors import UsageError, UserError
 from gpt.runtime.files import new_file
 from gpt.runtime.versions import FLAG_VARIABLES, code_digest
@@ -161,6 +161,7 @@ def plan_elsewhere(config: Config, topology: str) -> report.Report:
 def serve() -> None:
     """Reads a request of `plan_elsewhere` from standard input, and prints the plan."""
     tree, topology = json.load(sys.stdin)
+    output.prints_result = True
     _use_no_accelerator()
     try:
         print(json.dumps(plan(from_tree(tree), topology)))

@@ -65,6 +65,7 @@ class WeightsAndBiases(Logger):
         if reason:
             folder = Path(self._run.dir).parent
             say(f"note: Weights & Biases is offline ({reason}); `wandb sync {folder}` sends the run later.")
+        self._remove_links()
         self._run.define_metric("validation/loss", summary="min,last")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -81,6 +82,13 @@ class WeightsAndBiases(Logger):
 
     def close(self, is_complete: bool) -> None:
         self._run.finish(exit_code=0 if is_complete else 1)
+        self._remove_links()
+
+    def _remove_links(self) -> None:
+        """Removes the link to the library's log: a workdir with links is refused."""
+        for path in Path(self._run.dir).parent.rglob("*"):
+            if path.is_symlink():
+                path.unlink(missing_ok=True)
 
 
 class MLflow(Logger):
