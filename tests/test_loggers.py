@@ -105,8 +105,8 @@ def test_wandb_offline_is_read_back_from_an_interrupted_and_resumed_run(tiny, tm
     for tag in ("train/loss", "validation/loss", "weights/gradient_norm/block_1/mlp/up/kernel"):
         shown = {step: values[tag] for step, values in merged.items() if tag in values}
         assert shown == pytest.approx(dict(zip(*read_scalars(workdir.path, [tag])[tag], strict=True)), rel=1e-6), tag
-    assert merged[20]["weights/histogram/final_norm/scale"]["_type"] == "histogram"
-    assert merged[20]["sample"]["_type"] == "html-file"
+    assert merged[20]["weights/histogram/final_norm/scale/_type"] == "histogram"
+    assert merged[20]["sample/_type"] == "html-file"
     exits = [record.exit.exit_code for part in (first, second) for record in part if record.HasField("exit")]
     assert exits == [1, 0]
 

@@ -163,11 +163,11 @@ def test_a_log_gets_milestones_with_the_time(clock, log):
     steps.evaluated(30, {"loss": 1.75, "accuracy": 0.5, "loss/a": 1.25, "raw_loss": 2.0}, best=False)
     assert log() == [
         "hello",
-        "12:34:56  step 10/2,000  loss 0.2000 (mean 1.0000)  eta 16m25s  12.3k tok/s",
-        "12:34:56  step 20/2,000  loss 0.1000 (mean 1.0000)  eta 16m15s  12.3k tok/s",
+        "step 10/2,000  loss 0.2000 (mean 1.0000)  eta 16m25s  12.3k tok/s  12:34:56",
+        "step 20/2,000  loss 0.1000 (mean 1.0000)  eta 16m15s  12.3k tok/s  12:34:56",
         "step 20/2,000  validation loss 1.5000  (best)",
-        "12:34:56  step 30/2,000  loss 0.5000 (mean 0.7500)  eta 1m01s  val 1.5000  12.3k tok/s  mfu 45.7%  "
-        "waiting for input 25%",
+        "step 30/2,000  loss 0.5000 (mean 0.7500)  eta 1m01s  val 1.5000  12.3k tok/s  mfu 45.7%  "
+        "waiting for input 25%  12:34:56",
         "step 30/2,000  validation loss 1.7500  a 1.2500  without averaging 2.0000  accuracy 50.00%",
     ]
 
@@ -183,7 +183,7 @@ def test_a_log_gets_a_line_about_a_long_task_now_and_then(monkeypatch, log):
         pass
     lines = log()
     assert 2 <= len(lines) <= 4
-    assert all(re.fullmatch(r"12:34:56  reading  \d+%  \ds(  \ds left)?", line) for line in lines)
+    assert all(re.fullmatch(r"reading  \d+%  \ds(  \ds left)?  12:34:56", line) for line in lines)
 
 
 def test_only_the_first_process_prints(monkeypatch, clock, log):

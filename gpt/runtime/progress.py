@@ -75,7 +75,7 @@ def say(text: str) -> None:
 def log(text: str) -> None:
     """Prints a line with the time of day to a log. A terminal gets nothing, because its line shows the same."""
     if not output.console(output.messages()):
-        say(f"{time.strftime('%H:%M:%S')}  {text}")
+        say(f"{text}  {time.strftime('%H:%M:%S')}")
 
 
 class _Display:
