@@ -19,7 +19,7 @@ from gpt.data.packing import PackedDocuments
 from gpt.data.text import Corpus
 from gpt.inference import pictures
 from gpt.optimizer import factor_of_kernels, schedule
-from gpt.runtime import hardware
+from gpt.runtime import cluster, hardware
 from gpt.runtime.errors import UserError
 from gpt.runtime.loggers import Loggers
 from gpt.runtime.progress import Speed, Steps, say, task
@@ -175,7 +175,7 @@ def bytes_per_target(dataset: Dataset, examples: Any, count: int) -> float | Non
       examples: the source of the training examples.
       count: number of training examples of the run.
     """
-    if not isinstance(dataset, Corpus):
+    if not isinstance(dataset, Corpus) or not cluster.is_first():  # the others write to no logger
         return None
     is_mixture = isinstance(examples, Mixture)
     parts = [*examples.parts.values()] if is_mixture else [examples]
