@@ -59,7 +59,10 @@ class Report:
         self.steps, self.loggers, self._settings, self._program = Steps(total_steps), loggers, config.train, program
         self._length, self._examples, self._num_evaluated = config.model.length, examples, num_evaluated
         self._tokens_per_step = config.train.batch_size * config.model.length
-        self._bytes = bytes_per_target(dataset, examples, total_steps * config.train.batch_size)
+        has_loggers = config.train.loggers and cluster.is_first()
+        self._bytes = (
+            bytes_per_target(dataset, examples, total_steps * config.train.batch_size) if has_loggers else None
+        )
         self._kernels = factor_of_kernels(config.optimizer, program.model.config.width_ratio)
         self._shown: set[str] = set()  # totals that have not always been 0
         mesh = program.layout.mesh
@@ -175,7 +178,7 @@ def bytes_per_target(dataset: Dataset, examples: Any, count: int) -> float | Non
       examples: the source of the training examples.
       count: number of training examples of the run.
     """
-    if not isinstance(dataset, Corpus) or not cluster.is_first():  # the others write to no logger
+    if not isinstance(dataset, Corpus):
         return None
     is_mixture = isinstance(examples, Mixture)
     parts = [*examples.parts.values()] if is_mixture else [examples]
