@@ -23,7 +23,10 @@ from gpt.runtime import files, pool
 from gpt.runtime.errors import UsageError, UserError
 from gpt.runtime.progress import columns, duration, short
 
-DISK_THREADS, BUCKET_THREADS = 4, 32  # workdirs that are read at a time
+DISK_THREADS, BUCKET_THREADS = (
+    1,
+    32,
+)  # workdirs read at a time; on a disk, threads wait for each other (3.0 instead of 1.5 s)
 
 Content = Mapping[str, tuple[int, float]]  # files in a workdir: path, bytes, time of the last change in seconds
 
