@@ -441,7 +441,7 @@ def test_what_tensorboard_shows(tiny, whole):
     tokens = scalars(workdir, "progress/tokens")
     assert tokens[20] == 20 * 16 * 16
     assert all(value > 0 for value in scalars(workdir, "progress/tokens_per_second").values())
-    assert set(events.Tags()["tensors"]) == {"config", "sample"}
+    assert {"config", "sample"} <= set(events.Tags()["tensors"])
     shown = events.Tensors("config")[0].tensor_proto.string_val[0].decode()
     assert json.loads(shown.removeprefix("```json\n").removesuffix("\n```")) == dataclasses.asdict(tiny)
     histogram = events.Histograms("validation/logits")[0].histogram_value
