@@ -27,6 +27,7 @@ from gpt.inference.generation import Sampling
 from gpt.inference.model import TrainedModel
 from gpt.interop import tokenizer_files
 from gpt.models.gpt import GPTConfig
+from gpt.runtime import output
 from gpt.runtime.errors import UsageError, UserError
 
 pytest.importorskip("tokenizers", reason='needs pip install -e ".[bpe]"')
@@ -394,6 +395,7 @@ def test_a_chat_prints_the_answer_alone(model, capsys):
 
 def test_a_long_conversation_loses_its_oldest_turns(model, capsys, monkeypatch):
     seen = []
+    monkeypatch.setattr(output, "prints_result", True)  # as gpt.sample sets it
     render = chat.render
     monkeypatch.setattr(
         chat, "render", lambda *arguments, **how: seen.append([*arguments[1]]) or render(*arguments, **how)

@@ -166,7 +166,7 @@ def survive(expected: Undisturbed, workdir: Path, play: Path, moments: list[tupl
         killed[kind] += 1
         print(f"{when} {moment:.3f}: whole before {before}, after {after}, killed {kind}")
         assert (after or [0])[-1] >= (before or [0])[-1], "the newest checkpoint is missing"
-        if "compiling the training step" in out:
+        if re.search("^(resuming after|step) ", out, re.M):
             resumed = re.search(r"resuming after step ([\d,]+)", out)
             assert (int(resumed[1].replace(",", "")) if resumed else 0) == (before or [0])[-1], out
         assert "Traceback" not in out, out

@@ -114,7 +114,7 @@ def test_only_commands_define_flags(path):
 
 
 def test_the_whole_is_small():
-    assert sum(map(count_lines.count, FILES)) <= 11_600
+    assert sum(map(count_lines.count, FILES)) <= 12_700
 
 
 @pytest.mark.parametrize("command", COMMANDS)

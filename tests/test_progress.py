@@ -475,3 +475,24 @@ def test_signals_are_answered_while_the_main_thread_is_busy(begins):
     assert "error: stopped by SIGINT." in session.lines
     assert session.exit_code == 128 + signal.SIGINT
     assert time.monotonic() - began < 60
+
+
+def test_a_fork_prints_and_shows_its_own_tasks():
+    session = Session(
+        80,
+        *python(
+            """
+            import os
+            with progress.task("the parent"):
+                time.sleep(0.6)
+                if os.fork() == 0:
+                    print("the child prints")
+                    with progress.task("the child"):
+                        time.sleep(0.6)
+                    os._exit(0)
+                os.wait()
+            """
+        ),
+    )
+    assert "the child prints" in session.text
+    assert any(text.startswith("the child") for text in session.drawn)

@@ -93,5 +93,7 @@ def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
 
 def check_names(key: str, value: str, choices: Iterable[str], others: str = "") -> None:
     """Raises UserError unless `value` consists of one or more of `choices`, separated by commas."""
-    if not set(value.split(",")) <= set(known := list(choices)):
-        raise UserError(f"{key}={value!r} has to be {others}some of {','.join(known)}.")
+    known = list(choices)
+    if unknown := [name for name in value.split(",") if name not in known]:
+        near = nearest(unknown[0], known)
+        raise UserError(f"{key}={value!r} has to be {others}some of {','.join(known)}{near}")

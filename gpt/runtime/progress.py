@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import statistics
 import sys
 import threading
@@ -82,6 +83,10 @@ class _Display:
     """Draws the innermost task in a thread, because the main thread may be busy, within a compilation for instance."""
 
     def __init__(self) -> None:
+        self.reset()
+        os.register_at_fork(after_in_child=self.reset)  # a fork has neither the thread nor, maybe, the lock
+
+    def reset(self) -> None:
         self._tasks: list[Task] = []
         self._thread: threading.Thread | None = None
         self._lock = threading.RLock()
@@ -90,11 +95,8 @@ class _Display:
     def begin(self, shown: Task) -> None:
         self._tasks = [*(each for each in self._tasks if each.text != STARTING), shown]
         output.writing = self.hidden
-        if not (self._thread and self._thread.is_alive()):  # there is no thread yet, or this process is a fork
-            self._lock, self._thread = (
-                threading.RLock(),
-                threading.Thread(target=self._run, name="display", daemon=True),
-            )
+        if not self._thread:
+            self._thread = threading.Thread(target=self._run, name="display", daemon=True)
             self._thread.start()
 
     def end(self, shown: Task) -> None:
@@ -116,7 +118,8 @@ class _Display:
     def _run(self) -> None:
         while True:
             time.sleep(TICK)
-            with self._lock:
+            # A command that only prints ends when the main thread finds that its output is lost.
+            with self._lock, contextlib.suppress(output.OutputLost):
                 if (tasks := self._tasks) and output.is_first:
                     self._show(tasks)
 
