@@ -119,7 +119,7 @@ def _find(place: str) -> tuple[Path, str | None]:
     """Returns the path and the argument of a config file."""
     name, colon, argument = place.partition(":")
     path = Path(name).expanduser()
-    if not path.exists() and path.parts[:1] == ("configs",):
+    if path.parts[:1] == ("configs",) and not os.path.exists(path):
         path = CONFIGS.joinpath(*path.parts[1:])
     if not os.path.isfile(path):
         stems = {file.stem: f"configs/{file.name}{colon}{argument}" for file in sorted(CONFIGS.glob("*.py"))}

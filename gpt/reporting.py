@@ -19,7 +19,7 @@ from gpt.data.packing import PackedDocuments
 from gpt.data.text import Corpus
 from gpt.inference import pictures
 from gpt.optimizer import factor_of_kernels, schedule
-from gpt.runtime import hardware
+from gpt.runtime import cluster, hardware
 from gpt.runtime.errors import UserError
 from gpt.runtime.loggers import Loggers
 from gpt.runtime.progress import Speed, Steps, say, task
@@ -59,7 +59,10 @@ class Report:
         self.steps, self.loggers, self._settings, self._program = Steps(total_steps), loggers, config.train, program
         self._length, self._examples, self._num_evaluated = config.model.length, examples, num_evaluated
         self._tokens_per_step = config.train.batch_size * config.model.length
-        self._bytes = bytes_per_target(dataset, examples, total_steps * config.train.batch_size)
+        has_loggers = config.train.loggers and cluster.is_first()
+        self._bytes = (
+            bytes_per_target(dataset, examples, total_steps * config.train.batch_size) if has_loggers else None
+        )
         self._kernels = factor_of_kernels(config.optimizer, program.model.config.width_ratio)
         self._shown: set[str] = set()  # totals that have not always been 0
         mesh = program.layout.mesh

@@ -205,6 +205,16 @@ def test_keep_block_where_the_index_needs_more_than_32_bits():
     np.testing.assert_array_equal(keep, uniform < 1 - RATE)
 
 
+def test_multiply_32_equals_integer_multiplication():
+    edges = [0, 1, 2, 0xFFFF, 0x10000, 0x10001, 0x7FFFFFFF, 0x80000000, 0xFFFF0000, 0xFFFFFFFE, 0xFFFFFFFF]
+    numbers = edges + np.random.default_rng(0).integers(0, 2**32, 1000).tolist()
+    for size in [*edges, 1024, 10007, 50257, 0xDEADBEEF]:
+        high, low = kernels._multiply_32(np.array(numbers, np.uint32), size)
+        products = [x * size for x in numbers]
+        np.testing.assert_array_equal(high, [product >> 32 for product in products])
+        np.testing.assert_array_equal(low, [product & 0xFFFFFFFF for product in products])
+
+
 def training_memory(attend, length, dropout):
     """Returns the bytes of temporaries of the compiled forward and backward pass."""
     options = {"dropout_rate": RATE, "dropout_key": jax.random.key(0)} if dropout else {}

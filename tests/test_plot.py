@@ -13,6 +13,7 @@ from gpt.data.tokenizers import CharTokenizer
 from gpt.inference import plots
 from gpt.models.gpt import GPTConfig
 from gpt.runtime.errors import UserError
+from gpt.runtime.loggers import Session
 from gpt.runtime.tensorboard import TensorBoard
 
 pytest.importorskip("matplotlib")
@@ -30,12 +31,12 @@ def trained(tmp_path):
         folder = Workdir(tmp_path / name)
         folder.create()
         folder.record(Run(dataclasses.replace(config, **changes), tokenizer, "digest"))
-        events = TensorBoard(folder.path)
+        events = TensorBoard(Session(folder.path))
         for step, rate in zip((10, 20, 30), rates, strict=False):
             events.scalars(step, {"train/loss": offset + 3 - step / 10, "progress/steps_per_second": rate})
         if rates:
             events.scalars(35, {"validation/loss": offset + 1})
-        events.close()
+        events.close(True)
         return folder
 
     return make

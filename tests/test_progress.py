@@ -197,7 +197,7 @@ def test_only_the_first_process_prints(monkeypatch, clock, log):
 
 @pytest.mark.parametrize(
     ("number", "shown"),
-    [(0, "0"), (999, "999"), (1000, "1k"), (12_345, "12.3k"), (2.5e6, "2.5M"), (3.21e9, "3.2G")],
+    [(0, "0"), (999, "999"), (1000, "1k"), (12_345, "12.3k"), (2.5e6, "2.5M"), (3.21e9, "3.21G")],
 )
 def test_tokens_a_second_are_short(number, shown):
     assert progress.short(number) == shown

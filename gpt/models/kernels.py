@@ -177,7 +177,7 @@ def _keep_block(key, keep_probability, full_shape, block_shape, starts) -> jax.A
     for axis, (size, start) in enumerate(zip(full_shape, starts, strict=True)):
         # index = index * size + coordinate, in 64 bits as two 32-bit words.
         coordinate = jax.lax.broadcasted_iota(jnp.uint32, block_shape, axis) + jnp.asarray(start, jnp.uint32)
-        carry, product = jax.lax.mulhi(index_lo, jnp.full_like(index_lo, size)), index_lo * jnp.uint32(size)
+        carry, product = _multiply_32(index_lo, size)
         index_lo = product + coordinate
         index_hi = index_hi * jnp.uint32(size) + carry + (index_lo < product)
     key_hi, key_lo = jax.random.key_data(key)
@@ -186,6 +186,19 @@ def _keep_block(key, keep_probability, full_shape, block_shape, starts) -> jax.A
     # Like jax.random.uniform, take the 23 high bits as the mantissa of a number in [1, 2).
     uniform = jax.lax.bitcast_convert_type((bits >> 9) | jnp.uint32(0x3F800000), jnp.float32) - 1.0
     return uniform < keep_probability
+
+
+def _multiply_32(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the high and low words of the 64-bit product of a uint32 array and a size below 2³².
+
+    `jax.lax.mulhi` cannot be compiled within `shard_map` (jax 0.10.2).
+    """
+    mask = jnp.uint32(0xFFFF)
+    x_hi, x_lo = x >> 16, x & mask
+    s_hi, s_lo = jnp.uint32(size >> 16), jnp.uint32(size & 0xFFFF)
+    middle = x_hi * s_lo + ((x_lo * s_lo) >> 16)
+    middle_2 = x_lo * s_hi + (middle & mask)
+    return x_hi * s_hi + (middle >> 16) + (middle_2 >> 16), x * jnp.uint32(size)
 
 
 def cudnn(q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, starts_BxT=None, *, window=0, softcap=0.0) -> jax.Array:

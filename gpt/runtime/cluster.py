@@ -115,7 +115,7 @@ def _ignore_absent_accelerators() -> None:
 
 def is_first() -> bool:
     """Returns whether this process is process 0, which prints and writes for all processes."""
-    return output.is_first
+    return _lifeline is None or _lifeline.index == 0
 
 
 def is_several() -> bool:

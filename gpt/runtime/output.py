@@ -16,8 +16,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from absl import logging
-
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -122,6 +120,8 @@ def install(is_result: bool = False) -> None:
     sys.stdin = sys.stdin or os.fdopen(0)
     original = sys.stdout
     sys.stdout, sys.stderr = _Stream(_Descriptor(1, raises=True), original), _Stream(_Descriptor(2), original)
+    from absl import logging
+
     logging.get_absl_handler().python_handler.setStream(sys.stderr)
 
 

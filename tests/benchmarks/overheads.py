@@ -58,7 +58,7 @@ def run(file: str, data: str, steps: int) -> tuple[float, float]:
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         scalars = tensorboard.read_scalars(Path(folder) / "run", ("progress/tokens_per_second", "progress/input_wait"))
     rates, waits = (values[2:] for _, values in scalars.values())  # the first of them compile
-    return statistics.median(rates), statistics.mean(waits)
+    return statistics.median(rates), statistics.mean(waits or [0.0])  # a wait of 0 is not written
 
 
 def main() -> None:
