@@ -53,14 +53,11 @@ class WeightsAndBiases(Logger):
         wandb.setup(settings)
         self._library = wandb
         try:
-            reason = (
-                ""
-                if os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
-                else "there is no API key: `wandb login`"
-            )
+            may_send = os.environ.get("WANDB_MODE") or wandb.login(prompt=False)
+            reason = "" if may_send else "there is no API key: `wandb login`"
             self._run = wandb.init(mode="offline" if reason else None, **options)
         except (wandb.Error, TimeoutError) as error:
-            reason = one_line(error)
+            reason = one_line(error).rstrip(".")
             self._run = wandb.init(mode="offline", **options)
         if reason:
             folder = Path(self._run.dir).parent
@@ -120,7 +117,7 @@ class MLflow(Logger):
             self._client.log_batch(self._id, params=new)
             self._client.log_dict(self._id, dict(session.config), f"config/{session.step}.json")
         except exceptions.MlflowException as error:
-            raise UserError(f"MLFLOW_TRACKING_URI={address} refuses the run: {one_line(error)}") from error
+            raise UserError(f"MLFLOW_TRACKING_URI={address} cannot record the run: {one_line(error)}") from error
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
