@@ -72,9 +72,9 @@ def test_runs_that_differ_only_in_the_seed_are_one_line(trained):
     folders = [trained(f"run-{seed}", offset, seed=seed) for seed, offset in ((1, 0), (2, 0.5), (3, 1))]
     folders.append(trained("wide", model=dataclasses.replace(CONFIG.model, embed_dim=16)))
     curves = drawn(folders)
-    assert list(curves) == ["run-1, mean with 2 more seeds", "wide"]
+    assert list(curves) == ["run-1 and others, mean of 3 seeds", "wide"]
     np.testing.assert_allclose(
-        curves["run-1, mean with 2 more seeds"]["training"][1], [[2, 1, 0], [2.5, 1.5, 0.5], [3, 2, 1]]
+        curves["run-1 and others, mean of 3 seeds"]["training"][1], [[2, 1, 0], [2.5, 1.5, 0.5], [3, 2, 1]]
     )
     assert list(drawn(folders, band=False)) == ["run-1", "run-2", "run-3", "wide"]
 

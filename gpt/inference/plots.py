@@ -114,7 +114,7 @@ def read_losses(folders: Sequence[Workdir], runs: Sequence[Run], options: Option
     groups: dict[str, dict[str, Curve]] = {}
     for group in members.values():
         losses = [_losses(folders[i], runs[i], options.x) for i in group]
-        others = f", mean with {len(group) - 1} more seeds" if len(group) > 1 else ""
+        others = f" and others, mean of {len(group)} seeds" if len(group) > 1 else ""
         curves = groups[names[group[0]] + others] = {}
         for part in losses[0]:
             if all(part in each for each in losses):
